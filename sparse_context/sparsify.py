@@ -1,0 +1,90 @@
+"""Switch Sparse Context on and off for a pipeline.
+
+    apply_sparse_context(pipe, keep=0.2)
+    pipe(image=[cat, room], prompt="the cat in the room")
+    print(last_selection(pipe))
+    remove_sparse_context(pipe)
+
+Only this instance is changed: its class, other pipelines and the shared transformer stay as they are.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .families import find_family
+from .selection import Selection, SparseContextConfig, select_tokens
+from .selectors import user_mask
+
+ATTRIBUTE = "_sparse_context"
+
+
+class SparseContext:
+    """What is installed on one pipeline: its config, the selection of its last call, and how to undo it all."""
+
+    def __init__(self, config: SparseContextConfig) -> None:
+        self.config = config
+        self.selection: Selection | None = None
+        self._overridden: list[tuple[Any, str, bool, Any]] = []
+
+    def override(self, owner: Any, name: str, function: Callable) -> None:
+        """Set `owner.name` on the instance, and remember what stood there."""
+        own = vars(owner)
+        self._overridden.append((owner, name, name in own, own.get(name)))
+        setattr(owner, name, function)
+
+    def restore(self) -> None:
+        """Undo every override, last first."""
+        while self._overridden:
+            owner, name, had_own, before = self._overridden.pop()
+            if had_own:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
+
+    def select(
+        self, grids: Sequence[tuple[int, int]], picture: Callable[[int, np.ndarray | None], Any]
+    ) -> np.ndarray:
+        """Choose the tokens of one call and remember the selection.
+
+        `grids` is one (rows, columns) per reference; `picture(i, mask)` gives the pixels of reference i as selectors
+        want them, with the user's mask (or None) carried through the pipeline's own resize and crop. Returns the joint
+        sorted index, int64.
+        """
+        pictures = [picture(i, user_mask(self.config.selector, i)) for i in range(len(grids))]
+        self.selection = select_tokens(pictures, grids, self.config)
+        return self.selection.index
+
+
+def apply_sparse_context(pipe: Any, config: SparseContextConfig | None = None, **changes: Any) -> None:
+    """From the next call on, keep only the reference tokens that matter.
+
+    pipe: a diffusers pipeline of a supported class (see `families.FAMILIES`).
+    config: what to keep; the default keeps a fifth. Single fields can be given as keywords instead or on top:
+        `apply_sparse_context(pipe, keep=0.1, selector="saliency")`.
+
+    Applying again replaces what was applied before, and is cheap enough to do for each call. Raises TypeError for a
+    pipeline of another kind and ValueError for a setting out of range; the pipeline is then left as it was.
+    """
+    attach = find_family(pipe)
+    config = replace(config or SparseContextConfig(), **changes)
+    remove_sparse_context(pipe)
+    context = SparseContext(config)
+    attach(pipe, context)
+    setattr(pipe, ATTRIBUTE, context)
+
+
+def remove_sparse_context(pipe: Any) -> None:
+    """Give the pipeline back exactly as it was. Does nothing where nothing was applied."""
+    context = vars(pipe).get(ATTRIBUTE)
+    if context is not None:
+        context.restore()
+        delattr(pipe, ATTRIBUTE)
+
+
+def last_selection(pipe: Any) -> Selection | None:
+    """What was kept in the pipeline's last call: None before the first, or when it had no references."""
+    context = vars(pipe).get(ATTRIBUTE)
+    return None if context is None else context.selection

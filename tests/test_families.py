@@ -1,0 +1,304 @@
+"""What must hold for every family, on tiny real pipelines (the letters are DESIGN.md's)."""
+
+import copy
+
+import diffusers.models.transformers.transformer_flux2 as transformer_flux2
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+
+from sparse_context import apply_sparse_context, last_selection, mask, remove_sparse_context
+from sparse_context.families import FAMILIES
+from sparse_context.tokens import ReferenceTokens
+from tests.tiny import CASES, STEPS, TEXT_LENGTH, TOKEN, embeds, picture
+
+KEEP = 0.3
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture
+def pipe(case):
+    return case.build()
+
+
+@pytest.fixture(scope="module")
+def dense(case):
+    """The untouched pipeline's answer."""
+    return case.call(case.build(), case.references())
+
+
+def state_of(pipe):
+    """Every attribute of the instance and of its image processor, by identity."""
+    return [{k: id(v) for k, v in vars(o).items()} for o in (pipe, pipe.image_processor, pipe.transformer)]
+
+
+def seen_by_transformer(pipe):
+    """A list that fills with (image tokens, position ids) of each forward of the transformer."""
+    seen = []
+
+    def record(module, args, kwargs):
+        seen.append((kwargs["hidden_states"].shape[1], kwargs["img_ids"].clone()))
+
+    pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    return seen
+
+
+def distance(a, b):
+    return (a - b).abs().max().item()
+
+
+def test_every_family_has_a_case():
+    assert {type(case.build()).__name__ for case in CASES.values()} == set(FAMILIES)
+
+
+def test_a_keeping_all_is_the_untouched_pipeline(case, pipe, dense):
+    apply_sparse_context(pipe, keep=1.0)
+    assert torch.equal(case.call(pipe, case.references()), dense)
+
+
+def test_b_removing_restores_exactly(case, pipe, dense):
+    before = state_of(pipe)
+    apply_sparse_context(pipe, keep=KEEP)
+    assert state_of(pipe) != before
+    remove_sparse_context(pipe)
+    assert state_of(pipe) == before
+    apply_sparse_context(pipe, keep=KEEP)
+    assert distance(case.call(pipe, case.references()), dense) > 1e-4
+    remove_sparse_context(pipe)
+    assert torch.equal(case.call(pipe, case.references()), dense)
+    remove_sparse_context(pipe)  # a second time changes nothing
+
+
+def test_c_applying_again_replaces(case, pipe):
+    before = state_of(pipe)
+    apply_sparse_context(pipe, keep=0.1)
+    apply_sparse_context(pipe, keep=0.5)
+    remove_sparse_context(pipe)
+    assert state_of(pipe) == before
+    apply_sparse_context(pipe, keep=0.1)
+    case.call(pipe, case.references())
+    apply_sparse_context(pipe, keep=0.5)
+    twice = case.call(pipe, case.references())
+    fresh = case.build()
+    apply_sparse_context(fresh, keep=0.5)
+    assert torch.equal(twice, case.call(fresh, case.references()))
+
+
+def test_d_the_order_of_kept_tokens_does_not_matter(case, pipe, monkeypatch):
+    apply_sparse_context(pipe, keep=KEEP)
+    ordered = case.call(pipe, case.references())
+    keep = ReferenceTokens.keep
+
+    def keep_shuffled(self, index):
+        kept = keep(self, index)
+        order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
+        return ReferenceTokens(kept.latents[:, order], kept.ids[..., order, :])
+
+    monkeypatch.setattr(ReferenceTokens, "keep", keep_shuffled)
+    assert 0 < distance(case.call(pipe, case.references()), ordered) < TOLERANCE
+
+
+def masked(case, pipe, dropped, reference_tokens):
+    """The oracle: the dense pipeline, where no query in any block may look at a dropped reference token.
+
+    It knows nothing of ReferenceTokens: it forbids keys inside diffusers' attention by their place in the sequence,
+    which is (text, output, references), or in the KV pipeline (text, references, output) or the references alone.
+    """
+    attend = transformer_flux2.dispatch_attention_fn
+
+    def attend_masked(query, key, value, attn_mask=None, **kwargs):
+        length = key.shape[1]
+        if length == reference_tokens:
+            start = 0
+        elif case.references_first:
+            start = TEXT_LENGTH
+        else:
+            start = length - reference_tokens
+        allowed = torch.ones(length, dtype=torch.bool)
+        allowed[start + torch.as_tensor(dropped)] = False
+        return attend(query, key, value, attn_mask=allowed.view(1, 1, 1, -1), **kwargs)
+
+    transformer_flux2.dispatch_attention_fn = attend_masked
+    try:
+        return case.call(pipe, case.references())
+    finally:
+        transformer_flux2.dispatch_attention_fn = attend
+
+
+def dropped_tokens(pipe):
+    selection = last_selection(pipe)
+    return np.setdiff1d(np.arange(selection.total), selection.index), selection.total
+
+
+def test_e_dropping_is_masking_in_every_block(case, pipe):
+    apply_sparse_context(pipe, keep=KEEP)
+    sparse = case.call(pipe, case.references())
+    assert distance(sparse, masked(case, case.build(), *dropped_tokens(pipe))) < TOLERANCE
+
+
+def test_e_the_oracle_sees_wrong_position_ids(case, pipe, monkeypatch):
+    keep = ReferenceTokens.keep
+
+    def keep_wrong_ids(self, index):
+        kept = keep(self, index)
+        return ReferenceTokens(kept.latents, self.ids[..., : len(kept), :])
+
+    monkeypatch.setattr(ReferenceTokens, "keep", keep_wrong_ids)
+    apply_sparse_context(pipe, keep=KEEP)
+    wrong = case.call(pipe, case.references())
+    assert distance(wrong, masked(case, case.build(), *dropped_tokens(pipe))) > 5 * TOLERANCE
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_f_the_transformer_saw_the_tokens_promised(case, pipe, count):
+    references = case.references(count)
+    whole, cut = case.build(), pipe
+    seen_whole, seen_cut = seen_by_transformer(whole), seen_by_transformer(cut)
+    case.call(whole, references)
+    apply_sparse_context(cut, keep=KEEP)
+    case.call(cut, references)
+    selection = last_selection(cut)
+    promised = round(KEEP * sum(case.tokens(references)))
+    assert [kept.scores.size for kept in selection.references] == case.tokens(references)
+    assert selection.kept == promised and selection.total == sum(case.tokens(references))
+    (whole_tokens, whole_ids), (cut_tokens, cut_ids) = seen_whole[0], seen_cut[0]
+    assert whole_tokens - cut_tokens == selection.total - promised
+    # The ids are those of the dense call at the kept places, and none else
+    start = 0 if case.references_first else whole_tokens - selection.total
+    index = torch.cat([torch.arange(start), start + torch.from_numpy(selection.index),
+                       torch.arange(start + selection.total, whole_tokens)])  # fmt: skip
+    assert torch.equal(cut_ids[0], whole_ids[0][index])
+
+
+def test_g_two_pipelines_do_not_affect_each_other(case, pipe, dense):
+    other = case.build()
+    shared = type(pipe).from_pipe(pipe)
+    shared.set_progress_bar_config(disable=True)
+    assert shared.transformer is pipe.transformer
+    apply_sparse_context(pipe, keep=KEEP)
+    sparse = case.call(pipe, case.references())
+    assert torch.equal(case.call(other, case.references()), dense)
+    assert torch.equal(case.call(shared, case.references()), dense)
+    apply_sparse_context(shared, keep=0.6)
+    case.call(shared, case.references())
+    assert torch.equal(case.call(pipe, case.references()), sparse)
+    assert last_selection(shared).kept > last_selection(pipe).kept
+
+
+def test_h_lora(case, pipe, tmp_path):
+    trained = case.build()
+    trained.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_qkv_mlp_proj"]))
+    type(pipe).save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(trained.transformer))
+    apply_sparse_context(pipe, keep=KEEP)
+    plain = case.call(pipe, case.references())
+    pipe.load_lora_weights(str(tmp_path), use_safetensors=True)
+    apply_sparse_context(trained, keep=KEEP)
+    with_lora = case.call(pipe, case.references())
+    assert distance(with_lora, plain) > 1e-4
+    assert distance(with_lora, case.call(trained, case.references())) < TOLERANCE
+    pipe.unload_lora_weights()
+    assert torch.equal(case.call(pipe, case.references()), plain)
+
+
+def test_h_guidance(case, pipe):
+    if case.guidance is None:
+        assert "negative_prompt_embeds" not in type(pipe).__call__.__annotations__
+        return
+    seen = seen_by_transformer(pipe)
+    apply_sparse_context(pipe, keep=KEEP)
+    case.call(pipe, case.references(), guidance_scale=case.guidance, negative_prompt_embeds=embeds(seed=2))
+    assert len(seen) == 2 * STEPS
+    assert len({tokens for tokens, _ in seen}) == 1
+
+
+def test_h_several_images_and_prompts(case, pipe):
+    references = case.references(2)
+    apply_sparse_context(pipe, keep=KEEP)
+    seen = seen_by_transformer(pipe)
+    out = case.call(pipe, references, prompts=2, num_images_per_prompt=2)
+    assert out.shape[0] == 4
+    assert last_selection(pipe).kept == round(KEEP * sum(case.tokens(references)))
+    assert seen[0][1].shape[0] in (1, 4)
+    assert all(torch.equal(ids, seen[0][1][0]) for ids in seen[0][1])
+
+
+def test_h_cpu_offload(case, pipe):
+    apply_sparse_context(pipe, keep=KEEP)
+    plain = case.call(pipe, case.references())
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(case.call(pipe, case.references()), plain)
+
+
+def test_h_compiled_blocks(case, pipe):
+    apply_sparse_context(pipe, keep=KEEP)
+    plain = case.call(pipe, case.references())
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(fullgraph=not case.references_first, backend="eager")
+    assert distance(case.call(pipe, case.references()), plain) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", [name for name, c in CASES.items() if c.without_references], indirect=True)
+def test_i_a_call_without_references_is_untouched(case, pipe):
+    plain = case.call(case.build(), [])
+    apply_sparse_context(pipe, keep=KEEP)
+    case.call(pipe, case.references())
+    assert last_selection(pipe) is not None
+    assert torch.equal(case.call(pipe, []), plain)
+    assert last_selection(pipe) is None
+
+
+def test_the_image_noise_is_not_drawn_from(case, pipe):
+    """The pipeline's generator ends in the state that a dense call leaves it in."""
+    states = []
+    for keep in (1.0, KEEP):
+        apply_sparse_context(pipe, keep=keep, selector="random")
+        generator = torch.Generator().manual_seed(3)
+        case.call(pipe, case.references(), generator=generator)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+
+
+def corner(width, height):
+    """A mask over the top left quarter."""
+    m = np.zeros((height, width), np.uint8)
+    m[: height // 2, : width // 2] = 255
+    return m
+
+
+@pytest.mark.parametrize("by", ["mask", "alpha"])
+def test_masks_land_on_the_right_tokens(case, pipe, by):
+    """Sizes that are no multiple of a token, so that the pipeline crops; and more than a megapixel would be scaled."""
+    references = [picture(76, 92, 1), picture(100, 76, 2)]
+    masks = [corner(*r.size) for r in references]
+    if by == "alpha":
+        references = [Image.merge("RGBA", (*r.split(), Image.fromarray(m))) for r, m in zip(references, masks, strict=True)]
+    apply_sparse_context(pipe, keep=0.25, selector=mask(masks) if by == "mask" else "mask", share="equal", coverage=0)
+    case.call(pipe, references)
+    for kept, reference in zip(last_selection(pipe).references, references, strict=True):
+        rows, columns = reference.height // TOKEN, reference.width // TOKEN
+        assert kept.grid == (rows, columns)
+        where = np.argwhere(kept.mask)
+        assert where[:, 0].max() <= rows // 2 and where[:, 1].max() <= columns // 2
+
+
+def test_a_mask_of_another_size_is_refused(case, pipe):
+    references = case.references(2)
+    masks = [np.zeros((r.height, r.width), bool) for r in references]
+    masks[1] = np.zeros((10, 12), bool)
+    apply_sparse_context(pipe, keep=KEEP, selector=mask(masks))
+    width, height = references[1].size
+    with pytest.raises(ValueError, match=f"mask of reference 2 is 12x10, but its picture is {width}x{height}"):
+        case.call(pipe, references)
+
+
+def test_a_deep_copy_is_independent(case, pipe):
+    twin = copy.deepcopy(pipe)
+    apply_sparse_context(pipe, keep=KEEP)
+    assert last_selection(twin) is None
