@@ -1,0 +1,236 @@
+"""Budgets: how many tokens are kept, and which references they come from.
+
+A budget is a prefix of one total order. All tokens of a call stand in one queue, best first, and a budget is where the
+queue is cut. So a count is exact, a smaller budget keeps a subset of what a larger one keeps, and what is fair (a turn
+for each reference, an even spread) is a matter of who stands where. Nothing here is random: ties break by the evenly
+spread order of selectors.py, so a flat picture is sampled all over and not from its top.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from .selectors import uniform_order
+
+SHARES = ("joint", "equal")
+
+
+def rank_tokens(scores: Sequence[np.ndarray], coverage: float | Sequence[float] = 0.0, floor: int = 0) -> np.ndarray:
+    """All tokens of all references, from the first kept to the last.
+
+    `scores` has one array (rows, columns) per reference, in [0, 1]. The result is int64: flat indices into the
+    references' tokens, concatenated in order, each row by row.
+
+    Two queues are merged. In one the tokens stand by score, in the other evenly spread over the pictures. Whoever is
+    n-th in the spread queue is due by place n / coverage, whoever is n-th by score by place n / (1 - coverage), and
+    tokens are served by the earlier of their two dates. Serving the earliest date first misses none that can be met
+    (Jackson 1955), and these can: so for every k the first k tokens hold the first floor(coverage * k) of the spread
+    queue and the first floor((1 - coverage) * k) by score. `coverage` in [0, 1] is one number, or one per reference:
+    the spread queue then calls a reference in proportion to its own number, and the dates use their mean over tokens.
+
+    Before all others come the first `floor` tokens of each reference, taking turns, so that a small budget still gives
+    each reference its due. (With several references the promise above then holds for the tokens after these.)
+    """
+    _check_scores(scores)
+    check_budget(coverage=coverage, floor=floor, references=len(scores))
+    sizes = [part.size for part in scores]
+    reference = np.repeat(np.arange(len(sizes)), sizes)
+    score = np.concatenate([part.ravel() for part in scores])
+    spread = np.concatenate([uniform_order(part.shape).ravel() / part.size for part in scores])
+    wanted = np.broadcast_to(np.asarray(coverage, float), len(sizes))[reference]
+    mean = wanted.mean()
+
+    order = np.lexsort((reference, spread, -score))
+    if mean > 0:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # 0 or 1 closes one of the queues
+            call = np.where(wanted > 0, spread / wanted, np.inf)
+            by_score, by_spread = _places(order) + 1, _places(np.lexsort((reference, spread, call))) + 1
+            due = np.minimum(by_score / (1 - mean), by_spread / mean)
+        order = np.lexsort((by_score, due))
+    return _floor_first(order, reference, floor)
+
+
+def _places(order: np.ndarray) -> np.ndarray:
+    """The place of each token in an order: its inverse."""
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    return places
+
+
+def _floor_first(order: np.ndarray, reference: np.ndarray, floor: int) -> np.ndarray:
+    """`order` with the first `floor` tokens of each reference moved to its front, where the references take turns."""
+    turn = np.empty_like(order)  # of a token, among those of its own reference
+    for tokens in (order[reference[order] == r] for r in range(reference[-1] + 1)):
+        turn[tokens] = np.arange(len(tokens))
+    return order[np.argsort(np.minimum(turn[order], floor), kind="stable")]
+
+
+def choose_tokens(
+    scores: Sequence[np.ndarray],
+    keep: float | str | Sequence[float | str],
+    *,
+    share: str = "joint",
+    floor: int = 1,
+    coverage: float | Sequence[float] = 0.0,
+    multiple_of: int = 1,
+    mass: float = 0.8,
+) -> list[np.ndarray]:
+    """The tokens to keep of each reference: for each, a sorted int64 array of flat indices into its grid.
+
+    `scores` has one array (rows, columns) per reference, in [0, 1].
+
+    `keep` is a ratio in (0, 1], rounded to the nearest count and at least one token; or a count from 2 up, over all
+    references (1 means all, and a count above what there is keeps all); or "auto", for each reference the fewest tokens
+    that hold the share `mass` of its scores' sum. A sequence with one of these per reference gives each its own budget.
+
+    `share` says what one ratio or count for several references means: "joint", that their tokens compete in one order
+    (`rank_tokens`) and the total is exact; "equal", that each keeps the same ratio of its own, or the same count as far
+    as it has that many (what is left over goes to the first references).
+
+    `floor` is the least number of tokens of each reference, as far as the budget and the reference hold that many; with
+    0, a reference may end up with none. `coverage` is the share of evenly spread tokens (`rank_tokens`). The total is
+    rounded up to `multiple_of` (down where there are not so many tokens, and not at all below one multiple or when all
+    are kept), for compilers and context parallelism.
+
+    Raises ValueError, in one sentence that names the value.
+    """
+    _check_scores(scores)
+    check_budget(keep, share, floor, coverage, multiple_of, mass, references=len(scores))
+    if not len(scores):
+        return []
+    sizes = np.array([part.size for part in scores])
+    if keeps_all(keep, sizes):
+        return [np.arange(size) for size in sizes]
+
+    own = list(keep) if _is_sequence(keep) else None
+    if share == "joint" and own is None and keep != "auto":
+        total = _count(keep, sizes.sum())
+        order = rank_tokens(scores, coverage, floor)
+    elif own is None and _is_count(keep):  # equal counts: one token each, turn by turn
+        total = _count(keep, sizes.sum())
+        order = _rank_by_progress(scores, np.ones(len(sizes)), coverage, floor)
+    else:
+        each = zip([keep] * len(sizes) if own is None else own, scores, strict=True)
+        counts = [_auto_count(part, mass) if value == "auto" else _count(value, part.size) for value, part in each]
+        budgets = np.maximum(counts, np.minimum(floor, sizes))
+        total = budgets.sum()
+        order = _rank_by_progress(scores, budgets, coverage, floor)
+
+    total = _round_to_multiple(total, multiple_of, sizes.sum())
+    if floor and total < len(sizes):
+        raise ValueError(
+            f"keep is {keep!r}, which makes {total} tokens for {len(sizes)} references: keep one each or more, "
+            "or let references end up empty with floor=0."
+        )
+    kept = np.zeros(sizes.sum(), bool)
+    kept[order[:total]] = True
+    return [np.flatnonzero(part) for part in np.split(kept, np.cumsum(sizes)[:-1])]
+
+
+def _rank_by_progress(
+    scores: Sequence[np.ndarray], budgets: np.ndarray, coverage: float | Sequence[float], floor: int
+) -> np.ndarray:
+    """The one order where each reference has a budget of its own: it is served as it gets on through its budget.
+
+    Everyone within a budget stands before everyone beyond one, so a cut at the sum of the budgets gives each its own;
+    a cut elsewhere gives or takes by Webster's method (the middle of each place, divided by the budget).
+    """
+    coverages = np.broadcast_to(np.asarray(coverage, float), len(scores))
+    turns = [_places(rank_tokens([part], own)) for part, own in zip(scores, coverages, strict=True)]
+    progress = [(turn + 0.5) / max(budget, 1e-9) for turn, budget in zip(turns, budgets, strict=True)]
+    reference = np.repeat(np.arange(len(turns)), [len(turn) for turn in turns])
+    return _floor_first(np.argsort(np.concatenate(progress), kind="stable"), reference, floor)
+
+
+def _is_sequence(value: Any) -> TypeGuard[Sequence]:
+    return isinstance(value, (list, tuple, np.ndarray))
+
+
+def _is_count(keep: Any) -> bool:
+    return isinstance(keep, numbers.Integral) and int(keep) > 1
+
+
+def _count(keep: Any, size: int) -> int:
+    """A ratio or a count as a number of tokens out of `size`."""
+    if _is_count(keep):
+        return min(int(keep), int(size))
+    return max(1, math.floor(keep * int(size) + 0.5 + 1e-9))  # half up, also where the product falls short of a half
+
+
+def _auto_count(scores: np.ndarray, mass: float) -> int:
+    """The fewest tokens that hold the share `mass` of the scores' sum; 0 if all scores are 0."""
+    held = np.cumsum(np.sort(scores.ravel())[::-1], dtype=np.float64)
+    return 0 if held[-1] <= 0 else int(np.searchsorted(held, mass * held[-1] * (1 - 1e-9))) + 1
+
+
+def _round_to_multiple(total: int, multiple_of: int, size: int) -> int:
+    """`total` rounded up to a multiple, or down where `size` tokens do not reach; `size` below one multiple."""
+    if total == size or size < multiple_of:
+        return int(size)
+    up = -(-total // multiple_of) * multiple_of
+    return int(up if up <= size else up - multiple_of)
+
+
+def keeps_all(keep: float | str | Sequence[float | str], sizes: Sequence[int] | np.ndarray) -> bool:
+    """Whether `keep` keeps every token of references with `sizes` tokens, so that nobody needs their scores."""
+    if _is_sequence(keep):
+        return all(keeps_all(own, [size]) for own, size in zip(keep, sizes, strict=True))
+    return keep != "auto" and _count(keep, sum(sizes)) == sum(sizes)
+
+
+def check_budget(
+    keep: float | str | Sequence[float | str] = 1.0,
+    share: str = "joint",
+    floor: int = 0,
+    coverage: float | Sequence[float] = 0.0,
+    multiple_of: int = 1,
+    mass: float = 1.0,
+    *,
+    references: int | None = None,
+) -> None:
+    """Raise ValueError, naming the argument and its value, unless these make a budget (see `choose_tokens`).
+
+    With `references`, a sequence must have one value for each; without, its length is not judged.
+    """
+    for name, values in (("keep", keep), ("coverage", coverage)):
+        if references is not None and _is_sequence(values) and len(values) != references:
+            raise ValueError(
+                f"{name} has {len(values)} values for {references} references: pass one value, or one per reference."
+            )
+    for own in keep if _is_sequence(keep) else [keep]:
+        if not (own == "auto" if isinstance(own, str) else _is_within(own, 0, 1, above=True) or _is_count_at(own, 2)):
+            raise ValueError(
+                f"keep is {own!r}: pass a ratio above 0 and up to 1, a count of at least 2 tokens, or 'auto'."
+            )
+    if share not in SHARES:
+        raise ValueError(f"share is {share!r}: choose 'joint' or 'equal'.")
+    if not _is_count_at(floor, 0):
+        raise ValueError(f"floor is {floor!r}: pass the least number of tokens per reference, 0 or more.")
+    for own in coverage if _is_sequence(coverage) else [coverage]:
+        if not _is_within(own, 0, 1):
+            raise ValueError(f"coverage is {own!r}: pass a share from 0 to 1.")
+    if not _is_count_at(multiple_of, 1):
+        raise ValueError(f"multiple_of is {multiple_of!r}: pass a whole number of tokens, 1 or more.")
+    if not _is_within(mass, 0, 1, above=True):
+        raise ValueError(f"mass is {mass!r}: pass a share above 0 and up to 1.")
+
+
+def _is_within(value: Any, low: float, high: float, above: bool = False) -> bool:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    return low <= float(value) <= high and not (above and float(value) == low)
+
+
+def _is_count_at(value: Any, least: int) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _check_scores(scores: Sequence[np.ndarray]) -> None:
+    for i, part in enumerate(scores):
+        if part.ndim != 2 or part.size == 0 or not np.isfinite(part).all():
+            raise ValueError(f"The scores of reference {i + 1} have shape {part.shape}: pass finite (rows, columns).")

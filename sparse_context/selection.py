@@ -1,0 +1,248 @@
+"""Selection: from the pictures of a call to the tokens that are kept of them, and a report of it.
+
+This is the whole idea in one call, without a host: `select_tokens(images, grids, config)`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .budget import check_budget, choose_tokens, keeps_all
+from .selectors import Selector, find_mask, resolve, user_mask
+
+TASKS = ("auto", "edit", "subject")
+
+
+def task_defaults(task: str, references: int) -> tuple[str | dict[str, float], float]:
+    """The rule by which a task decides (selector, coverage) where the user did not.
+
+    - "edit", an edit that keeps the picture's layout: edges, with a tenth of the tokens spread evenly, because an edge
+      selector alone leaves flat regions blind (the paper's own limitation; arXiv 2606.23682).
+    - "subject", a subject put into a new scene: saliency, and nothing for the background.
+    - "auto": several references are taken for subjects. One may be either, so edges and saliency count half each, with
+      the coverage of an edit. (The shape of the output cannot tell: by default it is the first reference's.)
+    """
+    if task == "edit":
+        return "edges", 0.1
+    if task == "auto" and references == 1:
+        return {"edges": 0.5, "saliency": 0.5}, 0.1
+    return "saliency", 0.0
+
+
+@dataclass(frozen=True)
+class SparseContextConfig:
+    """What to keep of the references. `keep` is the dial; all else has a default that serves.
+
+    The important ones:
+
+    - `keep`: a ratio in (0, 1], a count of at least 2 tokens over all references, or "auto" (for each reference the
+      fewest tokens that hold the share `mass` of its scores). One value, or one per reference. 1 keeps all.
+    - `selector`: what makes a token matter: a name of `selectors.SELECTORS`, a mapping of names to weights (a blend), a
+      function (image, grid, generator) -> scores, or `mask([...])`. One, or a list with one per reference. None: the
+      task decides.
+    - `task`: "edit", "subject" or "auto", one or one per reference: see `task_defaults`.
+
+    To tinker with:
+
+    - `coverage`: the share of kept tokens, in [0, 1], that is spread evenly over the pictures. None: the task decides;
+      but a selector that you name under the task "auto" is taken at its word, with no coverage.
+    - `share`: "joint" (tokens of all references compete) or "equal".
+    - `floor`: the least number of tokens of each reference; with 0, one may end up with none.
+    - `multiple_of`: round the total up to a multiple, for compilers and context parallelism.
+    - `mass`: in (0, 1], for keep="auto".
+    - `seed`: of the selectors' own random numbers, which the image's noise never shares.
+
+    Raises ValueError that names the field and its value. `budget.choose_tokens` has the details of the budget.
+    """
+
+    keep: float | str | Sequence[float | str] = 0.2
+    selector: str | Mapping | Selector | Sequence | None = None
+    task: str | Sequence[str] = "auto"
+
+    coverage: float | None = None
+    share: str = "joint"
+    floor: int = 1
+    multiple_of: int = 1
+    mass: float = 0.8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.coverage is not None and np.ndim(self.coverage):
+            raise ValueError(f"coverage is {self.coverage!r}: pass one share from 0 to 1, or None.")
+        coverage = 0.0 if self.coverage is None else self.coverage
+        check_budget(self.keep, self.share, self.floor, coverage, self.multiple_of, self.mass)
+        for task in self.task if isinstance(self.task, (list, tuple)) else [self.task]:
+            if task not in TASKS:
+                raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
+        selectors: Any = self.selector
+        for selector in selectors if isinstance(selectors, (list, tuple)) else [selectors]:
+            if selector is not None:
+                resolve(selector)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
+            raise ValueError(f"seed is {self.seed!r}: pass a whole number, 0 or more.")
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What was kept of one reference.
+
+    `grid` is (rows, columns). `index` holds the kept tokens, sorted flat int64 indices into the grid, row by row.
+    `scores` is float32 (rows, columns), all 1 where every token is kept and none was scored. `selector` is its label.
+    `picture` is what the selector saw, uint8 (H, W, 3 or 4), or None where the host had only latents.
+    """
+
+    grid: tuple[int, int]
+    index: np.ndarray
+    scores: np.ndarray
+    selector: str
+    picture: np.ndarray | None
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Bool (rows, columns): True where the token is kept."""
+        mask = np.zeros(self.scores.size, bool)
+        mask[self.index] = True
+        return mask.reshape(self.grid)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What was kept in one call: of each reference, by which task and coverage (one per reference), and what it cost.
+
+    `seconds` is the wall time of scoring and choosing.
+    """
+
+    references: tuple[Kept, ...]
+    task: str
+    coverage: tuple[float, ...]
+    seconds: float
+
+    @property
+    def index(self) -> np.ndarray:
+        """The kept tokens of all references, sorted int64 indices into their tokens one after another."""
+        starts = np.cumsum([0] + [kept.scores.size for kept in self.references])
+        parts = [kept.index + start for kept, start in zip(self.references, starts, strict=False)]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    @property
+    def kept(self) -> int:
+        return sum(len(kept.index) for kept in self.references)
+
+    @property
+    def total(self) -> int:
+        return sum(kept.scores.size for kept in self.references)
+
+    def to_dict(self) -> dict:
+        """Counts, selectors and cost, for JSON. The arrays stay here."""
+        return {
+            "task": self.task,
+            "kept": self.kept,
+            "total": self.total,
+            "seconds": self.seconds,
+            "references": [
+                {
+                    "grid": list(kept.grid),
+                    "kept": len(kept.index),
+                    "total": kept.scores.size,
+                    "selector": kept.selector,
+                    "coverage": coverage,
+                }
+                for kept, coverage in zip(self.references, self.coverage, strict=True)
+            ],
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        for i, (kept, coverage) in enumerate(zip(self.references, self.coverage, strict=True), start=1):
+            spread = f", {coverage:.0%} of them spread evenly".replace("%", " %") if coverage else ""
+            how = f" by {kept.selector}{spread}" if len(kept.index) < kept.scores.size else ""
+            lines.append(f"reference {i}: {_tokens(len(kept.index), kept.scores.size)}{how}")
+        lines.append(f"total: {_tokens(self.kept, self.total)}, task {self.task}, in {1000 * self.seconds:.1f} ms")
+        return "\n".join(lines)
+
+
+def _tokens(kept: int, total: int) -> str:
+    return f"{kept} of {total} tokens ({kept / max(total, 1):.0%})".replace("%", " %")
+
+
+def select_tokens(
+    images: Sequence[np.ndarray | Sequence[np.ndarray] | None],
+    grids: Sequence[tuple[int, int]],
+    config: SparseContextConfig,
+) -> Selection:
+    """Score the references of a call and choose the tokens to keep.
+
+    `images` has each reference's pixels as the VAE sees them, uint8 (H, W, 3) or (H, W, 4) with a mask or alpha channel
+    last, or None where there are only latents. Where each item of a batch has another picture, it is a list of these:
+    the batch shares one index, so their scores are averaged. `grids` has each reference's token grid (rows, columns).
+    Reference i draws its random numbers from the seed and i alone. Where all tokens are kept, nothing is scored.
+
+    Raises ValueError, in one sentence, for values that do not fit these references.
+    """
+    start = time.perf_counter()
+    count = len(grids)
+    if len(images) != count:
+        raise ValueError(f"There are {len(images)} pictures for {count} token grids: pass one grid per picture.")
+    grids = [(int(rows), int(columns)) for rows, columns in grids]
+    sizes = [rows * columns for rows, columns in grids]
+    pictures: list[Any] = [[image] if isinstance(image, np.ndarray) else image for image in images]
+    check_budget(config.keep, references=count)
+    tasks = _per_reference("task", config.task, count)
+    selectors = _per_reference("selector", config.selector, count)
+    for i in range(count):
+        user_mask(config.selector, i)  # raises where there are too few
+    given = find_mask(config.selector)
+    if given is not None and len(given.masks) > count:
+        raise ValueError(
+            f"The selector holds {len(given.masks)} masks for {count} references: pass one mask per reference "
+            "(None for its own alpha channel)."
+        )
+
+    keeps = _per_reference("keep", config.keep, count)
+    everything = keeps_all(config.keep, sizes)
+    apart = isinstance(config.keep, (list, tuple, np.ndarray)) and config.multiple_of == 1
+    labels, scores, coverages = [], [], []
+    for i in range(count):
+        selector, coverage = task_defaults(tasks[i], count)
+        if selectors[i] is not None:
+            selector, coverage = selectors[i], 0.0 if tasks[i] == "auto" else coverage
+        coverages.append(coverage if config.coverage is None else float(config.coverage))
+        if everything or (apart and keeps_all(keeps[i], [sizes[i]])):
+            label, part = "all", np.ones(grids[i], np.float32)
+        else:
+            label, function = resolve(selector)
+            batch = pictures[i] or [None]
+            parts = [function(image, grids[i], np.random.default_rng([config.seed, i])) for image in batch]
+            part = np.mean(parts, axis=0, dtype=np.float32) if len(parts) > 1 else parts[0]
+        labels.append(label)
+        scores.append(part)
+
+    index = choose_tokens(
+        scores,
+        config.keep,
+        share=config.share,
+        floor=config.floor,
+        coverage=coverages,
+        multiple_of=config.multiple_of,
+        mass=config.mass,
+    )
+    shown = [batch[0] if batch else None for batch in pictures]
+    kept = tuple(Kept(*each) for each in zip(grids, index, scores, labels, shown, strict=True))
+    task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(tasks))
+    return Selection(kept, task, tuple(coverages), time.perf_counter() - start)
+
+
+def _per_reference(name: str, value, count: int) -> list:
+    """One value for each reference, from one for all or a sequence with one each."""
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(
+            f"{name} has {len(value)} values for {count} references: pass one value, or one per reference."
+        )
+    return list(value)

@@ -1,0 +1,66 @@
+"""Reference tokens: the latents and the position ids of references, which are cut together or not at all.
+
+A wrong position id runs silently (a transformer takes any), so `ReferenceTokens.keep` is the one place in the package
+where a token is dropped: one index, applied to both tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceTokens:
+    """The tokens of all references of a call, one after another.
+
+    `latents` is (B, N, C). `ids`, the position ids, is (B, N, A) or (N, A), as the host has it. N is the same in both.
+    """
+
+    latents: torch.Tensor
+    ids: torch.Tensor
+
+    def __post_init__(self) -> None:
+        latents, ids = tuple(self.latents.shape), tuple(self.ids.shape)
+        if len(latents) != 3 or len(ids) not in (2, 3) or latents[1] != ids[-2]:
+            raise ValueError(
+                f"Reference latents of shape {latents} and position ids of shape {ids} do not belong together: "
+                "pass latents (B, N, C) and ids (B, N, A) or (N, A) with the same N."
+            )
+
+    def __len__(self) -> int:
+        """N, the number of tokens of one batch item."""
+        return self.latents.shape[1]
+
+    def keep(self, index: np.ndarray | torch.Tensor) -> ReferenceTokens:
+        """Keep the tokens at `index`, in their order, and drop the others.
+
+        `index` is 1-D int64 on the CPU (numpy or torch), strictly increasing, within [0, N), and shared by the batch:
+        FLUX transformers read the position ids of the first batch item for all. It is checked on the CPU and then
+        moved, so that dropping never waits for an accelerator. Gradients reach the kept latents. Raises ValueError.
+        """
+        if isinstance(index, torch.Tensor) and index.device.type != "cpu":
+            raise ValueError(f"The index of kept tokens is on {index.device}: pass it on the CPU, where it is checked.")
+        index = np.asarray(index)
+        if index.ndim != 1 or index.dtype != np.int64:
+            raise ValueError(
+                f"The index of kept tokens has shape {index.shape} and type {index.dtype}: pass a 1-D int64 array, "
+                "such as np.flatnonzero(mask)."
+            )
+        if len(index) and not (index[0] >= 0 and index[-1] < len(self)):
+            outside = index[0] if index[0] < 0 else index[-1]
+            raise ValueError(f"The index of kept tokens holds {outside}, but the tokens are 0 to {len(self) - 1}.")
+        falls = np.flatnonzero(np.diff(index) <= 0)
+        if len(falls):
+            before, after = index[falls[0]], index[falls[0] + 1]
+            raise ValueError(
+                f"The index of kept tokens has {after} after {before}: sort it and name each token once, "
+                "for example with np.unique."
+            )
+        if len(index) == len(self):
+            return self  # strictly increasing and as long as the tokens: it names them all
+        latents = self.latents.index_select(1, torch.tensor(index, device=self.latents.device))
+        ids = self.ids.index_select(-2, torch.tensor(index, device=self.ids.device))
+        return ReferenceTokens(latents, ids)

@@ -1,0 +1,264 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_context.selection import SparseContextConfig, select_tokens, task_defaults
+from sparse_context.selectors import SELECTORS, mask, uniform_order
+
+Config = SparseContextConfig
+GRID = (8, 8)
+
+
+def noise(seed=0, channels=3):
+    return np.random.default_rng(seed).integers(0, 256, (64, 64, channels), np.uint8)
+
+
+def flat():
+    return np.full((64, 64, 3), 120, np.uint8)
+
+
+def refuse(image, grid, generator):
+    raise AssertionError("this reference needed no scores")
+
+
+# The task
+
+
+@pytest.mark.parametrize(
+    ("task", "references", "expected"),
+    [
+        ("edit", 1, ("edges", 0.1)),
+        ("edit", 3, ("edges", 0.1)),
+        ("subject", 1, ("saliency", 0.0)),
+        ("subject", 3, ("saliency", 0.0)),
+        ("auto", 1, ({"edges": 0.5, "saliency": 0.5}, 0.1)),
+        ("auto", 2, ("saliency", 0.0)),
+    ],
+)
+def test_the_task_decides_selector_and_coverage(task, references, expected):
+    assert task_defaults(task, references) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "references", "labels", "coverage"),
+    [
+        ({}, 1, ["0.5 edges + 0.5 saliency"], [0.1]),
+        ({}, 2, ["saliency"] * 2, [0.0] * 2),
+        ({"task": "edit"}, 2, ["edges"] * 2, [0.1] * 2),
+        ({"task": ["edit", "subject"]}, 2, ["edges", "saliency"], [0.1, 0.0]),
+        ({"selector": "random"}, 1, ["random"], [0.0]),
+        ({"selector": "random", "task": "edit"}, 1, ["random"], [0.1]),
+        ({"selector": "random", "task": "edit", "coverage": 0.3}, 1, ["random"], [0.3]),
+        ({"coverage": 0}, 1, ["0.5 edges + 0.5 saliency"], [0.0]),
+        ({"selector": ["detail", None]}, 2, ["detail", "saliency"], [0.0, 0.0]),
+    ],
+)
+def test_what_the_user_names_wins_over_the_task(setting, references, labels, coverage):
+    images = [noise(i) for i in range(references)]
+    selection = select_tokens(images, [GRID] * references, Config(**setting))
+    assert [kept.selector for kept in selection.references] == labels
+    assert selection.coverage == tuple(coverage)
+    assert selection.task == ("edit, subject" if "task" in setting and setting["task"] != "edit" else selection.task)
+
+
+# What is kept
+
+
+def test_a_selection_reports_what_it_kept():
+    selection = select_tokens([noise(), noise(1)[:, :32]], [GRID, (8, 4)], Config(keep=0.25, selector="detail"))
+    first, second = selection.references
+    assert (selection.kept, selection.total) == (24, 96)
+    assert first.grid == (8, 8) and second.grid == (8, 4)
+    assert np.array_equal(np.flatnonzero(first.mask), first.index) and second.mask.shape == (8, 4)
+    assert np.array_equal(selection.index, np.concatenate([first.index, second.index + 64]))
+    assert selection.index.dtype == np.int64
+    assert np.array_equal(first.scores, SELECTORS["detail"](noise(), GRID, None))
+    assert first.scores[first.mask].min() >= first.scores[~first.mask].max()
+
+    report = json.loads(json.dumps(selection.to_dict()))
+    assert report["kept"] == 24 and report["total"] == 96 and report["task"] == "auto" and report["seconds"] > 0
+    assert report["references"][1] == {
+        "grid": [8, 4],
+        "kept": len(second.index),
+        "total": 32,
+        "selector": "detail",
+        "coverage": 0.0,
+    }
+
+
+def test_a_selection_prints_as_a_short_table():
+    selection = select_tokens([noise(), noise(1)], [GRID] * 2, Config(keep=[16, 1], task="edit"))
+    first, second, total = str(selection).splitlines()
+    assert first == "reference 1: 16 of 64 tokens (25 %) by edges, 10 % of them spread evenly"
+    assert second == "reference 2: 64 of 64 tokens (100 %)"
+    assert total.startswith("total: 80 of 128 tokens (62 %), task edit, in ") and total.endswith(" ms")
+
+
+def test_a_flat_reference_leaves_the_scores_of_the_first_as_they_are():
+    for selector in ("edges", "detail", "saliency"):
+        alone = select_tokens([noise()], [GRID], Config(selector=selector))
+        both = select_tokens([noise(), flat()], [GRID] * 2, Config(selector=selector))
+        assert np.array_equal(alone.references[0].scores, both.references[0].scores)
+        assert not both.references[1].scores.any()
+        assert len(both.references[1].index) == 1  # its floor
+
+
+def test_a_flat_picture_is_sampled_in_the_uniform_order():
+    for setting in ({}, {"task": "edit"}, {"selector": "detail"}):
+        selection = select_tokens([flat()], [GRID], Config(keep=16, **setting))
+        assert np.array_equal(selection.references[0].mask, uniform_order(GRID) < 16)
+
+
+def test_keeping_all_scores_nothing():
+    selection = select_tokens([noise(), None], [GRID] * 2, Config(keep=1, selector=refuse))
+    assert selection.kept == selection.total == 128
+    assert np.array_equal(selection.index, np.arange(128))
+    assert all((kept.scores == 1).all() and kept.selector == "all" for kept in selection.references)
+    apart = select_tokens([None, noise()], [GRID] * 2, Config(keep=[1, 0.5], selector=[refuse, "edges"]))
+    assert [len(kept.index) for kept in apart.references] == [64, 32]
+
+
+def test_a_batch_of_pictures_shares_one_index_by_its_mean_scores():
+    batch = [noise(), flat()]
+    (kept,) = select_tokens([batch], [GRID], Config(selector="detail")).references
+    alone = [select_tokens([image], [GRID], Config(selector="detail")).references[0] for image in batch]
+    assert np.array_equal(kept.scores, (alone[0].scores + alone[1].scores) / 2)
+    assert kept.picture is batch[0] and alone[1].picture is batch[1]
+    assert select_tokens([None], [GRID], Config(selector="uniform")).references[0].picture is None
+
+
+def test_no_references_give_an_empty_selection():
+    selection = select_tokens([], [], Config())
+    assert selection.references == () and selection.index.shape == (0,) and selection.index.dtype == np.int64
+    assert str(selection).startswith("total: 0 of 0 tokens")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 200), st.sampled_from(["joint", "equal"]), st.integers(1, 16))
+def test_the_total_is_what_was_asked(keep, share, multiple_of):
+    config = Config(keep=keep, share=share, multiple_of=multiple_of, selector="random")
+    selection = select_tokens([None, None], [GRID, (5, 7)], config)
+    total = min(keep, 99)
+    up = -(-total // multiple_of) * multiple_of
+    assert selection.kept == (total if total == 99 else up if up <= 99 else up - multiple_of)
+
+
+# Chance
+
+
+def test_selection_is_deterministic_by_seed_and_leaves_other_generators_alone():
+    config = Config(selector="random", keep=20)
+
+    def select():
+        return select_tokens([None, None], [GRID] * 2, config)
+
+    np.random.seed(0)
+    torch.manual_seed(0)
+    first = select()
+    drawn = np.random.random(), torch.rand(1).item()
+    again = select()
+    np.random.seed(0)
+    torch.manual_seed(0)
+    assert (np.random.random(), torch.rand(1).item()) == drawn  # selecting drew nothing from them
+    assert np.array_equal(first.index, again.index)
+    other = select_tokens([None, None], [GRID] * 2, Config(selector="random", keep=20, seed=1))
+    assert not np.array_equal(first.index, other.index)
+
+
+def test_each_reference_has_random_numbers_of_its_own():
+    scores = [
+        kept.scores for kept in select_tokens([None] * 3, [GRID] * 3, Config(selector="random", seed=5)).references
+    ]
+    for i, part in enumerate(scores):
+        assert np.array_equal(part, np.random.default_rng([5, i]).random(GRID, dtype=np.float32))
+    assert not np.array_equal(scores[0], scores[1])
+
+
+# Masks
+
+
+def test_a_mask_keeps_what_it_covers():
+    image = noise(channels=4)
+    image[..., 3] = 0
+    image[16:32, 32:64, 3] = 255
+    selection = select_tokens([image], [GRID], Config(keep=8, selector="mask"))
+    assert np.argwhere(selection.references[0].mask).tolist() == [[r, c] for r in (2, 3) for c in range(4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        (mask([np.ones((64, 64))]), "There is a reference 2, but only 1 masks"),
+        (mask([None] * 3), "holds 3 masks for 2 references"),
+        (["edges", mask([None, None])], "selector of reference 2 holds 2 masks"),
+    ],
+)
+def test_masks_that_do_not_match_the_references_are_refused(selector, message):
+    with pytest.raises(ValueError, match=message):
+        select_tokens([noise(channels=4)] * 2, [GRID] * 2, Config(selector=selector))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"keep": 0}, "keep is 0: pass a ratio"),
+        ({"keep": 1.2}, "keep is 1.2"),
+        ({"keep": [0.2, "lots"]}, "keep is 'lots'"),
+        ({"selector": "edge"}, "no selector 'edge'"),
+        ({"selector": ["edges", "salience"]}, "no selector 'salience'.*Did you mean 'saliency'"),
+        ({"selector": {"edges": -1}}, "weight of 'edges' in the blend is -1"),
+        ({"task": "style"}, "task is 'style': choose one of auto, edit, subject"),
+        ({"task": ["edit", 3]}, "task is 3"),
+        ({"coverage": 1.5}, "coverage is 1.5"),
+        ({"coverage": [0.1, 0.2]}, r"coverage is \[0.1, 0.2\]: pass one share"),
+        ({"share": "fair"}, "share is 'fair'"),
+        ({"floor": -1}, "floor is -1"),
+        ({"multiple_of": 0}, "multiple_of is 0"),
+        ({"mass": 1.5}, "mass is 1.5"),
+        ({"seed": -1}, "seed is -1: pass a whole number"),
+        ({"seed": 0.5}, "seed is 0.5"),
+    ],
+)
+def test_a_config_names_the_bad_field_and_value(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"keep": [0.2]}, "keep has 1 values for 2 references"),
+        ({"selector": ["edges"] * 3}, "selector has 3 values for 2 references"),
+        ({"task": ["edit"] * 3}, "task has 3 values for 2 references"),
+        ({"keep": 0.001}, "makes 1 tokens for 2 references"),
+    ],
+)
+def test_values_that_do_not_match_the_references_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        select_tokens([noise()] * 2, [GRID] * 2, Config(**setting))
+
+
+def test_pictures_and_grids_come_in_pairs():
+    with pytest.raises(ValueError, match="1 pictures for 2 token grids"):
+        select_tokens([noise()], [GRID] * 2, Config())
+
+
+def test_latents_without_pixels_are_refused_by_name():
+    with pytest.raises(ValueError, match="'edges' needs the picture's pixels"):
+        select_tokens([None], [GRID], Config(task="edit"))
+    assert select_tokens([None], [GRID], Config(selector="uniform", keep=0.25)).kept == 16
+
+
+def test_selecting_loads_neither_torch_nor_diffusers():
+    code = "import sys, sparse_context.selection; print({'torch', 'diffusers', 'PIL'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
