@@ -1,12 +1,16 @@
 """What was kept, drawn over the picture."""
 
+import math
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from .selection import Kept, Selection
+from .selection import Kept, Selection, SparseContextConfig, select_tokens
+from .selectors import user_mask
+
+MAX_AREA = 1024 * 1024  # what the FLUX.2 pipelines scale a larger reference down to, in pixels
 
 
 def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image:
@@ -28,15 +32,59 @@ def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image
     return Image.fromarray(drawn.astype(np.uint8))
 
 
-def draw_selection(pictures: Sequence[np.ndarray], selection: Selection, height: int = 384) -> Image.Image:
-    """All references of a call side by side, each `height` pixels high, as `draw_kept` draws them."""
+def draw_selection(selection: Selection, height: int = 384) -> Image.Image:
+    """All references of a call side by side, each `height` pixels high, as `draw_kept` draws them.
+
+    Raises ValueError where a reference has no pixels to draw on, because it reached the host as latents.
+    """
     drawn = []
-    for picture, kept in zip(pictures, selection.references, strict=True):
-        scale = height / picture.shape[0]
-        size = (max(1, round(picture.shape[1] * scale)), height)
-        enlarged = cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
-        drawn.append(draw_kept(enlarged, kept))
+    for i, kept in enumerate(selection.references):
+        if kept.picture is None:
+            raise ValueError(f"reference {i + 1} reached the pipeline as latents: there is no picture to draw on")
+        scale = height / kept.picture.shape[0]
+        size = (max(1, round(kept.picture.shape[1] * scale)), height)
+        enlarged = cv2.resize(kept.picture, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
+        drawn.append(label(draw_kept(enlarged, kept), f"{len(kept.index)} of {kept.scores.size} tokens, {kept.selector}"))
     return side_by_side(drawn)
+
+
+def select_pictures(pictures: Sequence[Image.Image], config: SparseContextConfig, token: int = 16) -> Selection:
+    """What would be kept of pictures by a model whose tokens are `token` pixels wide, without that model.
+
+    The pictures are scaled down to one megapixel and cropped to whole tokens, as the FLUX.2 pipelines do.
+    """
+    seen, grids = [], []
+    for i, picture in enumerate(pictures):
+        given = user_mask(config.selector, i)
+        if given is not None:
+            picture = picture.convert("RGB")
+            picture.putalpha(Image.fromarray(given))
+        scale = math.sqrt(MAX_AREA / (picture.width * picture.height))
+        if scale < 1:
+            picture = picture.resize((int(picture.width * scale), int(picture.height * scale)), Image.Resampling.LANCZOS)
+        columns, rows = picture.width // token, picture.height // token
+        if not rows or not columns:
+            raise ValueError(
+                f"picture {i + 1} is {picture.width}x{picture.height}, less than one token of {token} pixels: "
+                "pass a larger picture or a smaller --token"
+            )
+        left, top = (picture.width - columns * token) // 2, (picture.height - rows * token) // 2
+        seen.append(np.asarray(picture.crop((left, top, left + columns * token, top + rows * token))))
+        grids.append((rows, columns))
+    return select_tokens(seen, grids, config)
+
+
+def label(picture: Image.Image, text: str) -> Image.Image:
+    """A picture with a line of text below it on white."""
+    height = max(12, min(22, picture.width // 16))
+    font = ImageFont.load_default(height)
+    while height > 6 and font.getlength(text) > picture.width:
+        height -= 1
+        font = ImageFont.load_default(height)
+    sheet = Image.new("RGB", (picture.width, picture.height + round(height * 1.6)), "white")
+    sheet.paste(picture, (0, 0))
+    ImageDraw.Draw(sheet).text((picture.width / 2, picture.height + 2), text, fill=(40, 40, 40), font=font, anchor="ma")
+    return sheet
 
 
 def side_by_side(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
