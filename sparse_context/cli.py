@@ -3,8 +3,13 @@
 Bad input is one sentence on stderr and exit code 2; nothing is written then. Heavy imports happen inside the commands.
 """
 
+import contextlib
+import io
 import json
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +20,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Reference-conditioned image generation with a fraction of the reference tokens.",
@@ -74,32 +78,52 @@ def generate(
     """Make a picture from references and a prompt, with a fraction of the reference tokens."""
     from .images import check_output, open_picture, save_picture
 
-    for path in (output, show_tokens, compare):
-        if path is not None:
-            check_output(path)
-    paths = image or []
-    references = [open_picture(path) for path in paths]
+    outputs = [path for path in (output, show_tokens, compare) if path is not None]
+    for path in outputs:
+        check_output(path)
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise ValueError("Two of --output, --show-tokens and --compare name the same file: give each its own.")
+    references = [open_picture(path) for path in image or []]
+    if show_tokens is not None and not references:
+        raise ValueError("--show-tokens draws on the references, but there are none: pass --image.")
     config = _config(keep, selector, task, coverage, share, floor, mask, references)
 
+    _hide_loading_bars()
     from .generation import generate, load_pipeline
     from .preview import draw_selection, label, side_by_side
+    from .selection import SparseContextConfig
 
     pipe = load_pipeline(
-        model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=str(lora) if lora is not None else None
+        model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=None if lora is None else str(lora)
     )
-    call = {"seed": seed, "steps": steps, "height": height, "width": width, "guidance_scale": guidance_scale}
-    dense = generate(pipe, references, prompt, _everything(), **call) if compare is not None else None
-    result = generate(pipe, references, prompt, config, **call)
 
-    save_picture(result.image, output)
+    def run(config: SparseContextConfig):
+        return generate(
+            pipe,
+            references,
+            prompt,
+            config,
+            seed=seed,
+            steps=steps,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+        )
+
+    result = run(config)
+    dense = None if compare is None else run(SparseContextConfig(keep=1.0))
+
+    pictures = {output: result.image}
     if show_tokens is not None and result.selection is not None:
-        save_picture(draw_selection(result.selection), show_tokens)
+        pictures[show_tokens] = draw_selection(result.selection)
     if compare is not None and dense is not None:
         sheet = [
             label(dense.image, f"all tokens, {dense.times.total:.2f} s"),
             label(result.image, f"{_kept(result)}, {result.times.total:.2f} s"),
         ]
-        save_picture(side_by_side(sheet), compare)
+        pictures[compare] = side_by_side(sheet)
+    for path, picture in pictures.items():
+        save_picture(picture, path)
     if as_json:
         report = {"output": str(output), **result.to_dict()}
         if dense is not None:
@@ -110,7 +134,7 @@ def generate(
         print(f"took {result.times}")
         if dense is not None:
             print(f"dense {dense.times}: {dense.times.total / result.times.total:.2f}x the time")
-        print(f"wrote {', '.join(str(p) for p in (output, show_tokens, compare) if p is not None)}")
+        print(f"wrote {', '.join(map(str, outputs))}")
 
 
 @app.command()
@@ -133,7 +157,8 @@ def select(
 
     check_output(output)
     references = [open_picture(path) for path in images]
-    selection = select_pictures(references, _config(keep, selector, task, coverage, share, floor, mask, references), token)
+    config = _config(keep, selector, task, coverage, share, floor, mask, references)
+    selection = select_pictures(references, config, token)
     save_picture(draw_selection(selection), output)
     print(json.dumps(selection.to_dict(), indent=2) if as_json else f"{selection}\nwrote {output}")
 
@@ -154,13 +179,19 @@ def _config(keep, selector, task, coverage, share, floor, mask, references) -> "
     from .selection import SparseContextConfig
     from .selectors import mask as masks_of
 
+    for option, values in (("--keep", keep), ("--selector", selector)):
+        if values and len(values) not in (1, len(references)):
+            raise ValueError(
+                f"{option} has {len(values)} values for {len(references)} references: give one, or as many."
+            )
     keeps = [_number(k) for k in keep or ["0.2"]]
     selectors = [_selector(s) for s in selector or ["auto"]]
     if mask:
         if len(mask) != len(references):
             raise ValueError(f"There are {len(mask)} masks for {len(references)} references: pass one --mask for each.")
-        given = masks_of([open_mask(path, r.size) for path, r in zip(mask, references, strict=True)])
-        selectors = [_with_masks(s, given) for s in selectors]
+        masks = [open_mask(path, r.size) for path, r in zip(mask, references, strict=True)]
+        shares = [masks] if len(selectors) == 1 else [[own] for own in masks]
+        selectors = [_with_masks(s, masks_of(own)) for s, own in zip(selectors, shares, strict=True)]
     return SparseContextConfig(
         keep=keeps[0] if len(keeps) == 1 else keeps,
         selector=selectors[0] if len(selectors) == 1 else selectors,
@@ -177,7 +208,7 @@ def _with_masks(selector, given):
         return given
     if isinstance(selector, dict) and "mask" in selector:
         return {given if name == "mask" else name: weight for name, weight in selector.items()}
-    raise ValueError(f"--mask was given with --selector {selector}, which does not use it: name mask, or leave one out.")
+    raise ValueError("--mask was given, but --selector does not use it: name mask there, or leave one of the two out.")
 
 
 def _number(text: str) -> float | int | str:
@@ -198,29 +229,52 @@ def _selector(text: str):
         return text
     weights = {}
     for part in text.split(","):
-        name, _, weight = part.partition("=")
+        name, _, weight = (piece.strip() for piece in part.partition("="))
         try:
-            weights[name.strip()] = float(weight)
+            if name in weights:
+                raise ValueError
+            weights[name] = float(weight)
         except ValueError:
             raise ValueError(f"selector is {text!r}: write a blend as saliency=0.7,edges=0.3.") from None
     return weights
-
-
-def _everything() -> "SparseContextConfig":
-    from .selection import SparseContextConfig
-
-    return SparseContextConfig(keep=1.0)
 
 
 def _kept(result) -> str:
     return f"{result.selection.kept} of {result.selection.total} tokens" if result.selection else "no references"
 
 
+def _hide_loading_bars() -> None:
+    """Leave stderr to the bars of the steps and of downloads."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # this one hides the bars of downloads too
+    huggingface_hub.utils.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what libraries log and warn of from stderr: what goes wrong is one sentence of our own."""
+    logging.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def main() -> None:
     """Run the command. Bad input ends in one sentence on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
-    except (ValueError, TypeError, FileNotFoundError, OSError) as error:
+        with _quiet():
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (ValueError, OSError) as error:
         _fail(str(error) or type(error).__name__)
     except (KeyboardInterrupt, EOFError):
         sys.exit(130)

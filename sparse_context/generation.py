@@ -7,25 +7,28 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from .families import FAMILIES
-from .mini import WEIGHTS, read_call_settings
+from .mini import CALL_FILE, WEIGHTS, read_call_settings
+from .preview import fit_reference, reference_mask
 from .selection import Selection, SparseContextConfig
-from .speed.timing import Times, timed
+from .selectors import Blend, Mask
 from .sparsify import apply_sparse_context, last_selection
+from .speed.timing import Times, timed
 
 DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
           "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
-MAX_ASPECT = 8  # the FLUX.2 pipelines refuse anything wider or taller
-MIN_SIDE = 64  # and anything smaller
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_TIMEOUT = 10  # seconds until the hub counts as out of reach
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,15 @@ def load_pipeline(
     automatic = torch.float32 if model is None and where.type == "cpu" else torch.bfloat16
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            path, torch_dtype=DTYPES.get(dtype, automatic), use_safetensors=True, local_files_only=Path(path).is_dir()
+            path, dtype=DTYPES.get(dtype, automatic), use_safetensors=True, local_files_only=Path(path).is_dir()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"The model {path} does not load: {_first_line(error)}") from error
+    except Exception as error:  # the loaders raise many kinds, and all of them mean this
+        raise ValueError(f"The model {path} does not load: {_first_line(error)}.") from error
+    for name, part in pipe.components.items():  # diffusers leaves a weight that is not in the file without a value
+        if isinstance(part, torch.nn.Module) and any(weight.is_meta for weight in part.parameters()):
+            raise ValueError(f"The model {path} is incomplete: weights of its {name} are missing.")
+    if getattr(pipe.tokenizer, "vocab_size", 2) < 2:  # without its file a tokenizer loads too, and knows no word
+        raise ValueError(f"The model {path} is incomplete: its tokenizer has no words.")
     if lora is not None:
         _load_lora(pipe, lora)
     if cpu_offload == "model":
@@ -87,7 +95,8 @@ def load_pipeline(
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu") if _accelerator() else torch.device("cpu")
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -97,108 +106,117 @@ def _device(name: str | None) -> torch.device:
     backend = getattr(torch, device.type, None)
     count = backend.device_count() if backend is not None and hasattr(backend, "device_count") else 0
     if (device.index or 0) >= count:
-        raise ValueError(f"device is {name!r}, but this machine has {count} of that kind: use --device cpu.")
+        raise ValueError(f"device is {name!r}, but this machine has {count} of that kind: pass cpu, or leave it out.")
     return device
-
-
-def _accelerator() -> bool:
-    return torch.accelerator.is_available()
 
 
 def _check_model(model: str) -> str:
     """`model` if its pipeline class is supported, before any weights are read."""
-    from diffusers import DiffusionPipeline
-
     folder = Path(model)
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
             raise ValueError(f"The folder {model} holds no model_index.json: pass a model in the diffusers layout.")
-        try:
-            name = json.loads(index.read_text())["_class_name"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is no diffusers model index: pass a model in the diffusers layout.") from error
     elif HUB_ID.fullmatch(model) and not folder.exists():
-        try:
-            name = DiffusionPipeline.load_config(model)["_class_name"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"The model {model} is neither a folder here nor can it be fetched from the hub: {_first_line(error)}"
-            ) from error
+        index = _fetch_index(model)
     else:
         raise ValueError(f"The model {model} does not exist: pass a folder in the diffusers layout or a hub id.")
+    try:
+        name = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{index} is no diffusers model index: pass a model in the diffusers layout.") from error
     if name not in FAMILIES:
         raise ValueError(f"The model {model} is a {name}; the supported pipelines are {', '.join(FAMILIES)}.")
     if name == "Flux2KleinInpaintPipeline":
-        raise ValueError(f"The model {model} is an inpainting pipeline: drive it from Python with apply_sparse_context.")
+        raise ValueError(f"The model {model} is for inpainting: drive it from Python, with apply_sparse_context.")
     return model
+
+
+def _fetch_index(model: str) -> Path:
+    """The model_index.json of a hub id: from the cache if it is there, else from the hub."""
+    from huggingface_hub import errors, hf_hub_download, model_info
+
+    reasons = {
+        errors.GatedRepoError: "accept its terms there first, and log in with `hf auth login`",
+        errors.RepositoryNotFoundError: "none has this name, or it is private: log in with `hf auth login`",
+        errors.EntryNotFoundError: "it has no model_index.json there",
+        errors.HFValidationError: "that is no id of a model",
+    }
+    try:
+        try:
+            return Path(hf_hub_download(model, "model_index.json", local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            model_info(model, timeout=HUB_TIMEOUT)  # hf_hub_download would try for half a minute when offline
+            return Path(hf_hub_download(model, "model_index.json"))
+    except Exception as error:  # also kinds of the HTTP library that the client happens to use
+        other = _first_line(error)
+        if not isinstance(error, errors.HfHubHTTPError):
+            other = f"it is out of reach, check the connection ({other})"
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), other)
+        raise ValueError(f"The model {model} is no folder here, and the hub does not give it: {reason}.") from error
 
 
 def _check_lora_file(path: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise ValueError(f"The LoRA {path} does not exist: pass a .safetensors file.")
+        raise ValueError(f"The LoRA {path} is not there: pass a .safetensors file.")
     try:
-        with safe_open(path, framework="pt") as f:
-            list(f.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"The LoRA {path} is not a safetensors file: nothing else is read, for safety.") from error
+        if Path(path).suffix != ".safetensors":  # diffusers unpickles by any other name
+            raise ValueError(f"its name ends in {Path(path).suffix or 'nothing'}")
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(
+            f"The LoRA {path} is no safetensors file, and nothing else is read, for safety: {_first_line(error)}."
+        ) from error
 
 
 def _load_lora(pipe: Any, path: str) -> None:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as f:
-        modules = {key.partition(".lora_")[0].removeprefix("transformer.") for key in f.keys() if ".lora_" in key}
-    known = {name for name, _ in pipe.transformer.named_modules()}
-    model = type(pipe.transformer).__name__
+    file = {"weight_name": Path(path).name, "use_safetensors": True, "local_files_only": True}
+    transformer = pipe.transformer
     try:
-        if not modules:
-            raise ValueError("it holds no LoRA weights")
-        if "transformer." in path or modules & known:  # in diffusers' own format every module has to be there
-            missing = sorted(modules - known)
-            if missing:
-                raise ValueError(f"this {model} has no {missing[0]}")
-        pipe.load_lora_weights(
-            str(Path(path).parent), weight_name=Path(path).name, use_safetensors=True, local_files_only=True
-        )
-        if not getattr(pipe.transformer, "peft_config", None):
-            raise ValueError("none of its modules are in this model")
+        state = pipe.lora_state_dict(str(Path(path).parent), **file)  # in the names of diffusers, whoever wrote it
+        wanted = {re.split(r"\.lo(?:ra|kr)_", key)[0].removeprefix("transformer.") for key in state}
+        unknown = sorted(wanted - {name for name, _ in transformer.named_modules()})
+        if unknown or not wanted:
+            raise ValueError(f"{type(transformer).__name__} has no {unknown[0]}" if unknown else "it is empty")
+        pipe.load_lora_weights(str(Path(path).parent), **file)
+        if not getattr(transformer, "peft_config", None):
+            raise ValueError("its weights go by names that diffusers does not read")
     except Exception as error:  # the loaders raise many kinds, and all of them mean this
-        raise ValueError(f"The LoRA {path} does not fit this model: {_first_line(error)}") from error
+        raise ValueError(f"The LoRA {path} does not fit this model: {_first_line(error)}.") from error
 
 
 def _first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text[:200] + " ...") if len(text) > 204 else text or type(error).__name__
+    text = textwrap.shorten(str(error), 300, placeholder=" …")
+    return text.rstrip(".!") or type(error).__name__
 
 
 def call_settings(pipe: Any) -> dict:
-    """What this model wants of a call, from the `call.json` beside its weights; else what suits its class."""
-    settings = read_call_settings(Path(pipe.config._name_or_path)) or {}
+    """What this model wants of a call, from the `call.json` beside its weights; else what suits its class.
+
+    Raises ValueError for a file that cannot be read.
+    """
+    source = getattr(pipe.config, "_name_or_path", None)  # None for a pipeline that was built in code
+    try:
+        settings = dict(read_call_settings(Path(source)) or {}) if source else {}
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"The {CALL_FILE} of {source} holds no call settings: {_first_line(error)}.") from error
     if not settings and getattr(pipe.config, "is_distilled", False):
         settings = {"num_inference_steps": 4}
     return settings
 
 
-def fit_reference(picture: Image.Image, side: int | None = None) -> Image.Image:
-    """A reference as the host takes it: not below 64 px, no longer than 8:1, and about `side`**2 pixels if given.
-
-    What is longer than 8:1 is padded with white along its short side.
-    """
-    width, height = picture.size
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        size = (max(width, math.ceil(height / MAX_ASPECT)), max(height, math.ceil(width / MAX_ASPECT)))
-        padded = Image.new(picture.mode, size, (255,) * 3 + (0,) * (picture.mode == "RGBA"))
-        padded.paste(picture, ((size[0] - width) // 2, (size[1] - height) // 2))
-        picture, (width, height) = padded, size
-    scale = 1.0 if side is None else side / math.sqrt(width * height)
-    scale = max(scale, MIN_SIDE / min(width, height))
-    if scale == 1.0:
-        return picture
-    size = (max(MIN_SIDE, round(width * scale)), max(MIN_SIDE, round(height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+def _fit_masks(selector: Any, side: int | None) -> Any:
+    """`selector` with the user's masks in it scaled and padded as `fit_reference` does with their pictures."""
+    if isinstance(selector, Mask):
+        return Mask([m if m is None else np.asarray(fit_reference(Image.fromarray(m), side)) for m in selector.masks])
+    if isinstance(selector, Blend):
+        return Blend([(_fit_masks(part, side), weight) for part, weight in selector.parts])
+    if isinstance(selector, Mapping):
+        return {_fit_masks(part, side): weight for part, weight in selector.items()}
+    return [_fit_masks(part, side) for part in selector] if isinstance(selector, (list, tuple)) else selector
 
 
 def generate(
@@ -216,33 +234,51 @@ def generate(
     """One picture from references (RGB or RGBA) and a prompt. `config` stays applied to `pipe` afterwards.
 
     A model with call settings of its own (`call_settings`) is called by them where no argument says otherwise; its
-    references are scaled to the size that it was trained on.
+    references, and the masks in `config` with them, are scaled to the size that it was trained on (`fit_reference`).
+    Raises ValueError for arguments out of range, and for whatever the pipeline itself raises.
     """
     settings = call_settings(pipe)
-    most = settings.get("max_references")
+    config = config or SparseContextConfig()
+    most, side = settings.get("max_references"), settings.get("reference_size")
     if most is not None and len(references) > most:
         raise ValueError(f"There are {len(references)} references, and this model takes at most {most}: pass fewer.")
     for name, value in (("steps", steps), ("height", height), ("width", width)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: pass a number above 0.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"The prompt {prompt!r} has bytes that are no text: write it in UTF-8.")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}: pass a number from 0 to {2**63 - 1}.")
     token = 2 * pipe.vae_scale_factor
     for name, value in (("height", height), ("width", width)):
         if value is not None and value % token:
-            raise ValueError(f"{name} is {value}: this model makes multiples of {token}, such as {value // token * token or token}.")
+            near = max(1, round(value / token)) * token
+            raise ValueError(f"{name} is {value}: this model makes multiples of {token}, such as {near}.")
+    if guidance_scale is not None:
+        if not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale is {guidance_scale}: pass a number of 0 or more.")
+        if getattr(pipe.config, "is_distilled", False):
+            raise ValueError(f"guidance_scale is {guidance_scale}, but this distilled model takes none: leave it out.")
+    for i, reference in enumerate(references):
+        reference_mask(config.selector, i, reference)  # raises for a mask of another size
+
     taken = inspect.signature(type(pipe).__call__).parameters
-    arguments = {name: value for name, value in settings.items() if name in taken}
     chosen = {"num_inference_steps": steps, "height": height, "width": width, "guidance_scale": guidance_scale}
     if getattr(pipe.config, "is_distilled", False):
-        chosen["guidance_scale"] = 1.0
-    arguments |= {name: value for name, value in chosen.items() if value is not None and name in taken}
-    apply_sparse_context(pipe, config)
-    with timed(pipe) as times:
-        image = pipe(
-            image=[fit_reference(r, settings.get("reference_size")) for r in references] or None,
-            prompt=prompt,
-            generator=torch.Generator().manual_seed(seed),
-            **arguments,
-        ).images[0]
+        chosen["guidance_scale"] = 1.0  # what it is run with anyhow
+    arguments = settings | {name: value for name, value in chosen.items() if value is not None}
+    arguments = {name: value for name, value in arguments.items() if name in taken}
+    apply_sparse_context(pipe, replace(config, selector=_fit_masks(config.selector, side)))
+    try:
+        with timed(pipe) as times:
+            image = pipe(
+                image=[fit_reference(reference, side) for reference in references] or None,
+                prompt=prompt,
+                generator=torch.Generator().manual_seed(seed),
+                **arguments,
+            ).images[0]
+    except ValueError:
+        raise
+    except Exception as error:  # memory that ran out, parts that do not belong together, settings of another model
+        raise ValueError(f"{type(pipe).__name__} failed: {_first_line(error)}.") from error
     return Generation(image, last_selection(pipe), times)

@@ -1,4 +1,4 @@
-"""What was kept, drawn over the picture."""
+"""What is kept of pictures, drawn over them; with no model loaded, and so without torch."""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +11,52 @@ from .selection import Kept, Selection, SparseContextConfig, select_tokens
 from .selectors import user_mask
 
 MAX_AREA = 1024 * 1024  # what the FLUX.2 pipelines scale a larger reference down to, in pixels
+MAX_ASPECT = 8  # they refuse anything wider or taller
+MIN_SIDE = 64  # and anything smaller, in pixels
+
+
+def fit_reference(picture: Image.Image, side: int | None = None) -> Image.Image:
+    """A reference in a size that the FLUX.2 pipelines take as it is: RGB, RGBA, or L for a mask.
+
+    What is longer than 8:1 is padded to that, centred, with white (a mask with 0). The result then has about `side`**2
+    pixels; without `side` it keeps its size, unless it is above one megapixel: that is scaled down as the pipelines
+    themselves do it. No side is below 64 pixels. Transparent parts are laid on white; their alpha stays, as a mask.
+    """
+    if picture.mode == "RGBA":  # its parts apart, because Pillow blackens what is transparent when it scales
+        white = Image.new("RGBA", picture.size, "white")
+        fitted = fit_reference(Image.alpha_composite(white, picture).convert("RGB"), side)
+        fitted.putalpha(fit_reference(picture.getchannel("A"), side))
+        return fitted
+    width, height = picture.size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        size = max(width, math.ceil(height / MAX_ASPECT)), max(height, math.ceil(width / MAX_ASPECT))
+        padded = Image.new(picture.mode, size, 0 if picture.mode == "L" else "white")
+        padded.paste(picture, ((size[0] - width) // 2, (size[1] - height) // 2))
+        picture, (width, height) = padded, size
+    if side is None and width * height > MAX_AREA:
+        scale = math.sqrt(MAX_AREA / (width * height))
+        wide, high = int(width * scale), int(height * scale)  # rounded as the pipelines do
+    else:
+        scale = max(1.0 if side is None else side / math.sqrt(width * height), MIN_SIDE / min(width, height))
+        wide, high = round(width * scale), round(height * scale)
+    if scale == 1:
+        return picture
+    size = min(wide, MAX_ASPECT * high), min(high, MAX_ASPECT * wide)  # rounding may have gone beyond 8:1
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def reference_mask(selector, i: int, picture: Image.Image) -> Image.Image | None:
+    """The user's mask of reference `i` in `selector`, mode L, or None. Raises ValueError for one of another size."""
+    given = user_mask(selector, i)
+    if given is None:
+        return None
+    mask = Image.fromarray(given)
+    if mask.size != picture.size:
+        raise ValueError(
+            f"The mask of reference {i + 1} is {mask.width}x{mask.height}, but its picture is "
+            f"{picture.width}x{picture.height}: pass a mask of the picture's own size."
+        )
+    return mask
 
 
 def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image:
@@ -40,33 +86,32 @@ def draw_selection(selection: Selection, height: int = 384) -> Image.Image:
     drawn = []
     for i, kept in enumerate(selection.references):
         if kept.picture is None:
-            raise ValueError(f"reference {i + 1} reached the pipeline as latents: there is no picture to draw on")
+            raise ValueError(f"Reference {i + 1} reached the pipeline as latents: there is no picture to draw on.")
         scale = height / kept.picture.shape[0]
         size = (max(1, round(kept.picture.shape[1] * scale)), height)
         enlarged = cv2.resize(kept.picture, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
-        drawn.append(label(draw_kept(enlarged, kept), f"{len(kept.index)} of {kept.scores.size} tokens, {kept.selector}"))
+        text = f"{len(kept.index)} of {kept.scores.size} tokens, {kept.selector}"
+        drawn.append(label(draw_kept(enlarged, kept), text))
     return side_by_side(drawn)
 
 
 def select_pictures(pictures: Sequence[Image.Image], config: SparseContextConfig, token: int = 16) -> Selection:
-    """What would be kept of pictures by a model whose tokens are `token` pixels wide, without that model.
+    """What would be kept of pictures (RGB or RGBA) by a model whose tokens are `token` pixels wide, without that model.
 
-    The pictures are scaled down to one megapixel and cropped to whole tokens, as the FLUX.2 pipelines do.
+    The pictures go through `fit_reference` and are cropped to whole tokens, as the FLUX.2 pipelines do.
     """
     seen, grids = [], []
     for i, picture in enumerate(pictures):
-        given = user_mask(config.selector, i)
-        if given is not None:
+        mask = reference_mask(config.selector, i, picture)
+        picture = fit_reference(picture)
+        if mask is not None:
             picture = picture.convert("RGB")
-            picture.putalpha(Image.fromarray(given))
-        scale = math.sqrt(MAX_AREA / (picture.width * picture.height))
-        if scale < 1:
-            picture = picture.resize((int(picture.width * scale), int(picture.height * scale)), Image.Resampling.LANCZOS)
+            picture.putalpha(fit_reference(mask))
         columns, rows = picture.width // token, picture.height // token
         if not rows or not columns:
             raise ValueError(
-                f"picture {i + 1} is {picture.width}x{picture.height}, less than one token of {token} pixels: "
-                "pass a larger picture or a smaller --token"
+                f"Picture {i + 1} is {picture.width}x{picture.height}, less than one token of {token} pixels: "
+                "pass a larger picture or a smaller --token."
             )
         left, top = (picture.width - columns * token) // 2, (picture.height - rows * token) // 2
         seen.append(np.asarray(picture.crop((left, top, left + columns * token, top + rows * token))))
@@ -95,4 +140,15 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
     for picture in pictures:
         sheet.paste(picture, (left, 0))
         left += picture.width + gap
+    return sheet
+
+
+def column(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
+    """Pictures in one column on white, left-aligned, `gap` pixels apart."""
+    height = sum(p.height for p in pictures) + gap * (len(pictures) - 1)
+    sheet = Image.new("RGB", (max(p.width for p in pictures), height), "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height + gap
     return sheet

@@ -1,4 +1,4 @@
-"""The embedded model: a small but real `Flux2KleinPipeline`, trained here from scratch, whose weights are in the package.
+"""The embedded model: a small but real `Flux2KleinPipeline`, trained from scratch, with its weights in the package.
 
 scenes.py makes the pictures, recipe.py trains, model.py has the parts, data.py fetches what the scenes are made of.
 """
@@ -13,8 +13,8 @@ CALL_FILE = "call.json"
 def read_call_settings(path: Path) -> dict | None:
     """What the model in folder `path` wants of a call, from its `call.json`; None where there is no such file.
 
-    Keys: height, width, num_inference_steps, max_sequence_length, text_encoder_out_layers (arguments of the pipeline), and
-    reference_size (the side in pixels that references are scaled to), max_references.
+    Keys: height, width, num_inference_steps, max_sequence_length, text_encoder_out_layers (arguments of the pipeline),
+    and reference_size (the side in pixels that references are scaled to), max_references.
     """
     file = path / CALL_FILE
     return json.loads(file.read_text()) if file.is_file() else None

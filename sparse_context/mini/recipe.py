@@ -1,4 +1,4 @@
-"""How the embedded model is trained: the VAE, then the base (transformer and text encoder together, all reference tokens).
+"""How the embedded model is trained: the VAE, then the base (transformer and text encoder, on all reference tokens).
 
 Every step resumes where it was killed. The working folder (ignored by git) holds the assets, the checkpoints, the logs
 and sample sheets; `export` writes what is shipped.
@@ -57,7 +57,7 @@ def _crops(assets: Assets, config: VaeConfig, step: int) -> torch.Tensor:
 
 
 def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float | None = None) -> None:
-    """Train the VAE for reconstruction: L1 plus L2 on pixels and their gradients, noise on the latents, a faint KL term.
+    """Train the VAE for reconstruction: L1 and L2 on pixels and their gradients, noise on the latents, a faint L2 there.
 
     The noise makes the decoder forgive what the sampler leaves behind; there is no adversarial or perceptual loss.
     At the end the statistics of `bn`, which the pipeline normalises latents with, are measured on 512 pictures.
@@ -107,7 +107,7 @@ class BaseConfig:
     The batch shrinks with the number of references, so that a step costs about the same.
     """
 
-    steps: int = 3000
+    steps: int = 2050
     batch: int = 16
     lr: float = 1e-3
     muon_lr: float = 2e-3
@@ -116,14 +116,12 @@ class BaseConfig:
     vocabulary: int = 512
     seed: int = 0
     mix: tuple[tuple[str, float], ...] = (
-        ("edit_background", 0.24),
+        ("edit_background", 0.36),
         ("edit_object", 0.08),
-        ("edit_global", 0.22),
-        ("edit_remove", 0.03),
-        ("subject_place", 0.20),
-        ("subject_scale", 0.05),
-        ("subject_pair", 0.06),
-        ("subject_scene", 0.08),
+        ("edit_global", 0.30),
+        ("subject_place", 0.14),
+        ("subject_pair", 0.04),
+        ("subject_scene", 0.04),
         ("subject_quarters", 0.04),
     )
 
@@ -295,3 +293,21 @@ def export(folder: Path, destination: Path) -> None:
         "training_steps": step,
     }
     (destination / "call.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def export_examples(folder: Path, destination: Path, scenes: dict[str, tuple[str, int]]) -> None:
+    """Write scenes of the test split for the demo: pictures as lossless webp, and `scenes.json` that lists them.
+
+    `scenes` maps a name to (task, seed).
+    """
+    assets = load_assets(folder / "assets.safetensors").split("test")
+    destination.mkdir(parents=True, exist_ok=True)
+    listing = []
+    for name, (task, seed) in scenes.items():
+        scene = make_scene(assets, task, seed)
+        files = [f"{name}-{i + 1}.webp" for i in range(len(scene.references))]
+        for file, picture in zip([*files, f"{name}-truth.webp"], [*scene.references, scene.target], strict=True):
+            Image.fromarray(picture).save(destination / file, lossless=True, method=6)
+        listing.append({"name": name, "task": scene.task, "prompt": scene.prompt, "references": files,
+                        "truth": f"{name}-truth.webp"})  # fmt: skip
+    (destination / "scenes.json").write_text(json.dumps(listing, indent=2) + "\n")

@@ -1,8 +1,9 @@
 """Procedural scenes: references, a prompt, and the picture that follows from them.
 
-Each task is a function `(assets, rng) -> Scene` in the table `TASKS`. The truth follows from the references and the prompt
-alone: the place is named, the output scale is fixed, the object keeps the orientation that it has in its reference. So a
-score against the truth means something. Everything random is drawn from the one generator given, so a seed is a scene.
+Each task is a function `(assets, rng) -> Scene` in the table `TASKS`. The truth follows from the references and the
+prompt alone: the place is named, the output scale is fixed, the object keeps the orientation that it has in its
+reference. So a score against the truth means something. Everything random is drawn from the one generator given, so a
+seed is a scene.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,7 +49,7 @@ class Scene:
 
 
 def draw_object(assets: Assets, rng: np.random.Generator) -> np.ndarray:
-    """A random object, flipped at random and turned by up to 12 degrees: float32 (128, 128, 4), premultiplied, 0 to 1."""
+    """A random object, flipped at random and turned by up to 12 degrees: premultiplied float32 (128, 128, 4), 0 to 1."""
     rgba = assets.objects[rng.integers(len(assets.objects))].astype(np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]
     if rng.random() < 0.5:
@@ -104,12 +105,13 @@ def texture(rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
     elif kind == 1:  # stripes
         weight = 0.5 + 0.5 * np.sin(along * rng.uniform(15, 70))
     elif kind == 2:  # checks
-        n = rng.integers(4, 14)
+        n = int(rng.integers(4, 14))
         weight = ((np.floor(x * n) + np.floor(y * n)) % 2).astype(np.float32)
     else:  # noise of two octaves, coarse or fine
         n = int(rng.integers(3, 9)) if kind == 3 else int(rng.integers(16, 40))
         weight = cv2.resize(rng.random((n, n)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-        weight = np.clip(weight + 0.3 * (cv2.resize(rng.random((2 * n,) * 2).astype(np.float32), (size, size)) - 0.5), 0, 1)
+        finer = cv2.resize(rng.random((2 * n, 2 * n)).astype(np.float32), (size, size))
+        weight = np.clip(weight + 0.3 * (finer - 0.5), 0, 1)
     out = a + (b - a) * weight[..., None]
     if rng.random() < 0.3:  # a second, coarse layer
         n = int(rng.integers(2, 5))
@@ -172,7 +174,8 @@ def edit_background(assets: Assets, rng: np.random.Generator) -> Scene:
     name, colour = _colour(rng)
     target = _plain(colour) * (1 - mask[..., None]) + alone
     prompt = _say(rng, "Make the background plain {c}.", "Replace the background with {c}.",
-                  "Put the object on a plain {c} background.", "Change the background to {c}, keep the object.", c=name)  # fmt: skip
+                  "Put the object on a plain {c} background.", "Change the background to {c}, keep the object.",
+                  c=name)  # fmt: skip
     return Scene("edit_background", prompt, (_picture(canvas),), _picture(target), mask, (mask,))
 
 
@@ -182,8 +185,8 @@ def edit_object(assets: Assets, rng: np.random.Generator) -> Scene:
     name, colour = _colour(rng)
     tinted = colour * (0.25 + _luma(alone)) * mask[..., None]
     target = canvas - alone + np.minimum(tinted, mask[..., None])
-    prompt = _say(rng, "Make the object {c}.", "Recolour the object in {c}.", "Turn the object {c}, keep the background.",
-                  c=name)  # fmt: skip
+    prompt = _say(rng, "Make the object {c}.", "Recolour the object in {c}.",
+                  "Turn the object {c}, keep the background.", c=name)  # fmt: skip
     return Scene("edit_object", prompt, (_picture(canvas),), _picture(target), mask, (mask,))
 
 

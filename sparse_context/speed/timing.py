@@ -38,7 +38,7 @@ class Times:
 def timed(pipe: Any) -> Iterator[Times]:
     """Time the one call of `pipe` that is made inside; the figures are there when the block ends.
 
-    Watches `encode_prompt`, `vae.encode`, `vae.decode` and the transformer on these instances, and lets go of them after.
+    Watches `encode_prompt`, `vae.encode`, `vae.decode` and the transformer of these instances, and lets go after.
     """
     times, device = Times(), pipe._execution_device
     denoise_started: list[float] = []

@@ -1,11 +1,11 @@
 """The training loop: one function, resumable at any kill.
 
-Everything random in a step is drawn from a generator seeded by (seed, step), so that a run that was killed and resumed sees
-the same batches and ends at the same weights as one that was not; no generator state is stored. A checkpoint is a folder of
-safetensors files (nothing is pickled) that is renamed into place when it is whole.
+Everything random in a step is drawn from a generator seeded by (seed, step), so that a run that was killed and resumed
+sees the same batches and ends at the same weights as one that was not; no generator state is stored. A checkpoint is a
+folder of safetensors files (nothing is pickled) that is renamed into place when it is whole.
 
-Output contract, in `folder`: `step-0001000/{weights,average,optimiser}.safetensors` (the last two are kept), `log.jsonl`
-with one record every `log_every` steps.
+Output contract, in `folder`: `step-0001000/{weights,average,optimiser}.safetensors` (the last two are kept), and
+`log.jsonl` with one record every `log_every` steps.
 """
 
 import copy
@@ -27,7 +27,9 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup, (steps - step) / (steps / 4))
 
 
-def make_optimisers(module: nn.Module, matrices: Sequence[str], lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+def make_optimisers(
+    module: nn.Module, matrices: Sequence[str], lr: float, muon_lr: float
+) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al., 2024) on the matrices inside the children named by `matrices`, AdamW on everything else."""
     inside = [
         p for n, p in module.named_parameters() if p.requires_grad and p.ndim == 2 and n.startswith(tuple(matrices))

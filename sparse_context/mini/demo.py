@@ -1,0 +1,92 @@
+"""The main job on pictures that the embedded model has not seen: kept tokens, dense beside sparse, the times."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..images import check_output, open_picture, save_picture, save_text
+from ..selection import SparseContextConfig
+
+EXAMPLES = Path(__file__).parent / "examples"
+
+
+def read_examples(folder: Path = EXAMPLES) -> list[dict]:
+    """The shipped scenes: a list of {"name", "task", "prompt", "references": [PIL], "truth": PIL}."""
+    listing = json.loads((folder / "scenes.json").read_text())
+    return [
+        {
+            **entry,
+            "references": [open_picture(folder / file) for file in entry["references"]],
+            "truth": open_picture(folder / entry["truth"]),
+        }
+        for entry in listing
+    ]
+
+
+def run_demo(output: Path, keep: float | int | str = 0.2) -> dict:
+    """Run every example dense and sparse, write a sheet for each and one of all into `output`, and print the times.
+
+    Returns the report that is also written to `output`/report.json. Raises ValueError for a keep out of range and
+    PictureError where `output` cannot be written, before any work starts.
+    """
+    config = SparseContextConfig(keep=keep)
+    output.mkdir(parents=True, exist_ok=True)
+    check_output(output / "demo.png")
+
+    from ..generation import generate, load_pipeline
+    from ..preview import column, draw_selection, label, side_by_side
+
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    examples = read_examples()
+    dense_config = SparseContextConfig(keep=1.0)
+    for warm_up in (dense_config, config):
+        generate(pipe, examples[-1]["references"], examples[-1]["prompt"], warm_up, steps=2)
+
+    sheets, report = [], []
+    for example in tqdm(examples, desc="demo", unit="scene"):
+        dense = generate(pipe, example["references"], example["prompt"], dense_config)
+        sparse = generate(pipe, example["references"], example["prompt"], config)
+        assert sparse.selection is not None
+        side = 192
+        truth, dense_picture, sparse_picture = (
+            p.resize((side, side), Image.Resampling.LANCZOS) for p in (example["truth"], dense.image, sparse.image)
+        )
+        sheet = label(
+            side_by_side(
+                [
+                    draw_selection(sparse.selection, height=side),
+                    label(truth, "truth"),
+                    label(dense_picture, f"all tokens, {dense.times.total:.2f} s"),
+                    label(sparse_picture, f"{sparse.selection.kept} tokens, {sparse.times.total:.2f} s"),
+                ]
+            ),
+            example["prompt"],
+        )
+        save_picture(sheet, output / f"{example['name']}.png")
+        sheets.append(sheet)
+        report.append(
+            {
+                "name": example["name"],
+                "prompt": example["prompt"],
+                "references": len(example["references"]),
+                "dense": dense.to_dict(),
+                "sparse": sparse.to_dict(),
+                "times faster": dense.times.total / sparse.times.total,
+            }
+        )
+    save_picture(column(sheets), output / "demo.png")
+    save_text(json.dumps(report, indent=2) + "\n", output / "report.json")
+
+    print(f"{'scene':<24}{'references':>11}{'tokens kept':>16}{'dense':>10}{'sparse':>10}{'faster':>9}")
+    for row in report:
+        kept = row["sparse"]["selection"]
+        seconds = [row[which]["seconds"]["total"] for which in ("dense", "sparse")]
+        print(
+            f"{row['name']:<24}{row['references']:>11}{kept['kept']:>8} of {kept['total']:<5}"
+            f"{seconds[0]:>8.2f} s{seconds[1]:>8.2f} s{row['times faster']:>8.2f}x"
+        )
+    print(f"wrote {output / 'demo.png'}, a sheet for each scene and report.json")
+    return {"scenes": report}

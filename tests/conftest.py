@@ -1,0 +1,31 @@
+"""What several test modules share: a tiny model on disk, and no way to the model hub."""
+
+import json
+import os
+
+# Nothing is fetched in a test. Read when huggingface_hub is imported, and by the commands that tests start.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+
+import pytest
+
+CALL = {
+    "height": 64,
+    "width": 64,
+    "num_inference_steps": 2,
+    "max_sequence_length": 12,
+    "text_encoder_out_layers": [1, 2],
+    "reference_size": 64,
+    "max_references": 3,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of a tiny klein in the diffusers layout, whose references are scaled to 64 x 64 pixels."""
+    import tiny
+    from diffusers import Flux2KleinPipeline
+
+    folder = tmp_path_factory.mktemp("model") / "tiny klein"
+    tiny.build_flux2(Flux2KleinPipeline, is_distilled=True).save_pretrained(folder)
+    (folder / "call.json").write_text(json.dumps(CALL))
+    return folder

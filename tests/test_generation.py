@@ -1,0 +1,285 @@
+"""What the faces call, from Python: `load_pipeline` and `generate`."""
+
+import http.server
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import huggingface_hub.hf_api
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
+from PIL import Image
+from tiny import picture
+
+import sparse_context.generation
+from sparse_context import SparseContextConfig, last_selection, mask
+from sparse_context.generation import call_settings, generate, load_pipeline
+from sparse_context.preview import fit_reference, select_pictures
+from sparse_context.selectors import blend
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model):
+    loaded = load_pipeline(str(tiny_model), dtype="float32", device="cpu")
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def foreign():
+    """A pipeline built in code: not distilled, no call settings, references as large as they come."""
+    return tiny.build_flux2(Flux2KleinPipeline)
+
+
+CALL = {"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}
+
+
+@contextmanager
+def settings_of(pipe, folder, **settings):
+    """`pipe` as if it had been loaded from a folder with these call settings."""
+    before = getattr(pipe.config, "_name_or_path", None)
+    (folder / "call.json").write_text(json.dumps(settings))
+    pipe.register_to_config(_name_or_path=str(folder))
+    try:
+        yield pipe
+    finally:
+        pipe.register_to_config(_name_or_path=before)
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    {"auto": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp32": torch.float32}.items(),
+)
+def test_dtype(tiny_model, name, dtype):
+    loaded = load_pipeline(str(tiny_model), dtype=name, device="cpu")
+    assert type(loaded) is Flux2KleinPipeline
+    assert {part.dtype for part in (loaded.transformer, loaded.vae, loaded.text_encoder)} == {dtype}
+    assert loaded.device.type == "cpu"
+
+
+def test_call_settings(pipe, foreign, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call_settings(pipe) == json.loads((tiny_model / "call.json").read_text())
+    (tmp_path / "call.json").write_text('{"height": 8}')  # of whatever this folder is, not of the model
+    assert call_settings(foreign) == {}
+    assert call_settings(tiny.build_flux2(Flux2KleinPipeline, is_distilled=True)) == {"num_inference_steps": 4}
+
+
+# The hub -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hub(monkeypatch, status=404, headers=()):
+    """A hub that gives every request this answer."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            for name, value in headers:
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", f"http://127.0.0.1:{server.server_port}")
+        yield
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "says"),
+    [
+        (404, "RepoNotFound", "none has this name, or it is private: log in with `hf auth login`.$"),
+        (403, "GatedRepo", "accept its terms there first, and log in with `hf auth login`.$"),
+        (404, "EntryNotFound", "it has no model_index.json there.$"),
+        (500, "", "500"),
+    ],
+)
+def test_what_the_hub_answers_is_told(monkeypatch, status, code, says):
+    with hub(monkeypatch, status, [("X-Error-Code", code)]), pytest.raises(ValueError, match=says) as caught:
+        load_pipeline("nobody/nothing")
+    assert str(caught.value).startswith("The model nobody/nothing is no folder here, and the hub does not give it: ")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(sparse_context.generation, "HUB_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.perf_counter()
+        with pytest.raises(ValueError, match="it is out of reach, check the connection"):
+            load_pipeline("nobody/nothing")
+    assert time.perf_counter() - start < 5
+
+
+def test_an_unreachable_hub_is_not_asked_again_and_again():
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="it is out of reach, check the connection"):
+        load_pipeline("nobody/nothing")
+    assert time.perf_counter() - start < 5
+
+
+def test_an_id_that_is_none():
+    with pytest.raises(ValueError, match="that is no id of a model"):
+        load_pipeline("no--body/noth..ing")
+
+
+# Calls ---------------------------------------------------------------------------------------------------------------
+
+
+def test_generate_is_the_direct_call(pipe):
+    references = [picture(64, 64), picture(128, 32, 1)]
+    config = SparseContextConfig(keep=0.25, selector="detail")
+    result = generate(pipe, references, "the cat", config, seed=3, steps=1, height=72)
+    assert result.selection is last_selection(pipe)
+    assert (result.selection.kept, result.selection.total) == (80, 320)
+    again = pipe(
+        image=[references[0], fit_reference(references[1], 64)],
+        prompt="the cat",
+        generator=torch.Generator().manual_seed(3),
+        num_inference_steps=1,
+        height=72,
+        width=64,
+        guidance_scale=1.0,
+        **CALL,
+    ).images[0]
+    assert result.image.size == (64, 72)
+    assert np.array_equal(result.image, again)
+
+
+def test_the_report_of_a_call(pipe):
+    result = generate(pipe, [picture(64, 64)], "the cat")
+    report = json.loads(json.dumps(result.to_dict()))
+    assert report["size"] == [64, 64]
+    assert report["selection"] == result.selection.to_dict()
+    times = report["seconds"]
+    assert all(seconds > 0 for seconds in times.values())
+    assert times["total"] >= sum(times[phase] for phase in ("text", "encode", "denoise", "decode"))
+
+
+def test_without_references_nothing_is_selected(pipe):
+    generate(pipe, [picture(64, 64)], "the cat")
+    result = generate(pipe, [], "the cat")
+    assert result.selection is None and result.to_dict()["selection"] is None
+
+
+def test_without_a_config_a_fifth_is_kept(pipe):
+    assert generate(pipe, [picture(64, 64)], "the cat").selection.kept == 13
+
+
+def test_a_pipeline_without_settings_takes_references_as_they_are(foreign, tmp_path):
+    with settings_of(foreign, tmp_path, **CALL):
+        result = generate(foreign, [picture(103, 79), picture(5, 5)], "the cat", steps=1, guidance_scale=3.0)
+    assert [kept.grid for kept in result.selection.references] == [(9, 12), (8, 8)]
+    assert result.image.size == (96, 72)  # of the first reference
+
+
+def test_a_setting_that_the_pipeline_does_not_know_is_left_out(tmp_path):
+    kv = tiny.build_flux2(Flux2KleinKVPipeline)
+    settings = {**CALL, "guidance_scale": 4.0, "no_such_argument": 1, "num_inference_steps": 1}
+    with settings_of(kv, tmp_path, **settings):
+        assert generate(kv, [picture(64, 64)], "the cat", height=64, width=64, guidance_scale=2.0).selection.kept == 13
+
+
+def test_references_are_scaled_to_what_the_model_was_trained_on(pipe, tmp_path):
+    with settings_of(pipe, tmp_path, **CALL, reference_size=128, num_inference_steps=1, height=64, width=64):
+        result = generate(pipe, [picture(300, 300), picture(400, 200), picture(2000, 20)], "the cat")
+    assert [kept.grid for kept in result.selection.references] == [(16, 16), (11, 22), (8, 64)]
+
+
+def test_masks_are_scaled_with_their_references(pipe):
+    drawn = np.zeros((200, 400), bool)
+    drawn[:, 200:] = True
+    for selector in (mask([drawn]), {mask([drawn]): 1.0}, blend({mask([drawn]): 1.0}), [mask([drawn])]):
+        result = generate(pipe, [picture(400, 200)], "the cat", SparseContextConfig(keep=8, selector=selector))
+        (kept,) = result.selection.references
+        assert kept.grid == (8, 16)
+        assert (kept.scores[:, 9:] == 1).all() and (kept.scores[:, :7] == 0).all()
+        assert kept.mask[:, 8:].sum() == 8
+
+
+def test_what_is_transparent_is_white_to_the_model(pipe):
+    pixels = np.zeros((128, 128, 4), np.uint8)
+    pixels[32:96, 32:96] = (200, 30, 30, 255)
+    result = generate(pipe, [Image.fromarray(pixels)], "the cat", SparseContextConfig(keep=4, selector="mask"))
+    (kept,) = result.selection.references
+    assert (kept.picture[:12] == (255, 255, 255, 0)).all()
+    assert (kept.picture[20:44, 20:44] == (200, 30, 30, 255)).all()
+    assert kept.mask[2:6, 2:6].sum() == 4
+
+
+SELECTORS = ["uniform", "random", "edges", "detail", "saliency", {"edges": 0.5, "random": 0.5}, None]
+
+
+@pytest.mark.parametrize("selector", SELECTORS, ids=str)
+def test_select_pictures_keeps_what_the_pipeline_keeps(foreign, tmp_path, selector):
+    references = [picture(103, 79), picture(40, 90, 1)]
+    config = SparseContextConfig(keep=0.2, selector=selector)
+    with settings_of(foreign, tmp_path, **CALL):
+        made = generate(foreign, references, "the cat", config, steps=1, height=8, width=8).selection
+    assert_same_selection(made, select_pictures(references, config, token=tiny.TOKEN))
+
+
+def test_select_pictures_scales_a_large_picture_as_the_pipeline_does(foreign):
+    from sparse_context import apply_sparse_context
+
+    reference, drawn = picture(1501, 1003), np.zeros((1003, 1501), np.uint8)
+    drawn[300:700, 400:1000] = 255
+    config = SparseContextConfig(keep=40, selector={"saliency": 0.4, "edges": 0.3, mask([drawn]): 0.3})
+    apply_sparse_context(foreign, config)
+    foreign(image=[reference], prompt="the cat", num_inference_steps=1, height=8, width=8, guidance_scale=1.0, **CALL)
+    assert_same_selection(last_selection(foreign), select_pictures([reference], config, token=tiny.TOKEN))
+
+
+def assert_same_selection(first, second):
+    assert first.total == second.total
+    for one, other in zip(first.references, second.references, strict=True):
+        assert one.grid == other.grid
+        assert one.selector == other.selector
+        assert np.array_equal(one.picture, other.picture)
+        assert np.array_equal(one.scores, other.scores)
+        assert np.array_equal(one.index, other.index)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"seed": -1}, "^seed is -1: pass a number from 0 to 9223372036854775807.$"),
+        ({"steps": 0}, "^steps is 0: pass a number above 0.$"),
+        ({"height": 60}, "^height is 60: this model makes multiples of 8, such as 64.$"),
+        ({"width": -8}, "^width is -8: pass a number above 0.$"),
+        ({"guidance_scale": 2.0}, "^guidance_scale is 2.0, but this distilled model takes none: leave it out.$"),
+        ({"guidance_scale": float("nan")}, "^guidance_scale is nan: pass a number of 0 or more.$"),
+    ],
+)
+def test_arguments_out_of_range(pipe, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        generate(pipe, [picture(64, 64)], "the cat", **arguments)
+
+
+def test_references_that_do_not_suit(pipe):
+    with pytest.raises(ValueError, match="^There are 4 references, and this model takes at most 3: pass fewer.$"):
+        generate(pipe, [picture(64, 64)] * 4, "the cat")
+    wrong = SparseContextConfig(selector=mask([np.ones((32, 64), bool)]))
+    with pytest.raises(ValueError, match="^The mask of reference 1 is 64x32, but its picture is 64x64: pass a mask"):
+        generate(pipe, [picture(64, 64)], "the cat", wrong)
+
+
+def test_what_fails_in_the_pipeline_is_one_sentence_with_its_cause(pipe, tmp_path):
+    with settings_of(pipe, tmp_path, max_sequence_length=12, text_encoder_out_layers=[9], num_inference_steps=1):
+        with pytest.raises(ValueError, match="^Flux2KleinPipeline failed: tuple index out of range.$") as caught:
+            generate(pipe, [picture(64, 64)], "the cat")
+    assert isinstance(caught.value.__cause__, IndexError)
