@@ -129,7 +129,7 @@ def _check_model(model: str) -> str:
         raise ValueError(f"The model {model} does not exist: pass a folder in the diffusers layout or a hub id.")
     if name not in FAMILIES:
         raise ValueError(f"The model {model} is a {name}; the supported pipelines are {', '.join(FAMILIES)}.")
-    if name == "Flux2KleinInpaintPipeline":
+    if name.endswith("InpaintPipeline"):
         raise ValueError(f"The model {model} is an inpainting pipeline: drive it from Python with apply_sparse_context.")
     return model
 
