@@ -127,7 +127,7 @@ def _check_model(model: str) -> str:
         raise ValueError(f"{index} is no diffusers model index: pass a model in the diffusers layout.") from error
     if name not in FAMILIES:
         raise ValueError(f"The model {model} is a {name}; the supported pipelines are {', '.join(FAMILIES)}.")
-    if name == "Flux2KleinInpaintPipeline":
+    if name.endswith("InpaintPipeline"):
         raise ValueError(f"The model {model} is for inpainting: drive it from Python, with apply_sparse_context.")
     return model
 

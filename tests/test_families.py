@@ -2,7 +2,6 @@
 
 import copy
 
-import diffusers.models.transformers.transformer_flux2 as transformer_flux2
 import numpy as np
 import pytest
 import torch
@@ -12,7 +11,7 @@ from PIL import Image
 from sparse_context import apply_sparse_context, last_selection, mask, remove_sparse_context
 from sparse_context.families import FAMILIES
 from sparse_context.tokens import ReferenceTokens
-from tests.tiny import CASES, STEPS, TEXT_LENGTH, TOKEN, embeds, picture
+from tests.tiny import CASES, STEPS, picture
 
 KEEP = 0.3
 TOLERANCE = 1e-5
@@ -39,14 +38,10 @@ def state_of(pipe):
     return [{k: id(v) for k, v in vars(o).items()} for o in (pipe, pipe.image_processor, pipe.transformer)]
 
 
-def seen_by_transformer(pipe):
+def seen_by_transformer(case, pipe):
     """A list that fills with (image tokens, position ids) of each forward of the transformer."""
     seen = []
-
-    def record(module, args, kwargs):
-        seen.append((kwargs["hidden_states"].shape[1], kwargs["img_ids"].clone()))
-
-    pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    case.watch(pipe.transformer, seen)
     return seen
 
 
@@ -108,28 +103,23 @@ def test_d_the_order_of_kept_tokens_does_not_matter(case, pipe, monkeypatch):
 def masked(case, pipe, dropped, reference_tokens):
     """The oracle: the dense pipeline, where no query in any block may look at a dropped reference token.
 
-    It knows nothing of ReferenceTokens: it forbids keys inside diffusers' attention by their place in the sequence,
-    which is (text, output, references), or in the KV pipeline (text, references, output) or the references alone.
+    It knows nothing of ReferenceTokens: it forbids keys inside diffusers' attention by their place in the sequence.
     """
-    attend = transformer_flux2.dispatch_attention_fn
+    attend = case.attention.dispatch_attention_fn
 
     def attend_masked(query, key, value, attn_mask=None, **kwargs):
-        length = key.shape[1]
-        if length == reference_tokens:
-            start = 0
-        elif case.references_first:
-            start = TEXT_LENGTH
-        else:
-            start = length - reference_tokens
-        allowed = torch.ones(length, dtype=torch.bool)
-        allowed[start + torch.as_tensor(dropped)] = False
-        return attend(query, key, value, attn_mask=allowed.view(1, 1, 1, -1), **kwargs)
+        start = case.first_key(key.shape[1], reference_tokens)
+        if start is not None:
+            allowed = torch.ones(key.shape[1], dtype=torch.bool)
+            allowed[start + torch.as_tensor(dropped)] = False
+            attn_mask = allowed.view(1, 1, 1, -1)
+        return attend(query, key, value, attn_mask=attn_mask, **kwargs)
 
-    transformer_flux2.dispatch_attention_fn = attend_masked
+    case.attention.dispatch_attention_fn = attend_masked
     try:
         return case.call(pipe, case.references())
     finally:
-        transformer_flux2.dispatch_attention_fn = attend
+        case.attention.dispatch_attention_fn = attend
 
 
 def dropped_tokens(pipe):
@@ -156,11 +146,13 @@ def test_e_the_oracle_sees_wrong_position_ids(case, pipe, monkeypatch):
     assert distance(wrong, masked(case, case.build(), *dropped_tokens(pipe))) > 5 * TOLERANCE
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("case", "count"), [(name, n) for name, c in CASES.items() for n in c.counts], indirect=["case"]
+)
 def test_f_the_transformer_saw_the_tokens_promised(case, pipe, count):
     references = case.references(count)
     whole, cut = case.build(), pipe
-    seen_whole, seen_cut = seen_by_transformer(whole), seen_by_transformer(cut)
+    seen_whole, seen_cut = seen_by_transformer(case, whole), seen_by_transformer(case, cut)
     case.call(whole, references)
     apply_sparse_context(cut, keep=KEEP)
     case.call(cut, references)
@@ -194,16 +186,26 @@ def test_g_two_pipelines_do_not_affect_each_other(case, pipe, dense):
 
 def test_h_lora(case, pipe, tmp_path):
     trained = case.build()
-    trained.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_qkv_mlp_proj"]))
-    type(pipe).save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(trained.transformer))
+    trained.transformer.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_qkv_mlp_proj"])
+    )
+    # LongCat's pipeline loads no LoRA, so its users load it into the transformer
+    loader = pipe if hasattr(pipe, "load_lora_weights") else None
+    if loader:
+        loader.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(trained.transformer))
+    else:
+        trained.transformer.save_lora_adapter(tmp_path)
     apply_sparse_context(pipe, keep=KEEP)
     plain = case.call(pipe, case.references())
-    pipe.load_lora_weights(str(tmp_path), use_safetensors=True)
+    if loader:
+        loader.load_lora_weights(str(tmp_path), use_safetensors=True)
+    else:
+        pipe.transformer.load_lora_adapter(str(tmp_path), prefix=None, use_safetensors=True)
     apply_sparse_context(trained, keep=KEEP)
     with_lora = case.call(pipe, case.references())
     assert distance(with_lora, plain) > 1e-4
     assert distance(with_lora, case.call(trained, case.references())) < TOLERANCE
-    pipe.unload_lora_weights()
+    pipe.transformer.unload_lora()
     assert torch.equal(case.call(pipe, case.references()), plain)
 
 
@@ -211,9 +213,9 @@ def test_h_guidance(case, pipe):
     if case.guidance is None:
         assert "negative_prompt_embeds" not in type(pipe).__call__.__annotations__
         return
-    seen = seen_by_transformer(pipe)
+    seen = seen_by_transformer(case, pipe)
     apply_sparse_context(pipe, keep=KEEP)
-    case.call(pipe, case.references(), guidance_scale=case.guidance, negative_prompt_embeds=embeds(seed=2))
+    case.call(pipe, case.references(), **case.guidance)
     assert len(seen) == 2 * STEPS
     assert len({tokens for tokens, _ in seen}) == 1
 
@@ -221,11 +223,11 @@ def test_h_guidance(case, pipe):
 def test_h_several_images_and_prompts(case, pipe):
     references = case.references(2)
     apply_sparse_context(pipe, keep=KEEP)
-    seen = seen_by_transformer(pipe)
-    out = case.call(pipe, references, prompts=2, num_images_per_prompt=2)
-    assert out.shape[0] == 4
+    seen = seen_by_transformer(case, pipe)
+    out = case.call(pipe, references, prompts=case.prompts, num_images_per_prompt=2)
+    assert out.shape[0] == 2 * case.prompts
     assert last_selection(pipe).kept == round(KEEP * sum(case.tokens(references)))
-    assert seen[0][1].shape[0] in (1, 4)
+    assert seen[0][1].shape[0] in (1, 2 * case.prompts)
     assert all(torch.equal(ids, seen[0][1][0]) for ids in seen[0][1])
 
 
@@ -272,17 +274,23 @@ def corner(width, height):
     return m
 
 
-@pytest.mark.parametrize("by", ["mask", "alpha"])
+@pytest.mark.parametrize(
+    ("case", "by"),
+    [(name, by) for name, c in CASES.items() for by in (["mask", "alpha"] if c.alpha else ["mask"])],
+    indirect=["case"],
+)
 def test_masks_land_on_the_right_tokens(case, pipe, by):
     """Sizes that are no multiple of a token, so that the pipeline crops; and more than a megapixel would be scaled."""
-    references = [picture(76, 92, 1), picture(100, 76, 2)]
+    references = [picture(76, 92, 1), picture(100, 76, 2)][: max(case.counts)]
     masks = [corner(*r.size) for r in references]
     if by == "alpha":
-        references = [Image.merge("RGBA", (*r.split(), Image.fromarray(m))) for r, m in zip(references, masks, strict=True)]
+        references = [
+            Image.merge("RGBA", (*r.split(), Image.fromarray(m))) for r, m in zip(references, masks, strict=True)
+        ]
     apply_sparse_context(pipe, keep=0.25, selector=mask(masks) if by == "mask" else "mask", share="equal", coverage=0)
     case.call(pipe, references)
     for kept, reference in zip(last_selection(pipe).references, references, strict=True):
-        rows, columns = reference.height // TOKEN, reference.width // TOKEN
+        rows, columns = case.grid(reference)
         assert kept.grid == (rows, columns)
         where = np.argwhere(kept.mask)
         assert where[:, 0].max() <= rows // 2 and where[:, 1].max() <= columns // 2
@@ -291,10 +299,12 @@ def test_masks_land_on_the_right_tokens(case, pipe, by):
 def test_a_mask_of_another_size_is_refused(case, pipe):
     references = case.references(2)
     masks = [np.zeros((r.height, r.width), bool) for r in references]
-    masks[1] = np.zeros((10, 12), bool)
+    masks[-1] = np.zeros((10, 12), bool)
     apply_sparse_context(pipe, keep=KEEP, selector=mask(masks))
-    width, height = references[1].size
-    with pytest.raises(ValueError, match=f"mask of reference 2 is 12x10, but its picture is {width}x{height}"):
+    width, height = references[-1].size
+    with pytest.raises(
+        ValueError, match=f"mask of reference {len(references)} is 12x10, but its picture is {width}x{height}"
+    ):
         case.call(pipe, references)
 
 

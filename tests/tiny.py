@@ -5,11 +5,13 @@ A new family joins the suite of test_families.py by adding one entry to `CASES`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import ModuleType
 
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinInpaintPipeline,
@@ -17,9 +19,24 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextInpaintPipeline,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+    LongCatImageEditPipeline,
+    LongCatImageTransformer2DModel,
 )
+from diffusers.models.transformers import transformer_flux, transformer_flux2, transformer_longcat_image
+from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessorPil,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 OUTPUT = (64, 64)  # height and width of what is made: 8 x 8 tokens
 TOKEN = 8  # pixels a side
@@ -90,82 +107,277 @@ def tiny_text_encoder() -> Qwen3ForCausalLM:
     )
 
 
+def built(cls: type, **components):
+    """A pipeline of `cls` with random weights, silent, and the same at every call if its parts are."""
+    pipe = cls(scheduler=FlowMatchEulerDiscreteScheduler(), **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def build_flux2(cls: type, **config):
     """A pipeline of `cls` with random weights, the same at every call."""
     torch.manual_seed(0)
     dev = cls is Flux2Pipeline
-    pipe = cls(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
+    return built(
+        cls,
         vae=tiny_vae(),
         text_encoder=None if dev else tiny_text_encoder(),
         tokenizer=None if dev else tiny_tokenizer(),
         transformer=tiny_transformer(guidance_embeds=dev),
         **config,
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
-def embeds(batch: int = 1, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, TEXT_LENGTH, TEXT_WIDTH * len(TEXT_LAYERS), generator=generator)
+def embeds(batch: int = 1, seed: int = 1, width: int = TEXT_WIDTH * len(TEXT_LAYERS)) -> torch.Tensor:
+    return torch.randn(batch, TEXT_LENGTH, width, generator=torch.Generator().manual_seed(seed))
 
 
-def _call(pipe, prompts: int, **kwargs) -> torch.Tensor:
+def pooled(batch: int = 1, seed: int = 1) -> torch.Tensor:
+    return embeds(batch, seed, TEXT_WIDTH)[:, 0]
+
+
+def run(pipe, **kwargs) -> torch.Tensor:
+    """Latents of a short call with a fixed seed."""
     kwargs.setdefault("generator", torch.Generator().manual_seed(7))
+    return pipe(num_inference_steps=STEPS, output_type="latent", **kwargs).images
+
+
+def middle(size: tuple[int, int]) -> Image.Image:
+    """An inpainting mask over the middle of a picture."""
+    width, height = size[0] // 4, size[1] // 4
+    return Image.fromarray(np.pad(np.full((2 * height, 2 * width), 255, np.uint8), ((height,), (width,))))
+
+
+def call_flux2(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
+    """Latents of a call. References in order; kwargs go to the pipeline."""
     if hasattr(type(pipe), "do_classifier_free_guidance"):
         kwargs.setdefault("guidance_scale", 1.0)
-    return pipe(
-        prompt_embeds=embeds(prompts), num_inference_steps=STEPS, output_type="latent", **kwargs
-    ).images
-
-
-def call_klein(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
-    """Latents of a call. References in order; kwargs go to the pipeline."""
     height, width = OUTPUT
-    return _call(pipe, prompts, image=references or None, height=height, width=width, **kwargs)
+    return run(pipe, prompt_embeds=embeds(prompts), image=references or None, height=height, width=width, **kwargs)
 
 
-def call_inpaint(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
+def call_flux2_inpaint(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
     """The first reference is the source, the others go to `image_reference`."""
-    source = references[0]
-    size = source.size if isinstance(source, Image.Image) else OUTPUT
-    mask = Image.fromarray(np.pad(np.full((size[1] // 2, size[0] // 2), 255, np.uint8), (size[1] // 4, size[0] // 4)))
-    rest = references[1:]
-    return _call(pipe, prompts, image=source, mask_image=mask, strength=1.0,
-                 image_reference=(rest if len(rest) > 1 else rest[0]) if rest else None, **kwargs)  # fmt: skip
+    kwargs.setdefault("guidance_scale", 1.0)
+    source, *rest = references
+    return run(pipe, prompt_embeds=embeds(prompts), image=source, mask_image=middle(source.size), strength=1.0,
+               image_reference=(rest if len(rest) > 1 else rest[0]) if rest else None, **kwargs)  # fmt: skip
+
+
+def flux1_vae(levels: int = 3, latent_channels: int = 2) -> AutoencoderKL:
+    """A token is 2**levels pixels wide."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(4,) * levels,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=2,
+        sample_size=64,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+        scaling_factor=0.4,
+    )
+
+
+def build_kontext(cls: type, levels: int = 3):
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    no_text = dict.fromkeys(["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
+    return built(cls, vae=flux1_vae(levels), transformer=transformer, **no_text)
+
+
+def call_kontext(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
+    """With the reference and the output at the host's default size of about a megapixel."""
+    prompts *= kwargs.pop("num_images_per_prompt", 1)  # the host repeats prompts, and fails to repeat embeddings
+    kwargs.setdefault("image", references[0] if references else None)
+    return run(pipe, prompt_embeds=embeds(prompts, width=TEXT_WIDTH), pooled_prompt_embeds=pooled(prompts), **kwargs)
+
+
+def call_kontext_source(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
+    """The inpainting source is its own reference, here in its own size."""
+    kwargs = {"mask_image": middle(references[0].size), "_auto_resize": False, "max_area": OUTPUT[0] * OUTPUT[1],
+              "height": OUTPUT[0], "width": OUTPUT[1], **kwargs}  # fmt: skip
+    return call_kontext(pipe, references, prompts, **kwargs)
+
+
+def kontext_grid(image: Image.Image) -> tuple[int, int]:
+    """Tokens of 64 pixels in a picture that goes to the nearest of Kontext's shapes, by its sides in whole tokens."""
+    aspect = (image.width // 64) / (image.height // 64)
+    shapes = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+    width, height = min(shapes, key=lambda shape: abs(shape[0] / shape[1] - aspect))
+    return height // 64, width // 64
+
+
+def call_kontext_inpaint(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
+    """The reference goes to `image_reference`, the source is another picture."""
+    source = picture(64, 64, seed=9)
+    return call_kontext_source(pipe, [source], prompts, image_reference=references[0], **kwargs)
+
+
+KONTEXT_GUIDANCE = {
+    "true_cfg_scale": 4.0,
+    "negative_prompt_embeds": embeds(seed=2, width=TEXT_WIDTH),
+    "negative_pooled_prompt_embeds": pooled(seed=2),
+}
+
+
+class VisionProcessor(ProcessorMixin):
+    """As much of Qwen's processor as LongCat uses; the whole one does not build without torchvision."""
+
+    def __init__(self, image_processor):
+        super().__init__(image_processor)
+
+
+VISION_TOKENS = {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+                 "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}  # fmt: skip
+
+
+def build_longcat():
+    """With its text encoder, because this pipeline takes no prompt embeddings, whatever its signature says."""
+    torch.manual_seed(0)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(["Make the cat blue. 0123456789"], vocab_size=300)
+    tokenizer.add_tokens([*VISION_TOKENS.values(), "<|im_start|>", "<|im_end|>"], special_tokens=True)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 100.0}
+    text = {"vocab_size": len(tokenizer), "hidden_size": TEXT_WIDTH, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None,
+            "rope_parameters": rope}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH,
+              "fullatt_block_indexes": [0]}  # fmt: skip
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in VISION_TOKENS.items()}
+    transformer = LongCatImageTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=[4, 4, 8],
+    )
+    return built(
+        LongCatImageEditPipeline,
+        vae=flux1_vae(levels=6, latent_channels=16),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+        ),
+        tokenizer=tokenizer,
+        text_processor=VisionProcessor(Qwen2VLImageProcessorPil(max_pixels=56 * 56)),
+        transformer=transformer,
+    )
+
+
+def call_longcat(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
+    kwargs.setdefault("guidance_scale", 1.0)
+    return run(pipe, image=references[0], prompt=["blue cat"] * prompts, **kwargs)
+
+
+def megapixel_grid(image: Image.Image, multiple_of: int) -> tuple[int, int]:
+    """Tokens of 64 pixels in a picture that is scaled to a megapixel, its sides rounded up to `multiple_of`."""
+    width = (1024 * 1024 * image.width / image.height) ** 0.5
+    sides = width * image.height / image.width, width
+    return tuple(int(-(-side // multiple_of) * multiple_of) // 64 for side in sides)
+
+
+# How the tests look into a transformer --------------------------------------------------------------------------------
+
+
+def watch_inputs(transformer, seen: list) -> None:
+    """Fills `seen` with (image tokens, their position ids (B or 1, N, A)) of each forward."""
+
+    def record(module, args, kwargs):
+        ids = kwargs["img_ids"].clone()
+        seen.append((kwargs["hidden_states"].shape[1], ids if ids.ndim == 3 else ids[None]))
+
+    transformer.register_forward_pre_hook(record, with_kwargs=True)
+
+
+def references_last(length: int, references: int) -> int:
+    """The place of the first of the references' tokens among `length` keys, in a (text, output, references) block."""
+    return length - references
+
+
+def references_first(length: int, references: int) -> int:
+    """In a (text, references, output) block, or one that sees the references alone."""
+    return 0 if length == references else TEXT_LENGTH
 
 
 @dataclass(frozen=True)
 class Case:
     """One kind of pipeline.
 
-    sizes: (width, height) of the references to try. references_first: whether the transformer sees them before the
-    output's tokens. without_references: whether a call can do without any. guidance: a scale that takes a second forward.
+    attention: the module in which its transformer calls `dispatch_attention_fn`.
+    sizes: (width, height) of the references to try. counts: how many of them a call is tried with.
+    prompts: how many prompts a call takes.
+    grid: the token grid (rows, columns) that a reference has after the host's resize and crop.
+    first_key: the place of the first of the references' keys in a block; None in a block that sees none of them.
+    references_first: whether the transformer sees them before the output's tokens.
+    without_references: whether a call can do without any.
+    guidance: what makes a call take a second forward; None where nothing does.
+    alpha: whether the host takes pictures with an alpha channel.
     """
 
     build: Callable
     call: Callable
+    attention: ModuleType = transformer_flux2
     sizes: tuple[tuple[int, int], ...] = ((64, 64), (96, 64), (64, 120))
+    counts: tuple[int, ...] = (1, 2, 3)
+    prompts: int = 2
+    grid: Callable = lambda image: (image.height // TOKEN, image.width // TOKEN)
+    first_key: Callable = references_last
     references_first: bool = False
     without_references: bool = True
-    guidance: float | None = None
+    guidance: dict | None = None
+    alpha: bool = True
+    watch: Callable = watch_inputs
 
     def references(self, count: int | None = None) -> list[Image.Image]:
-        count = len(self.sizes) if count is None else count
+        count = max(self.counts) if count is None else min(count, max(self.counts))
         return [picture(*self.sizes[i % len(self.sizes)], seed=i) for i in range(count)]
 
     def tokens(self, references: list) -> list[int]:
-        return [(r.width // TOKEN) * (r.height // TOKEN) for r in references]
+        return [rows * columns for rows, columns in map(self.grid, references)]
 
+
+FLUX2_GUIDANCE = {"guidance_scale": 4.0, "negative_prompt_embeds": embeds(seed=2)}
+kontext = partial(
+    Case, attention=transformer_flux, sizes=((96, 64),), counts=(1,), guidance=KONTEXT_GUIDANCE, alpha=False
+)
 
 CASES = {
-    "flux2-dev": Case(lambda: build_flux2(Flux2Pipeline), call_klein),
-    "klein": Case(lambda: build_flux2(Flux2KleinPipeline), call_klein, guidance=4.0),
-    "klein-kv": Case(lambda: build_flux2(Flux2KleinKVPipeline), call_klein, references_first=True),
+    "flux2-dev": Case(lambda: build_flux2(Flux2Pipeline), call_flux2),
+    "klein": Case(lambda: build_flux2(Flux2KleinPipeline), call_flux2, guidance=FLUX2_GUIDANCE),
+    "klein-kv": Case(
+        lambda: build_flux2(Flux2KleinKVPipeline), call_flux2, references_first=True, first_key=references_first
+    ),
     # Several reference pictures of an inpainting call have one size
     "klein-inpaint": Case(
-        lambda: build_flux2(Flux2KleinInpaintPipeline), call_inpaint, ((64, 64), (96, 72), (96, 72)),
-        without_references=False, guidance=4.0,
+        lambda: build_flux2(Flux2KleinInpaintPipeline), call_flux2_inpaint, sizes=((64, 64), (96, 72), (96, 72)),
+        without_references=False, guidance=FLUX2_GUIDANCE,
+    ),
+    "kontext": kontext(
+        lambda: build_kontext(FluxKontextPipeline, levels=6), call_kontext, sizes=((192, 128),), grid=kontext_grid
+    ),
+    "kontext-inpaint": kontext(
+        lambda: build_kontext(FluxKontextInpaintPipeline), call_kontext_inpaint, without_references=False
+    ),
+    "kontext-inpaint-source": kontext(
+        lambda: build_kontext(FluxKontextInpaintPipeline), call_kontext_source, without_references=False
+    ),
+    "longcat": Case(
+        build_longcat, call_longcat, transformer_longcat_image, sizes=((96, 64),), counts=(1,), prompts=1,
+        grid=lambda image: megapixel_grid(image, 16), without_references=False, guidance={"guidance_scale": 4.0},
+        alpha=False,
     ),
 }  # fmt: skip

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Mapping
 
-from . import flux2
+from . import flux2, flux_kontext
 
 FAMILIES: Mapping[str, Callable] = {
     "Flux2Pipeline": flux2.attach,
     "Flux2KleinPipeline": flux2.attach,
     "Flux2KleinKVPipeline": flux2.attach,
     "Flux2KleinInpaintPipeline": flux2.attach,
+    "FluxKontextPipeline": flux_kontext.attach,
+    "FluxKontextInpaintPipeline": flux_kontext.attach,
+    "LongCatImageEditPipeline": flux_kontext.attach,
 }
 
 
@@ -21,5 +24,6 @@ def find_family(pipe: object) -> Callable:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__]
     raise TypeError(
-        f"{type(pipe).__name__} is not a pipeline that Sparse Context knows; the supported ones are {', '.join(FAMILIES)}"
+        f"{type(pipe).__name__} is not a pipeline that Sparse Context knows; the supported ones are "
+        f"{', '.join(FAMILIES)}"
     )

@@ -57,7 +57,7 @@ def _crops(assets: Assets, config: VaeConfig, step: int) -> torch.Tensor:
 
 
 def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float | None = None) -> None:
-    """Train the VAE for reconstruction: L1 and L2 on pixels and their gradients, noise on the latents, a faint L2 there.
+    """Train the VAE for reconstruction: L1, L2 and L2 of gradients on pixels; noise and a faint L2 on the latents.
 
     The noise makes the decoder forgive what the sampler leaves behind; there is no adversarial or perceptual loss.
     At the end the statistics of `bn`, which the pipeline normalises latents with, are measured on 512 pictures.
@@ -107,7 +107,7 @@ class BaseConfig:
     The batch shrinks with the number of references, so that a step costs about the same.
     """
 
-    steps: int = 2050
+    steps: int = 1900
     batch: int = 16
     lr: float = 1e-3
     muon_lr: float = 2e-3

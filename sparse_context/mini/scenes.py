@@ -49,7 +49,7 @@ class Scene:
 
 
 def draw_object(assets: Assets, rng: np.random.Generator) -> np.ndarray:
-    """A random object, flipped at random and turned by up to 12 degrees: premultiplied float32 (128, 128, 4), 0 to 1."""
+    """A random object, flipped at random and turned by up to 12 degrees: premultiplied, float32 (128, 128, 4)."""
     rgba = assets.objects[rng.integers(len(assets.objects))].astype(np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]
     if rng.random() < 0.5:

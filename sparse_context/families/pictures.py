@@ -1,0 +1,106 @@
+"""The pictures behind the tensors that a host encodes: what selectors look at, and the way that a user's mask takes."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from ..sparsify import SparseContext
+
+
+class Pictures:
+    """Watches an image processor, on this instance only, and so knows what each preprocessed tensor was made from.
+
+    `max_area` is the number of pixels that the host scales larger pictures down to before the processor sees them; a
+    mask of the size that the picture had before that is scaled with it.
+    """
+
+    def __init__(self, context: "SparseContext", processor: Any, max_area: float = math.inf) -> None:
+        self._max_area = max_area
+        self._made_by = WeakIdKeyDictionary()  # what a step of the processor returned -> the step and its arguments
+        for name in ("resize", "preprocess"):
+            context.override(processor, name, self._watched(getattr(processor, name)))
+
+    def _watched(self, step: Callable) -> Callable:
+        def watched(image, *args, **kwargs):
+            made = step(image, *args, **kwargs)
+            if made is not image:  # as a list of pictures passes through `resize`
+                self._made_by[made] = (step, image, args, kwargs)
+            return made
+
+        return watched
+
+    def show(
+        self, pixels: torch.Tensor, mask: np.ndarray | None, reference: int, rows: slice = slice(None)
+    ) -> list[np.ndarray]:
+        """The batch items `rows` of a preprocessed tensor (B, C, H, W), as `SparseContext.select` wants a picture.
+
+        uint8 (H, W, 3) each; or (H, W, 4) with the user's mask, or else the picture's own alpha channel, carried
+        through the processor's resize and crop. Raises ValueError for a mask of another size than its picture's.
+        """
+        shown = _to_uint8(pixels[rows])
+        original = self._original(pixels)
+        originals = list(original) if isinstance(original, list) else [original]
+        if original is pixels:
+            return list(shown)
+        alike = []
+        for own in originals[rows] if len(originals) > 1 else originals:
+            own_mask = self._mask_of(own, mask, reference)
+            if own_mask is None:
+                return list(shown)
+            alike.append(_like(own, own_mask))
+        alpha = _to_uint8(self._replay(pixels, alike if len(alike) > 1 else alike[0]))[..., :1]
+        return list(np.concatenate([shown, np.broadcast_to(alpha, (*shown.shape[:3], 1))], axis=-1))
+
+    def _original(self, made: Any) -> Any:
+        while made in self._made_by:
+            made = self._made_by[made][1]
+        return made
+
+    def _replay(self, made: Any, start: Any) -> Any:
+        """What `made` would have become, had its way begun with `start`."""
+        if made not in self._made_by:
+            return start
+        step, image, args, kwargs = self._made_by[made]
+        return step(self._replay(image, start), *args, **kwargs)
+
+    def _mask_of(self, original: Any, mask: np.ndarray | None, reference: int) -> PIL.Image.Image | None:
+        """The user's mask of a reference in the size that the processor got it, or else its alpha channel, or None."""
+        if mask is None:
+            has_alpha = isinstance(original, PIL.Image.Image) and "A" in original.getbands()
+            return original.getchannel("A") if has_alpha else None
+        width, height = original.size if isinstance(original, PIL.Image.Image) else _array_size(original)
+        given = PIL.Image.fromarray(mask)
+        limit = math.sqrt(self._max_area / (given.width * given.height))
+        if given.size == (width, height):
+            return given
+        if limit < 1 and (int(given.width * limit), int(given.height * limit)) == (width, height):
+            return given.resize((width, height), PIL.Image.Resampling.LANCZOS)
+        raise ValueError(
+            f"the mask of reference {reference + 1} is {given.width}x{given.height}, but its picture is "
+            f"{width}x{height}: pass a mask of the picture's own size"
+        )
+
+
+def _to_uint8(pixels: torch.Tensor) -> np.ndarray:
+    """(B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C)."""
+    return ((pixels.permute(0, 2, 3, 1).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+def _array_size(original: Any) -> tuple[int, int]:
+    """(width, height) of a tensor (..., H, W) or an array (..., H, W, C)."""
+    height, width = original.shape[-2:] if isinstance(original, torch.Tensor) else original.shape[-3:-1]
+    return width, height
+
+
+def _like(original: Any, mask: PIL.Image.Image) -> Any:
+    """The mask as a picture of the kind that the user passed, so that it takes the same way through the host."""
+    if isinstance(original, PIL.Image.Image):
+        return mask
+    values = np.repeat(np.asarray(mask, np.float32)[..., None] / 255, 3, axis=-1)
+    return torch.from_numpy(values).permute(2, 0, 1)[None] if isinstance(original, torch.Tensor) else values[None]
