@@ -12,14 +12,12 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # read when numpy loads
 
 import argparse
-import json
-import platform
-import subprocess
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from sparse_context.result import write_result
 from sparse_context.selection import SparseContextConfig, select_tokens
 from sparse_context.selectors import SELECTORS
 
@@ -51,40 +49,6 @@ def milliseconds(image: np.ndarray, config: SparseContextConfig) -> dict[str, fl
     return {name: round(float(value), 3) for name, value in figures.items()}
 
 
-def record(figures: dict) -> dict:
-    """The figures with what is needed to judge and to repeat them."""
-    commit = _git("rev-parse", "HEAD")
-    return {
-        "name": "selection",
-        "config": {
-            "picture": [SIDE, SIDE],
-            "grid": list(GRID),
-            "keep": SparseContextConfig().keep,
-            "runs": RUNS,
-            "warm_up": WARM_UP,
-            "threads": cv2.getNumThreads(),
-        },
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "opencv": cv2.__version__},
-        "commit": commit or None,
-        "dirty": bool(_git("status", "--porcelain")) if commit else None,
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},
-        "milliseconds": figures,
-    }
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time token selection for a 1-megapixel reference on one core.")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "selection.json")
@@ -100,8 +64,9 @@ def main() -> None:
     for name, config in configs.items():
         figures[name] = milliseconds(image, config)
         print(f"{name:18}" + "".join(f"{figures[name][column]:10.2f}" for column in ("median", "p10", "p90")))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record(figures), indent=2) + "\n")
+    settings = {"picture": [SIDE, SIDE], "grid": list(GRID), "keep": SparseContextConfig().keep,
+                "runs": RUNS, "warm_up": WARM_UP, "threads": cv2.getNumThreads()}  # fmt: skip
+    write_result(arguments.output, "selection", settings, {"milliseconds": figures})
     print(f"written to {arguments.output}")
 
 

@@ -44,9 +44,7 @@ class SparseContext:
             else:
                 delattr(owner, name)
 
-    def select(
-        self, grids: Sequence[tuple[int, int]], picture: Callable[[int, np.ndarray | None], Any]
-    ) -> np.ndarray:
+    def select(self, grids: Sequence[tuple[int, int]], picture: Callable[[int, np.ndarray | None], Any]) -> np.ndarray:
         """Choose the tokens of one call and remember the selection.
 
         `grids` is one (rows, columns) per reference; `picture(i, mask)` gives the pixels of reference i as selectors

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sparse_context"
 
-IDEA = {"tokens", "selectors", "budget", "selection", "saliency", "images"}
+IDEA = {"tokens", "selectors", "budget", "selection", "saliency", "images", "result", "preview"}
 HOSTS = {"sparsify", "families"}
 WORK = {"training", "evaluation", "speed", "mini"}
 FACES = {"cli", "app", "server"}

@@ -1,0 +1,61 @@
+"""Result: the one JSON record behind every published figure, shared by evaluation, benchmark and `runs/`."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from .images import save_text
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "opencv-python-headless")
+
+
+def make_result(name: str, config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+    """`figures` with what is needed to judge and to repeat them.
+
+    Adds the versions, the commit of the checkout that the current folder is in and whether it was dirty (None outside
+    of one), and the hardware with its load average over the last minute.
+    """
+    commit = _git("rev-parse", "HEAD")
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "name": name,
+        "config": config,
+        "versions": versions,
+        "commit": commit or None,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},
+        "figures": figures,
+    }
+
+
+def write_result(path: Path, name: str, config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+    """Write `make_result` to `path` as JSON, whole or not at all, and return it."""
+    result = make_result(name, config, figures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_text(json.dumps(result, indent=2) + "\n", path)
+    return result
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

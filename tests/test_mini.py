@@ -1,0 +1,190 @@
+"""The embedded model: its scenes, its recipe's agreement with the pipeline, and what is shipped."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline
+from PIL import Image
+from transformers import Qwen2Tokenizer
+
+from sparse_context import SparseContextConfig
+from sparse_context.generation import generate, load_pipeline
+from sparse_context.mini import WEIGHTS, read_call_settings
+from sparse_context.mini.data import Assets, _square, split_of
+from sparse_context.mini.demo import read_examples, run_demo
+from sparse_context.mini.model import make_tokenizer, make_vae
+from sparse_context.mini.recipe import encode_pictures, encode_text, position_ids, shifted_sigmas, to_tensor
+from sparse_context.mini.scenes import COLOURS, PLACES, TASKS, make_scene
+
+
+@pytest.fixture(scope="module")
+def assets():
+    """Three objects (a disc, a bar, a ring) and two photographs, made here."""
+    y, x = np.mgrid[:128, :128] - 63.5
+    shapes = [np.hypot(x, y) < 60, np.abs(x) < 20, np.abs(np.hypot(x, y) - 45) < 15]
+    rng = np.random.default_rng(0)
+    objects = np.zeros((3, 128, 128, 4), np.uint8)
+    for rgba, shape in zip(objects, shapes, strict=True):
+        rgba[shape] = [*rng.integers(0, 256, 3), 255]
+    photos = rng.integers(0, 256, (2, 288, 288, 3), dtype=np.uint8)
+    return Assets(objects, photos, ["disc", "bar", "ring"], np.array([0, 1, 2]), np.array([0, 2]))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline(device="cpu")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_seed_is_a_scene(assets, task):
+    one, other = make_scene(assets, task, 5), make_scene(assets, task, 5)
+    assert one.prompt == other.prompt and np.array_equal(one.target, other.target)
+    assert all(np.array_equal(a, b) for a, b in zip(one.references, other.references, strict=True))
+    assert not np.array_equal(one.target, make_scene(assets, task, 6).target)
+    for picture in (*one.references, one.target):
+        assert picture.dtype == np.uint8 and picture.shape == (128, 128, 3)
+    assert len(one.references) == len(one.reference_masks)
+
+
+def test_the_background_edit_keeps_the_object_and_nothing_else(assets):
+    scene = make_scene(assets, "edit_background", 3)
+    inside, outside = scene.mask == 1, scene.mask == 0
+    colour = next(rgb for name, rgb in COLOURS.items() if name in scene.prompt)
+    assert inside.sum() > 300
+    assert np.abs(scene.target[inside].astype(int) - scene.references[0][inside]).max() <= 1
+    assert np.abs(scene.target[outside].astype(int) - colour).max() <= 1
+
+
+def test_global_edits_are_functions_of_the_reference(assets):
+    scenes = {scene.task: scene for scene in (make_scene(assets, "edit_global", seed) for seed in range(40))}
+    negative, grey = scenes["edit_negative"], scenes["edit_grey"]
+    assert np.abs(255 - negative.references[0].astype(int) - negative.target).max() <= 1
+    luma = grey.references[0] @ [0.299, 0.587, 0.114]
+    assert np.abs(grey.target - luma[..., None]).max() <= 1.5
+
+
+def test_the_place_follows_from_the_prompt(assets):
+    for seed in range(8):
+        scene = make_scene(assets, "subject_place", seed)
+        where = max((name for name in PLACES if name in scene.prompt), key=len)
+        rows, columns = np.nonzero(scene.mask > 0.5)
+        centre = (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2
+        assert np.hypot(*np.subtract(centre, PLACES[where])) < 6
+
+
+def test_splits_are_disjoint_and_by_name(assets):
+    assert [assets.split(name).object_names for name in ("train", "validation", "test")] == [
+        ["disc"],
+        ["bar"],
+        ["ring"],
+    ]
+    with pytest.raises(ValueError, match="'dev'.*train, validation, test"):
+        assets.split("dev")
+    assert split_of("face") == split_of("clock") == 0
+    shares = np.bincount([split_of(f"shape {i}") for i in range(4000)], minlength=3) / 4000
+    assert np.abs(shares - [0.8, 0.1, 0.1]).max() < 0.02
+
+
+def test_objects_are_cropped_to_their_alpha():
+    rgba = np.zeros((300, 200, 4), np.uint8)
+    rgba[40:240, 60:160] = [10, 200, 30, 255]
+    square = _square(rgba)
+    rows, columns = np.nonzero(square[..., 3])
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 127, 32, 95)
+    assert (square[64, 64] == [10, 200, 30, 255]).all()
+    assert _square(np.full((64, 64, 4), 255, np.uint8)) is None  # nothing is transparent: no outline
+
+
+def test_unknown_tasks_are_named(assets):
+    with pytest.raises(ValueError, match="'paint'.*edit_background"):
+        make_scene(assets, "paint", 0)
+
+
+def test_the_tokenizer_keeps_its_ids_when_reloaded(tmp_path):
+    tokenizer = make_tokenizer(["Make the background plain red."] * 3, vocabulary=300)
+    tokenizer.save_pretrained(tmp_path)
+    again = Qwen2Tokenizer.from_pretrained(tmp_path)
+    for text in ("Make the background red.", "ein Kätzchen 猫", ""):
+        chat = [{"role": "user", "content": text}]
+        assert tokenizer(text)["input_ids"] == again(text)["input_ids"]
+        assert tokenizer.apply_chat_template(chat, tokenize=False) == again.apply_chat_template(chat, tokenize=False)
+
+
+def test_the_recipe_sees_what_the_pipeline_sees(pipe):
+    settings = read_call_settings(WEIGHTS)
+    prompts = ["Make the background plain red.", "Turn the picture grey."]
+    text, _ = pipe.encode_prompt(prompts, max_sequence_length=settings["max_sequence_length"],
+                                 text_encoder_out_layers=settings["text_encoder_out_layers"])  # fmt: skip
+    with torch.no_grad():
+        assert torch.allclose(encode_text(pipe.text_encoder, pipe.tokenizer, prompts), text, atol=1e-5)
+    pictures = to_tensor([np.full((128, 128, 3), 90, np.uint8)])
+    with torch.no_grad():
+        assert torch.allclose(encode_pictures(pipe.vae, pictures), pipe._encode_vae_image(pictures, None), atol=1e-5)
+    ids = pipe._prepare_image_ids([torch.zeros(1, 4, 3, 5)] * 2)[0]
+    assert torch.equal(ids, torch.cat([position_ids(3, 5, 10), position_ids(3, 5, 20)]))
+
+
+def test_noise_levels_lie_within_zero_and_one_and_lean_to_noise():
+    sigmas = shifted_sigmas(4000, torch.Generator().manual_seed(0))
+    assert 0 < sigmas.min() and sigmas.max() < 1
+    assert sigmas.median().item() == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_one_token_is_eight_pixels():
+    with torch.no_grad():
+        assert encode_pictures(make_vae().eval(), torch.zeros(1, 3, 64, 40)).shape == (1, 32, 8, 5)
+
+
+def test_plain_diffusers_loads_what_is_shipped(pipe):
+    plain = Flux2KleinPipeline.from_pretrained(WEIGHTS, use_safetensors=True)
+    assert type(plain) is type(pipe) and plain.config.is_distilled
+    assert not list(WEIGHTS.rglob("*.bin"))
+    assert sum(f.stat().st_size for f in WEIGHTS.rglob("*")) < 34 * 2**20
+
+
+def psnr(a, b, mask):
+    error = ((np.asarray(a, float) - np.asarray(b, float)) ** 2).mean(-1)
+    return 10 * np.log10(255**2 / (error * mask).sum() * mask.sum())
+
+
+def test_an_edit_of_an_unseen_object_shows_that_object(pipe):
+    """Nearer to the truth, inside the object, than a flat patch of the object's own mean colour, and so is no blob."""
+    gains = []
+    for example in read_examples():
+        if example["task"] != "edit_background":
+            continue
+        made = generate(pipe, example["references"], example["prompt"], SparseContextConfig(keep=1.0))
+        truth, reference = np.asarray(example["truth"]), np.asarray(example["references"][0])
+        mask = (np.abs(truth.astype(int) - reference).max(-1) <= 2).astype(float)
+        mean = (truth * mask[..., None]).sum((0, 1)) / mask.sum()
+        blob = np.broadcast_to(mean, truth.shape)
+        gains.append(psnr(made.image, truth, mask) - psnr(blob, truth, mask))
+    assert len(gains) >= 2 and min(gains) > 0
+
+
+def test_four_references_at_a_fraction_of_the_tokens(pipe):
+    example = next(e for e in read_examples() if len(e["references"]) == 4)
+    made = generate(pipe, example["references"], example["prompt"], SparseContextConfig(keep=0.15))
+    assert made.selection.total == 4 * 256 and made.selection.kept == round(0.15 * 4 * 256)
+    assert made.image.size == (128, 128)
+
+
+def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, capsys, monkeypatch):
+    first = read_examples()[-1:]
+    monkeypatch.setattr("sparse_context.mini.demo.read_examples", lambda: first)
+    run_demo(tmp_path / "demo", keep=0.25)
+    name = first[0]["name"]
+    assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == sorted(["demo.png", "report.json", f"{name}.png"])
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    kept = report[0]["sparse"]["selection"]
+    assert kept["kept"] == round(0.25 * kept["total"])
+    assert name in capsys.readouterr().out
+    assert Image.open(tmp_path / "demo" / f"{name}.png").width > 3 * 192
+
+
+def test_the_demo_refuses_a_bad_keep_before_it_starts(tmp_path):
+    with pytest.raises(ValueError, match="keep is 1.5"):
+        run_demo(tmp_path / "demo", keep=1.5)
+    assert not (tmp_path / "demo").exists()
