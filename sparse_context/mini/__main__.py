@@ -1,4 +1,4 @@
-"""`python -m sparse_context.mini data|vae|base|export`: make the embedded model from nothing. See recipe.py."""
+"""`python -m sparse_context.mini data|vae|base|export|examples`: make the embedded model from nothing (recipe.py)."""
 
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +42,14 @@ def export(folder: Folder = Path("checkpoints"), destination: Path = Path(__file
     from .recipe import export
 
     export(folder, destination)
+
+
+@app.command()
+def examples(folder: Folder = Path("checkpoints"), destination: Path = Path(__file__).parent / "examples") -> None:
+    """Write the demo's scenes, of the test split."""
+    from .recipe import EXAMPLES, export_examples
+
+    export_examples(folder, destination, EXAMPLES)
 
 
 if __name__ == "__main__":

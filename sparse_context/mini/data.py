@@ -51,6 +51,7 @@ SHA256 = {
 PHOTO_COLLECTIONS = ("explore_monuments", "explore_world_animals", "explore_farm_animals", "explore_world_music",
                      "categorization", "erase", "photo_hunter")  # fmt: skip
 NO_OBJECTS = re.compile(r"/(flags|arrows|callouts|flowchart|gradients|patterns|duplicates|cards|signs_and_symbols)/")
+NOT_WANTED = re.compile(r"sunwheel|swastika|nazi|hitler", re.IGNORECASE)
 FREE = re.compile(r"public domain|cc0", re.IGNORECASE)
 
 
@@ -206,7 +207,7 @@ def _deb_files(deb: Path, pattern: str):
 def _clip_art(packages: Path):
     files = sorted(_deb_files(packages / "openclipart-png.deb", r"\.png$"))
     for path, data in tqdm(files, desc="clip art", unit="picture"):
-        if NO_OBJECTS.search(path):
+        if NO_OBJECTS.search(path) or NOT_WANTED.search(path):
             continue
         try:
             picture = Image.open(io.BytesIO(data))

@@ -107,7 +107,7 @@ class BaseConfig:
     The batch shrinks with the number of references, so that a step costs about the same.
     """
 
-    steps: int = 1900
+    steps: int = 1700
     batch: int = 16
     lr: float = 1e-3
     muon_lr: float = 2e-3
@@ -227,7 +227,7 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
 
     (folder / "base").mkdir(parents=True, exist_ok=True)
     (folder / "base" / "config.json").write_text(json.dumps(asdict(config), indent=2))
-    train(modules, optimisers, loss, folder / "base", steps=config.steps, warmup=config.warmup, save_every=250,
+    train(modules, optimisers, loss, folder / "base", steps=config.steps, warmup=config.warmup, save_every=100,
           at_save=at_save, stop_after=stop_after)  # fmt: skip
 
 
@@ -311,3 +311,17 @@ def export_examples(folder: Path, destination: Path, scenes: dict[str, tuple[str
         listing.append({"name": name, "task": scene.task, "prompt": scene.prompt, "references": files,
                         "truth": f"{name}-truth.webp"})  # fmt: skip
     (destination / "scenes.json").write_text(json.dumps(listing, indent=2) + "\n")
+
+
+EXAMPLES = {
+    "background": ("edit_background", 3),
+    "background-2": ("edit_background", 8),
+    "negative": ("edit_global", 3),
+    "grey": ("edit_global", 10),
+    "recoloured": ("edit_object", 6),
+    "placed": ("subject_place", 2),
+    "side-by-side": ("subject_pair", 2),
+    "in-front": ("subject_scene", 3),
+    "quarters": ("subject_quarters", 3),
+}
+"""The demo's scenes: name -> (task, seed). Chosen by their references and truths, before any output was seen."""
