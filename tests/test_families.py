@@ -1,12 +1,13 @@
 """What must hold for every family, on tiny real pipelines (the letters are DESIGN.md's)."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sparse_context import apply_sparse_context, last_selection, mask, remove_sparse_context
 from sparse_context.families import FAMILIES
@@ -306,6 +307,51 @@ def test_a_mask_of_another_size_is_refused(case, pipe):
         ValueError, match=f"mask of reference {len(references)} is 12x10, but its picture is {width}x{height}"
     ):
         case.call(pipe, references)
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen-edit"])
+def test_a_list_of_pictures_is_one_reference_with_another_picture_for_each_output(name):
+    case = CASES[name]
+    pipe = case.build()
+    pictures = [picture(*case.sizes[0]), ImageOps.invert(picture(*case.sizes[0]))]
+    apply_sparse_context(pipe, keep=0.25, selector=mask([corner(*case.sizes[0])]))
+    both = case.call(pipe, [pictures], prompts=2)
+    (kept,) = last_selection(pipe).references
+    assert kept.mask[: kept.grid[0] // 2 + 1, : kept.grid[1] // 2 + 1].sum() == kept.mask.sum()
+    latents = torch.randn(both.shape, generator=torch.Generator().manual_seed(0))
+    both = case.call(pipe, [pictures], prompts=2, latents=latents)
+    assert distance(both, case.call(pipe, [pictures[::-1]], prompts=2, latents=latents)) > 1e-4
+
+
+def test_a_failed_call_leaves_no_hook_on_the_transformer():
+    case = CASES["qwen-edit"]
+    pipe = case.build()
+    apply_sparse_context(pipe, keep=KEEP)
+
+    def fail(*args):
+        assert pipe.transformer._forward_pre_hooks
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        case.call(pipe, case.references(), callback_on_step_end=fail)
+    assert not pipe.transformer._forward_pre_hooks
+    assert not pipe.transformer.pos_embed._forward_pre_hooks and not pipe.transformer.pos_embed._forward_hooks
+
+
+def test_the_text_encoder_sees_the_whole_picture(monkeypatch):
+    case = CASES["qwen-edit"]
+    seen = []
+
+    def remember_image(encode_prompt, image, **kwargs):
+        seen.append(image)
+        return encode_prompt(**kwargs)
+
+    for keep in (1.0, KEEP):
+        pipe = case.build()
+        monkeypatch.setattr(pipe, "encode_prompt", partial(remember_image, pipe.encode_prompt))
+        apply_sparse_context(pipe, keep=keep)
+        case.call(pipe, case.references())
+    assert seen[0] == seen[1]
 
 
 def test_a_deep_copy_is_independent(case, pipe):

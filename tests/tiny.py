@@ -3,6 +3,7 @@
 A new family joins the suite of test_families.py by adding one entry to `CASES`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,6 +14,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinInpaintPipeline,
     Flux2KleinKVPipeline,
@@ -24,8 +26,17 @@ from diffusers import (
     FluxTransformer2DModel,
     LongCatImageEditPipeline,
     LongCatImageTransformer2DModel,
+    QwenImageEditInpaintPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
 )
-from diffusers.models.transformers import transformer_flux, transformer_flux2, transformer_longcat_image
+from diffusers.models.transformers import (
+    transformer_flux,
+    transformer_flux2,
+    transformer_longcat_image,
+    transformer_qwenimage,
+)
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 from transformers import (
@@ -283,11 +294,48 @@ def call_longcat(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Te
     return run(pipe, image=references[0], prompt=["blue cat"] * prompts, **kwargs)
 
 
-def megapixel_grid(image: Image.Image, multiple_of: int) -> tuple[int, int]:
-    """Tokens of 64 pixels in a picture that is scaled to a megapixel, its sides rounded up to `multiple_of`."""
+def build_qwen(cls: type, zero_cond_t: bool = False):
+    """Its tokens are 64 pixels wide, because the references are always scaled to a megapixel."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=2,
+        z_dim=2,
+        dim_mult=[1] * 6,
+        num_res_blocks=0,
+        temperal_downsample=[False] * 5,
+        latents_mean=[-0.56, 0.08],  # these random weights flatten pictures; so they are brought back to unit spread
+        latents_std=[0.04, 0.03],
+    )
+    transformer = QwenImageTransformer2DModel(
+        in_channels=8,
+        out_channels=2,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        zero_cond_t=zero_cond_t,
+    )
+    no_text = dict.fromkeys(["text_encoder", "tokenizer", "processor"])
+    return built(cls, vae=vae, transformer=transformer, **no_text)
+
+
+def call_qwen(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
+    kwargs = {"true_cfg_scale": 1.0, "height": 512, "width": 512, **kwargs}
+    image = references if len(references) > 1 else references[0]
+    return run(pipe, image=image, prompt_embeds=embeds(prompts, width=TEXT_WIDTH), **kwargs)
+
+
+def call_qwen_inpaint(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
+    """The source is the reference."""
+    mask_image = middle(references[0].size)
+    return call_qwen(pipe, references, prompts, mask_image=mask_image, strength=1.0, **kwargs)
+
+
+def megapixel_grid(image: Image.Image, rounded: Callable) -> tuple[int, int]:
+    """Whole tokens of 64 pixels in a picture that is scaled to a megapixel and then to `rounded` sides."""
     width = (1024 * 1024 * image.width / image.height) ** 0.5
-    sides = width * image.height / image.width, width
-    return tuple(int(-(-side // multiple_of) * multiple_of) // 64 for side in sides)
+    return tuple(rounded(side) // 64 for side in (width * image.height / image.width, width))
 
 
 # How the tests look into a transformer --------------------------------------------------------------------------------
@@ -301,6 +349,15 @@ def watch_inputs(transformer, seen: list) -> None:
         seen.append((kwargs["hidden_states"].shape[1], ids if ids.ndim == 3 else ids[None]))
 
     transformer.register_forward_pre_hook(record, with_kwargs=True)
+
+
+def watch_blocks(transformer, seen: list) -> None:
+    """The same for a transformer that has rotary rows in the place of position ids."""
+
+    def record(block, args, kwargs):
+        seen.append((kwargs["hidden_states"].shape[1], kwargs["image_rotary_emb"][0][None].clone()))
+
+    transformer.transformer_blocks[0].register_forward_pre_hook(record, with_kwargs=True)
 
 
 def references_last(length: int, references: int) -> int:
@@ -318,7 +375,8 @@ class Case:
     """One kind of pipeline.
 
     attention: the module in which its transformer calls `dispatch_attention_fn`.
-    sizes: (width, height) of the references to try. counts: how many of them a call is tried with.
+    sizes: (width, height) of the references to try.
+    counts: how many of them a call is tried with. usual: how many in most tests, if the host takes that many.
     prompts: how many prompts a call takes.
     grid: the token grid (rows, columns) that a reference has after the host's resize and crop.
     first_key: the place of the first of the references' keys in a block; None in a block that sees none of them.
@@ -333,6 +391,7 @@ class Case:
     attention: ModuleType = transformer_flux2
     sizes: tuple[tuple[int, int], ...] = ((64, 64), (96, 64), (64, 120))
     counts: tuple[int, ...] = (1, 2, 3)
+    usual: int = 3
     prompts: int = 2
     grid: Callable = lambda image: (image.height // TOKEN, image.width // TOKEN)
     first_key: Callable = references_last
@@ -343,7 +402,7 @@ class Case:
     watch: Callable = watch_inputs
 
     def references(self, count: int | None = None) -> list[Image.Image]:
-        count = max(self.counts) if count is None else min(count, max(self.counts))
+        count = min(self.usual if count is None else count, max(self.counts))
         return [picture(*self.sizes[i % len(self.sizes)], seed=i) for i in range(count)]
 
     def tokens(self, references: list) -> list[int]:
@@ -353,6 +412,14 @@ class Case:
 FLUX2_GUIDANCE = {"guidance_scale": 4.0, "negative_prompt_embeds": embeds(seed=2)}
 kontext = partial(
     Case, attention=transformer_flux, sizes=((96, 64),), counts=(1,), guidance=KONTEXT_GUIDANCE, alpha=False
+)
+qwen = partial(
+    Case, attention=transformer_qwenimage, sizes=((96, 64),), counts=(1,), watch=watch_blocks, without_references=False,
+    grid=lambda image: megapixel_grid(image, lambda side: round(side / 32) * 32), alpha=False,
+    guidance={"true_cfg_scale": 4.0, "negative_prompt_embeds": embeds(seed=2, width=TEXT_WIDTH)},
+)  # fmt: skip
+qwen_plus = partial(
+    qwen, call=call_qwen, sizes=((96, 64), (64, 64), (64, 128), (100, 90)), counts=(1, 2, 4), usual=2, prompts=1
 )
 
 CASES = {
@@ -377,7 +444,11 @@ CASES = {
     ),
     "longcat": Case(
         build_longcat, call_longcat, transformer_longcat_image, sizes=((96, 64),), counts=(1,), prompts=1,
-        grid=lambda image: megapixel_grid(image, 16), without_references=False, guidance={"guidance_scale": 4.0},
-        alpha=False,
+        grid=lambda image: megapixel_grid(image, lambda side: math.ceil(side / 16) * 16), without_references=False,
+        guidance={"guidance_scale": 4.0}, alpha=False,
     ),
+    "qwen-edit": qwen(lambda: build_qwen(QwenImageEditPipeline), call_qwen),
+    "qwen-edit-inpaint": qwen(lambda: build_qwen(QwenImageEditInpaintPipeline), call_qwen_inpaint),
+    "qwen-edit-2509": qwen_plus(lambda: build_qwen(QwenImageEditPlusPipeline)),
+    "qwen-edit-2511": qwen_plus(lambda: build_qwen(QwenImageEditPlusPipeline, zero_cond_t=True)),
 }  # fmt: skip

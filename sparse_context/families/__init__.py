@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from . import flux2, flux_kontext
+from . import flux2, flux_kontext, qwen_image_edit
 
 FAMILIES: Mapping[str, Callable] = {
     "Flux2Pipeline": flux2.attach,
@@ -12,6 +12,9 @@ FAMILIES: Mapping[str, Callable] = {
     "FluxKontextPipeline": flux_kontext.attach,
     "FluxKontextInpaintPipeline": flux_kontext.attach,
     "LongCatImageEditPipeline": flux_kontext.attach,
+    "QwenImageEditPipeline": qwen_image_edit.attach,
+    "QwenImageEditInpaintPipeline": qwen_image_edit.attach,
+    "QwenImageEditPlusPipeline": qwen_image_edit.attach,
 }
 
 
