@@ -172,7 +172,7 @@ def test_f_the_transformer_saw_the_tokens_promised(case, pipe, count):
 
 def test_g_two_pipelines_do_not_affect_each_other(case, pipe, dense):
     other = case.build()
-    shared = type(pipe).from_pipe(pipe)
+    shared = case.share(pipe)
     shared.set_progress_bar_config(disable=True)
     assert shared.transformer is pipe.transformer
     apply_sparse_context(pipe, keep=KEEP)
@@ -235,7 +235,7 @@ def test_h_several_images_and_prompts(case, pipe):
 def test_h_cpu_offload(case, pipe):
     apply_sparse_context(pipe, keep=KEEP)
     plain = case.call(pipe, case.references())
-    pipe.enable_model_cpu_offload(device="cpu")
+    case.offload(pipe)
     assert torch.equal(case.call(pipe, case.references()), plain)
 
 
@@ -307,6 +307,30 @@ def test_a_mask_of_another_size_is_refused(case, pipe):
         ValueError, match=f"mask of reference {len(references)} is 12x10, but its picture is {width}x{height}"
     ):
         case.call(pipe, references)
+
+
+@pytest.mark.parametrize("selector", ["random", "edges", "mask"])
+def test_padding_of_a_lone_reference_scores_lowest(selector):
+    """FLUX.3 pads a picture with its reflection, here by 12 pixels a side: one whole token, and half of the next."""
+    pipe = CASES["flux3"].build()
+    reference = picture(40, 72)
+    everywhere = mask([np.full((72, 40), 255, np.uint8)])
+    apply_sparse_context(pipe, keep=20, selector=everywhere if selector == "mask" else selector, coverage=0)
+    CASES["flux3"].call(pipe, [reference])
+    (kept,) = last_selection(pipe).references
+    assert kept.grid == (9, 8) and kept.picture.shape[:2] == (72, 64)
+    assert kept.scores[:, [0, -1]].max() < 0 <= kept.scores[:, 1:-1].min()
+    assert not kept.mask[:, [0, -1]].any()
+
+
+def test_flux3_blocks_copied_from_a_sparse_pipeline_are_dense():
+    case = CASES["flux3"]
+    pipe = case.build()
+    apply_sparse_context(pipe, keep=KEEP)
+    twin = case.share(pipe)
+    twin.set_progress_bar_config(disable=True)
+    assert torch.equal(case.call(twin, case.references()), case.call(case.build(), case.references()))
+    assert last_selection(pipe) is None
 
 
 @pytest.mark.parametrize("name", ["kontext", "qwen-edit"])

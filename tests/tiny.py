@@ -11,16 +11,21 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinInpaintPipeline,
     Flux2KleinKVPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    Flux3AutoBlocks,
+    Flux3DistilledAutoBlocks,
+    Flux3Transformer2DModel,
     FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     FluxTransformer2DModel,
@@ -34,9 +39,11 @@ from diffusers import (
 from diffusers.models.transformers import (
     transformer_flux,
     transformer_flux2,
+    transformer_flux3,
     transformer_longcat_image,
     transformer_qwenimage,
 )
+from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 from transformers import (
@@ -338,6 +345,58 @@ def megapixel_grid(image: Image.Image, rounded: Callable) -> tuple[int, int]:
     return tuple(rounded(side) // 64 for side in (width * image.height / image.width, width))
 
 
+def build_flux3(blocks: type):
+    """Without the blocks before the prompt embeddings and behind the latents."""
+    torch.manual_seed(0)
+    blocks = blocks()
+    for name in ("prompt_upsampler", "text_encoder", "decode"):
+        blocks.sub_blocks.pop(name)
+    pipe = blocks.init_pipeline()
+    distilled = isinstance(blocks, Flux3DistilledAutoBlocks)
+    transformer = Flux3Transformer2DModel(
+        in_channels=8,
+        cond_in_channels=8,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        timestep_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        rope_theta=100,
+        flow_map=distilled,
+    )
+    image_processor = Flux3ImageProcessor(vae_scale_factor=TOKEN, vae_latent_channels=2)
+    pipe.update_components(vae=tiny_vae(), transformer=transformer, image_processor=image_processor)
+    if not distilled:
+        pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.0))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_flux3(pipe, references: list, prompts: int = 1, guidance_scale: float | None = None, **kwargs) -> torch.Tensor:
+    if guidance_scale is not None:
+        pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=guidance_scale))
+    kwargs = {"generator": torch.Generator().manual_seed(7), "height": OUTPUT[0], "width": OUTPUT[1], **kwargs}
+    images = {"image": references} if references else {}
+    return pipe(
+        prompt_embeds=embeds(prompts, width=TEXT_WIDTH), num_inference_steps=STEPS, output="latents", **images, **kwargs
+    )
+
+
+def share_flux3(pipe):
+    """Another pipeline with the same components."""
+    twin = pipe.blocks.init_pipeline()
+    twin.update_components(**pipe.components)
+    return twin
+
+
+def offload_flux3(pipe) -> None:
+    """With the hooks that diffusers' other pipelines set; the modular manager's own need an accelerator."""
+    for model in (pipe.vae, pipe.transformer):
+        cpu_offload_with_hook(model, "cpu")
+
+
 # How the tests look into a transformer --------------------------------------------------------------------------------
 
 
@@ -360,6 +419,19 @@ def watch_blocks(transformer, seen: list) -> None:
     transformer.transformer_blocks[0].register_forward_pre_hook(record, with_kwargs=True)
 
 
+def watch_flux3(transformer, seen: list) -> None:
+    """The same where references arrive beside the image tokens."""
+
+    def record(module, args, kwargs):
+        parts = [(kwargs["hidden_states"], kwargs["img_ids"])]
+        if kwargs.get("image_cond_ids") is not None:
+            parts.append((kwargs["image_cond_hidden_states"], kwargs["image_cond_ids"]))
+        tokens, ids = zip(*parts, strict=True)
+        seen.append((sum(t.shape[1] for t in tokens), torch.cat(ids)[None]))
+
+    transformer.register_forward_pre_hook(record, with_kwargs=True)
+
+
 def references_last(length: int, references: int) -> int:
     """The place of the first of the references' tokens among `length` keys, in a (text, output, references) block."""
     return length - references
@@ -368,6 +440,11 @@ def references_last(length: int, references: int) -> int:
 def references_first(length: int, references: int) -> int:
     """In a (text, references, output) block, or one that sees the references alone."""
     return 0 if length == references else TEXT_LENGTH
+
+
+def references_last_or_alone(length: int, references: int) -> int | None:
+    """In a (text, output, references) block, or one that sees the text, the output or the references alone."""
+    return length - references if length >= references else None
 
 
 @dataclass(frozen=True)
@@ -384,6 +461,8 @@ class Case:
     without_references: whether a call can do without any.
     guidance: what makes a call take a second forward; None where nothing does.
     alpha: whether the host takes pictures with an alpha channel.
+    watch: fills a list with what each forward of the transformer saw, see `watch_inputs`.
+    share: another pipeline with the same components. offload: switches the host's CPU offload on.
     """
 
     build: Callable
@@ -400,6 +479,8 @@ class Case:
     guidance: dict | None = None
     alpha: bool = True
     watch: Callable = watch_inputs
+    share: Callable = lambda pipe: type(pipe).from_pipe(pipe)
+    offload: Callable = lambda pipe: pipe.enable_model_cpu_offload(device="cpu")
 
     def references(self, count: int | None = None) -> list[Image.Image]:
         count = min(self.usual if count is None else count, max(self.counts))
@@ -421,6 +502,10 @@ qwen = partial(
 qwen_plus = partial(
     qwen, call=call_qwen, sizes=((96, 64), (64, 64), (64, 128), (100, 90)), counts=(1, 2, 4), usual=2, prompts=1
 )
+flux3 = partial(
+    Case, call=call_flux3, attention=transformer_flux3, first_key=references_last_or_alone, watch=watch_flux3,
+    share=share_flux3, offload=offload_flux3,
+)  # fmt: skip
 
 CASES = {
     "flux2-dev": Case(lambda: build_flux2(Flux2Pipeline), call_flux2),
@@ -433,6 +518,11 @@ CASES = {
         lambda: build_flux2(Flux2KleinInpaintPipeline), call_flux2_inpaint, sizes=((64, 64), (96, 72), (96, 72)),
         without_references=False, guidance=FLUX2_GUIDANCE,
     ),
+    "flux3": flux3(
+        lambda: build_flux3(Flux3AutoBlocks),
+        guidance={"guidance_scale": 4.0, "negative_prompt_embeds": embeds(seed=2, width=TEXT_WIDTH)},
+    ),
+    "flux3-distilled": flux3(lambda: build_flux3(Flux3DistilledAutoBlocks)),
     "kontext": kontext(
         lambda: build_kontext(FluxKontextPipeline, levels=6), call_kontext, sizes=((192, 128),), grid=kontext_grid
     ),
