@@ -16,6 +16,7 @@ from .budget import check_budget, choose_tokens, keeps_all
 from .selectors import Selector, find_mask, resolve, user_mask
 
 TASKS = ("auto", "edit", "subject")
+BELOW_ALL = np.float32(-1e-9)  # a selector's lowest score is 0; this adds nothing to the mass that "auto" measures
 
 
 def task_defaults(task: str, references: int) -> tuple[str | dict[str, float], float]:
@@ -174,13 +175,16 @@ def select_tokens(
     images: Sequence[np.ndarray | Sequence[np.ndarray] | None],
     grids: Sequence[tuple[int, int]],
     config: SparseContextConfig,
+    shown: Sequence[np.ndarray | None] | None = None,
 ) -> Selection:
     """Score the references of a call and choose the tokens to keep.
 
     `images` has each reference's pixels as the VAE sees them, uint8 (H, W, 3) or (H, W, 4) with a mask or alpha channel
     last, or None where there are only latents. Where each item of a batch has another picture, it is a list of these:
     the batch shares one index, so their scores are averaged. `grids` has each reference's token grid (rows, columns).
-    Reference i draws its random numbers from the seed and i alone. Where all tokens are kept, nothing is scored.
+    `shown`, where a host pads, has bool (rows, columns) for each reference, or None for all True: a token that shows
+    nothing but padding is scored below all others. Reference i draws its random numbers from the seed and i alone.
+    Where all tokens are kept, nothing is scored.
 
     Raises ValueError, in one sentence, for values that do not fit these references.
     """
@@ -219,6 +223,9 @@ def select_tokens(
             batch = pictures[i] or [None]
             parts = [function(image, grids[i], np.random.default_rng([config.seed, i])) for image in batch]
             part = np.mean(parts, axis=0, dtype=np.float32) if len(parts) > 1 else parts[0]
+            inside = None if shown is None else shown[i]
+            if inside is not None:
+                part = np.where(inside, part, BELOW_ALL)
         labels.append(label)
         scores.append(part)
 
@@ -231,8 +238,8 @@ def select_tokens(
         multiple_of=config.multiple_of,
         mass=config.mass,
     )
-    shown = [batch[0] if batch else None for batch in pictures]
-    kept = tuple(Kept(*each) for each in zip(grids, index, scores, labels, shown, strict=True))
+    firsts = [batch[0] if batch else None for batch in pictures]
+    kept = tuple(Kept(*each) for each in zip(grids, index, scores, labels, firsts, strict=True))
     task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(tasks))
     return Selection(kept, task, tuple(coverages), time.perf_counter() - start)
 

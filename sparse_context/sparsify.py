@@ -29,11 +29,11 @@ class SparseContext:
         self.selection: Selection | None = None
         self._overridden: list[tuple[Any, str, bool, Any]] = []
 
-    def override(self, owner: Any, name: str, function: Callable) -> None:
+    def override(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name` on the instance, and remember what stood there."""
         own = vars(owner)
         self._overridden.append((owner, name, name in own, own.get(name)))
-        setattr(owner, name, function)
+        setattr(owner, name, value)
 
     def restore(self) -> None:
         """Undo every override, last first."""
@@ -44,15 +44,20 @@ class SparseContext:
             else:
                 delattr(owner, name)
 
-    def select(self, grids: Sequence[tuple[int, int]], picture: Callable[[int, np.ndarray | None], Any]) -> np.ndarray:
+    def select(
+        self,
+        grids: Sequence[tuple[int, int]],
+        picture: Callable[[int, np.ndarray | None], Any],
+        shown: Sequence[np.ndarray | None] | None = None,
+    ) -> np.ndarray:
         """Choose the tokens of one call and remember the selection.
 
         `grids` is one (rows, columns) per reference; `picture(i, mask)` gives the pixels of reference i as selectors
-        want them, with the user's mask (or None) carried through the pipeline's own resize and crop. Returns the joint
-        sorted index, int64.
+        want them, with the user's mask (or None) carried through the pipeline's own resize and crop. `shown` tells
+        tokens from padding (`select_tokens`). Returns the joint sorted index, int64.
         """
         pictures = [picture(i, user_mask(self.config.selector, i)) for i in range(len(grids))]
-        self.selection = select_tokens(pictures, grids, self.config)
+        self.selection = select_tokens(pictures, grids, self.config, shown)
         return self.selection.index
 
 

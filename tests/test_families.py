@@ -1,12 +1,13 @@
 """What must hold for every family, on tiny real pipelines (the letters are DESIGN.md's)."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sparse_context import apply_sparse_context, last_selection, mask, remove_sparse_context
 from sparse_context.families import FAMILIES
@@ -171,7 +172,7 @@ def test_f_the_transformer_saw_the_tokens_promised(case, pipe, count):
 
 def test_g_two_pipelines_do_not_affect_each_other(case, pipe, dense):
     other = case.build()
-    shared = type(pipe).from_pipe(pipe)
+    shared = case.share(pipe)
     shared.set_progress_bar_config(disable=True)
     assert shared.transformer is pipe.transformer
     apply_sparse_context(pipe, keep=KEEP)
@@ -234,7 +235,7 @@ def test_h_several_images_and_prompts(case, pipe):
 def test_h_cpu_offload(case, pipe):
     apply_sparse_context(pipe, keep=KEEP)
     plain = case.call(pipe, case.references())
-    pipe.enable_model_cpu_offload(device="cpu")
+    case.offload(pipe)
     assert torch.equal(case.call(pipe, case.references()), plain)
 
 
@@ -306,6 +307,75 @@ def test_a_mask_of_another_size_is_refused(case, pipe):
         ValueError, match=f"mask of reference {len(references)} is 12x10, but its picture is {width}x{height}"
     ):
         case.call(pipe, references)
+
+
+@pytest.mark.parametrize("selector", ["random", "edges", "mask"])
+def test_padding_of_a_lone_reference_scores_lowest(selector):
+    """FLUX.3 pads a picture with its reflection, here by 12 pixels a side: one whole token, and half of the next."""
+    pipe = CASES["flux3"].build()
+    reference = picture(40, 72)
+    everywhere = mask([np.full((72, 40), 255, np.uint8)])
+    apply_sparse_context(pipe, keep=20, selector=everywhere if selector == "mask" else selector, coverage=0)
+    CASES["flux3"].call(pipe, [reference])
+    (kept,) = last_selection(pipe).references
+    assert kept.grid == (9, 8) and kept.picture.shape[:2] == (72, 64)
+    assert kept.scores[:, [0, -1]].max() < 0 <= kept.scores[:, 1:-1].min()
+    assert not kept.mask[:, [0, -1]].any()
+
+
+def test_flux3_blocks_copied_from_a_sparse_pipeline_are_dense():
+    case = CASES["flux3"]
+    pipe = case.build()
+    apply_sparse_context(pipe, keep=KEEP)
+    twin = case.share(pipe)
+    twin.set_progress_bar_config(disable=True)
+    assert torch.equal(case.call(twin, case.references()), case.call(case.build(), case.references()))
+    assert last_selection(pipe) is None
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen-edit"])
+def test_a_list_of_pictures_is_one_reference_with_another_picture_for_each_output(name):
+    case = CASES[name]
+    pipe = case.build()
+    pictures = [picture(*case.sizes[0]), ImageOps.invert(picture(*case.sizes[0]))]
+    apply_sparse_context(pipe, keep=0.25, selector=mask([corner(*case.sizes[0])]))
+    both = case.call(pipe, [pictures], prompts=2)
+    (kept,) = last_selection(pipe).references
+    assert kept.mask[: kept.grid[0] // 2 + 1, : kept.grid[1] // 2 + 1].sum() == kept.mask.sum()
+    latents = torch.randn(both.shape, generator=torch.Generator().manual_seed(0))
+    both = case.call(pipe, [pictures], prompts=2, latents=latents)
+    assert distance(both, case.call(pipe, [pictures[::-1]], prompts=2, latents=latents)) > 1e-4
+
+
+def test_a_failed_call_leaves_no_hook_on_the_transformer():
+    case = CASES["qwen-edit"]
+    pipe = case.build()
+    apply_sparse_context(pipe, keep=KEEP)
+
+    def fail(*args):
+        assert pipe.transformer._forward_pre_hooks
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        case.call(pipe, case.references(), callback_on_step_end=fail)
+    assert not pipe.transformer._forward_pre_hooks
+    assert not pipe.transformer.pos_embed._forward_pre_hooks and not pipe.transformer.pos_embed._forward_hooks
+
+
+def test_the_text_encoder_sees_the_whole_picture(monkeypatch):
+    case = CASES["qwen-edit"]
+    seen = []
+
+    def remember_image(encode_prompt, image, **kwargs):
+        seen.append(image)
+        return encode_prompt(**kwargs)
+
+    for keep in (1.0, KEEP):
+        pipe = case.build()
+        monkeypatch.setattr(pipe, "encode_prompt", partial(remember_image, pipe.encode_prompt))
+        apply_sparse_context(pipe, keep=keep)
+        case.call(pipe, case.references())
+    assert seen[0] == seen[1]
 
 
 def test_a_deep_copy_is_independent(case, pipe):

@@ -262,3 +262,14 @@ def test_selecting_loads_neither_torch_nor_diffusers():
     code = "import sys, sparse_context.selection; print({'torch', 'diffusers', 'PIL'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_padding_is_kept_last():
+    flat = np.full((64, 64, 3), 128, np.uint8)
+    shown = np.zeros((8, 8), bool)
+    shown[2:6, 2:6] = True
+    config = SparseContextConfig(keep=16, selector="edges", coverage=0)
+    (kept,) = select_tokens([flat], [(8, 8)], config, [shown]).references
+    assert np.array_equal(kept.mask, shown)
+    (kept,) = select_tokens([flat], [(8, 8)], config, [None]).references
+    assert not np.array_equal(kept.mask, shown)

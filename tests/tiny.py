@@ -3,6 +3,7 @@
 A new family joins the suite of test_families.py by adding one entry to `CASES`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -10,22 +11,39 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinInpaintPipeline,
     Flux2KleinKVPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    Flux3AutoBlocks,
+    Flux3DistilledAutoBlocks,
+    Flux3Transformer2DModel,
     FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     FluxTransformer2DModel,
     LongCatImageEditPipeline,
     LongCatImageTransformer2DModel,
+    QwenImageEditInpaintPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
 )
-from diffusers.models.transformers import transformer_flux, transformer_flux2, transformer_longcat_image
+from diffusers.models.transformers import (
+    transformer_flux,
+    transformer_flux2,
+    transformer_flux3,
+    transformer_longcat_image,
+    transformer_qwenimage,
+)
+from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 from transformers import (
@@ -283,11 +301,100 @@ def call_longcat(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Te
     return run(pipe, image=references[0], prompt=["blue cat"] * prompts, **kwargs)
 
 
-def megapixel_grid(image: Image.Image, multiple_of: int) -> tuple[int, int]:
-    """Tokens of 64 pixels in a picture that is scaled to a megapixel, its sides rounded up to `multiple_of`."""
+def build_qwen(cls: type, zero_cond_t: bool = False):
+    """Its tokens are 64 pixels wide, because the references are always scaled to a megapixel."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=2,
+        z_dim=2,
+        dim_mult=[1] * 6,
+        num_res_blocks=0,
+        temperal_downsample=[False] * 5,
+        latents_mean=[-0.56, 0.08],  # these random weights flatten pictures; so they are brought back to unit spread
+        latents_std=[0.04, 0.03],
+    )
+    transformer = QwenImageTransformer2DModel(
+        in_channels=8,
+        out_channels=2,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        zero_cond_t=zero_cond_t,
+    )
+    no_text = dict.fromkeys(["text_encoder", "tokenizer", "processor"])
+    return built(cls, vae=vae, transformer=transformer, **no_text)
+
+
+def call_qwen(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
+    kwargs = {"true_cfg_scale": 1.0, "height": 512, "width": 512, **kwargs}
+    image = references if len(references) > 1 else references[0]
+    return run(pipe, image=image, prompt_embeds=embeds(prompts, width=TEXT_WIDTH), **kwargs)
+
+
+def call_qwen_inpaint(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
+    """The source is the reference."""
+    mask_image = middle(references[0].size)
+    return call_qwen(pipe, references, prompts, mask_image=mask_image, strength=1.0, **kwargs)
+
+
+def megapixel_grid(image: Image.Image, rounded: Callable) -> tuple[int, int]:
+    """Whole tokens of 64 pixels in a picture that is scaled to a megapixel and then to `rounded` sides."""
     width = (1024 * 1024 * image.width / image.height) ** 0.5
-    sides = width * image.height / image.width, width
-    return tuple(int(-(-side // multiple_of) * multiple_of) // 64 for side in sides)
+    return tuple(rounded(side) // 64 for side in (width * image.height / image.width, width))
+
+
+def build_flux3(blocks: type):
+    """Without the blocks before the prompt embeddings and behind the latents."""
+    torch.manual_seed(0)
+    blocks = blocks()
+    for name in ("prompt_upsampler", "text_encoder", "decode"):
+        blocks.sub_blocks.pop(name)
+    pipe = blocks.init_pipeline()
+    distilled = isinstance(blocks, Flux3DistilledAutoBlocks)
+    transformer = Flux3Transformer2DModel(
+        in_channels=8,
+        cond_in_channels=8,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        timestep_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        rope_theta=100,
+        flow_map=distilled,
+    )
+    image_processor = Flux3ImageProcessor(vae_scale_factor=TOKEN, vae_latent_channels=2)
+    pipe.update_components(vae=tiny_vae(), transformer=transformer, image_processor=image_processor)
+    if not distilled:
+        pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=1.0))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_flux3(pipe, references: list, prompts: int = 1, guidance_scale: float | None = None, **kwargs) -> torch.Tensor:
+    if guidance_scale is not None:
+        pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=guidance_scale))
+    kwargs = {"generator": torch.Generator().manual_seed(7), "height": OUTPUT[0], "width": OUTPUT[1], **kwargs}
+    images = {"image": references} if references else {}
+    return pipe(
+        prompt_embeds=embeds(prompts, width=TEXT_WIDTH), num_inference_steps=STEPS, output="latents", **images, **kwargs
+    )
+
+
+def share_flux3(pipe):
+    """Another pipeline with the same components."""
+    twin = pipe.blocks.init_pipeline()
+    twin.update_components(**pipe.components)
+    return twin
+
+
+def offload_flux3(pipe) -> None:
+    """With the hooks that diffusers' other pipelines set; the modular manager's own need an accelerator."""
+    for model in (pipe.vae, pipe.transformer):
+        cpu_offload_with_hook(model, "cpu")
 
 
 # How the tests look into a transformer --------------------------------------------------------------------------------
@@ -303,6 +410,28 @@ def watch_inputs(transformer, seen: list) -> None:
     transformer.register_forward_pre_hook(record, with_kwargs=True)
 
 
+def watch_blocks(transformer, seen: list) -> None:
+    """The same for a transformer that has rotary rows in the place of position ids."""
+
+    def record(block, args, kwargs):
+        seen.append((kwargs["hidden_states"].shape[1], kwargs["image_rotary_emb"][0][None].clone()))
+
+    transformer.transformer_blocks[0].register_forward_pre_hook(record, with_kwargs=True)
+
+
+def watch_flux3(transformer, seen: list) -> None:
+    """The same where references arrive beside the image tokens."""
+
+    def record(module, args, kwargs):
+        parts = [(kwargs["hidden_states"], kwargs["img_ids"])]
+        if kwargs.get("image_cond_ids") is not None:
+            parts.append((kwargs["image_cond_hidden_states"], kwargs["image_cond_ids"]))
+        tokens, ids = zip(*parts, strict=True)
+        seen.append((sum(t.shape[1] for t in tokens), torch.cat(ids)[None]))
+
+    transformer.register_forward_pre_hook(record, with_kwargs=True)
+
+
 def references_last(length: int, references: int) -> int:
     """The place of the first of the references' tokens among `length` keys, in a (text, output, references) block."""
     return length - references
@@ -313,12 +442,18 @@ def references_first(length: int, references: int) -> int:
     return 0 if length == references else TEXT_LENGTH
 
 
+def references_last_or_alone(length: int, references: int) -> int | None:
+    """In a (text, output, references) block, or one that sees the text, the output or the references alone."""
+    return length - references if length >= references else None
+
+
 @dataclass(frozen=True)
 class Case:
     """One kind of pipeline.
 
     attention: the module in which its transformer calls `dispatch_attention_fn`.
-    sizes: (width, height) of the references to try. counts: how many of them a call is tried with.
+    sizes: (width, height) of the references to try.
+    counts: how many of them a call is tried with. usual: how many in most tests, if the host takes that many.
     prompts: how many prompts a call takes.
     grid: the token grid (rows, columns) that a reference has after the host's resize and crop.
     first_key: the place of the first of the references' keys in a block; None in a block that sees none of them.
@@ -326,6 +461,8 @@ class Case:
     without_references: whether a call can do without any.
     guidance: what makes a call take a second forward; None where nothing does.
     alpha: whether the host takes pictures with an alpha channel.
+    watch: fills a list with what each forward of the transformer saw, see `watch_inputs`.
+    share: another pipeline with the same components. offload: switches the host's CPU offload on.
     """
 
     build: Callable
@@ -333,6 +470,7 @@ class Case:
     attention: ModuleType = transformer_flux2
     sizes: tuple[tuple[int, int], ...] = ((64, 64), (96, 64), (64, 120))
     counts: tuple[int, ...] = (1, 2, 3)
+    usual: int = 3
     prompts: int = 2
     grid: Callable = lambda image: (image.height // TOKEN, image.width // TOKEN)
     first_key: Callable = references_last
@@ -341,9 +479,11 @@ class Case:
     guidance: dict | None = None
     alpha: bool = True
     watch: Callable = watch_inputs
+    share: Callable = lambda pipe: type(pipe).from_pipe(pipe)
+    offload: Callable = lambda pipe: pipe.enable_model_cpu_offload(device="cpu")
 
     def references(self, count: int | None = None) -> list[Image.Image]:
-        count = max(self.counts) if count is None else min(count, max(self.counts))
+        count = min(self.usual if count is None else count, max(self.counts))
         return [picture(*self.sizes[i % len(self.sizes)], seed=i) for i in range(count)]
 
     def tokens(self, references: list) -> list[int]:
@@ -354,6 +494,18 @@ FLUX2_GUIDANCE = {"guidance_scale": 4.0, "negative_prompt_embeds": embeds(seed=2
 kontext = partial(
     Case, attention=transformer_flux, sizes=((96, 64),), counts=(1,), guidance=KONTEXT_GUIDANCE, alpha=False
 )
+qwen = partial(
+    Case, attention=transformer_qwenimage, sizes=((96, 64),), counts=(1,), watch=watch_blocks, without_references=False,
+    grid=lambda image: megapixel_grid(image, lambda side: round(side / 32) * 32), alpha=False,
+    guidance={"true_cfg_scale": 4.0, "negative_prompt_embeds": embeds(seed=2, width=TEXT_WIDTH)},
+)  # fmt: skip
+qwen_plus = partial(
+    qwen, call=call_qwen, sizes=((96, 64), (64, 64), (64, 128), (100, 90)), counts=(1, 2, 4), usual=2, prompts=1
+)
+flux3 = partial(
+    Case, call=call_flux3, attention=transformer_flux3, first_key=references_last_or_alone, watch=watch_flux3,
+    share=share_flux3, offload=offload_flux3,
+)  # fmt: skip
 
 CASES = {
     "flux2-dev": Case(lambda: build_flux2(Flux2Pipeline), call_flux2),
@@ -366,6 +518,11 @@ CASES = {
         lambda: build_flux2(Flux2KleinInpaintPipeline), call_flux2_inpaint, sizes=((64, 64), (96, 72), (96, 72)),
         without_references=False, guidance=FLUX2_GUIDANCE,
     ),
+    "flux3": flux3(
+        lambda: build_flux3(Flux3AutoBlocks),
+        guidance={"guidance_scale": 4.0, "negative_prompt_embeds": embeds(seed=2, width=TEXT_WIDTH)},
+    ),
+    "flux3-distilled": flux3(lambda: build_flux3(Flux3DistilledAutoBlocks)),
     "kontext": kontext(
         lambda: build_kontext(FluxKontextPipeline, levels=6), call_kontext, sizes=((192, 128),), grid=kontext_grid
     ),
@@ -377,7 +534,11 @@ CASES = {
     ),
     "longcat": Case(
         build_longcat, call_longcat, transformer_longcat_image, sizes=((96, 64),), counts=(1,), prompts=1,
-        grid=lambda image: megapixel_grid(image, 16), without_references=False, guidance={"guidance_scale": 4.0},
-        alpha=False,
+        grid=lambda image: megapixel_grid(image, lambda side: math.ceil(side / 16) * 16), without_references=False,
+        guidance={"guidance_scale": 4.0}, alpha=False,
     ),
+    "qwen-edit": qwen(lambda: build_qwen(QwenImageEditPipeline), call_qwen),
+    "qwen-edit-inpaint": qwen(lambda: build_qwen(QwenImageEditInpaintPipeline), call_qwen_inpaint),
+    "qwen-edit-2509": qwen_plus(lambda: build_qwen(QwenImageEditPlusPipeline)),
+    "qwen-edit-2511": qwen_plus(lambda: build_qwen(QwenImageEditPlusPipeline, zero_cond_t=True)),
 }  # fmt: skip

@@ -2,16 +2,21 @@
 
 from collections.abc import Callable, Mapping
 
-from . import flux2, flux_kontext
+from . import flux2, flux3, flux_kontext, qwen_image_edit
 
 FAMILIES: Mapping[str, Callable] = {
     "Flux2Pipeline": flux2.attach,
     "Flux2KleinPipeline": flux2.attach,
     "Flux2KleinKVPipeline": flux2.attach,
     "Flux2KleinInpaintPipeline": flux2.attach,
+    "Flux3ModularPipeline": flux3.attach,
+    "Flux3DistilledModularPipeline": flux3.attach,
     "FluxKontextPipeline": flux_kontext.attach,
     "FluxKontextInpaintPipeline": flux_kontext.attach,
     "LongCatImageEditPipeline": flux_kontext.attach,
+    "QwenImageEditPipeline": qwen_image_edit.attach,
+    "QwenImageEditInpaintPipeline": qwen_image_edit.attach,
+    "QwenImageEditPlusPipeline": qwen_image_edit.attach,
 }
 
 

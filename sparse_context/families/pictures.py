@@ -43,18 +43,18 @@ class Pictures:
         uint8 (H, W, 3) each; or (H, W, 4) with the user's mask, or else the picture's own alpha channel, carried
         through the processor's resize and crop. Raises ValueError for a mask of another size than its picture's.
         """
-        shown = _to_uint8(pixels[rows])
+        shown = to_uint8(pixels[rows])
         original = self._original(pixels)
         originals = list(original) if isinstance(original, list) else [original]
         if original is pixels:
             return list(shown)
         alike = []
         for own in originals[rows] if len(originals) > 1 else originals:
-            own_mask = self._mask_of(own, mask, reference)
+            own_mask = mask_of(own, mask, reference, self._max_area)
             if own_mask is None:
                 return list(shown)
             alike.append(_like(own, own_mask))
-        alpha = _to_uint8(self._replay(pixels, alike if len(alike) > 1 else alike[0]))[..., :1]
+        alpha = to_uint8(self._replay(pixels, alike if len(alike) > 1 else alike[0]))[..., :1]
         return list(np.concatenate([shown, np.broadcast_to(alpha, (*shown.shape[:3], 1))], axis=-1))
 
     def _original(self, made: Any) -> Any:
@@ -69,25 +69,32 @@ class Pictures:
         step, image, args, kwargs = self._made_by[made]
         return step(self._replay(image, start), *args, **kwargs)
 
-    def _mask_of(self, original: Any, mask: np.ndarray | None, reference: int) -> PIL.Image.Image | None:
-        """The user's mask of a reference in the size that the processor got it, or else its alpha channel, or None."""
-        if mask is None:
-            has_alpha = isinstance(original, PIL.Image.Image) and "A" in original.getbands()
-            return original.getchannel("A") if has_alpha else None
-        width, height = original.size if isinstance(original, PIL.Image.Image) else _array_size(original)
-        given = PIL.Image.fromarray(mask)
-        limit = math.sqrt(self._max_area / (given.width * given.height))
-        if given.size == (width, height):
-            return given
-        if limit < 1 and (int(given.width * limit), int(given.height * limit)) == (width, height):
-            return given.resize((width, height), PIL.Image.Resampling.LANCZOS)
-        raise ValueError(
-            f"the mask of reference {reference + 1} is {given.width}x{given.height}, but its picture is "
-            f"{width}x{height}: pass a mask of the picture's own size"
-        )
+
+def mask_of(
+    original: Any, mask: np.ndarray | None, reference: int, max_area: float = math.inf
+) -> PIL.Image.Image | None:
+    """The user's mask of a reference in the size of its picture, or else the picture's alpha channel, or None.
+
+    A mask of another size raises ValueError, unless it has the size that the picture had before it was scaled down to
+    `max_area` pixels.
+    """
+    if mask is None:
+        has_alpha = isinstance(original, PIL.Image.Image) and "A" in original.getbands()
+        return original.getchannel("A") if has_alpha else None
+    width, height = original.size if isinstance(original, PIL.Image.Image) else _array_size(original)
+    given = PIL.Image.fromarray(mask)
+    limit = math.sqrt(max_area / (given.width * given.height))
+    if given.size == (width, height):
+        return given
+    if limit < 1 and (int(given.width * limit), int(given.height * limit)) == (width, height):
+        return given.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    raise ValueError(
+        f"the mask of reference {reference + 1} is {given.width}x{given.height}, but its picture is "
+        f"{width}x{height}: pass a mask of the picture's own size"
+    )
 
 
-def _to_uint8(pixels: torch.Tensor) -> np.ndarray:
+def to_uint8(pixels: torch.Tensor) -> np.ndarray:
     """(B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C)."""
     return ((pixels.permute(0, 2, 3, 1).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
