@@ -333,6 +333,50 @@ def test_flux3_blocks_copied_from_a_sparse_pipeline_are_dense():
     assert last_selection(pipe) is None
 
 
+@pytest.mark.parametrize("name", ["kontext", "flux3"])
+def test_latents_have_no_pixels_to_look_at(name):
+    pipe = CASES[name].build()
+    latents = {
+        "kontext": {"image": torch.randn(1, 2, 16, 20)},
+        "flux3": {"image_cond_latents": [torch.randn(1, 8, 8, 10)]},
+    }
+    apply_sparse_context(pipe, keep=KEEP, selector="uniform")
+    CASES[name].call(pipe, [], **latents[name])
+    (kept,) = last_selection(pipe).references
+    assert kept.grid == (8, 10) and len(kept.index) == 24 and kept.picture is None
+    apply_sparse_context(pipe, keep=KEEP, selector="edges")
+    with pytest.raises(ValueError, match="'edges' needs the picture's pixels"):
+        CASES[name].call(pipe, [], **latents[name])
+    assert last_selection(pipe) is None
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_a_mask_goes_with_an_array_or_a_tensor(kind):
+    case = CASES["kontext-inpaint-source"]
+    pipe = case.build()
+    pixels = np.asarray(picture(96, 64), np.float32)[None] / 255
+    image = pixels if kind == "array" else torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    apply_sparse_context(pipe, keep=0.25, selector=mask([corner(96, 64)]), coverage=0)
+    case.call(pipe, [picture(96, 64)], image=image)
+    (kept,) = last_selection(pipe).references
+    assert kept.mask[:4, :6].sum() == kept.mask.sum() == 24
+
+
+def test_a_mask_follows_the_crop_of_an_inpainted_part():
+    """`padding_mask_crop` enlarges the part to paint, 32 of 64 pixels here, and the user's mask with it."""
+    case = CASES["kontext-inpaint-source"]
+    pipe = case.build()
+    seen = []
+    pipe.transformer.register_forward_pre_hook(lambda *args: seen.append(last_selection(pipe)))
+    apply_sparse_context(pipe, keep=0.5, selector=mask([corner(64, 64)]), coverage=0)
+    part = Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), ((8, 24), (8, 24))))
+    case.call(pipe, [picture(64, 64)], mask_image=part, padding_mask_crop=0, output_type="pil")
+    (kept,) = seen[0].references
+    expected = np.zeros((8, 8), bool)
+    expected[:6, :6] = True  # of the mask's 32 pixels, 24 are in the part, and each is now two
+    assert np.array_equal(kept.scores > 0.5, expected)
+
+
 @pytest.mark.parametrize("name", ["kontext", "qwen-edit"])
 def test_a_list_of_pictures_is_one_reference_with_another_picture_for_each_output(name):
     case = CASES[name]

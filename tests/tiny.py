@@ -157,7 +157,8 @@ def pooled(batch: int = 1, seed: int = 1) -> torch.Tensor:
 def run(pipe, **kwargs) -> torch.Tensor:
     """Latents of a short call with a fixed seed."""
     kwargs.setdefault("generator", torch.Generator().manual_seed(7))
-    return pipe(num_inference_steps=STEPS, output_type="latent", **kwargs).images
+    kwargs.setdefault("output_type", "latent")
+    return pipe(num_inference_steps=STEPS, **kwargs).images
 
 
 def middle(size: tuple[int, int]) -> Image.Image:
