@@ -5,6 +5,8 @@ import os
 
 # Nothing is fetched in a test. Read when huggingface_hub is imported, and by the commands that tests start.
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+# Tiny tensors gain nothing from threads, and on a busy machine threads that wait for each other cost a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageOps
+from tiny import CASES, STEPS, picture
 
 from sparse_context import apply_sparse_context, last_selection, mask, remove_sparse_context
 from sparse_context.families import FAMILIES
 from sparse_context.tokens import ReferenceTokens
-from tests.tiny import CASES, STEPS, picture
 
 KEEP = 0.3
 TOLERANCE = 1e-5
