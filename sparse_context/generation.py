@@ -27,6 +27,8 @@ from .speed.timing import Times, timed
 
 DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
           "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
+DRIVEN = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline")
+"""The families' pipelines that take references and a prompt and need nothing else; the others want Python."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TIMEOUT = 10  # seconds until the hub counts as out of reach
 
@@ -125,10 +127,10 @@ def _check_model(model: str) -> str:
         name = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{index} is no diffusers model index: pass a model in the diffusers layout.") from error
-    if name not in FAMILIES:
-        raise ValueError(f"The model {model} is a {name}; the supported pipelines are {', '.join(FAMILIES)}.")
-    if name.endswith("InpaintPipeline"):
-        raise ValueError(f"The model {model} is for inpainting: drive it from Python, with apply_sparse_context.")
+    if name in FAMILIES and name not in DRIVEN:
+        raise ValueError(f"The model {model} is a {name}: drive it from Python, with apply_sparse_context.")
+    if name not in DRIVEN:
+        raise ValueError(f"The model {model} is a {name}; the supported pipelines are {', '.join(DRIVEN)}.")
     return model
 
 

@@ -16,7 +16,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "numpy", "opencv-python-headle
 def make_result(name: str, config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
     """`figures` with what is needed to judge and to repeat them.
 
-    Adds the versions, the commit of the checkout that the current folder is in and whether it was dirty (None outside
+    Adds the versions, the commit of the checkout that this package is in and whether it was dirty (None outside
     of one), and the hardware with its load average over the last minute.
     """
     commit = _git("rev-parse", "HEAD")
@@ -47,7 +47,9 @@ def write_result(path: Path, name: str, config: dict[str, Any], figures: dict[st
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

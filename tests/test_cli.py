@@ -356,7 +356,7 @@ def test_a_bad_option_of_generate(refused, options, says):
         "odd class": "is a []; the supported pipelines are Flux2Pipeline, Flux2KleinPipeline",
         "ddpm": "is a DDPMPipeline; the supported pipelines are Flux2Pipeline, Flux2KleinPipeline",
         "ddpm/model_index.json": "does not exist: pass a folder",
-        "inpaint": "is for inpainting: drive it from Python",
+        "inpaint": "is a Flux2KleinInpaintPipeline: drive it from Python",
         "no weights": "does not load: Error no file named diffusion_pytorch_model.safetensors",
         "truncated weights": "does not load: ",
         "garbage weights": "does not load: ",

@@ -138,8 +138,15 @@ def test_one_token_is_eight_pixels():
 
 
 def test_plain_diffusers_loads_what_is_shipped(pipe):
-    plain = Flux2KleinPipeline.from_pretrained(WEIGHTS, use_safetensors=True)
+    plain = Flux2KleinPipeline.from_pretrained(WEIGHTS)
+    plain.set_progress_bar_config(disable=True)
     assert type(plain) is type(pipe) and plain.config.is_distilled
+    example, settings = read_examples()[0], read_call_settings(WEIGHTS)
+    taken = ("height", "width", "max_sequence_length", "text_encoder_out_layers", "num_inference_steps")
+    image = plain(image=example["references"], prompt=example["prompt"], guidance_scale=1.0,
+                  generator=torch.Generator().manual_seed(0), **{k: settings[k] for k in taken}).images[0]  # fmt: skip
+    made = generate(pipe, example["references"], example["prompt"], SparseContextConfig(keep=1.0))
+    assert np.array_equal(image, made.image)
     assert not list(WEIGHTS.rglob("*.bin"))
     assert sum(f.stat().st_size for f in WEIGHTS.rglob("*")) < 34 * 2**20
 

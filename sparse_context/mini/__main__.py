@@ -1,5 +1,6 @@
 """`python -m sparse_context.mini data|vae|base|export|examples`: make the embedded model from nothing (recipe.py)."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -53,4 +54,7 @@ def examples(folder: Folder = Path("checkpoints"), destination: Path = Path(__fi
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except (RuntimeError, OSError, ImportError) as error:
+        sys.exit(f"sparse_context.mini: {error}")

@@ -38,8 +38,8 @@ SPLITS = ("train", "validation", "test")
 PACKAGES = {
     "lobehub-fluent-emoji-3d-1.1.0.tgz": ("npm", "@lobehub/fluent-emoji-3d@1.1.0"),
     "openmoji-17.0.0.tgz": ("npm", "openmoji@17.0.0"),
-    "openclipart-png.deb": ("apt", "openclipart-png"),
-    "gcompris-qt-data.deb": ("apt", "gcompris-qt-data"),
+    "openclipart-png.deb": ("apt", "openclipart-png=1:0.18+dfsg-19"),
+    "gcompris-qt-data.deb": ("apt", "gcompris-qt-data=3.1-2"),
 }
 SHA256 = {
     "lobehub-fluent-emoji-3d-1.1.0.tgz": "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
@@ -130,14 +130,17 @@ def _fetch(folder: Path, file: str, kind: str, name: str) -> None:
             f"`{' '.join(command)}` failed; fetch the package another way and put it at {folder / file}"
         ) from error
     if kind == "apt":
-        next(folder.glob(f"{name}_*.deb")).rename(folder / file)
+        next(folder.glob(f"{name.partition('=')[0]}_*.deb")).rename(folder / file)
 
 
 def _check(path: Path) -> None:
     with path.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if digest != SHA256.get(path.name):
-        raise RuntimeError(f"{path} has SHA-256 {digest} instead of {SHA256.get(path.name)}: delete it and run again")
+        raise RuntimeError(
+            f"{path} has SHA-256 {digest} instead of {SHA256[path.name]}: it is another version than "
+            f"{PACKAGES[path.name][1]}, or damaged; delete it and fetch that one"
+        )
 
 
 def _square(rgba: np.ndarray) -> np.ndarray | None:

@@ -25,7 +25,7 @@ def read_examples(folder: Path = EXAMPLES) -> list[dict]:
     ]
 
 
-def run_demo(output: Path, keep: float | int | str = 0.2) -> dict:
+def run_demo(output: Path, keep: float | int | str = 0.2) -> list[dict]:
     """Run every example dense and sparse, write a sheet for each and one of all into `output`, and print the times.
 
     Returns the report that is also written to `output`/report.json. Raises ValueError for a keep out of range and
@@ -89,4 +89,4 @@ def run_demo(output: Path, keep: float | int | str = 0.2) -> dict:
             f"{seconds[0]:>8.2f} s{seconds[1]:>8.2f} s{row['times faster']:>8.2f}x"
         )
     print(f"wrote {output / 'demo.png'}, a sheet for each scene and report.json")
-    return {"scenes": report}
+    return report

@@ -54,7 +54,7 @@ def make_tokenizer(corpus: list[str], vocabulary: int = 512) -> Qwen2Tokenizer:
 
 
 def make_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
-    """0.4 M parameters: 2 layers of width 128."""
+    """0.5 M parameters: 2 layers of width 128."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers import Qwen2Tokenizer
 
 from ..training.loop import load_average, make_optimisers, train
 from .data import Assets, load_assets
@@ -80,8 +81,9 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     average = train(vae, [optimiser], loss, folder / "vae", steps=config.steps, warmup=100, ema=0.995,
                     save_every=400, stop_after=stop_after)  # fmt: skip
-    measure_latents(average, assets)
-    average.save_pretrained(folder / "vae" / "final")
+    if (folder / "vae" / f"step-{config.steps:07d}").is_dir():  # all steps were taken, so the base may rely on it
+        measure_latents(average, assets)
+        average.save_pretrained(folder / "vae" / "final")
 
 
 @torch.no_grad()
@@ -204,8 +206,9 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
     assets = everything.split("train")
     vae = load_vae(folder)
     torch.manual_seed(config.seed)
-    tokenizer = make_tokenizer(prompt_corpus(assets), config.vocabulary)
-    tokenizer.save_pretrained(folder / "tokenizer")
+    if not (folder / "tokenizer").is_dir():  # its ids belong to the embeddings that are being trained
+        make_tokenizer(prompt_corpus(assets), config.vocabulary).save_pretrained(folder / "tokenizer")
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     nn.init.zeros_(modules["transformer"].proj_out.weight)
 
@@ -274,14 +277,15 @@ def generate(pipe, scene: Scene, seed: int = 0, steps: int = 8) -> np.ndarray:
 
 def export(folder: Path, destination: Path) -> None:
     """Write the averaged weights as a bf16 pipeline in the diffusers layout, with the call settings beside it."""
-    from transformers import Qwen2Tokenizer
-
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     step = load_average(folder / "base", modules)
     pipe = make_pipeline(load_vae(folder), modules["transformer"], modules["text_encoder"], tokenizer)
     pipe.to(dtype=torch.bfloat16)
     pipe.save_pretrained(destination, safe_serialization=True)
+    # Loaded without a dtype, diffusers makes its parts float32, and transformers what this says: they have to agree
+    config = destination / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     settings = {
         "height": SIZE,
         "width": SIZE,
