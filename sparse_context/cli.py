@@ -175,6 +175,7 @@ def demo(
     """Run the embedded model on pictures that it has not seen: kept tokens, dense beside sparse, the times."""
     from .mini.demo import run_demo
 
+    _hide_loading_bars()
     run_demo(output, _number(keep))
 
 
