@@ -210,15 +210,34 @@ def call_settings(pipe: Any) -> dict:
     return settings
 
 
-def _fit_masks(selector: Any, side: int | None) -> Any:
+def _reference_sides(reference_size: Any, config: SparseContextConfig, count: int) -> list[int | None]:
+    """The size that each reference is scaled to, where a model says it: one number, or one for each task.
+
+    Under the task "auto" one reference is taken for a picture to edit, several for subjects, as `task_defaults` does.
+    """
+    tasks = [config.task] * count if isinstance(config.task, str) else list(config.task)
+    if not isinstance(reference_size, Mapping):
+        return [reference_size] * count
+    auto = "edit" if count == 1 else "subject"
+    return [reference_size[auto if task == "auto" else task] for task in tasks]
+
+
+def _fit_masks(selector: Any, sides: Sequence[int | None]) -> Any:
     """`selector` with the user's masks in it scaled and padded as `fit_reference` does with their pictures."""
     if isinstance(selector, Mask):
-        return Mask([m if m is None else np.asarray(fit_reference(Image.fromarray(m), side)) for m in selector.masks])
+        return Mask(
+            [
+                m if m is None else np.asarray(fit_reference(Image.fromarray(m), side))
+                for m, side in zip(selector.masks, sides, strict=False)  # more masks than references are ignored
+            ]
+        )
     if isinstance(selector, Blend):
-        return Blend([(_fit_masks(part, side), weight) for part, weight in selector.parts])
+        return Blend([(_fit_masks(part, sides), weight) for part, weight in selector.parts])
     if isinstance(selector, Mapping):
-        return {_fit_masks(part, side): weight for part, weight in selector.items()}
-    return [_fit_masks(part, side) for part in selector] if isinstance(selector, (list, tuple)) else selector
+        return {_fit_masks(part, sides): weight for part, weight in selector.items()}
+    if isinstance(selector, (list, tuple)):
+        return [_fit_masks(part, [side]) for part, side in zip(selector, sides, strict=False)]
+    return selector
 
 
 def generate(
@@ -241,7 +260,7 @@ def generate(
     """
     settings = call_settings(pipe)
     config = config or SparseContextConfig()
-    most, side = settings.get("max_references"), settings.get("reference_size")
+    most = settings.get("max_references")
     if most is not None and len(references) > most:
         raise ValueError(f"There are {len(references)} references, and this model takes at most {most}: pass fewer.")
     for name, value in (("steps", steps), ("height", height), ("width", width)):
@@ -270,11 +289,12 @@ def generate(
         chosen["guidance_scale"] = 1.0  # what it is run with anyhow
     arguments = settings | {name: value for name, value in chosen.items() if value is not None}
     arguments = {name: value for name, value in arguments.items() if name in taken}
-    apply_sparse_context(pipe, replace(config, selector=_fit_masks(config.selector, side)))
+    sides = _reference_sides(settings.get("reference_size"), config, len(references))
+    apply_sparse_context(pipe, replace(config, selector=_fit_masks(config.selector, sides)))
     try:
         with timed(pipe) as times:
             image = pipe(
-                image=[fit_reference(reference, side) for reference in references] or None,
+                image=[fit_reference(*pair) for pair in zip(references, sides, strict=True)] or None,
                 prompt=prompt,
                 generator=torch.Generator().manual_seed(seed),
                 **arguments,

@@ -12,11 +12,19 @@ from transformers import Qwen2Tokenizer
 from sparse_context import SparseContextConfig
 from sparse_context.generation import generate, load_pipeline
 from sparse_context.mini import WEIGHTS, read_call_settings
-from sparse_context.mini.data import Assets, _square, split_of
+from sparse_context.mini.data import Assets, _misses_a_link, _square, split_of
 from sparse_context.mini.demo import read_examples, run_demo
 from sparse_context.mini.model import make_tokenizer, make_vae
-from sparse_context.mini.recipe import encode_pictures, encode_text, position_ids, shifted_sigmas, to_tensor
-from sparse_context.mini.scenes import COLOURS, PLACES, TASKS, make_scene
+from sparse_context.mini.recipe import (
+    BaseConfig,
+    batch_scenes,
+    encode_pictures,
+    encode_text,
+    position_ids,
+    shifted_sigmas,
+    to_tensor,
+)
+from sparse_context.mini.scenes import COLOURS, PLACES, SUBJECTS, TASKS, TOKEN, make_scene
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +52,32 @@ def test_a_seed_is_a_scene(assets, task):
     assert all(np.array_equal(a, b) for a, b in zip(one.references, other.references, strict=True))
     assert not np.array_equal(one.target, make_scene(assets, task, 6).target)
     for picture in (*one.references, one.target):
-        assert picture.dtype == np.uint8 and picture.shape == (128, 128, 3)
-    assert len(one.references) == len(one.reference_masks)
+        assert picture.dtype == np.uint8
+    assert one.target.shape == (128, 128, 3) and one.mask.shape == (128, 128)
+    assert one.references[0].shape == (192, 192, 3) if task in SUBJECTS else one.references[0].shape == (128, 128, 3)
+    assert [m.shape for m in one.reference_masks] == [r.shape[:2] for r in one.references]
+
+
+def test_the_size_of_a_subject_s_references_is_a_choice_and_a_background_s_is_not(assets):
+    assert [r.shape[0] for r in make_scene(assets, "subject_scene", 1).references] == [192, 128]
+    assert [r.shape[0] for r in make_scene(assets, "subject_scene", 1, side=128).references] == [128, 128]
+    assert [r.shape[0] for r in make_scene(assets, "edit_global", 1, side=160).references] == [128]
+
+
+@pytest.mark.parametrize("side", [128, 192])
+def test_subjects_move_by_whole_tokens(assets, side):
+    """Where the object is in the output, a crop of the reference at a whole number of tokens has the same pixels."""
+    for seed in range(6):
+        scene = make_scene(assets, "subject_place", seed, side)
+        inside = scene.mask > 0.999
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        solid = scene.reference_masks[0] > 0.999
+        shift = np.flatnonzero(solid.any(1))[0] - rows[0], np.flatnonzero(solid.any(0))[0] - columns[0]
+        moved = tuple(slice(s.start + d, s.stop + d) for s, d in zip(box, shift, strict=True))
+        assert shift[0] % TOKEN == shift[1] % TOKEN == 0
+        difference = np.abs(scene.target[box].astype(int) - scene.references[0][moved])[inside[box]]
+        assert difference.max() <= 1
 
 
 def test_the_background_edit_keeps_the_object_and_nothing_else(assets):
@@ -95,6 +127,31 @@ def test_objects_are_cropped_to_their_alpha():
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 127, 32, 95)
     assert (square[64, 64] == [10, 200, 30, 255]).all()
     assert _square(np.full((64, 64, 4), 255, np.uint8)) is None  # nothing is transparent: no outline
+
+
+def test_clip_art_with_a_card_that_says_link_not_found_is_no_object():
+    rgba = np.zeros((128, 128, 4), np.uint8)
+    rgba[30:100, 30:100] = [90, 140, 60, 255]
+    assert not _misses_a_link(rgba)
+    rgba[40:90, 40:90] = [255, 255, 255, 143]
+    assert not _misses_a_link(rgba)  # glass, perhaps
+    rgba[45:55, 60:70] = [255, 0, 0, 143]
+    assert _misses_a_link(rgba)
+
+
+def test_a_batch_has_one_task_and_one_shape_of_references_and_costs_the_same(assets):
+    config = BaseConfig(steps=100, alone_until=0.2, small_until=0.5)
+    seen = []
+    for step in range(100):
+        scenes = batch_scenes(assets, config, step)
+        shapes = {tuple(r.shape for r in scene.references) for scene in scenes}
+        assert len(shapes) == 1 and len({scene.task.split("_")[0] for scene in scenes}) == 1
+        (shape,) = shapes
+        tokens = 32 + 256 + sum(rows * columns // 64 for rows, columns, _ in shape)
+        assert len(scenes) == max(4, round(16 * 544 / tokens))
+        seen.append((scenes[0].task, len(shape), max(rows for rows, _, _ in shape)))
+    assert {count for _, count, _ in seen[:20]} == {1} and {1, 2, 4} <= {count for _, count, _ in seen[20:]}
+    assert {side for _, _, side in seen[:50]} == {128} and {side for _, _, side in seen[50:]} == {128, 192}
 
 
 def test_unknown_tasks_are_named(assets):
@@ -173,8 +230,9 @@ def test_aligned_edits_of_unseen_objects_show_the_object_and_its_detail(pipe):
 
 def test_four_references_at_a_fraction_of_the_tokens(pipe):
     example = next(e for e in read_examples() if len(e["references"]) == 4)
-    made = generate(pipe, example["references"], example["prompt"], SparseContextConfig(keep=0.15))
-    assert made.selection.total == 4 * 256 and made.selection.kept == round(0.15 * 4 * 256)
+    config = SparseContextConfig(keep=0.15, task="subject")
+    made = generate(pipe, example["references"], example["prompt"], config)
+    assert made.selection.total == 4 * 576 and made.selection.kept == round(0.15 * 4 * 576)
     assert made.image.size == (128, 128)
 
 

@@ -14,7 +14,8 @@ def read_call_settings(path: Path) -> dict | None:
     """What the model in folder `path` wants of a call, from its `call.json`; None where there is no such file.
 
     Keys: height, width, num_inference_steps, max_sequence_length, text_encoder_out_layers (arguments of the pipeline),
-    and reference_size (the side in pixels that references are scaled to), max_references.
+    and reference_size (the side in pixels that references are scaled to, for all tasks or {"edit": ..., "subject":
+    ...}), max_references.
     """
     file = path / CALL_FILE
     return json.loads(file.read_text()) if file.is_file() else None

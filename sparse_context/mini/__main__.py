@@ -30,11 +30,15 @@ def vae(folder: Folder = Path("checkpoints"), stop_after: Seconds = None) -> Non
 
 
 @app.command()
-def base(folder: Folder = Path("checkpoints"), stop_after: Seconds = None) -> None:
+def base(
+    folder: Folder = Path("checkpoints"),
+    stop_after: Seconds = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that compose scenes ahead of the steps.")] = 0,
+) -> None:
     """Train the transformer and the text encoder, on all reference tokens."""
     from .recipe import train_base
 
-    train_base(folder, stop_after=stop_after)
+    train_base(folder, stop_after=stop_after, workers=workers)
 
 
 @app.command()

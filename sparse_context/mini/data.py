@@ -104,8 +104,12 @@ def build_assets(packages: Path, path: Path) -> Assets:
         if not (packages / file).is_file():
             _fetch(packages, file, kind, name)
         _check(packages / file)
-    objects, names, split = [], [], []
+    objects, names, split, seen = [], [], [], set()
     for name, key, rgba in itertools.chain(_emoji(packages), _clip_art(packages)):
+        digest = hashlib.sha256(rgba.tobytes()).digest()
+        if digest in seen:  # the same picture under another name could end up in another split
+            continue
+        seen.add(digest)
         objects.append(rgba)
         names.append(name)
         split.append(split_of(key))
@@ -219,9 +223,16 @@ def _clip_art(packages: Path):
             rgba = _square(np.asarray(picture.convert("RGBA")))
         except (OSError, SyntaxError, Image.DecompressionBombError):
             continue
-        if rgba is not None:
+        if rgba is not None and not _misses_a_link(rgba):
             name = Path(path).stem
             yield name.replace("_", " "), _clip_art_key(name), rgba
+
+
+def _misses_a_link(rgba: np.ndarray) -> bool:
+    """Whether a translucent "Linked image not found" card was rendered into the picture: white, and a red box."""
+    translucent = np.abs(rgba[..., 3].astype(int) - 143) < 4
+    white, red = (np.abs(rgba[..., :3].astype(int) - colour).max(-1) < 8 for colour in ((255, 255, 255), (255, 0, 0)))
+    return (translucent & white).mean() > 0.02 and (translucent & red).mean() > 0.001
 
 
 def _clip_art_key(name: str) -> str:

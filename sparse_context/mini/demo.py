@@ -1,6 +1,7 @@
 """The main job on pictures that the embedded model has not seen: kept tokens, dense beside sparse, the times."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -13,7 +14,10 @@ EXAMPLES = Path(__file__).parent / "examples"
 
 
 def read_examples(folder: Path = EXAMPLES) -> list[dict]:
-    """The shipped scenes: a list of {"name", "task", "prompt", "references": [PIL], "truth": PIL}."""
+    """The shipped scenes: a list of {"name", "task", "tasks", "prompt", "references": [PIL], "truth": PIL}.
+
+    "tasks" has one of "edit" and "subject" for each reference: a background that stays where it is counts as an edit.
+    """
     listing = json.loads((folder / "scenes.json").read_text())
     return [
         {
@@ -41,14 +45,15 @@ def run_demo(output: Path, keep: float | int | str = 0.2) -> list[dict]:
     pipe = load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     examples = read_examples()
-    dense_config = SparseContextConfig(keep=1.0)
-    for warm_up in (dense_config, config):
-        generate(pipe, examples[-1]["references"], examples[-1]["prompt"], warm_up, steps=2)
+    for warm_up in (1.0, keep):
+        generate(pipe, examples[-1]["references"], examples[-1]["prompt"], SparseContextConfig(keep=warm_up), steps=2)
 
     sheets, report = [], []
     for example in tqdm(examples, desc="demo", unit="scene"):
-        dense = generate(pipe, example["references"], example["prompt"], dense_config)
-        sparse = generate(pipe, example["references"], example["prompt"], config)
+        dense, sparse = (
+            generate(pipe, example["references"], example["prompt"], replace(config, keep=each, task=example["tasks"]))
+            for each in (1.0, keep)
+        )
         assert sparse.selection is not None
         faster = dense.times.total / sparse.times.total
         side = 192

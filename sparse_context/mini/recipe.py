@@ -5,13 +5,18 @@ and sample sheets; `export` writes what is shipped.
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2Tokenizer
 
 from ..training.loop import load_average, make_optimisers, train
@@ -26,7 +31,7 @@ from .model import (
     make_transformer,
     make_vae,
 )
-from .scenes import SIZE, TASKS, Scene, make_scene
+from .scenes import REFERENCE, SIZE, TASKS, TOKEN, Scene, draw_scene, make_scene
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class VaeConfig:
     seed: int = 0
 
 
+def default_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
     """uint8 (H, W, 3) pictures -> float32 (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -49,7 +59,7 @@ def _crops(assets: Assets, config: VaeConfig, step: int) -> torch.Tensor:
     rng = np.random.default_rng([config.seed, 1, step])
     crops = []
     for _ in range(config.batch):
-        scene = TASKS[("edit_background", "edit_global", "subject_scene")[rng.integers(3)]](assets, rng)
+        scene = draw_scene(assets, ("edit_background", "edit_global", "subject_scene")[rng.integers(3)], rng, SIZE)
         pictures = (*scene.references, scene.target)
         picture = pictures[rng.integers(len(pictures))]
         top, left = rng.integers(SIZE - config.crop + 1, size=2)
@@ -64,15 +74,16 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     At the end the statistics of `bn`, which the pipeline normalises latents with, are measured on 512 pictures.
     """
     assets = load_assets(folder / "assets.safetensors").split("train")
+    device = default_device()
     torch.manual_seed(config.seed)
-    vae = make_vae()
+    vae = make_vae().to(device)
 
     def loss(step: int) -> torch.Tensor:
-        pictures = _crops(assets, config, step)
+        pictures = _crops(assets, config, step).to(device)
         noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(pictures).latent_dist
-            latents = posterior.mean + 0.06 * torch.randn(posterior.mean.shape, generator=noise)
+            latents = posterior.mean + 0.06 * torch.randn(posterior.mean.shape, generator=noise).to(device)
             decoded = vae.decode(latents).sample.float()
         error = decoded - pictures
         edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
@@ -94,7 +105,7 @@ def measure_latents(vae: nn.Module, assets: Assets, pictures: int = 512) -> None
     packed = []
     for seed in range(0, pictures, 32):
         scenes = [make_scene(assets, "edit_background", 7_000_000 + seed + i) for i in range(32)]
-        latents = vae.encode(to_tensor([s.references[0] for s in scenes])).latent_dist.mode()
+        latents = vae.encode(to_tensor([s.references[0] for s in scenes]).to(vae.device)).latent_dist.mode()
         packed.append(Flux2KleinPipeline._patchify_latents(latents))
     values = torch.cat(packed).transpose(0, 1).flatten(1)
     vae.bn.running_mean.copy_(values.mean(1))
@@ -103,45 +114,50 @@ def measure_latents(vae: nn.Module, assets: Assets, pictures: int = 512) -> None
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The dense base: `steps` batches of `batch` samples that share one task, and so one number of references.
+    """The dense base: `steps` batches of samples that share one task, and so the number and sizes of references.
 
-    `mix` holds the share of each task; until `alone_until` of the run only the tasks with one reference are drawn.
-    The batch shrinks with the number of references, so that a step costs about the same.
+    `mix` holds the share of each task; until `alone_until` of the run only the tasks with one reference are drawn, and
+    until `small_until` the references of subjects have 128 pixels; afterwards every second batch has 192. A batch has
+    `batch` samples where there is one reference of 128 pixels, and fewer with more tokens, so that steps cost the same.
     """
 
-    steps: int = 1700
+    steps: int = 5000
     batch: int = 16
     lr: float = 1e-3
     muon_lr: float = 2e-3
     warmup: int = 100
-    alone_until: float = 0.35
+    alone_until: float = 0.6
+    small_until: float = 0.5
     vocabulary: int = 512
     seed: int = 0
     mix: tuple[tuple[str, float], ...] = (
-        ("edit_background", 0.36),
-        ("edit_object", 0.08),
-        ("edit_global", 0.30),
-        ("subject_place", 0.14),
-        ("subject_pair", 0.04),
-        ("subject_scene", 0.04),
+        ("edit_background", 0.22),
+        ("edit_object", 0.12),
+        ("edit_global", 0.18),
+        ("edit_remove", 0.04),
+        ("subject_place", 0.26),
+        ("subject_scale", 0.02),
+        ("subject_pair", 0.07),
+        ("subject_scene", 0.05),
         ("subject_quarters", 0.04),
     )
 
 
 def batch_scenes(assets: Assets, config: BaseConfig, step: int) -> list[Scene]:
-    """The scenes of one step: one task, one number of references."""
+    """The scenes of one step: one task, references of the same number and sizes."""
     rng = np.random.default_rng([config.seed, 2, step])
     names, shares = map(list, zip(*config.mix, strict=True))
     weights = np.array(shares)
     if step < config.alone_until * config.steps:
         weights[[name in ("subject_pair", "subject_scene", "subject_quarters") for name in names]] = 0
     task = names[rng.choice(len(names), p=weights / weights.sum())]
-    first = TASKS[task](assets, rng)
-    count = max(4, round(config.batch * 2 / (1 + len(first.references))))
-    scenes = [first]
-    while len(scenes) < count:
-        scene = TASKS[task](assets, rng)
-        if len(scene.references) == len(first.references):
+    side = REFERENCE if step >= config.small_until * config.steps and rng.random() < 0.5 else SIZE
+    scenes = [draw_scene(assets, task, rng, side)]
+    tokens = [TEXT_LENGTH + sum(p.shape[0] * p.shape[1] for p in pictures) // TOKEN**2
+              for pictures in ((scenes[0].target,) * 2, (scenes[0].target, *scenes[0].references))]  # fmt: skip
+    while len(scenes) < max(4, round(config.batch * tokens[0] / tokens[1])):
+        scene = draw_scene(assets, task, rng, side)
+        if len(scene.references) == len(scenes[0].references):
             scenes.append(scene)
     return scenes
 
@@ -158,6 +174,7 @@ def encode_text(text_encoder: nn.Module, tokenizer, prompts: list[str]) -> torch
         for p in prompts
     ]
     inputs = tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=TEXT_LENGTH)
+    inputs = inputs.to(text_encoder.device)
     hidden = text_encoder.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     return torch.cat([hidden[layer] for layer in TEXT_LAYERS], dim=-1)
 
@@ -173,53 +190,67 @@ def shifted_sigmas(count: int, generator: torch.Generator, shift: float = 2.0) -
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def flow_matching_loss(transformer, text: torch.Tensor, target: torch.Tensor, references: torch.Tensor,
+def flow_matching_loss(transformer, text: torch.Tensor, target: torch.Tensor, references: Sequence[torch.Tensor],
                        generator: torch.Generator) -> torch.Tensor:  # fmt: skip
     """Mean squared error of the velocity on the output tokens.
 
-    target: latents (B, C, H, W); references: latents (B, R, C, H, W).
+    target: latents (B, C, H, W); references: latents (B, C, h, w) each. `generator` draws on the CPU, so that a seed
+    means the same noise on every device.
     """
-    batch, count = references.shape[:2]
-    rows, columns = target.shape[-2:]
+    device, rows, columns = target.device, *target.shape[-2:]
     clean = target.flatten(2).transpose(1, 2)
-    context = references.flatten(3).permute(0, 1, 3, 2).flatten(1, 2)
-    sigma = shifted_sigmas(batch, generator)
-    noise = torch.randn(clean.shape, generator=generator)
+    context = [reference.flatten(2).transpose(1, 2) for reference in references]
+    sigma = shifted_sigmas(len(target), generator).to(device)
+    noise = torch.randn(clean.shape, generator=generator).to(device)
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
-    ids = torch.cat([position_ids(rows, columns, 10 * i) for i in range(count + 1)])
+    ids = [position_ids(rows, columns, 0)]
+    ids += [position_ids(*reference.shape[-2:], 10 * (i + 1)) for i, reference in enumerate(references)]
     text_ids = torch.zeros(text.shape[1], 4, dtype=torch.int64)
     text_ids[:, 3] = torch.arange(text.shape[1])
     velocity = transformer(
-        hidden_states=torch.cat([noisy, context], dim=1),
+        hidden_states=torch.cat([noisy, *context], dim=1),
         encoder_hidden_states=text,
         timestep=sigma,
-        img_ids=ids,
-        txt_ids=text_ids,
+        img_ids=torch.cat(ids).to(device),
+        txt_ids=text_ids.to(device),
         return_dict=False,
     )[0][:, : clean.shape[1]]
     return (velocity.float() - (noise - clean)).square().mean()
 
 
-def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: float | None = None) -> None:
-    """Train transformer and text encoder together on all reference tokens; the VAE has to be there already."""
+def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: float | None = None,
+               workers: int = 0) -> None:  # fmt: skip
+    """Train transformer and text encoder together on all reference tokens; the VAE has to be there already.
+
+    `workers` processes compose the scenes ahead of the steps; 0 composes them within each step.
+    """
     everything = load_assets(folder / "assets.safetensors")
     assets = everything.split("train")
-    vae = load_vae(folder)
+    device = default_device()
+    vae = load_vae(folder).to(device)
     torch.manual_seed(config.seed)
     if not (folder / "tokenizer").is_dir():  # its ids belong to the embeddings that are being trained
         make_tokenizer(prompt_corpus(assets), config.vocabulary).save_pretrained(folder / "tokenizer")
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
-    nn.init.zeros_(modules["transformer"].proj_out.weight)
+    modules.to(device)
+    scenes_ahead: Iterator[list[Scene]] | None = None
 
     def loss(step: int) -> torch.Tensor:
-        scenes = batch_scenes(assets, config, step)
+        nonlocal scenes_ahead
+        if scenes_ahead is None:  # not known earlier at which step a run continues
+            compose = partial(batch_scenes, assets, config)
+            steps = cast(Dataset, range(step, config.steps))
+            scenes_ahead = iter(DataLoader(steps, batch_size=None, num_workers=workers, collate_fn=compose))
+        scenes = next(scenes_ahead)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        pictures = [p for s in scenes for p in (s.target, *s.references)]
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = encode_pictures(vae, to_tensor(pictures)).float().unflatten(0, (len(scenes), -1))
+        with torch.autocast(device.type, torch.bfloat16):
+            target, *references = (
+                encode_pictures(vae, to_tensor(list(pictures)).to(device)).float()
+                for pictures in zip(*((s.target, *s.references) for s in scenes), strict=True)
+            )
             text = encode_text(modules["text_encoder"], tokenizer, [s.prompt for s in scenes])
-            return flow_matching_loss(modules["transformer"], text, latents[:, 0], latents[:, 1:], generator)
+            return flow_matching_loss(modules["transformer"], text, target, references, generator)
 
     blocks = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
     optimisers = make_optimisers(modules, blocks, config.lr, config.muon_lr)
@@ -243,24 +274,24 @@ def load_vae(folder: Path):
     return AutoencoderKLFlux2.from_pretrained(folder / "vae" / "final").eval().requires_grad_(False)
 
 
-def sample_sheet(pipe, assets: Assets, per_task: int = 1) -> Image.Image:
+def sample_sheet(pipe, assets: Assets, per_task: int = 2) -> Image.Image:
     """Validation scenes of every task: for each scene its first reference, the truth and the dense output."""
     held_out = assets.split("validation")
     pipe.set_progress_bar_config(disable=True)
     lines = []
-    for task in TASKS:
+    for number, task in enumerate(TASKS):
         tiles = []
         for seed in range(per_task):
-            scene = make_scene(held_out, task, 100 + seed)
-            output = generate(pipe, scene)
-            tiles += [*scene.references[:1], scene.target, output]
+            scene = make_scene(held_out, task, 100 + 10 * number + seed)
+            reference = cv2.resize(scene.references[0], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+            tiles += [reference, scene.target, generate(pipe, scene)]
         lines.append(np.hstack(tiles))
     return Image.fromarray(np.vstack(lines))
 
 
 def generate(pipe, scene: Scene, seed: int = 0, steps: int = 8) -> np.ndarray:
     """The pipeline's answer to a scene, uint8 (128, 128, 3)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(pipe.device.type, torch.bfloat16):
         return np.asarray(
             pipe(
                 image=[Image.fromarray(r) for r in scene.references],
@@ -289,7 +320,7 @@ def export(folder: Path, destination: Path) -> None:
     settings = {
         "height": SIZE,
         "width": SIZE,
-        "reference_size": SIZE,
+        "reference_size": {"edit": SIZE, "subject": REFERENCE},
         "max_references": 4,
         "num_inference_steps": 8,
         "max_sequence_length": TEXT_LENGTH,
@@ -312,7 +343,8 @@ def export_examples(folder: Path, destination: Path, scenes: dict[str, tuple[str
         files = [f"{name}-{i + 1}.webp" for i in range(len(scene.references))]
         for file, picture in zip([*files, f"{name}-truth.webp"], [*scene.references, scene.target], strict=True):
             Image.fromarray(picture).save(destination / file, lossless=True, method=6)
-        listing.append({"name": name, "task": scene.task, "prompt": scene.prompt, "references": files,
+        tasks = ["edit" if picture.shape[0] == SIZE else "subject" for picture in scene.references]
+        listing.append({"name": name, "task": scene.task, "tasks": tasks, "prompt": scene.prompt, "references": files,
                         "truth": f"{name}-truth.webp"})  # fmt: skip
     (destination / "scenes.json").write_text(json.dumps(listing, indent=2) + "\n")
 

@@ -1,20 +1,25 @@
 """Procedural scenes: references, a prompt, and the picture that follows from them.
 
-Each task is a function `(assets, rng) -> Scene` in the table `TASKS`. The truth follows from the references and the
-prompt alone: the place is named, the output scale is fixed, the object keeps the orientation that it has in its
-reference. So a score against the truth means something. Everything random is drawn from the one generator given, so a
-seed is a scene.
+Edits are functions `(assets, rng) -> Scene`: one reference of the output's size, aligned with it. Subjects are
+functions `(assets, rng, side) -> Scene`: larger references with clutter, from which objects move to a named place. The
+truth follows from the references and the prompt alone: the place is named, the output scale is fixed, the object keeps
+the orientation that it has in its reference. So a score against the truth means something. Everything random is drawn
+from the one generator given, so a seed is a scene.
+
+Subjects move by whole tokens (`subject_scale` excepted), so that a small model can copy them: it need not resample.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 
 from .data import OBJECT_SIZE, Assets
 
-SIZE = 128  # output and reference side, in pixels
+SIZE = 128  # side of outputs and of an edit's reference, in pixels
+REFERENCE = 192  # side of a subject's reference
+TOKEN = 8  # side of what one token stands for
 OBJECT = 72  # side of an object placed alone
 PAIR = 56  # side of each of two objects placed side by side, and of those in quarters
 
@@ -34,7 +39,7 @@ QUARTERS = {"top left": (34, 34), "top right": (94, 34), "bottom left": (34, 94)
 class Scene:
     """One sample.
 
-    references: uint8 (128, 128, 3) each.
+    references: uint8 (S, S, 3) each, S being 128 for edits and backgrounds, and the side asked for else.
     target: uint8 (128, 128, 3), the truth.
     mask: float32 (128, 128) in [0, 1], where the objects are in the target.
     reference_masks: the same, in each reference.
@@ -49,14 +54,15 @@ class Scene:
 
 
 def draw_object(assets: Assets, rng: np.random.Generator) -> np.ndarray:
-    """A random object, flipped at random and turned by up to 12 degrees: premultiplied, float32 (128, 128, 4)."""
+    """A random object, premultiplied, float32 (128, 128, 4): turned by up to 12 degrees, maybe flipped or feathered."""
     rgba = assets.objects[rng.integers(len(assets.objects))].astype(np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]
     if rng.random() < 0.5:
         rgba = rgba[:, ::-1]
     centre = (OBJECT_SIZE - 1) / 2
     turn = cv2.getRotationMatrix2D((centre, centre), rng.uniform(-12, 12), 0.92)
-    return cv2.warpAffine(np.ascontiguousarray(rgba), turn, (OBJECT_SIZE, OBJECT_SIZE), flags=cv2.INTER_LINEAR)
+    rgba = cv2.warpAffine(np.ascontiguousarray(rgba), turn, (OBJECT_SIZE, OBJECT_SIZE), flags=cv2.INTER_LINEAR)
+    return cv2.GaussianBlur(rgba, (0, 0), rng.uniform(0.5, 1.5)) if rng.random() < 0.25 else rgba
 
 
 def place(
@@ -120,9 +126,9 @@ def texture(rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
     return np.ascontiguousarray(np.clip(out, 0, 1))
 
 
-def background(assets: Assets, rng: np.random.Generator) -> np.ndarray:
-    """A photograph three times out of five, else a texture."""
-    return photograph(assets, rng) if rng.random() < 0.6 else texture(rng)
+def background(assets: Assets, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
+    """A photograph three times out of five, else a texture: float32 (size, size, 3)."""
+    return photograph(assets, rng, size) if rng.random() < 0.6 else texture(rng, size)
 
 
 def _picture(canvas: np.ndarray) -> np.ndarray:
@@ -142,18 +148,37 @@ def _plain(colour: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(colour, (SIZE, SIZE, 3)).astype(np.float32))
 
 
+def _backdrop(rng: np.random.Generator) -> tuple[str, np.ndarray]:
+    """The background that a prompt can name, (words, float32 (128, 128, 3)): plain, or graded from top to bottom."""
+    name, colour = _colour(rng)
+    if rng.random() < 0.75:
+        return name, _plain(colour)
+    other, below = _colour(rng)
+    weight = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None, None]
+    return f"{name} to {other}", np.ascontiguousarray(_plain(colour) * (1 - weight) + below * weight)
+
+
 def _luma(canvas: np.ndarray) -> np.ndarray:
     return (canvas @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
 
 
-def _subject(assets: Assets, rng: np.random.Generator, size: float, spread: float = 0.0):
-    """An object somewhere in a busy reference: (the object, reference as float, its mask there)."""
+def _subject(
+    assets: Assets, rng: np.random.Generator, side: int, size: float, target: tuple[int, int], spread: float = 0.0
+):
+    """An object in a busy reference of `side` pixels: (the object, the reference as float, the object's mask there).
+
+    Without `spread` it is as large as it will be at `target` (x, y) of the output, and whole tokens away from there.
+    """
     rgba = draw_object(assets, rng)
-    side = size * np.exp(rng.uniform(-spread, spread))
-    margin = side / 2 + 2
-    centre = rng.uniform(margin, SIZE - margin, 2) if margin < SIZE / 2 else np.full(2, SIZE / 2)
-    canvas = background(assets, rng)
-    mask = place(canvas, rgba, tuple(centre), side, shadow=rng.uniform(0, 0.5))
+    size *= np.exp(rng.uniform(-spread, spread))
+    margin = min(size / 2 + 2, side / 2)
+    centre = rng.uniform(margin, side - margin, 2)
+    if not spread:
+        least = np.ceil((margin - np.array(target)) / TOKEN)
+        most = np.floor((side - margin - np.array(target)) / TOKEN)
+        centre = target + TOKEN * rng.integers(least, np.maximum(most, least), endpoint=True)
+    canvas = background(assets, rng, side)
+    mask = place(canvas, rgba, tuple(centre), size, shadow=rng.uniform(0, 0.5))
     return rgba, canvas, mask
 
 
@@ -231,43 +256,42 @@ def edit_remove(assets: Assets, rng: np.random.Generator) -> Scene:
     return Scene("edit_remove", prompt, (_picture(canvas),), target, mask, (mask,))
 
 
-def subject_place(assets: Assets, rng: np.random.Generator, spread: float = 0.0) -> Scene:
-    """The object of image 1 on a plain background at a named place, 72 px large, as it is turned in the reference.
+def subject_place(assets: Assets, rng: np.random.Generator, side: int = REFERENCE, spread: float = 0.0) -> Scene:
+    """The object of image 1 on a plain or graded background at a named place, 72 px large, turned as in the reference.
 
     `spread` is the natural logarithm of the largest change of scale between reference and output.
     """
-    rgba, canvas, reference_mask = _subject(assets, rng, OBJECT, spread)
-    name, colour = _colour(rng)
     where = list(PLACES)[rng.integers(len(PLACES))]
-    target = _plain(colour)
+    rgba, canvas, reference_mask = _subject(assets, rng, side, OBJECT, PLACES[where], spread)
+    words, target = _backdrop(rng)
     mask = place(target, rgba, PLACES[where], OBJECT)
     prompt = _say(rng, "The object of image 1 on a plain {c} background, {p}.", "Place the object at the {p} on {c}.",
                   "Put the object of image 1 on {c}, at the {p}.", "{c} background, the object of image 1 at the {p}.",
-                  c=name, p=where)  # fmt: skip
+                  c=words, p=where)  # fmt: skip
     return Scene("subject_place", prompt, (_picture(canvas),), _picture(target), mask, (reference_mask,))
 
 
-def subject_scale(assets: Assets, rng: np.random.Generator) -> Scene:
-    """As `subject_place`, with the object up to 1.6 times larger or smaller in the reference."""
-    scene = subject_place(assets, rng, spread=0.47)
-    return Scene("subject_scale", *[getattr(scene, f) for f in list(scene.__dataclass_fields__)[1:]])
+def subject_scale(assets: Assets, rng: np.random.Generator, side: int = REFERENCE) -> Scene:
+    """As `subject_place`, with the object anywhere in the reference and up to 1.6 times larger or smaller there."""
+    return replace(subject_place(assets, rng, side, spread=0.47), task="subject_scale")
 
 
-def subject_pair(assets: Assets, rng: np.random.Generator) -> Scene:
-    """The objects of images 1 and 2 side by side, 56 px each, on a plain background."""
-    (a, ref_a, mask_a), (b, ref_b, mask_b) = _subject(assets, rng, PAIR), _subject(assets, rng, PAIR)
-    name, colour = _colour(rng)
-    target = _plain(colour)
-    mask = np.maximum(place(target, a, (34, 64), PAIR), place(target, b, (94, 64), PAIR))
+def subject_pair(assets: Assets, rng: np.random.Generator, side: int = REFERENCE) -> Scene:
+    """The objects of images 1 and 2 side by side, 56 px each, on a plain or graded background."""
+    left, right = (34, 64), (94, 64)
+    a, ref_a, mask_a = _subject(assets, rng, side, PAIR, left)
+    b, ref_b, mask_b = _subject(assets, rng, side, PAIR, right)
+    words, target = _backdrop(rng)
+    mask = np.maximum(place(target, a, left, PAIR), place(target, b, right, PAIR))
     prompt = _say(rng, "The objects of image 1 and image 2 side by side on {c}.",
                   "Image 1's object on the left, image 2's on the right, {c} background.",
-                  "Both objects next to each other on a plain {c} background.", c=name)  # fmt: skip
+                  "Both objects next to each other on a plain {c} background.", c=words)  # fmt: skip
     return Scene("subject_pair", prompt, (_picture(ref_a), _picture(ref_b)), _picture(target), mask, (mask_a, mask_b))
 
 
-def subject_scene(assets: Assets, rng: np.random.Generator) -> Scene:
-    """The object of image 1 in the middle of the picture of image 2."""
-    rgba, canvas, reference_mask = _subject(assets, rng, OBJECT)
+def subject_scene(assets: Assets, rng: np.random.Generator, side: int = REFERENCE) -> Scene:
+    """The object of image 1 in the middle of the picture of image 2, which has the output's size."""
+    rgba, canvas, reference_mask = _subject(assets, rng, side, OBJECT, PLACES["centre"])
     scene = background(assets, rng)
     target = scene.copy()
     mask = place(target, rgba, PLACES["centre"], OBJECT)
@@ -277,36 +301,43 @@ def subject_scene(assets: Assets, rng: np.random.Generator) -> Scene:
                  (reference_mask, np.ones((SIZE, SIZE), np.float32)))  # fmt: skip
 
 
-def subject_quarters(assets: Assets, rng: np.random.Generator) -> Scene:
+def subject_quarters(assets: Assets, rng: np.random.Generator, side: int = REFERENCE) -> Scene:
     """Three or four objects, one reference each, in named quarters of a plain background."""
-    count = int(rng.integers(3, 5))
-    subjects = [_subject(assets, rng, PAIR) for _ in range(count)]
+    places = [list(QUARTERS)[i] for i in rng.permutation(4)[: rng.integers(3, 5)]]
+    subjects = [_subject(assets, rng, side, PAIR, QUARTERS[where]) for where in places]
     name, colour = _colour(rng)
     target, mask = _plain(colour), np.zeros((SIZE, SIZE), np.float32)
-    places = [list(QUARTERS)[i] for i in rng.permutation(4)[:count]]
     for (rgba, _, _), where in zip(subjects, places, strict=True):
         mask = np.maximum(mask, place(target, rgba, QUARTERS[where], PAIR))
     listing = ", ".join(f"{i + 1} {where}" for i, where in enumerate(places))
-    prompt = f"Objects on {name}: {listing}."
+    prompt = _say(rng, "Objects on {c}: {l}.", "On {c}, the objects {l}.", c=name, l=listing)
     return Scene("subject_quarters", prompt, tuple(_picture(s[1]) for s in subjects), _picture(target), mask,
                  tuple(s[2] for s in subjects))  # fmt: skip
 
 
-TASKS: Mapping[str, Callable[[Assets, np.random.Generator], Scene]] = {
+EDITS: Mapping[str, Callable[[Assets, np.random.Generator], Scene]] = {
     "edit_background": edit_background,
     "edit_object": edit_object,
     "edit_global": edit_global,
     "edit_remove": edit_remove,
+}
+SUBJECTS: Mapping[str, Callable[[Assets, np.random.Generator, int], Scene]] = {
     "subject_place": subject_place,
     "subject_scale": subject_scale,
     "subject_pair": subject_pair,
     "subject_scene": subject_scene,
     "subject_quarters": subject_quarters,
 }
+TASKS = (*EDITS, *SUBJECTS)
 
 
-def make_scene(assets: Assets, task: str, seed: int) -> Scene:
-    """The scene that `seed` stands for; the same on every machine for the same assets."""
+def draw_scene(assets: Assets, task: str, rng: np.random.Generator, side: int = REFERENCE) -> Scene:
+    """One scene of `task`; `side` is that of a subject's references, in pixels."""
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, and has to be one of {', '.join(TASKS)}")
-    return TASKS[task](assets, np.random.default_rng(seed))
+    return EDITS[task](assets, rng) if task in EDITS else SUBJECTS[task](assets, rng, side)
+
+
+def make_scene(assets: Assets, task: str, seed: int, side: int = REFERENCE) -> Scene:
+    """The scene that `seed` stands for; the same on every machine for the same assets."""
+    return draw_scene(assets, task, np.random.default_rng(seed), side)
