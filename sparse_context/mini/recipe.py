@@ -197,14 +197,17 @@ def flow_matching_loss(transformer, text: torch.Tensor, target: torch.Tensor, re
     target: latents (B, C, H, W); references: latents (B, C, h, w) each. `generator` draws on the CPU, so that a seed
     means the same noise on every device.
     """
-    device, rows, columns = target.device, *target.shape[-2:]
+    device = target.device
+    rows, columns = target.shape[-2:]
     clean = target.flatten(2).transpose(1, 2)
     context = [reference.flatten(2).transpose(1, 2) for reference in references]
     sigma = shifted_sigmas(len(target), generator).to(device)
     noise = torch.randn(clean.shape, generator=generator).to(device)
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
     ids = [position_ids(rows, columns, 0)]
-    ids += [position_ids(*reference.shape[-2:], 10 * (i + 1)) for i, reference in enumerate(references)]
+    ids += [
+        position_ids(reference.shape[-2], reference.shape[-1], 10 * (i + 1)) for i, reference in enumerate(references)
+    ]
     text_ids = torch.zeros(text.shape[1], 4, dtype=torch.int64)
     text_ids[:, 3] = torch.arange(text.shape[1])
     velocity = transformer(

@@ -176,7 +176,7 @@ def _subject(
     if not spread:
         least = np.ceil((margin - np.array(target)) / TOKEN)
         most = np.floor((side - margin - np.array(target)) / TOKEN)
-        centre = target + TOKEN * rng.integers(least, np.maximum(most, least), endpoint=True)
+        centre = np.add(target, TOKEN * rng.integers(least, np.maximum(most, least), endpoint=True), dtype=float)
     canvas = background(assets, rng, side)
     mask = place(canvas, rgba, tuple(centre), size, shadow=rng.uniform(0, 0.5))
     return rgba, canvas, mask

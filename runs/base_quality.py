@@ -1,0 +1,141 @@
+"""How good the embedded model is with all its reference tokens, against the truth of scenes that it has not seen.
+
+- Subjects and object edits: PSNR inside the object's mask, and recognition: of 64 candidates that stand at the same
+  place of the same picture (the object, 61 others of the split, and the object as a flat colour and as a blur), is the
+  object the nearest by EfficientNet features? What the flat colour and the blur themselves score is measured too.
+- Global edits: PSNR of the whole picture. The VAE alone: PSNR of the references, encoded and decoded.
+
+    python runs/base_quality.py [--split validation] [--scenes 24] [--output results/base_quality.json]
+
+The validation split is there to tune on; the test split is for what is published, once a release. Writes the figures,
+and a sheet of pictures (references, truth, output) beside the docs.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from sparse_context import SparseContextConfig
+from sparse_context.evaluation.metrics import decoys, features, nearest_of, psnr
+from sparse_context.generation import call_settings, generate, load_pipeline
+from sparse_context.images import save_picture
+from sparse_context.mini.data import SPLITS, Assets, load_assets
+from sparse_context.mini.recipe import to_tensor
+from sparse_context.mini.scenes import EDITS, SIZE, TASKS, Scene, make_scene
+from sparse_context.preview import column, label, side_by_side
+from sparse_context.result import write_result
+
+ROOT = Path(__file__).resolve().parents[1]
+CANDIDATES = 64
+FIRST_SEED = {"validation": 10_000, "test": 20_000}
+SHOWN = 3  # scenes of each task on the sheet
+LOOKED_AT = "edit_remove"  # what was behind the object can only be guessed: shown, not scored
+
+
+def objects(scene: Scene) -> list[np.ndarray]:
+    """The mask of each object in the target: objects side by side and in quarters lie in different parts of it."""
+    rows, columns = {"subject_pair": (1, 2), "subject_quarters": (2, 2)}.get(scene.task, (1, 1))
+    place = np.add.outer(np.arange(SIZE) * rows // SIZE * columns, np.arange(SIZE) * columns // SIZE)
+    masks = [scene.mask * (place == i) for i in range(rows * columns)]
+    return [mask for mask in masks if (mask > 0.5).any()]
+
+
+def with_other_objects(assets: Assets, task: str, seed: int) -> list[np.ndarray]:
+    """The truth of the same scene, had every object in it been another one: 61 pictures."""
+    chosen = np.random.default_rng(seed).permutation(len(assets.objects))[: CANDIDATES - 3]
+    shape = assets.objects.shape
+    return [make_scene(replace(assets, objects=np.broadcast_to(assets.objects[i], shape)), task, seed).target
+            for i in chosen]  # fmt: skip
+
+
+def recognised(outputs: list[np.ndarray], scene: Scene, mask: np.ndarray, others: list[np.ndarray]) -> list[bool]:
+    """For each output, whether the object in `mask` is nearest to the true one, among all candidates."""
+    candidates = features([scene.target, *decoys(scene.target, mask), *others], mask)
+    return [nearest_of(seen, candidates) == 0 for seen in features(outputs, mask)]
+
+
+def failures(scene: Scene, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Outputs that must not count as the object: its mean colour in its soft outline, and the whole out of focus."""
+    width = np.count_nonzero((mask > 0.5).any(0))
+    return {"flat colour": cv2.GaussianBlur(decoys(scene.target, mask)[0], (0, 0), 1.0),
+            "blur": cv2.GaussianBlur(scene.target, (0, 0), width / 14)}  # fmt: skip
+
+
+@torch.inference_mode()
+def round_trip(vae, picture: np.ndarray) -> float:
+    """PSNR of a picture through the VAE, in dB."""
+    decoded = vae.decode(vae.encode(to_tensor([picture])).latent_dist.mode()).sample.clamp(-1, 1)
+    return psnr(((decoded[0].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8), picture)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The dense embedded model against the truth.")
+    parser.add_argument("--split", choices=SPLITS[1:], default="validation")
+    parser.add_argument("--scenes", type=int, default=24, help="Scenes of each task.")
+    parser.add_argument("--model", help="Another model of the same layout; else the embedded one.")
+    parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "base_quality.json")
+    parser.add_argument("--sheet", type=Path, default=ROOT / "docs" / "base_quality.webp")
+    arguments = parser.parse_args()
+
+    assets = load_assets(arguments.assets).split(arguments.split)
+    pipe = load_pipeline(arguments.model, device="cpu", dtype="float32")
+    pipe.set_progress_bar_config(disable=True)
+    values: dict[str, dict[str, list[float]]] = {"vae": {"psnr": []}} | {task: {} for task in TASKS}
+    shown = {task: [] for task in TASKS}
+    bar = tqdm([(task, number) for number in range(arguments.scenes) for task in TASKS], unit="scene")
+    for task, number in bar:
+        bar.set_description(task)
+        seed = FIRST_SEED[arguments.split] + number
+        scene = make_scene(assets, task, seed)
+        references = [Image.fromarray(r) for r in scene.references]
+        tasks = ["edit" if r.size == (SIZE, SIZE) else "subject" for r in references]
+        config = SparseContextConfig(keep=1.0, task=tasks)
+        output = np.asarray(generate(pipe, references, scene.prompt, config, seed=seed).image)
+        if number < SHOWN:
+            tiles = [cv2.resize(p, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for p in scene.references]
+            shown[task].append(side_by_side([Image.fromarray(p) for p in (*tiles[:1], scene.target, output)]))
+
+        def note(name: str, value: float, of: dict[str, list[float]] = values[task]) -> None:
+            of.setdefault(name, []).append(value)
+
+        if task in EDITS:
+            values["vae"]["psnr"].append(round_trip(pipe.vae, scene.references[0]))
+        if task == LOOKED_AT:
+            continue
+        note("psnr", psnr(output, scene.target))
+        if task == "edit_global":
+            note(f"psnr, {scene.task.removeprefix('edit_')}", psnr(output, scene.target))
+            continue
+        note("psnr inside", psnr(output, scene.target, scene.mask))
+        others = with_other_objects(assets, task, seed)
+        for mask in objects(scene):
+            failing = failures(scene, mask)
+            found = recognised([output, *failing.values()], scene, mask, others)
+            for name, one in zip(("", *(f", {name}" for name in failing)), found, strict=True):
+                note(f"recognised{name}", one)
+            for name, picture in failing.items():
+                note(f"psnr inside, {name}", psnr(picture, scene.target, mask))
+
+    figures = {
+        task: {name: {"mean": round(float(np.mean(found)), 3), "least": round(float(np.min(found)), 3),
+                      "number": len(found)} for name, found in by_name.items()}
+        for task, by_name in values.items()
+    }  # fmt: skip
+    for task, by_name in figures.items():
+        for name, figure in by_name.items():
+            print(f"{task:<18}{name:<28}{figure['mean']:>8.2f}{figure['least']:>8.2f}{figure['number']:>6}")
+    config = {"split": arguments.split, "scenes": arguments.scenes, "candidates": CANDIDATES, "dtype": "float32",
+              "model": arguments.model or "embedded", **call_settings(pipe)}  # fmt: skip
+    write_result(arguments.output, "base_quality", config, figures)
+    save_picture(column([label(side_by_side(tiles), task) for task, tiles in shown.items()]), arguments.sheet)
+
+
+if __name__ == "__main__":
+    main()
