@@ -24,7 +24,7 @@ from sparse_context.mini.recipe import (
     shifted_sigmas,
     to_tensor,
 )
-from sparse_context.mini.scenes import COLOURS, PLACES, SUBJECTS, TASKS, TOKEN, make_scene
+from sparse_context.mini.scenes import COLOURS, PLACES, SUBJECTS, TASKS, TOKEN, draw_scene, make_scene
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,13 @@ def test_objects_are_cropped_to_their_alpha():
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 127, 32, 95)
     assert (square[64, 64] == [10, 200, 30, 255]).all()
     assert _square(np.full((64, 64, 4), 255, np.uint8)) is None  # nothing is transparent: no outline
+
+
+def test_objects_move_no_farther_than_they_may(assets):
+    for seed in range(6):
+        scene = draw_scene(assets, "subject_place", np.random.default_rng(seed), 128, reach=1)
+        here, there = (np.argwhere(mask > 0.5).mean(0) for mask in (scene.mask, scene.reference_masks[0]))
+        assert np.abs(here - there).max() <= TOKEN + 1e-6
 
 
 def test_clip_art_with_a_card_that_says_link_not_found_is_no_object():

@@ -31,7 +31,7 @@ from .model import (
     make_transformer,
     make_vae,
 )
-from .scenes import REFERENCE, SIZE, TASKS, TOKEN, Scene, draw_scene, make_scene
+from .scenes import FAR, REFERENCE, SIZE, TASKS, TOKEN, Scene, draw_scene, make_scene
 
 
 @dataclass(frozen=True)
@@ -117,29 +117,32 @@ class BaseConfig:
     """The dense base: `steps` batches of samples that share one task, and so the number and sizes of references.
 
     `mix` holds the share of each task; until `alone_until` of the run only the tasks with one reference are drawn, and
-    until `small_until` the references of subjects have 128 pixels; afterwards every second batch has 192. A batch has
-    `batch` samples where there is one reference of 128 pixels, and fewer with more tokens, so that steps cost the same.
+    until `small_until` the references of subjects have 128 pixels; afterwards every second batch has 192. Objects move
+    by one token at most until the first of `reach` and as far as they like from the second: copying is learned in place
+    first. A batch has `batch` samples where there is one reference of 128 pixels, and fewer with more tokens, so that
+    steps cost the same.
     """
 
-    steps: int = 5000
+    steps: int = 4000
     batch: int = 16
     lr: float = 1e-3
     muon_lr: float = 2e-3
     warmup: int = 100
-    alone_until: float = 0.6
-    small_until: float = 0.5
+    alone_until: float = 0.75
+    small_until: float = 0.8
+    reach: tuple[float, float] = (0.6, 0.9)
     vocabulary: int = 512
     seed: int = 0
     mix: tuple[tuple[str, float], ...] = (
-        ("edit_background", 0.22),
+        ("edit_background", 0.14),
         ("edit_object", 0.12),
-        ("edit_global", 0.18),
-        ("edit_remove", 0.04),
-        ("subject_place", 0.26),
-        ("subject_scale", 0.02),
-        ("subject_pair", 0.07),
-        ("subject_scene", 0.05),
-        ("subject_quarters", 0.04),
+        ("edit_global", 0.14),
+        ("edit_remove", 0.02),
+        ("subject_place", 0.45),
+        ("subject_scale", 0.01),
+        ("subject_pair", 0.05),
+        ("subject_scene", 0.04),
+        ("subject_quarters", 0.03),
     )
 
 
@@ -152,11 +155,13 @@ def batch_scenes(assets: Assets, config: BaseConfig, step: int) -> list[Scene]:
         weights[[name in ("subject_pair", "subject_scene", "subject_quarters") for name in names]] = 0
     task = names[rng.choice(len(names), p=weights / weights.sum())]
     side = REFERENCE if step >= config.small_until * config.steps and rng.random() < 0.5 else SIZE
-    scenes = [draw_scene(assets, task, rng, side)]
+    begin, end = (share * config.steps for share in config.reach)
+    reach = round(np.interp(step, (begin, end), (1, FAR)))
+    scenes = [draw_scene(assets, task, rng, side, reach)]
     tokens = [TEXT_LENGTH + sum(p.shape[0] * p.shape[1] for p in pictures) // TOKEN**2
               for pictures in ((scenes[0].target,) * 2, (scenes[0].target, *scenes[0].references))]  # fmt: skip
     while len(scenes) < max(4, round(config.batch * tokens[0] / tokens[1])):
-        scene = draw_scene(assets, task, rng, side)
+        scene = draw_scene(assets, task, rng, side, reach)
         if len(scene.references) == len(scenes[0].references):
             scenes.append(scene)
     return scenes

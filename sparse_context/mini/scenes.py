@@ -1,10 +1,10 @@
 """Procedural scenes: references, a prompt, and the picture that follows from them.
 
 Edits are functions `(assets, rng) -> Scene`: one reference of the output's size, aligned with it. Subjects are
-functions `(assets, rng, side) -> Scene`: larger references with clutter, from which objects move to a named place. The
-truth follows from the references and the prompt alone: the place is named, the output scale is fixed, the object keeps
-the orientation that it has in its reference. So a score against the truth means something. Everything random is drawn
-from the one generator given, so a seed is a scene.
+functions `(assets, rng, side, reach) -> Scene`: larger references with clutter, from which objects move to a named
+place, at most `reach` tokens across and down. The truth follows from the references and the prompt alone: the place is
+named, the output scale is fixed, the object keeps the orientation that it has in its reference. So a score against the
+truth means something. Everything random is drawn from the one generator given, so a seed is a scene.
 
 Subjects move by whole tokens (`subject_scale` excepted), so that a small model can copy them: it need not resample.
 """
@@ -20,6 +20,7 @@ from .data import OBJECT_SIZE, Assets
 SIZE = 128  # side of outputs and of an edit's reference, in pixels
 REFERENCE = 192  # side of a subject's reference
 TOKEN = 8  # side of what one token stands for
+FAR = REFERENCE // TOKEN  # tokens: no object can move farther
 OBJECT = 72  # side of an object placed alone
 PAIR = 56  # side of each of two objects placed side by side, and of those in quarters
 
@@ -163,19 +164,26 @@ def _luma(canvas: np.ndarray) -> np.ndarray:
 
 
 def _subject(
-    assets: Assets, rng: np.random.Generator, side: int, size: float, target: tuple[int, int], spread: float = 0.0
+    assets: Assets,
+    rng: np.random.Generator,
+    side: int,
+    reach: int,
+    size: float,
+    target: tuple[int, int],
+    spread: float = 0.0,
 ):
     """An object in a busy reference of `side` pixels: (the object, the reference as float, the object's mask there).
 
-    Without `spread` it is as large as it will be at `target` (x, y) of the output, and whole tokens away from there.
+    Without `spread` it is as large as it will be at `target` (x, y) of the output, and up to `reach` whole tokens away
+    from there, across and down.
     """
     rgba = draw_object(assets, rng)
     size *= np.exp(rng.uniform(-spread, spread))
     margin = min(size / 2 + 2, side / 2)
     centre = rng.uniform(margin, side - margin, 2)
     if not spread:
-        least = np.ceil((margin - np.array(target)) / TOKEN)
-        most = np.floor((side - margin - np.array(target)) / TOKEN)
+        least = np.maximum(np.ceil((margin - np.array(target)) / TOKEN), -reach)
+        most = np.minimum(np.floor((side - margin - np.array(target)) / TOKEN), reach)
         centre = np.add(target, TOKEN * rng.integers(least, np.maximum(most, least), endpoint=True), dtype=float)
     canvas = background(assets, rng, side)
     mask = place(canvas, rgba, tuple(centre), size, shadow=rng.uniform(0, 0.5))
@@ -256,13 +264,15 @@ def edit_remove(assets: Assets, rng: np.random.Generator) -> Scene:
     return Scene("edit_remove", prompt, (_picture(canvas),), target, mask, (mask,))
 
 
-def subject_place(assets: Assets, rng: np.random.Generator, side: int = REFERENCE, spread: float = 0.0) -> Scene:
+def subject_place(
+    assets: Assets, rng: np.random.Generator, side: int = REFERENCE, reach: int = FAR, spread: float = 0.0
+) -> Scene:
     """The object of image 1 on a plain or graded background at a named place, 72 px large, turned as in the reference.
 
     `spread` is the natural logarithm of the largest change of scale between reference and output.
     """
     where = list(PLACES)[rng.integers(len(PLACES))]
-    rgba, canvas, reference_mask = _subject(assets, rng, side, OBJECT, PLACES[where], spread)
+    rgba, canvas, reference_mask = _subject(assets, rng, side, reach, OBJECT, PLACES[where], spread)
     words, target = _backdrop(rng)
     mask = place(target, rgba, PLACES[where], OBJECT)
     prompt = _say(rng, "The object of image 1 on a plain {c} background, {p}.", "Place the object at the {p} on {c}.",
@@ -271,16 +281,16 @@ def subject_place(assets: Assets, rng: np.random.Generator, side: int = REFERENC
     return Scene("subject_place", prompt, (_picture(canvas),), _picture(target), mask, (reference_mask,))
 
 
-def subject_scale(assets: Assets, rng: np.random.Generator, side: int = REFERENCE) -> Scene:
+def subject_scale(assets: Assets, rng: np.random.Generator, side: int = REFERENCE, reach: int = FAR) -> Scene:
     """As `subject_place`, with the object anywhere in the reference and up to 1.6 times larger or smaller there."""
-    return replace(subject_place(assets, rng, side, spread=0.47), task="subject_scale")
+    return replace(subject_place(assets, rng, side, reach, spread=0.47), task="subject_scale")
 
 
-def subject_pair(assets: Assets, rng: np.random.Generator, side: int = REFERENCE) -> Scene:
+def subject_pair(assets: Assets, rng: np.random.Generator, side: int = REFERENCE, reach: int = FAR) -> Scene:
     """The objects of images 1 and 2 side by side, 56 px each, on a plain or graded background."""
     left, right = (34, 64), (94, 64)
-    a, ref_a, mask_a = _subject(assets, rng, side, PAIR, left)
-    b, ref_b, mask_b = _subject(assets, rng, side, PAIR, right)
+    a, ref_a, mask_a = _subject(assets, rng, side, reach, PAIR, left)
+    b, ref_b, mask_b = _subject(assets, rng, side, reach, PAIR, right)
     words, target = _backdrop(rng)
     mask = np.maximum(place(target, a, left, PAIR), place(target, b, right, PAIR))
     prompt = _say(rng, "The objects of image 1 and image 2 side by side on {c}.",
@@ -289,9 +299,9 @@ def subject_pair(assets: Assets, rng: np.random.Generator, side: int = REFERENCE
     return Scene("subject_pair", prompt, (_picture(ref_a), _picture(ref_b)), _picture(target), mask, (mask_a, mask_b))
 
 
-def subject_scene(assets: Assets, rng: np.random.Generator, side: int = REFERENCE) -> Scene:
+def subject_scene(assets: Assets, rng: np.random.Generator, side: int = REFERENCE, reach: int = FAR) -> Scene:
     """The object of image 1 in the middle of the picture of image 2, which has the output's size."""
-    rgba, canvas, reference_mask = _subject(assets, rng, side, OBJECT, PLACES["centre"])
+    rgba, canvas, reference_mask = _subject(assets, rng, side, reach, OBJECT, PLACES["centre"])
     scene = background(assets, rng)
     target = scene.copy()
     mask = place(target, rgba, PLACES["centre"], OBJECT)
@@ -301,10 +311,10 @@ def subject_scene(assets: Assets, rng: np.random.Generator, side: int = REFERENC
                  (reference_mask, np.ones((SIZE, SIZE), np.float32)))  # fmt: skip
 
 
-def subject_quarters(assets: Assets, rng: np.random.Generator, side: int = REFERENCE) -> Scene:
+def subject_quarters(assets: Assets, rng: np.random.Generator, side: int = REFERENCE, reach: int = FAR) -> Scene:
     """Three or four objects, one reference each, in named quarters of a plain background."""
     places = [list(QUARTERS)[i] for i in rng.permutation(4)[: rng.integers(3, 5)]]
-    subjects = [_subject(assets, rng, side, PAIR, QUARTERS[where]) for where in places]
+    subjects = [_subject(assets, rng, side, reach, PAIR, QUARTERS[where]) for where in places]
     name, colour = _colour(rng)
     target, mask = _plain(colour), np.zeros((SIZE, SIZE), np.float32)
     for (rgba, _, _), where in zip(subjects, places, strict=True):
@@ -321,7 +331,7 @@ EDITS: Mapping[str, Callable[[Assets, np.random.Generator], Scene]] = {
     "edit_global": edit_global,
     "edit_remove": edit_remove,
 }
-SUBJECTS: Mapping[str, Callable[[Assets, np.random.Generator, int], Scene]] = {
+SUBJECTS: Mapping[str, Callable[[Assets, np.random.Generator, int, int], Scene]] = {
     "subject_place": subject_place,
     "subject_scale": subject_scale,
     "subject_pair": subject_pair,
@@ -331,11 +341,11 @@ SUBJECTS: Mapping[str, Callable[[Assets, np.random.Generator, int], Scene]] = {
 TASKS = (*EDITS, *SUBJECTS)
 
 
-def draw_scene(assets: Assets, task: str, rng: np.random.Generator, side: int = REFERENCE) -> Scene:
-    """One scene of `task`; `side` is that of a subject's references, in pixels."""
+def draw_scene(assets: Assets, task: str, rng: np.random.Generator, side: int = REFERENCE, reach: int = FAR) -> Scene:
+    """One scene of `task`; `side` is that of a subject's references, in pixels, and `reach` how far objects move."""
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, and has to be one of {', '.join(TASKS)}")
-    return EDITS[task](assets, rng) if task in EDITS else SUBJECTS[task](assets, rng, side)
+    return EDITS[task](assets, rng) if task in EDITS else SUBJECTS[task](assets, rng, side, reach)
 
 
 def make_scene(assets: Assets, task: str, seed: int, side: int = REFERENCE) -> Scene:
