@@ -359,13 +359,13 @@ def export_examples(folder: Path, destination: Path, scenes: dict[str, tuple[str
 
 EXAMPLES = {
     "background": ("edit_background", 3),
-    "background-2": ("edit_background", 8),
+    "background-2": ("edit_background", 7),
     "negative": ("edit_global", 3),
-    "grey": ("edit_global", 10),
+    "grey": ("edit_global", 11),
     "recoloured": ("edit_object", 6),
-    "placed": ("subject_place", 2),
-    "side-by-side": ("subject_pair", 2),
-    "in-front": ("subject_scene", 3),
-    "quarters": ("subject_quarters", 3),
+    "placed": ("subject_place", 9),
+    "side-by-side": ("subject_pair", 3),
+    "in-front": ("subject_scene", 6),
+    "quarters": ("subject_quarters", 11),
 }
 """The demo's scenes: name -> (task, seed). Chosen by their references and truths, before any output was seen."""
