@@ -118,8 +118,8 @@ class BaseConfig:
 
     `mix` holds the share of each task; until `alone_until` of the run only the tasks with one reference are drawn, and
     until `small_until` the references of subjects have 128 pixels; afterwards every second batch has 192. Objects move
-    by one token at most until the first of `reach` and as far as they like from the second: copying is learned in place
-    first. A batch has `batch` samples where there is one reference of 128 pixels, and fewer with more tokens, so that
+    by one token at most until the first of `reach`, then farther by the same factor each step, and as far as they like
+    from the second: copying is learned in place first. A batch has `batch` samples where there is one reference of 128 pixels, and fewer with more tokens, so that
     steps cost the same.
     """
 
@@ -130,7 +130,7 @@ class BaseConfig:
     warmup: int = 100
     alone_until: float = 0.75
     small_until: float = 0.8
-    reach: tuple[float, float] = (0.6, 0.9)
+    reach: tuple[float, float] = (0.75, 1.0)
     vocabulary: int = 512
     seed: int = 0
     mix: tuple[tuple[str, float], ...] = (
@@ -156,7 +156,7 @@ def batch_scenes(assets: Assets, config: BaseConfig, step: int) -> list[Scene]:
     task = names[rng.choice(len(names), p=weights / weights.sum())]
     side = REFERENCE if step >= config.small_until * config.steps and rng.random() < 0.5 else SIZE
     begin, end = (share * config.steps for share in config.reach)
-    reach = round(np.interp(step, (begin, end), (1, FAR)))
+    reach = round(FAR ** np.interp(step, (begin, end), (0, 1)))
     scenes = [draw_scene(assets, task, rng, side, reach)]
     tokens = [TEXT_LENGTH + sum(p.shape[0] * p.shape[1] for p in pictures) // TOKEN**2
               for pictures in ((scenes[0].target,) * 2, (scenes[0].target, *scenes[0].references))]  # fmt: skip
