@@ -119,8 +119,8 @@ class BaseConfig:
     `mix` holds the share of each task; until `alone_until` of the run only the tasks with one reference are drawn, and
     until `small_until` the references of subjects have 128 pixels; afterwards every second batch has 192. Objects move
     by one token at most until the first of `reach`, then farther by the same factor each step, and as far as they like
-    from the second: copying is learned in place first. A batch has `batch` samples where there is one reference of 128 pixels, and fewer with more tokens, so that
-    steps cost the same.
+    from the second: copying is learned in place first. A batch has `batch` samples where there is one reference of 128
+    pixels, and fewer with more tokens, so that steps cost the same.
     """
 
     steps: int = 4000
