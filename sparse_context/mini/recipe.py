@@ -114,7 +114,7 @@ def measure_latents(vae: nn.Module, assets: Assets, pictures: int = 512) -> None
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The dense base: `steps` batches of samples that share one task, and so the number and sizes of references.
+    """The dense base: `steps` batches of samples whose references have the same number and sizes.
 
     `mix` holds the share of each task; until `alone_until` of the run only the tasks with one reference are drawn, and
     until `small_until` the references of subjects have 128 pixels; afterwards every second batch has 192. Objects move
@@ -134,35 +134,43 @@ class BaseConfig:
     vocabulary: int = 512
     seed: int = 0
     mix: tuple[tuple[str, float], ...] = (
-        ("edit_background", 0.14),
-        ("edit_object", 0.12),
-        ("edit_global", 0.14),
+        ("edit_background", 0.2),
+        ("edit_object", 0.18),
+        ("edit_global", 0.18),
         ("edit_remove", 0.02),
-        ("subject_place", 0.45),
+        ("subject_place", 0.32),
         ("subject_scale", 0.01),
-        ("subject_pair", 0.05),
+        ("subject_pair", 0.03),
         ("subject_scene", 0.04),
-        ("subject_quarters", 0.03),
+        ("subject_quarters", 0.02),
     )
 
 
 def batch_scenes(assets: Assets, config: BaseConfig, step: int) -> list[Scene]:
-    """The scenes of one step: one task, references of the same number and sizes."""
+    """The scenes of one step: references of the same number and sizes, and where that is one, of different tasks."""
     rng = np.random.default_rng([config.seed, 2, step])
     names, shares = map(list, zip(*config.mix, strict=True))
     weights = np.array(shares)
     if step < config.alone_until * config.steps:
         weights[[name in ("subject_pair", "subject_scene", "subject_quarters") for name in names]] = 0
-    task = names[rng.choice(len(names), p=weights / weights.sum())]
-    side = REFERENCE if step >= config.small_until * config.steps and rng.random() < 0.5 else SIZE
     begin, end = (share * config.steps for share in config.reach)
     reach = round(FAR ** np.interp(step, (begin, end), (0, 1)))
-    scenes = [draw_scene(assets, task, rng, side, reach)]
-    tokens = [TEXT_LENGTH + sum(p.shape[0] * p.shape[1] for p in pictures) // TOKEN**2
-              for pictures in ((scenes[0].target,) * 2, (scenes[0].target, *scenes[0].references))]  # fmt: skip
+    side = REFERENCE if step >= config.small_until * config.steps and rng.random() < 0.5 else SIZE
+
+    def draw(task: str | None = None) -> Scene:
+        task = task or names[rng.choice(len(names), p=weights / weights.sum())]
+        return draw_scene(assets, task, rng, side, reach)
+
+    def shapes(scene: Scene) -> list[tuple[int, ...]]:
+        return [picture.shape for picture in scene.references]
+
+    scenes = [draw()]
+    alike = None if len(scenes[0].references) == 1 else scenes[0].task
+    tokens = [TEXT_LENGTH + sum(rows * columns for rows, columns, _ in pictures) // TOKEN**2
+              for pictures in ([scenes[0].target.shape] * 2, [scenes[0].target.shape, *shapes(scenes[0])])]  # fmt: skip
     while len(scenes) < max(4, round(config.batch * tokens[0] / tokens[1])):
-        scene = draw_scene(assets, task, rng, side, reach)
-        if len(scene.references) == len(scenes[0].references):
+        scene = draw(alike)
+        if shapes(scene) == shapes(scenes[0]):
             scenes.append(scene)
     return scenes
 
