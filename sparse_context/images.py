@@ -47,8 +47,8 @@ class PictureError(ValueError):
     """A picture cannot be read or written. The message is one sentence that names the file and says what to do."""
 
 
-def open_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """The first frame of a picture file, upright, in sRGB with 8 bits a channel.
+def open_picture(path: str | os.PathLike[str] | bytes) -> Image.Image:
+    """The first frame of a picture file, or of its bytes, upright, in sRGB with 8 bits a channel.
 
     Returns mode RGBA where at least one pixel is transparent to some degree (alpha channel, palette, tRNS), else RGB.
     16-bit values are scaled by their high byte. Wider integers and floats state no range of their own: floats within
@@ -58,8 +58,12 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     Raises `PictureError` for a file that is missing, unreadable, not a picture in one of `READ_FORMATS`, damaged, or
     larger than `MAX_PIXELS` or `MAX_BYTES`.
     """
-    name = _name(path)
-    with _open_file(path, name) as file, _quiet, warnings.catch_warnings():
+    name = f"a picture of {len(path)} bytes" if isinstance(path, bytes) else _name(path)
+    with (
+        _open_bytes(path, name) if isinstance(path, bytes) else _open_file(path, name) as file,
+        _quiet,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         formats = [format for format in READ_FORMATS if format != "AVIF" or features.check("avif")]
         try:
@@ -86,7 +90,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
             ) from error
 
 
-def open_mask(path: str | os.PathLike[str], size: tuple[int, int]) -> Image.Image:
+def open_mask(path: str | os.PathLike[str] | bytes, size: tuple[int, int]) -> Image.Image:
     """A mask as mode L, 255 where to keep: the file's alpha if anything in it is transparent, else its luminance.
 
     `size` is the `(width, height)`, in pixels, of the picture it belongs to, as `open_picture` returned it. Raises
@@ -94,8 +98,9 @@ def open_mask(path: str | os.PathLike[str], size: tuple[int, int]) -> Image.Imag
     """
     mask = open_picture(path)
     if mask.size != tuple(size):
+        name = "in the data" if isinstance(path, bytes) else _name(path)
         raise PictureError(
-            f"the mask {_name(path)} has {mask.width}x{mask.height} pixels but its picture has {size[0]}x{size[1]}; "
+            f"the mask {name} has {mask.width}x{mask.height} pixels but its picture has {size[0]}x{size[1]}; "
             "resize the mask to the picture"
         )
     return mask.getchannel("A") if mask.mode == "RGBA" else mask.convert("L")
@@ -175,6 +180,12 @@ def _write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     except (OSError, ValueError) as error:
         advice = "free some space" if getattr(error, "errno", None) == errno.ENOSPC else "choose another place"
         raise PictureError(f"{name} could not be written ({_reason(error)}); {advice}") from error
+
+
+def _open_bytes(data: bytes, name: str) -> io.BytesIO:
+    if len(data) > MAX_BYTES:
+        raise PictureError(_too_large(name, f"{len(data) / 2**20:.0f} MiB"))
+    return io.BytesIO(data)
 
 
 def _open_file(path: str | os.PathLike[str], name: str) -> io.BufferedReader:

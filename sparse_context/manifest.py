@@ -1,0 +1,338 @@
+"""Samples: what training and evaluation read. References and a prompt, and mostly the picture that should come of them.
+
+A manifest is a JSONL file with one object a line:
+
+    {"references": ["cat.png", "room.png"], "prompt": "the cat in the room", "image": "truth.png"}
+
+- `references`: one or more pictures; `prompt`: text; `image`: the picture to be made (evaluation can do without).
+- `mask`: where the object is in `image`; `reference_masks`: where it is in each reference, null for none.
+- `task`: a group for reports, such as "edit" or "subject"; `name`: unique, letters that a file name can have.
+
+Paths are relative to the manifest. Other keys are ignored, unless they look like one of these misspelt. In the place of
+a file, a folder or a hub name is read with the `datasets` library; its columns have the same names, or those that
+`columns` says, and `references` may hold one picture or a list. Pictures are opened when they are asked for.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from .images import PictureError, open_mask, open_picture
+
+FIELDS = ("references", "prompt", "image", "mask", "reference_masks", "task", "name")
+FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # of the `datasets` library
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+Picture = Path | bytes
+"""A picture that is not opened yet: a file, or the bytes of one."""
+
+
+class ManifestError(ValueError):
+    """Samples cannot be read. The message is one sentence that names the place and says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample; see the head of this file. The `open_*` methods raise `images.PictureError`."""
+
+    name: str
+    prompt: str
+    references: tuple[Picture, ...]
+    image: Picture | None = None
+    mask: Picture | None = None
+    reference_masks: tuple[Picture | None, ...] = ()
+    task: str | None = None
+
+    def open_references(self) -> list[Image.Image]:
+        """The references in order, RGB or RGBA."""
+        return [open_picture(reference) for reference in self.references]
+
+    def open_image(self) -> Image.Image | None:
+        """The picture to be made, RGB or RGBA; None without one."""
+        return None if self.image is None else open_picture(self.image)
+
+    def open_mask(self) -> Image.Image | None:
+        """The object in `image`, mode L, of that picture's size; None without one."""
+        image = None if self.mask is None else self.open_image()
+        return None if self.mask is None or image is None else open_mask(self.mask, image.size)
+
+    def open_reference_masks(self) -> list[Image.Image | None]:
+        """The object in each reference, mode L: its mask, or else its own alpha channel, or None."""
+        masks: list[Image.Image | None] = []
+        given = self.reference_masks or (None,) * len(self.references)
+        for reference, mask in zip(self.open_references(), given, strict=True):
+            if mask is not None:
+                masks.append(open_mask(mask, reference.size))
+            else:
+                masks.append(reference.getchannel("A") if reference.mode == "RGBA" else None)
+        return masks
+
+
+def read_samples(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    config: str | None = None,
+    needs_image: bool = True,
+) -> Sequence[Sample]:
+    """The samples of a JSONL manifest, of a folder that `datasets` reads, or of a hub name such as "owner/name".
+
+    columns: the source's own name of a field, for those that differ: {"prompt": "instruction"}. split, config: of the
+    `datasets` library. needs_image: whether a sample without `image` is an error.
+
+    A manifest's rows are checked here (their pictures are not: see `check_samples`), those of `datasets` when they are
+    taken. A hub name is fetched, because it was named. Raises `ManifestError`.
+    """
+    rows = _read(source, columns or {}, split, config, needs_image)
+    if isinstance(rows, list):
+        bad = [problem for _, made in rows if isinstance(made, list) for problem in made]
+        if bad:
+            more = f" ({len(bad) - 1} more problems: --check-data lists them all)" if len(bad) > 1 else ""
+            raise ManifestError(f"{source}, {bad[0].rstrip('.')}{more}.")
+    return _Samples(rows)
+
+
+def check_samples(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    config: str | None = None,
+    needs_image: bool = True,
+) -> list[str]:
+    """Every bad row at once, pictures opened and all: one sentence each, with its line number; empty if all is well.
+
+    The arguments are those of `read_samples`. Shows a progress bar. Raises `ManifestError` only where there are no
+    rows to check.
+    """
+    problems: list[str] = []
+    rows = _read(source, columns or {}, split, config, needs_image)
+    opened: set[Picture] = set()
+    for where, made in tqdm((rows[i] for i in range(len(rows))), total=len(rows), desc="data", unit="row", delay=2):
+        if isinstance(made, list):
+            problems += made
+        else:
+            problems += [f"{where}: {problem}." for problem in _bad_pictures(made, opened)]
+    return problems
+
+
+class _Samples(Sequence):
+    """Rows as samples. A bad row raises when it is taken."""
+
+    def __init__(self, rows: "Rows") -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        _, made = self._rows[i]
+        if isinstance(made, list):
+            raise ManifestError(" ".join(made))
+        return made
+
+
+def _bad_pictures(sample: Sample, opened: set[Picture]) -> list[str]:
+    """What is wrong with the pictures of a sample. Files in `opened` were good before and are not opened again."""
+    problems: dict[str, None] = {}  # a set that keeps its order: a bad picture is also why its mask does not fit
+    pictures = [*sample.references, *([] if sample.image is None else [sample.image])]
+    attempts: list[Callable[[], object]] = [
+        partial(open_picture, picture) for picture in pictures if picture not in opened
+    ]
+    if sample.mask is not None:
+        attempts.append(sample.open_mask)
+    if sample.reference_masks:
+        attempts.append(sample.open_reference_masks)
+    for attempt in attempts:
+        try:
+            attempt()
+        except PictureError as error:
+            problems[str(error)] = None
+    if not problems:
+        opened.update(picture for picture in pictures if isinstance(picture, Path))
+    return list(problems)
+
+
+Rows = Sequence[tuple[str, Sample | list[str]]]
+"""Where a row is, for messages, and the sample that it makes or everything that is wrong with it."""
+
+
+def _read(source: str | Path, columns: Mapping[str, str], split: str, config: str | None, needs_image: bool) -> Rows:
+    unknown = [field for field in columns if field not in FIELDS]
+    if unknown:
+        raise ManifestError(f"There is no field {unknown[0]!r} in a sample: the fields are {', '.join(FIELDS)}.")
+    path = Path(source)
+    if path.is_file():
+        rows: Rows = _read_lines(path, columns, needs_image)
+    elif path.is_dir() or (HUB_NAME.fullmatch(str(source)) and not path.parent.is_dir()):
+        rows = _Table(str(source), columns, split, config, needs_image)
+    else:
+        raise ManifestError(
+            f"The data {str(source)!r} does not exist: pass a JSONL manifest, a folder of a data set, or a hub name "
+            "such as owner/name."
+        )
+    if not len(rows):
+        raise ManifestError(f"{source} holds no sample: give it at least one.")
+    return rows
+
+
+# JSONL ----------------------------------------------------------------------------------------------------------------
+
+
+def _read_lines(path: Path, columns: Mapping[str, str], needs_image: bool) -> list[tuple[str, Sample | list[str]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"The manifest {path} cannot be read as text ({error}): pass JSONL in UTF-8.") from error
+    rows: list[tuple[str, Sample | list[str]]] = []
+    names: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            made: Sample | list[str] = [f"{where} is no JSON ({error})."]
+        else:
+            made = _make_sample(row, where, f"{number:06}", columns, needs_image, path.parent)
+        if isinstance(made, Sample):
+            first = names.setdefault(made.name, number)
+            if first != number:
+                made = [f"{where} has the name {made.name!r} of line {first}: give each its own."]
+        rows.append((where, made))
+    return rows
+
+
+def _make_sample(
+    row: Any, where: str, name: str, columns: Mapping[str, str], needs_image: bool, folder: Path | None
+) -> Sample | list[str]:
+    """A sample from a row of any source, or everything that is wrong with the row."""
+    if not isinstance(row, Mapping):
+        return [f"{where} is no JSON object: write one as {{...}}."]
+    known = {field: columns.get(field, field) for field in FIELDS}
+    value = {field: row.get(column) for field, column in known.items()}
+    problems = []
+    for key in row:
+        near = difflib.get_close_matches(str(key).lower(), known.values(), n=1, cutoff=0.8)
+        if folder is not None and key not in known.values() and near and row.get(near[0]) is None:
+            problems.append(f"{where} has {key!r}: write {near[0]!r}.")
+
+    def pictures(field: str, given: list) -> tuple[Picture | None, ...]:
+        made: list[Picture | None] = []
+        for entry in given:
+            picture = None if entry is None and field == "reference_masks" else _as_picture(entry, folder)
+            if picture is None and not (entry is None and field == "reference_masks"):
+                problems.append(f"{where}: {known[field]!r} has {_short(entry)} where the path of a picture belongs.")
+            made.append(picture)
+        return tuple(made)
+
+    def texts(field: str) -> str | None:
+        if value[field] is not None and not isinstance(value[field], str):
+            problems.append(f"{where}: {known[field]!r} is {_short(value[field])}: write text.")
+            return None
+        return value[field]
+
+    references = value["references"]
+    if references is None or references == [] or references == "":
+        problems.append(f"{where} has no {known['references']!r}: list at least one picture.")
+        references = []
+    masks = [] if value["reference_masks"] is None else value["reference_masks"]
+    lists = [field if isinstance(field, list) else [field] for field in (references, masks)]
+    if lists[1] and len(lists[1]) != len(lists[0]):
+        problems.append(f"{where} has {len(lists[1])} reference masks for {len(lists[0])} references: write as many.")
+    if value["prompt"] is None:
+        problems.append(f"{where} has no {known['prompt']!r}.")
+    if value["image"] is None and needs_image:
+        problems.append(f"{where} has no {known['image']!r}, the picture to be made.")
+    if value["mask"] is not None and value["image"] is None:
+        problems.append(f"{where} has a mask but no {known['image']!r} that it could belong to.")
+    own = texts("name")
+    if own is not None and (not own.strip() or re.search(r"[/\\\x00-\x1f]", own) or own in (".", "..")):
+        problems.append(f"{where}: the name {own!r} cannot be that of a file: leave out slashes and line ends.")
+    prompt, task = texts("prompt"), texts("task")
+    opened = pictures("references", lists[0]), pictures("reference_masks", lists[1])
+    single = [pictures(f, [value[f]])[0] if value[f] is not None else None for f in ("image", "mask")]
+    if problems:
+        return problems
+    return Sample(own or name, prompt or "", opened[0], single[0], single[1], opened[1], task)  # type: ignore[arg-type]
+
+
+def _as_picture(entry: Any, folder: Path | None) -> Picture | None:
+    if isinstance(entry, Mapping):  # how `datasets` gives a picture that it does not decode
+        entry = entry.get("bytes") or entry.get("path")
+    if isinstance(entry, bytes):
+        return entry
+    return (folder or Path()) / entry if isinstance(entry, str) and entry and "\0" not in entry else None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# The `datasets` library -----------------------------------------------------------------------------------------------
+
+
+class _Table(Sequence):
+    """The rows of a data set of the `datasets` library, each made into a sample when it is taken."""
+
+    def __init__(
+        self, source: str, columns: Mapping[str, str], split: str, config: str | None, needs_image: bool
+    ) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ManifestError(
+                f"Reading {source} needs the datasets library: pip install 'sparse-context[train]', or pass a JSONL "
+                "manifest."
+            ) from error
+        folder = Path(source) if Path(source).is_dir() else None
+        try:
+            if folder is not None and any((folder / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
+                table = datasets.load_from_disk(source)
+                table = table[split] if isinstance(table, datasets.DatasetDict) else table
+            else:
+                builder = datasets.load_dataset_builder(source, config)
+                kind = next((k for k in FORMATS for cls in type(builder).__mro__ if f".{k}." in cls.__module__), None)
+                if kind is None:  # some of the others unpickle
+                    raise ValueError(f"only {', '.join(FORMATS)} are read, for safety")
+                builder.download_and_prepare()
+                table = builder.as_dataset(split=split)
+        except Exception as error:  # the library raises many kinds, and all of them mean this
+            reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+            raise ManifestError(f"The data set {source} does not load: {reason}.") from error
+        self._names = {field: columns.get(field, field) for field in FIELDS}
+        for field in ("references", "prompt", *(["image"] if needs_image else []), *columns):
+            if self._names[field] not in table.column_names:
+                raise ManifestError(
+                    f"The data set {source} has no column {self._names[field]!r} for the field {field!r}: its columns "
+                    f"are {', '.join(table.column_names)}."
+                )
+        table = table.select_columns([name for name in self._names.values() if name in table.column_names])
+        for name in table.column_names:  # so that a picture is decoded here, by images.py, and by nothing else
+            feature = table.features[name]
+            if isinstance(feature, datasets.Image):
+                table = table.cast_column(name, datasets.Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):
+                table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        self._table, self._columns, self._needs_image, self._folder = table, columns, needs_image, folder
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        where = f"row {i + 1}"
+        return where, _make_sample(self._table[i], where, f"{i + 1:06}", self._columns, self._needs_image, self._folder)

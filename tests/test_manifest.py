@@ -1,0 +1,158 @@
+"""Samples: what a manifest or a data set gives, and that every bad row is named at once."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import picture
+
+from sparse_context.manifest import ManifestError, Sample, check_samples, read_samples
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, name in enumerate(("a", "b", "truth")):
+        picture(96, 64, seed=i).save(tmp_path / f"{name}.png")
+    Image.new("L", (96, 64), 255).save(tmp_path / "mask.png")
+    Image.new("L", (32, 32), 255).save(tmp_path / "small.png")
+    (tmp_path / "text.png").write_text("no picture")
+    return tmp_path
+
+
+def write(folder, *rows):
+    path = folder / "manifest.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+GOOD = {"references": ["a.png"], "prompt": "a cat", "image": "truth.png"}
+
+
+def test_a_row_becomes_a_sample_whose_pictures_open_when_asked(folder):
+    row = {**GOOD, "references": ["a.png", "b.png"], "mask": "mask.png", "reference_masks": [None, "mask.png"],
+           "task": "subject", "name": "cat", "source": "ignored"}  # fmt: skip
+    (sample,) = read_samples(write(folder, row))
+    paths = (folder / "a.png", folder / "b.png")
+    assert sample == Sample("cat", "a cat", paths, folder / "truth.png", folder / "mask.png",
+                            (None, folder / "mask.png"), "subject")  # fmt: skip
+    assert np.array_equal(sample.open_references()[1], Image.open(folder / "b.png"))
+    assert sample.open_image().size == sample.open_mask().size == (96, 64)
+    assert [m if m is None else m.mode for m in sample.open_reference_masks()] == [None, "L"]
+
+
+def test_the_alpha_of_a_reference_is_its_mask(folder):
+    rgba = picture(96, 64).convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize((96, 64)))
+    rgba.save(folder / "cut.png")
+    (sample,) = read_samples(write(folder, {**GOOD, "references": ["cut.png"]}))
+    assert np.array_equal(sample.open_reference_masks()[0], rgba.getchannel("A"))
+
+
+def test_names_default_to_lines_and_one_reference_needs_no_list(folder):
+    samples = read_samples(write(folder, {**GOOD, "references": "a.png"}, "", GOOD))
+    assert [s.name for s in samples] == ["000001", "000003"]
+    assert samples[0].references == (folder / "a.png",) and len(samples[:]) == 2
+
+
+def test_an_image_is_needed_unless_the_caller_can_do_without(folder):
+    path = write(folder, {"references": ["a.png"], "prompt": ""})
+    with pytest.raises(ManifestError, match="line 1 has no 'image'"):
+        read_samples(path)
+    assert read_samples(path, needs_image=False)[0].open_image() is None
+
+
+def test_every_bad_row_is_named_at_once(folder):
+    path = write(
+        folder,
+        GOOD,
+        "{",
+        "[1]",
+        {"references": [], "prompt": 7, "image": "truth.png"},
+        {"refrences": ["a.png"], "prompt": "x", "image": "truth.png"},
+        {**GOOD, "references": ["a.png", 3]},
+        {**GOOD, "references": ["missing.png", "text.png"]},
+        {**GOOD, "mask": "small.png"},
+        {**GOOD, "reference_masks": ["mask.png", "mask.png"]},
+        {**GOOD, "name": "a/b"},
+        {**GOOD, "name": "twin"},
+        {**GOOD, "name": "twin"},
+    )
+    problems = check_samples(path)
+    expected = [
+        "line 2 is no JSON",
+        "line 3 is no JSON object",
+        "line 4 has no 'references'",
+        "line 4: 'prompt' is 7",
+        "line 5 has 'refrences': write 'references'",
+        "line 5 has no 'references'",
+        "line 6: 'references' has 3 where",
+        "line 7: ",
+        "line 7: ",
+        "line 8: the mask",
+        "line 9 has 2 reference masks for 1 references",
+        "line 10: the name 'a/b'",
+        "line 12 has the name 'twin' of line 11",
+    ]
+    assert len(problems) == len(expected)
+    assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True)), problems
+    assert "missing.png" in problems[7] and "text.png" in problems[8]
+    with pytest.raises(ManifestError, match=r"line 2 is no JSON.*\(9 more problems: --check-data"):
+        read_samples(path)
+
+
+def test_no_file_and_no_rows_are_said(folder):
+    for source, message in ((folder / "nothing.jsonl", "does not exist"), (write(folder, ""), "holds no sample")):
+        for function in (read_samples, check_samples):
+            with pytest.raises(ManifestError, match=message):
+                function(source)
+    with pytest.raises(ManifestError, match="cannot be read as text"):
+        read_samples(folder / "a.png")
+    with pytest.raises(ManifestError, match="no field 'images'"):
+        read_samples(write(folder, GOOD), columns={"images": "x"})
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "imagefolder"])
+def test_a_data_set_of_the_datasets_library_is_read_alike(folder, kind):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": "target", "references": "source", "prompt": "instruction"}
+    where = folder / "set"
+    if kind == "imagefolder":
+        where.mkdir()
+        for name in ("a.png", "truth.png"):
+            (where / name).write_bytes((folder / name).read_bytes())
+        rows = {"source_file_name": "a.png", "target_file_name": "truth.png", "instruction": "a cat"}
+        (where / "metadata.jsonl").write_text(json.dumps(rows))
+    else:
+        pictures = {"source": [[str(folder / "a.png")]], "target": [str(folder / "truth.png")]}
+        features = {"source": datasets.List(datasets.Image()), "target": datasets.Image(),
+                    "instruction": datasets.Value("string")}  # fmt: skip
+        table = datasets.Dataset.from_dict({**pictures, "instruction": ["a cat"]}, datasets.Features(features))
+        if kind == "saved":
+            table.save_to_disk(where)
+        else:
+            where.mkdir()
+            table.to_parquet(where / "train.parquet")
+    samples = read_samples(where, columns=columns)
+    assert len(samples) == 1 and samples[0].prompt == "a cat"
+    assert np.array_equal(samples[0].open_image(), Image.open(folder / "truth.png"))
+    assert np.array_equal(samples[0].open_references()[0], Image.open(folder / "a.png"))
+    assert check_samples(where, columns=columns) == []
+    with pytest.raises(ManifestError, match="no column 'references' for the field 'references'"):
+        read_samples(where)
+
+
+def test_kinds_of_data_that_may_hold_pickles_are_refused(folder):
+    pytest.importorskip("datasets")
+    (folder / "set").mkdir()
+    with tarfile.open(folder / "set" / "train.tar", "w") as tar:  # a "webdataset", whose .pyd members are unpickled
+        tar.add(folder / "a.png", "a.png")
+    with pytest.raises(ManifestError, match="only arrow, csv, imagefolder, json, parquet are read, for safety"):
+        read_samples(folder / "set")
+
+
+def test_a_hub_name_out_of_reach_is_one_sentence():
+    pytest.importorskip("datasets")
+    with pytest.raises(ManifestError, match="The data set some/where does not load: "):
+        read_samples("some/where")
