@@ -1,12 +1,13 @@
 """The metrics on values that are known, and what must not pass for an object."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparse_context.evaluation import metrics, networks
@@ -16,8 +17,8 @@ from sparse_context.mini.demo import read_examples
 
 @pytest.fixture(scope="module")
 def photographs():
-    """The example references that are 128 pixels or more: real pictures, uint8 (H, W, 3)."""
-    return [np.asarray(picture) for example in read_examples() for picture in example["references"]]
+    """Corners of the examples' references: real pictures, uint8 (128, 128, 3)."""
+    return [np.asarray(picture)[:128, :128] for example in read_examples() for picture in example["references"]]
 
 
 def flat(value, size=(32, 48)):
@@ -39,7 +40,7 @@ def blur(picture, sigma):
 
 
 def test_psnr_of_a_known_error():
-    assert METRICS["mse"].function(flat(100), flat(151)) == pytest.approx(0.2**2)
+    assert metrics.mse(flat(100), flat(151)) == pytest.approx(0.2**2)
     assert METRICS["psnr"].function(flat(100), flat(151)) == pytest.approx(-20 * math.log10(0.2))
     assert METRICS["psnr"].function(flat(0), flat(255)) == 0
 
@@ -70,7 +71,7 @@ def test_ssim_of_known_pictures(photographs):
     assert ssim(output, flat(51), 255 - half()) < 0.8
 
 
-@pytest.mark.parametrize("name", ["psnr", "ssim", "mse", "st_lpips"])
+@pytest.mark.parametrize("name", ["psnr", "ssim", "st_lpips"])
 def test_a_full_mask_is_no_mask(name, photographs):
     first, second = photographs[:2]
     whole = METRICS[name].function(first, second)
@@ -80,7 +81,7 @@ def test_a_full_mask_is_no_mask(name, photographs):
     assert METRICS[name].function(*same) == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["psnr", "ssim", "mse", "st_lpips", "identity"])
+@pytest.mark.parametrize("name", ["psnr", "ssim", "st_lpips", "identity"])
 def test_bad_input_is_one_sentence_and_an_empty_mask_is_nan(name, photographs):
     function = METRICS[name].function
     first = photographs[0]
@@ -112,8 +113,8 @@ def test_st_lpips_in_a_mask_does_not_see_what_is_far(photographs):
     output[:, 96:] = 255 - output[:, 96:]
     mask = np.zeros(picture.shape[:2], np.uint8)
     mask[:, :32] = 255
-    assert METRICS["st_lpips"].function(output, picture, mask) < 0.02
-    assert METRICS["st_lpips"].function(output, picture) > 0.1
+    near = METRICS["st_lpips"].function(output, picture, mask)
+    assert 0 <= near < 0.2 * METRICS["st_lpips"].function(output, picture)
 
 
 def test_identity_of_a_thing_does_not_see_the_rest(photographs):
@@ -300,16 +301,13 @@ def test_a_model_that_is_not_there_says_what_to_download(model, photographs):
         find_metrics([f"clip_i={model}"])["clip_i"].function(*photographs[:2])
 
 
-def test_pickled_weights_are_not_read(tiny_dino, tmp_path, photographs):
-    import shutil
-
-    from safetensors.torch import load_file
-
-    folder = shutil.copytree(tiny_dino, tmp_path / "pickled")
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
+@pytest.mark.parametrize("name, folder", [("dino_i", "tiny_dino"), ("clip_i", "tiny_clip")])
+def test_pickled_weights_are_not_read(name, folder, request, tmp_path, photographs):
+    copy = shutil.copytree(request.getfixturevalue(folder), tmp_path / "pickled")
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="model.safetensors have to be in that folder"):
-        find_metrics([f"dino_i={folder}"])["dino_i"].function(*photographs[:2])
+        find_metrics([f"{name}={copy}"])[name].function(*photographs[:2])
 
 
 def test_packaged_weights_have_to_be_the_known_ones(monkeypatch):

@@ -254,7 +254,6 @@ LPIPS_MODEL = "torchvision's alexnet-owt-7be5be79.pth or squeezenet1_1-b8a52dc0.
 METRICS: dict[str, Metric] = {
     "psnr": Metric(psnr),
     "ssim": Metric(ssim),
-    "mse": Metric(mse, better="lower"),
     "st_lpips": Metric(st_lpips, better="lower"),
     "identity": Metric(identity),
     "lpips": Metric(lpips, better="lower", model=LPIPS_MODEL),

@@ -222,9 +222,10 @@ def vision(model: str) -> tuple[Any, Any]:
     return _frozen(net), processor
 
 
-def _pretrained(model: str, *classes: Any) -> list[Any]:
+def _pretrained(model: str, net: Any, *others: Any) -> list[Any]:
     """`from_pretrained` of each class: from this machine if it is there, else from the hub, where it was named."""
     import huggingface_hub
+    from transformers import AutoImageProcessor
 
     local = Path(model).is_dir()
     problem: Exception | None = None
@@ -232,13 +233,10 @@ def _pretrained(model: str, *classes: Any) -> list[Any]:
         try:
             if not local_only:  # `from_pretrained` would try for a minute when offline
                 huggingface_hub.model_info(model, timeout=10)
-            made = []
-            for kind in classes:
-                backend = (
-                    {"backend": "pil"} if kind.__name__ == "AutoImageProcessor" else {}
-                )  # the other needs torchvision
-                safe = {"use_safetensors": True} if hasattr(kind, "from_config") else {}
-                made.append(kind.from_pretrained(model, local_files_only=local_only, **backend, **safe))
+            made = [net.from_pretrained(model, local_files_only=local_only, use_safetensors=True)]
+            for kind in others:
+                backend = {"backend": "pil"} if kind is AutoImageProcessor else {}  # the other one needs torchvision
+                made.append(kind.from_pretrained(model, local_files_only=local_only, **backend))
             return made
         except Exception as error:  # the loaders raise many kinds, and all of them mean this
             problem = error

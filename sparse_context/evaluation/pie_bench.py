@@ -1,0 +1,144 @@
+"""PIE-Bench (Ju et al., ICLR 2024; arXiv 2310.01506): a reader of its folder, and its metrics by their own names.
+
+The folder is the one that the authors hand out: `mapping_file.json` and `annotation_images/`. Each entry has a picture
+of 512x512 pixels, a caption of it and one of the edited picture (words that change in square brackets), an instruction,
+a kind of edit, and where the edit happens, as runs: [start, length, start, length, ...] over the pixels row by row.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ..manifest import Sample
+from .metrics import CLIP_MODEL, LPIPS_MODEL, Metric, Picture, _inside, clip_t, lpips, mse, psnr, ssim, st_lpips
+from .networks import accelerator, vision
+
+SIDE = 512
+KINDS = ("random", "change object", "add object", "delete object", "change content", "change pose", "change colour",
+         "change material", "change background", "change style")  # fmt: skip
+"""What `editing_type_id` 0 to 9 stands for."""
+
+
+@dataclass(frozen=True)
+class PieSample(Sample):
+    """A sample whose `caption` says what the edited picture shows; its `prompt` says what to do."""
+
+    caption: str = ""
+
+
+def read_pie_bench(folder: str | Path) -> list[PieSample]:
+    """The samples of a PIE-Bench folder, in its order: no truth, the kind of edit as task, the edit's mask.
+
+    Raises ValueError, in one sentence, for a folder of another kind and for an entry that is not as described.
+    """
+    listing = Path(folder) / "mapping_file.json"
+    try:
+        entries = json.loads(listing.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is no PIE-Bench folder: its mapping_file.json cannot be read ({error}); get the benchmark from "
+            "github.com/cure-lab/PnPInversion."
+        ) from error
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(f"{listing} holds no entries: it has to be one object with an entry for each picture.")
+    return [_sample(key, entry, Path(folder), listing) for key, entry in entries.items()]
+
+
+def _sample(key: str, entry: Any, folder: Path, listing: Path) -> PieSample:
+    try:
+        caption = entry["editing_prompt"].replace("[", "").replace("]", "")
+        prompt = entry.get("editing_instruction") or caption
+        image = folder / "annotation_images" / entry["image_path"]
+        kind = KINDS[int(entry["editing_type_id"])]
+        mask = decode_mask(entry["mask"])
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{listing}, entry {key}, is not as in PIE-Bench: {what}.") from error
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "png")
+    return PieSample(key, prompt, (image,), None, None, (file.getvalue(),), kind, caption)
+
+
+def decode_mask(runs: Any, side: int = SIDE) -> np.ndarray:
+    """Runs [start, length, ...] over a square, row by row -> uint8 (side, side), 255 inside.
+
+    As in the authors' code a run is cut at the end of the picture, and its outermost rows and columns count as edited,
+    because the annotation errs there. Raises ValueError for an odd or negative list.
+    """
+    values = np.asarray(runs, dtype=np.float64).reshape(-1)
+    if len(values) % 2 or (values < 0).any() or (values % 1).any():
+        raise ValueError("the mask is no list of start and length, start and length")
+    mask = np.zeros((side, side), np.uint8)
+    for start, length in values.astype(np.int64).reshape(-1, 2).tolist():
+        mask.reshape(-1)[start : start + length] = 255
+    mask[[0, -1]] = 255
+    mask[:, [0, -1]] = 255
+    return mask
+
+
+# Its metrics: everything but the part that is compared is made black, as the authors do -------------------------------
+
+
+def _unedited(function: Any):
+    """`function` of two pictures outside the mask; nan where the mask is everything."""
+
+    def outside(output: Picture, source: Picture, mask: Any, **model: str) -> float:
+        if mask is None:
+            return function(output, source, None, **model)
+        rest = 255 - np.asarray(mask)
+        return function(_inside(output, rest), _inside(source, rest), None, **model) if rest.any() else float("nan")
+
+    return outside
+
+
+def clip_similarity(output: Picture, caption: str, mask: Any = None, *, model: str) -> float:
+    """100 times the cosine of CLIP's embeddings of a picture and its caption, at least 0, as CLIPScore has it."""
+    return max(0.0, 100 * clip_t(output, caption, mask, model=model))
+
+
+@torch.inference_mode()
+def structure_distance(output: Picture, source: Picture, mask: Any = None, *, model: str) -> float:
+    """How far the layout moved: the mean squared difference of the self-similarities of DINO's last keys.
+
+    (Tumanyan et al. 2022, Splice.) Pictures go in at the model's own size, 224 for facebook/dino-vitb8.
+    """
+    net, _ = vision(model)
+    last = [module for name, module in net.named_modules() if name.endswith(("k_proj", "attention.key"))][-1]
+    similarity = []
+    for picture in (output, source):
+        values = np.array(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+        x = torch.from_numpy(values).permute(2, 0, 1)[None].to(accelerator()).float() / 255
+        x = F.interpolate(x, (net.config.image_size,) * 2, mode="bilinear", antialias=True)
+        mean, spread = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_SPREAD))
+        keys: list[torch.Tensor] = []
+        hook = last.register_forward_hook(lambda module, args, made: keys.append(made[0]))  # noqa: B023
+        try:
+            net(pixel_values=(x - mean) / spread)
+        finally:
+            hook.remove()
+        unit = F.normalize(keys[0], dim=-1)
+        similarity.append(unit @ unit.T)
+    return F.mse_loss(*similarity).item()
+
+
+IMAGENET_MEAN, IMAGENET_SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DINO_MODEL = "a DINO such as facebook/dino-vitb8"
+
+PIE_METRICS: dict[str, Metric] = {
+    "psnr_unedit_part": Metric(_unedited(psnr), against="source"),
+    "ssim_unedit_part": Metric(_unedited(ssim), against="source"),
+    "mse_unedit_part": Metric(_unedited(mse), against="source", better="lower"),
+    "lpips_unedit_part": Metric(_unedited(lpips), against="source", better="lower", model=LPIPS_MODEL),
+    "structure_distance": Metric(structure_distance, against="source", better="lower", masked=False, model=DINO_MODEL),
+    "clip_similarity_target_image": Metric(clip_similarity, against="prompt", masked=False, model=CLIP_MODEL),
+    "clip_similarity_target_image_edit_part": Metric(clip_similarity, against="prompt", model=CLIP_MODEL),
+    # not of the benchmark, but it needs nothing to be downloaded
+    "st_lpips_unedit_part": Metric(_unedited(st_lpips), against="source", better="lower"),
+}

@@ -1,0 +1,145 @@
+"""Pictures of an evaluation: the curves, and the sheet of what was made. No display is needed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..images import open_picture, save_picture
+from ..manifest import Sample
+from ..preview import column, label, side_by_side
+from .evaluate import DENSE, SHOWN
+
+GROUPS_A_ROW = 3
+
+
+def lines_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The cells but the dense one, by what they share beside keep: {line: [cell, ...]}, most tokens first.
+
+    cells: `config["cells"]` of a result. A line goes by its selector, and by task and coverage where these differ.
+    """
+    fields = ("selector", "task", "coverage", "share", "floor")
+    settings = {name: tuple(str(cell.get(f)) for f in fields) for name, cell in cells.items() if name != DENSE}
+    telling = [i for i in range(len(fields)) if i == 0 or len({s[i] for s in settings.values()}) > 1]
+    lines: dict[str, list[str]] = {}
+    for name, setting in settings.items():
+        text = ", ".join(setting[i] if i == 0 else f"{fields[i]} {setting[i]}" for i in telling)
+        lines.setdefault(text, []).append(name)
+    return {line: sorted(names, key=lambda n: _sort_key(cells[n]["keep"])) for line, names in lines.items()}
+
+
+def _sort_key(keep: Any) -> tuple[int, float]:
+    return (0, -float(keep)) if isinstance(keep, (int, float)) else (1, 0.0)
+
+
+def draw_curves(result: Mapping[str, Any], score: str) -> Image.Image:
+    """A score against the share of tokens kept: a panel for each group, a line for each selector.
+
+    The dashed line is the mean with all tokens; a point is that plus the mean of the paired differences, and the band
+    their 95 % interval. So settings that were run on fewer samples are comparable with the others. Distances to the
+    dense output have no such difference: there a point is the mean. Raises ValueError for a score that the result does
+    not have, and without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("matplotlib is not installed: `pip install 'sparse-context[evaluate]'`.") from error
+    groups = {
+        name: cells
+        for name, cells in result["figures"].items()
+        if any(score in cell["scores"] for cell in cells.values())
+    }
+    if not groups:
+        raise ValueError(f"The result has no score {score!r}.")
+    columns = min(GROUPS_A_ROW, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.6), dpi=120, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    lines = lines_of(result["config"]["cells"])
+    drawn = {}
+    for axis, (group, cells) in zip(axes, groups.items(), strict=False):
+        dense = cells[DENSE]["scores"].get(score)
+        if dense is not None:
+            axis.axhline(dense["mean"], color="0.4", linestyle="--", linewidth=1)
+        for i, (line, names) in enumerate(lines.items()):
+            points = [(cells[n]["kept"], *_level(cells[n]["scores"][score], dense)) for n in names
+                      if n in cells and score in cells[n]["scores"] and cells[n]["kept"]]  # fmt: skip
+            if dense is not None:
+                points.append((1.0, dense["mean"], dense["mean"], dense["mean"]))
+            if not points:
+                continue
+            kept, means, lows, highs = zip(*sorted(points), strict=True)
+            (drawn[line],) = axis.plot(kept, means, f"C{i}o-", markersize=4, linewidth=1.5)
+            axis.fill_between(kept, lows, highs, color=f"C{i}", alpha=0.15, linewidth=0)
+        axis.set_xscale("log")
+        shares = sorted({cell["kept"] for cell in cells.values() if cell["kept"]} | {1.0})
+        shown = [s for i, s in enumerate(shares) if i == 0 or s > 1.25 * shares[i - 1]]
+        axis.set_xticks(shown, [f"{s:.2g}" for s in shown])
+        axis.minorticks_off()
+        axis.set_title(f"{group} (n = {max(c['samples'] for c in cells.values())})", fontsize=10)
+        axis.grid(alpha=0.25)
+    for axis in axes[len(groups) :]:
+        axis.set_axis_off()
+    figure.supxlabel("share of reference tokens kept", fontsize=10)
+    figure.supylabel(score.replace("_", " "), fontsize=10)
+    if drawn:
+        figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=min(6, len(drawn)), frameon=False)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _level(entry: Mapping[str, Any], dense: Mapping[str, Any] | None) -> tuple[float, float, float]:
+    """Where a setting is drawn, and its band: (mean, low, high)."""
+    if dense is None or "difference" not in entry:
+        return (entry["mean"], *(entry["interval"] or [entry["mean"]] * 2))
+    middle = entry["difference"]
+    low, high = entry["difference_interval"] or [middle] * 2
+    return dense["mean"] + middle, dense["mean"] + low, dense["mean"] + high
+
+
+def draw_sheet(folder: Path, samples: Sequence[Sample], cells: Sequence[str], height: int = 192) -> Image.Image:
+    """The first samples of an evaluation in `folder`: the truth, the output with all tokens, and those of `cells`.
+
+    Below the outputs of a sample are the tokens that were kept for each of them.
+
+    Raises `PictureError` where a picture of the evaluation is missing.
+    """
+    rows = []
+    for sample in samples[:SHOWN]:
+        truth = sample.open_image()
+        outputs = [] if truth is None else [label(_scaled(truth, height), "truth")]
+        outputs.append(label(_scaled(open_picture(folder / DENSE / f"{sample.name}.png"), height), "all tokens"))
+        tokens = []
+        for name in cells:
+            outputs.append(label(_scaled(open_picture(folder / "shown" / name / f"{sample.name}.png"), height), name))
+            drawn = folder / "shown" / name / f"{sample.name}-tokens.png"
+            if drawn.is_file():
+                tokens.append(open_picture(drawn).convert("RGB"))
+        rows.append(label(column([side_by_side(part) for part in (outputs, tokens) if part]), sample.prompt))
+    return column(rows, gap=20)
+
+
+def _scaled(picture: Image.Image, height: int) -> Image.Image:
+    width = max(1, round(picture.width * height / picture.height))
+    return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+
+
+def draw_all(result: Mapping[str, Any], folder: Path, samples: Sequence[Sample]) -> list[Path]:
+    """Write the curves of every score and a sheet for every selector into `folder`; the paths."""
+    cells = result["config"]["cells"]
+    scores = dict.fromkeys(s for group in result["figures"].values() for cell in group.values() for s in cell["scores"])
+    lines = lines_of(cells)
+    written = []
+    for score in scores if lines else ():
+        written.append(folder / f"curves-{score}.png")
+        save_picture(draw_curves(result, score), written[-1])
+    for line, names in lines.items():
+        shown = [n for n in names if cells[n]["limit"] is None or cells[n]["limit"] >= min(SHOWN, len(samples))]
+        if shown:
+            written.append(folder / f"sheet-{line.replace('/', '_')}.png")
+            save_picture(draw_sheet(folder, samples, shown), written[-1])
+    return written

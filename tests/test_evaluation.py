@@ -1,0 +1,503 @@
+"""Evaluation on a tiny real pipeline: the grid, the same noise everywhere, resuming, and what its figures say."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import picture
+
+from sparse_context import SparseContextConfig
+from sparse_context.cli import main
+from sparse_context.evaluation.evaluate import (
+    DENSE,
+    Cell,
+    bootstrap_interval,
+    evaluate,
+    grid,
+    maker,
+    summarise,
+    table,
+)
+from sparse_context.evaluation.metrics import find_metrics, psnr
+from sparse_context.evaluation.plots import _level, draw_all, draw_curves, lines_of
+from sparse_context.generation import load_pipeline
+from sparse_context.images import open_picture
+from sparse_context.manifest import Sample, read_samples
+
+METRICS = find_metrics(["psnr", "ssim"])
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
+
+
+def corner(size=(64, 64)):
+    mask = np.zeros(size[::-1], np.uint8)
+    mask[: size[1] // 2, : size[0] // 2] = 255
+    return Image.fromarray(mask)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """Four samples with truth and masks: two groups, one or two references."""
+    return [
+        Sample(
+            name=f"sample {i}",
+            prompt="the cat of image 1 in the room",
+            references=tuple(png(picture(64, 64, seed=10 * i + j)) for j in range(1 + i % 2)),
+            image=png(picture(64, 64, seed=100 + i)),
+            mask=png(corner()),
+            reference_masks=tuple(png(corner()) for _ in range(1 + i % 2)),
+            task=("edits", "subjects")[i % 2],
+        )
+        for i in range(4)
+    ]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model):
+    pipe = load_pipeline(str(tiny_model), dtype="float32", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def finished(pipe, samples, tmp_path_factory):
+    """An evaluation that ran through: (folder, result)."""
+    folder = tmp_path_factory.mktemp("finished")
+    cells = grid([1, 0.5, 0.2], ["random", "mask"], limits={0.5: 2})
+    return folder, evaluate(maker(pipe), samples, cells, METRICS, folder, seed=5)
+
+
+def cell_rows(folder, name):
+    return json.loads((folder / "cells" / f"{name}.json").read_text())["figures"]["samples"]
+
+
+# The grid -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_is_all_tokens_once_and_every_keep_with_every_selector():
+    cells = grid([0.2, 1, "auto", 100], ["edges", {"saliency": 0.7, "edges": 0.3}, None], limits={1: 9, 0.2: 3})
+    names = [DENSE]
+    names += [f"{s}-{k}" for s in ("edges", "saliency=0.7,edges=0.3", "auto") for k in (0.2, "auto", 100)]
+    assert list(cells) == names
+    assert cells[DENSE] == Cell(SparseContextConfig(keep=1.0), 9)
+    assert cells["edges-0.2"] == Cell(SparseContextConfig(keep=0.2, selector="edges"), 3)
+    assert cells["auto-100"] == Cell(SparseContextConfig(keep=100))
+    more = grid([0.2], ["edges"], tasks=["auto", "edit"], coverages=[None, 0.1], share="equal")
+    assert list(more) == [DENSE, "edges-0.2", "edges-0.2-coverage=0.1", "edges-0.2-edit", "edges-0.2-edit-coverage=0.1"]
+    last = SparseContextConfig(keep=0.2, selector="edges", task="edit", coverage=0.1, share="equal")
+    assert more["edges-0.2-edit-coverage=0.1"] == Cell(last)
+    with pytest.raises(ValueError, match="keep"):
+        grid([1.2])
+    with pytest.raises(ValueError, match="selector"):
+        grid([0.2], ["edge"])
+
+
+# What is made ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_tokens_are_the_untouched_pipeline(finished, samples, tiny_model):
+    folder, _ = finished
+    untouched = load_pipeline(str(tiny_model), dtype="float32", device="cpu")
+    untouched.set_progress_bar_config(disable=True)
+    for i, sample in enumerate(samples):
+        image = untouched(
+            image=sample.open_references(), prompt=sample.prompt, height=64, width=64, num_inference_steps=2,
+            max_sequence_length=12, text_encoder_out_layers=(1, 2), generator=torch.Generator().manual_seed(5 + i),
+        ).images[0]  # fmt: skip
+        made = open_picture(folder / "dense" / f"{sample.name}.png")
+        assert np.array_equal(np.asarray(made), np.asarray(image))
+
+
+def test_every_setting_starts_from_the_same_noise(pipe, samples, tmp_path, monkeypatch):
+    started = []
+    prepare = pipe.prepare_latents
+
+    def watch(*args, **kwargs):
+        made = prepare(*args, **kwargs)
+        started.append(made[0].clone())
+        return made
+
+    monkeypatch.setattr(pipe, "prepare_latents", watch)
+    evaluate(maker(pipe), samples[:2], grid([0.5, 0.1], ["random"]), METRICS, tmp_path)
+    noise = torch.stack(started).unflatten(0, (3, 2))
+    assert all(torch.equal(cell, noise[0]) for cell in noise)
+    assert not torch.equal(noise[0, 0], noise[0, 1])
+
+
+def test_random_dropping_differs_from_sample_to_sample_and_not_from_run_to_run(pipe, samples):
+    config, make = SparseContextConfig(keep=0.5, selector="random"), maker(pipe)
+    twins = [samples[0]] * 2
+    kept = [make(sample, SparseContextConfig(keep=0.5, selector="random", seed=i), i) for i, sample in enumerate(twins)]
+    again = make(samples[0], config, 0)
+    first, second = (set(made.selection.references[0].index.tolist()) for made in kept)
+    assert first != second
+    assert set(again.selection.references[0].index.tolist()) == first
+
+
+def test_the_mask_selector_keeps_what_each_sample_says(pipe, samples, tmp_path):
+    """The masked corner is a quarter of the tokens."""
+    kept = []
+
+    def make(sample, config, seed):
+        made = maker(pipe)(sample, config, seed)
+        kept.append([reference.mask for reference in made.selection.references])
+        return made
+
+    evaluate(make, samples[:2], grid([0.25], ["mask"]), METRICS, tmp_path)
+    expected = np.asarray(corner((8, 8))) > 0
+    assert [len(masks) for masks in kept[2:]] == [1, 2]
+    assert all(np.array_equal(mask, expected) for masks in kept[2:] for mask in masks)
+
+
+def test_a_sample_without_masks_cannot_be_evaluated_by_them(pipe, samples, tmp_path):
+    bare = Sample("bare", "a cat", samples[0].references, samples[0].image)
+    with pytest.raises(ValueError, match="The selector 'mask' needs masks, and the sample bare has none"):
+        evaluate(maker(pipe), [bare], grid([0.5], ["mask"]), METRICS, tmp_path)
+
+
+def test_the_output_has_the_size_of_the_truth_where_the_model_names_none(tiny_model, samples, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "call.json").write_text(
+        json.dumps({"num_inference_steps": 1, "max_sequence_length": 12, "text_encoder_out_layers": [1, 2]})
+    )
+    pipe = load_pipeline(str(folder), dtype="float32", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    sample = Sample("wide", "a cat", samples[0].references, png(picture(100, 70)))
+    assert maker(pipe)(sample, SparseContextConfig(), 0).image.size == (96, 64)
+    assert maker(pipe)(Sample("none", "a cat", samples[0].references), SparseContextConfig(), 0).image.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "config, task, coverage",
+    [
+        (SparseContextConfig(keep=0.5), "edit", 0.1),  # what the task adds
+        (SparseContextConfig(keep=0.5, selector="edges"), "edit", 0.0),  # a name is taken at its word
+        (SparseContextConfig(keep=0.5, selector="edges", coverage=0.3), "edit", 0.3),
+        (SparseContextConfig(keep=0.5, task="subject"), "subject", 0.0),  # the setting decides
+    ],
+)
+def test_a_sample_is_made_under_its_own_task(config, task, coverage, pipe, samples):
+    sample = Sample("x", "a cat", samples[0].references, task="edit")
+    selection = maker(pipe)(sample, config, 0).selection
+    assert (selection.task, selection.coverage) == (task, (coverage,))
+    other = maker(pipe, task_of=lambda sample: "subject")(sample, SparseContextConfig(keep=0.5), 0).selection
+    assert other.task == "subject"
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_pictures(finished, samples):
+    folder, _ = finished
+    for name in (DENSE, "random-0.2"):
+        rows = cell_rows(folder, name)
+        assert [row["name"] for row in rows] == [sample.name for sample in samples]
+        for row, sample in zip(rows, samples, strict=True):
+            place = folder / "dense" if name == DENSE else folder / "shown" / name
+            output = open_picture(place / f"{sample.name}.png")
+            scores = {"psnr": psnr(output, sample.open_image())}
+            scores["psnr_in_mask"] = psnr(output, sample.open_image(), corner())
+            if name != DENSE:
+                scores["psnr_to_dense"] = psnr(output, open_picture(folder / "dense" / f"{sample.name}.png"))
+            assert {key: row["scores"][key] for key in row["scores"] if "psnr" in key} == pytest.approx(scores)
+            assert {"ssim", "ssim_in_mask"} <= row["scores"].keys()
+            tokens = 64 * len(sample.references)
+            assert (row["kept"], row["total"]) == (tokens if name == DENSE else round(0.2 * tokens), tokens)
+
+
+def test_without_a_truth_there_is_still_the_distance_to_all_tokens(pipe, samples, tmp_path):
+    bare = [Sample(s.name, s.prompt, s.references) for s in samples[:2]]
+    result = evaluate(maker(pipe), bare, grid([0.5], ["uniform"]), METRICS, tmp_path)
+    cells = result["figures"]["all"]
+    assert list(result["figures"]) == ["all"]
+    assert cells[DENSE]["scores"] == {}
+    assert list(cells["uniform-0.5"]["scores"]) == ["psnr_to_dense", "ssim_to_dense"]
+    assert "-" in table(result)
+    assert [path.name for path in draw_all(result, tmp_path, bare)] == [
+        "curves-psnr_to_dense.png",
+        "curves-ssim_to_dense.png",
+        "sheet-uniform.png",
+    ]
+
+
+def test_a_limited_setting_is_paired_with_the_same_samples(finished):
+    folder, result = finished
+    entry = result["figures"]["all"]["random-0.5"]
+    dense, sparse = cell_rows(folder, DENSE), cell_rows(folder, "random-0.5")
+    assert entry["samples"] == entry["scores"]["psnr"]["n"] == len(sparse) == 2
+    pairs = [s["scores"]["psnr"] - d["scores"]["psnr"] for s, d in zip(sparse, dense, strict=False)]
+    assert entry["scores"]["psnr"]["difference"] == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert result["figures"]["all"][DENSE]["scores"]["psnr"]["difference"] == 0
+
+
+def test_groups_are_those_of_the_samples(finished):
+    folder, result = finished
+    assert list(result["figures"]) == ["all", "edits", "subjects"]
+    rows = [row["scores"]["psnr"] for row in cell_rows(folder, DENSE) if row["task"] == "subjects"]
+    entry = result["figures"]["subjects"][DENSE]["scores"]["psnr"]
+    assert (entry["n"], entry["mean"]) == (2, pytest.approx(np.mean(rows), abs=1e-6))
+
+
+def test_the_summary_of_known_figures():
+    def row(name, value, task=None):
+        return {"name": name, "task": task, "kept": 5, "total": 10, "seconds": 1.0, "scores": {"psnr": value}}
+
+    dense = [row("a", 20.0), row("b", 30.0), row("c", None)]
+    sparse = [row("a", 19.0), row("b", 27.0), row("c", 10.0)]
+    entry = summarise({DENSE: dense, "x": sparse})["all"]["x"]
+    assert entry["kept"] == 0.5
+    score = entry["scores"]["psnr"]
+    assert (score["n"], score["mean"]) == (3, pytest.approx(56 / 3, abs=1e-6))
+    assert score["difference"] == -2  # c has no pair
+    assert score["difference_interval"] == [-3, -1]
+    alone = summarise({DENSE: dense[:1]})["all"][DENSE]["scores"]["psnr"]
+    assert alone["interval"] is None
+
+
+def test_the_interval_of_known_data():
+    assert bootstrap_interval([3.0, 3.0, 3.0]) == (3, 3)
+    assert bootstrap_interval([0.0, 1.0]) == (0, 1)  # means of 0, 1/2 and 1 with chances 1/4, 1/2, 1/4
+    assert np.isnan(bootstrap_interval([1.0])).all()
+    values = np.random.default_rng(1).normal(10, 2, 400)
+    low, high = bootstrap_interval(values)
+    half = 1.96 * values.std() / 20  # the normal theory's
+    assert low == pytest.approx(values.mean() - half, abs=0.02)
+    assert high == pytest.approx(values.mean() + half, abs=0.02)
+    assert bootstrap_interval(values) == (low, high)
+    assert bootstrap_interval(values, seed=1) != (low, high)
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+def without_times(figures):
+    """Figures without what differs from run to run."""
+    return {g: {n: c | {"median_seconds": 0} for n, c in cells.items()} for g, cells in figures.items()}
+
+
+def test_a_second_run_goes_on_where_the_first_was_stopped(pipe, samples, tmp_path, finished):
+    folder, whole = finished
+    cells = grid([1, 0.5, 0.2], ["random", "mask"], limits={0.5: 2})
+    calls = []
+
+    def stops(sample, config, seed):
+        calls.append(seed)
+        if len(calls) == 9:  # in the third cell
+            raise KeyboardInterrupt
+        return maker(pipe)(sample, config, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(stops, samples, cells, METRICS, tmp_path, seed=5)
+    assert sorted(path.name for path in (tmp_path / "cells").iterdir()) == ["dense.json", "random-0.5.json"]
+    before = {path: path.read_bytes() for path in (tmp_path / "cells").iterdir()}
+
+    calls = [None] * 100
+    result = evaluate(stops, samples, cells, METRICS, tmp_path, seed=5)
+    assert len(calls) - 100 == 4 + 2 + 4  # random-0.2 anew, and both cells of mask
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert without_times(result["figures"]) == without_times(whole["figures"])
+    evaluate(stops, samples, cells, METRICS, tmp_path, seed=5)
+    assert len(calls) - 100 == 10
+
+
+def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finished):
+    folder, _ = finished
+    cells = grid([1, 0.5, 0.2], ["random", "mask"], limits={0.5: 2})
+
+    def again(cells=cells, samples=samples, metrics=METRICS, **other):
+        evaluate(maker(pipe), samples, cells, metrics, folder, **{"seed": 5, **other})
+
+    with pytest.raises(ValueError, match="dense.json is of seed 5 and not 6: give another folder"):
+        again(seed=6)
+    with pytest.raises(ValueError, match="is of steps None and not 3"):
+        again(about={"steps": 3})
+    with pytest.raises(ValueError, match="is of metrics"):
+        again(metrics=find_metrics(["psnr"]))
+    with pytest.raises(ValueError, match="is of share 'joint' and not 'equal'"):
+        again(cells=grid([1, 0.5], ["random"], share="equal", limits={0.5: 2}))
+    for others in (samples[::-1], [replace(samples[0], prompt="a dog"), *samples[1:]],
+                   [replace(samples[0], references=samples[2].references), *samples[1:]]):  # fmt: skip
+        with pytest.raises(ValueError, match="dense.json has figures of other samples"):
+            again(samples=others)
+    twice = [*samples[:2], samples[0]]
+    with pytest.raises(ValueError, match="Two samples are named 'sample 0'"):
+        evaluate(maker(pipe), twice, grid([0.2]), METRICS, folder / "other")
+    with pytest.raises(ValueError, match="raise the limit of the dense cell"):
+        evaluate(maker(pipe), samples, grid([1, 0.2], limits={1: 2}), METRICS, folder / "other")
+    with pytest.raises(ValueError, match="The first cell is 'x'"):
+        evaluate(maker(pipe), samples, {"x": Cell(SparseContextConfig())}, METRICS, folder / "other")
+
+
+def test_a_damaged_cell_is_named(pipe, samples, tmp_path):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "dense.json").write_text("{")
+    with pytest.raises(ValueError, match="dense.json holds no figures of an evaluation: remove it"):
+        evaluate(maker(pipe), samples, grid([0.2]), METRICS, tmp_path)
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_a_selector_and_what_else_differs():
+    cells = {n: c.to_dict() for n, c in grid([1, 0.1, 0.5, "auto"], ["edges", None]).items()}
+    assert lines_of(cells) == {"edges": ["edges-0.5", "edges-0.1", "edges-auto"],
+                               "auto": ["auto-0.5", "auto-0.1", "auto-auto"]}  # fmt: skip
+    spread = {n: c.to_dict() for n, c in grid([0.5], ["edges"], coverages=[0.3]).items()}
+    assert list(lines_of(cells | spread)) == [
+        "edges, coverage None", "auto, coverage None", "edges, coverage 0.3"
+    ]  # fmt: skip
+
+
+def test_curves_and_sheets_are_drawn(finished, samples):
+    folder, result = finished
+    written = draw_all(result, folder, samples)
+    assert {path.name for path in written} == {
+        *(f"curves-{score}.png" for score in ("psnr", "psnr_in_mask", "psnr_to_dense", "ssim", "ssim_in_mask",
+                                               "ssim_to_dense")), "sheet-random.png", "sheet-mask.png"
+    }  # fmt: skip
+    curves = open_picture(folder / "curves-psnr.png")
+    assert curves.width > 2 * curves.height  # three groups side by side
+    colours = {colour for _, colour in curves.getcolors(2**24)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line for each of two selectors, in matplotlib's colours
+    assert (44, 160, 44) not in colours
+    with pytest.raises(ValueError, match="The result has no score 'beauty'"):
+        draw_curves(result, "beauty")
+
+
+def test_a_point_of_a_curve_is_all_tokens_plus_the_difference_of_pairs():
+    dense = {"mean": 20.0, "interval": [15, 25]}
+    entry = {"mean": 30.0, "interval": [28, 32], "difference": -1.0, "difference_interval": [-1.5, -0.5]}
+    assert _level(entry, dense) == (19, 18.5, 19.5)
+    assert _level(entry | {"difference_interval": None}, dense) == (19, 19, 19)
+    assert _level(entry, None) == (30, 28, 32)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("manifest")
+    rows = []
+    for i in range(3):
+        picture(64, 64, seed=i).save(folder / f"reference-{i}.png")
+        picture(64, 64, seed=10 + i).save(folder / f"truth-{i}.png")
+        rows.append({"references": [f"reference-{i}.png"], "prompt": "the cat", "image": f"truth-{i}.png"})
+    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "broken.jsonl").write_text('{"references": ["reference-0.png"]}')
+    (folder / "no picture.jsonl").write_text(json.dumps(rows[0] | {"references": ["gone.png"]}))
+    (folder / "a file").write_text("")
+    return folder / "samples.jsonl"
+
+
+def command(manifest, model, output, *more):
+    return ["evaluate", "--manifest", str(manifest), "-m", str(model), "--dtype", "float32", "--device", "cpu",
+            "--output", str(output), "--metric", "psnr", *more]  # fmt: skip
+
+
+def call(monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["sparse-context", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_the_command_evaluates_and_goes_on(manifest, tiny_model, tmp_path, monkeypatch, capsys):
+    arguments = command(
+        manifest, tiny_model, tmp_path / "out", "--keep", "1,0.5", "--selector", "random", "--limit", "2"
+    )
+    assert call(monkeypatch, arguments) == 0
+    shown = capsys.readouterr().out
+    assert "all: 2 samples" in shown and "random-0.5" in shown and "50.0 %" in shown
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["config"]["model"] == str(tiny_model)
+    assert result["figures"]["all"]["random-0.5"]["scores"]["psnr"]["n"] == 2
+    for name in ("curves-psnr.png", "sheet-random.png", "cells/dense.json"):
+        assert (tmp_path / "out" / name).is_file()
+    dense = (tmp_path / "out" / "cells" / "dense.json").read_bytes()
+    arguments[arguments.index("1,0.5")] = "0.5,0.25"  # another keep is only added
+    assert call(monkeypatch, arguments) == 0
+    assert (tmp_path / "out" / "cells" / "dense.json").read_bytes() == dense
+    assert (tmp_path / "out" / "cells" / "random-0.25.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--keep", "1.5"], "keep"),
+        (["--keep", "0.5,much"], "keep is 'much': pass a ratio"),
+        (["--selector", "edge"], "edges"),
+        (["--metric", "beauty"], "metric is 'beauty': choose from psnr"),
+        (["--metric", "clip_i"], "The metric clip_i needs a model: write clip_i=PATH"),
+        (["--coverage", "2"], "coverage"),
+        (["--limit", "0"], "--limit"),
+        (["--steps", "0"], "steps is 0: pass a number above 0"),
+        (["--seed", "-1"], "seed"),
+        (["--pie-bench", "x"], "either --manifest or --pie-bench"),
+        (["--manifest", "gone.jsonl"], "gone.jsonl"),
+        (["--manifest", "{folder}/broken.jsonl"], "line 1 has no 'prompt'"),
+        (["--manifest", "{folder}/no picture.jsonl"], "gone.png"),
+        (["--output", "{folder}/a file"], "cannot be a folder"),
+        (["--selector", "mask"], "The selector 'mask' needs masks"),
+        (["-m", "{folder}/gone"], "does not exist"),
+        (["--lora", "{folder}/gone.safetensors"], "The LoRA"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_ends_in_one_sentence(change, message, manifest, tiny_model, tmp_path, monkeypatch, capsys):
+    arguments = command(manifest, tiny_model, tmp_path / "out")
+    assert call(monkeypatch, [*arguments, *(part.format(folder=manifest.parent) for part in change)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sparse-context: ")]
+    assert len(said) == 1 and message in said[0]
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_without_data_it_asks_for_some(monkeypatch, capsys):
+    assert call(monkeypatch, ["evaluate"]) == 2
+    assert "pass either --manifest or --pie-bench" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9 here")
+def test_a_killed_run_loses_no_finished_cell(manifest, tiny_model, tmp_path, monkeypatch):
+    arguments = command(manifest, tiny_model, tmp_path / "killed", "--keep", "0.5,0.4,0.3,0.2", "--selector", "random")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        [sys.executable, "-m", "sparse_context", *arguments],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    first = tmp_path / "killed" / "cells" / "dense.json"
+    while not first.is_file():
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    finished = {path.name: path.read_bytes() for path in first.parent.glob("*.json")}
+    for data in finished.values():
+        json.loads(data)
+    assert call(monkeypatch, arguments) == 0
+    assert {name: (first.parent / name).read_bytes() for name in finished} == finished
+
+    arguments[arguments.index(str(tmp_path / "killed"))] = str(tmp_path / "whole")
+    assert call(monkeypatch, arguments) == 0
+    both = [json.loads((tmp_path / name / "result.json").read_text())["figures"] for name in ("killed", "whole")]
+    assert without_times(both[0]) == without_times(both[1])
+
+
+def test_samples_of_a_manifest_are_evaluated_as_they_are(manifest, pipe, tmp_path):
+    result = evaluate(maker(pipe), read_samples(manifest), grid([0.5]), METRICS, tmp_path)
+    assert result["figures"]["all"][DENSE]["samples"] == 3
