@@ -24,6 +24,7 @@ from sparse_context.mini.recipe import (
     shifted_sigmas,
     to_tensor,
 )
+from sparse_context.mini.samples import scene_samples, tasks_of
 from sparse_context.mini.scenes import COLOURS, PLACES, SUBJECTS, TASKS, TOKEN, draw_scene, make_scene
 
 
@@ -261,3 +262,22 @@ def test_the_demo_refuses_a_bad_keep_before_it_starts(tmp_path):
     with pytest.raises(ValueError, match="keep is 1.5"):
         run_demo(tmp_path / "demo", keep=1.5)
     assert not (tmp_path / "demo").exists()
+
+
+def test_scenes_are_samples_that_lose_nothing(assets):
+    samples, scenes = scene_samples(assets, 16, 10_000)
+    assert [s.task for s in samples[:8]].count("subjects") == 4
+    assert [s.task for s in samples].count("edits") == [s.task for s in samples].count("global edits") == 4
+    assert len({scene.target.tobytes() for scene, _, _ in scenes.values()}) == 16
+    for sample in samples:
+        scene, kind, seed = scenes[sample.name]
+        again = make_scene(assets, kind, seed)
+        assert np.array_equal(np.asarray(sample.open_image()), again.target)
+        assert all(np.array_equal(np.asarray(picture), truth)
+                   for picture, truth in zip(sample.open_references(), again.references, strict=True))  # fmt: skip
+        assert np.abs(np.asarray(sample.open_mask()) / 255 - again.mask).max() <= 0.5 / 255 + 1e-6
+        assert len(sample.open_reference_masks()) == len(again.references)
+    by_kind = {kind: scene for scene, kind, _ in scenes.values()}
+    assert tasks_of(by_kind["edit_object"]) == ["edit"]
+    assert tasks_of(by_kind["subject_place"]) == ["subject"]
+    assert tasks_of(by_kind["subject_scene"]) == ["subject", "edit"]

@@ -1,0 +1,101 @@
+"""The embedded model's quality against the tokens kept: subjects, edits and global edits apart, on held-out scenes.
+
+256 scenes at keep 1, 0.2 and 0.1 and the first 64 of them at the other keeps, for five selectors; `mask` knows where
+the object is, which makes it the ceiling. `recognised` is that of base_quality.py: the share of a scene's objects that
+are nearest to themselves among 64 candidates. Stopped at any point, it goes on there. Settings are chosen on
+"validation"; "test" is run once for the published table.
+
+    python runs/mini_curves.py --split validation [--lora ADAPTER] [--output results/mini_curves.json]
+
+It needs the scenes' objects, `checkpoints/assets.safetensors`: `python -m sparse_context.mini data` makes that file.
+"""
+
+import argparse
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from base_quality import objects, with_other_objects
+from PIL import Image
+
+from sparse_context.evaluation.evaluate import DENSE, evaluate, grid, maker, table
+from sparse_context.evaluation.metrics import Metric, decoys, features, find_metrics, nearest_of
+from sparse_context.evaluation.plots import draw_curves, draw_sheet
+from sparse_context.generation import call_settings, load_pipeline
+from sparse_context.images import save_picture
+from sparse_context.mini.data import SPLITS, load_assets
+from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.result import write_result
+
+ROOT = Path(__file__).resolve().parents[1]
+SELECTORS = ("random", "uniform", "edges", "saliency", "mask")
+MANY, FEW = (1.0, 0.2, 0.1), (0.5, 0.3, 0.15, 0.05)
+SHEET = ("saliency-0.5", "saliency-0.2", "saliency-0.1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The embedded model's quality against the tokens kept.")
+    parser.add_argument("--split", choices=SPLITS[1:], default="validation")
+    parser.add_argument("--model", help="a folder; the weights in the package without it")
+    parser.add_argument("--lora", help="an adapter for it, as safetensors")
+    parser.add_argument("--scenes", type=int, default=256, help=f"at keep {MANY}")
+    parser.add_argument("--few", type=int, default=64, help=f"at keep {FEW}")
+    parser.add_argument("--steps", type=int, help="denoise steps; the model's own without it")
+    parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
+    parser.add_argument(
+        "--folder", type=Path, help="working folder; checkpoints/NAME-SPLIT of the output's NAME without it"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "mini_curves.json")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs")
+    arguments = parser.parse_args()
+
+    assets = load_assets(arguments.assets).split(arguments.split)
+    samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
+    of_truth = {scene.target.tobytes(): (scene, kind, seed) for scene, kind, seed in scenes.values()}
+
+    @cache  # 0.3 MB an object, and some 350 objects, which every setting is asked about
+    def candidates(truth: bytes) -> list[tuple[np.ndarray, torch.Tensor]]:
+        """The mask of each object of a scene, and the features of its 64 candidates, itself first."""
+        scene, kind, seed = of_truth[truth]
+        others = with_other_objects(assets, kind, seed)
+        return [(m, features([scene.target, *decoys(scene.target, m), *others], m)) for m in objects(scene)]
+
+    def share_recognised(output: Image.Image, truth: Image.Image, mask: Image.Image | None = None) -> float:
+        """Of the objects of a scene; nan without a mask, and for global edits, which nothing else was put through."""
+        found = of_truth.get(np.asarray(truth).tobytes())
+        if mask is None or found is None or found[1] == "edit_global":
+            return math.nan
+        known = candidates(found[0].target.tobytes())
+        return float(np.mean([nearest_of(features([output], m)[0], others) == 0 for m, others in known]))
+
+    metrics = find_metrics(["psnr", "ssim", "st_lpips", "identity"])
+    metrics["recognised"] = Metric(share_recognised)
+
+    pipe = load_pipeline(arguments.model, lora=arguments.lora)
+    pipe.set_progress_bar_config(disable=True)
+    make = maker(pipe, steps=arguments.steps, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+    limits = dict.fromkeys(MANY, arguments.scenes) | dict.fromkeys(FEW, arguments.few)
+    cells = grid(sorted(limits, reverse=True), SELECTORS, limits=limits)
+    about = {"split": arguments.split, "model": arguments.model or "embedded", "lora": arguments.lora,
+             "steps": arguments.steps, "call": call_settings(pipe)}  # fmt: skip
+    folder = arguments.folder or ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
+    result = evaluate(make, samples, cells, metrics, folder, about=about)
+    write_result(arguments.output, arguments.output.stem, result["config"], result["figures"])
+
+    arguments.pictures.mkdir(parents=True, exist_ok=True)
+    for score in ("psnr", "psnr_in_mask"):
+        save_picture(draw_curves(result, score), arguments.pictures / f"{arguments.output.stem}-{score}.webp")
+    save_picture(
+        draw_sheet(folder, samples[: arguments.few], SHEET), arguments.pictures / f"{arguments.output.stem}-sheet.webp"
+    )
+    print(table(result))
+    dense = result["figures"]["all"][DENSE]
+    print(
+        f"{dense['samples']} scenes of {arguments.split}; wrote {arguments.output} and pictures in {arguments.pictures}"
+    )
+
+
+if __name__ == "__main__":
+    main()
