@@ -1,12 +1,19 @@
 """The training loop: schedule, averaging, checkpoints, and resuming to equal weights."""
 
+import copy
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparse_context.training.loop import learning_rate, load_average, make_optimisers, train
+from sparse_context.training.dropping import Dropping, draw_selection
+from sparse_context.training.loop import SCHEDULES, learning_rate, load_average, make_optimisers, train
 
 
 def problem():
@@ -82,3 +89,245 @@ def test_the_log_has_a_record_every_so_often(tmp_path):
 def test_a_folder_without_checkpoints_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         load_average(tmp_path, problem()[0])
+
+
+# Schedules, accumulation, the format ------------------------------------------------------------------------------
+
+
+def test_schedules():
+    for name, schedule in SCHEDULES.items():
+        factors = [schedule(step, 100, 10) for step in range(100)]
+        assert all(0 <= factor <= 1 for factor in factors), name
+        if name != "constant":
+            assert factors[0] == 0.1 and factors[9] == 1.0
+        assert schedule(0, 100, 0) == 1.0
+    assert SCHEDULES["linear"](55, 100, 10) == pytest.approx(0.5) == SCHEDULES["cosine"](55, 100, 10)
+    assert SCHEDULES["constant"](0, 100, 10) == SCHEDULES["constant_with_warmup"](99, 100, 10) == 1.0
+
+
+def test_accumulated_batches_equal_one_of_their_size(tmp_path):
+    def final(folder, size, accumulate):
+        module, _, _ = problem()
+        optimisers = [torch.optim.AdamW(module.parameters(), lr=1e-2)]
+        data = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+
+        def loss(batch):
+            x = data[batch * size : (batch + 1) * size]
+            return (module["head"](module["blocks"](x).tanh()) - x[:, :2]).square().mean()
+
+        train(module, optimisers, loss, folder, steps=3, warmup=1, save_every=3, accumulate=accumulate)
+        return module.state_dict()
+
+    whole, parts = final(tmp_path / "whole", 8, 1), final(tmp_path / "parts", 2, 4)
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-6) for name in whole)
+
+
+def test_no_average_returns_the_module_itself(tmp_path):
+    average, last = run(tmp_path, ema=0.0)
+    assert all(torch.equal(average[name], last[name]) for name in average)
+    weights = [load_file(tmp_path / "step-0000012" / f"{name}.safetensors") for name in ("weights", "average")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in last)
+
+
+def test_checkpoints_of_the_first_format_resume(tmp_path):
+    """Written here as the first version of the loop wrote them; the run then ends where an unbroken one does."""
+    whole = run(tmp_path / "whole")
+    module, optimisers, loss = problem()
+    average = copy.deepcopy(module)
+    base = [group["lr"] for o in optimisers for group in o.param_groups]
+    for step in range(6):
+        factor = min(1.0, (step + 1) / 2, (12 - step) / 3)
+        for group, rate in zip((g for o in optimisers for g in o.param_groups), base, strict=True):
+            group["lr"] = rate * factor
+        loss(step).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        module.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for kept, new in zip(average.parameters(), module.parameters(), strict=True):
+                kept.lerp_(new, 1 - min(0.999, (step + 1) / (step + 10)))
+    folder = tmp_path / "first" / "step-0000006"
+    folder.mkdir(parents=True)
+    save_file(module.state_dict(), folder / "weights.safetensors")
+    save_file(average.state_dict(), folder / "average.safetensors")
+    state = {f"{i}.{index}.{name}": tensor for i, optimiser in enumerate(optimisers)
+             for index, entry in optimiser.state_dict()["state"].items() for name, tensor in entry.items()}  # fmt: skip
+    save_file(state, folder / "optimiser.safetensors")
+    resumed = run(tmp_path / "first")
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_log_of_a_killed_run_has_each_step_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stop_at=8, log_every=1)
+    with (tmp_path / "log.jsonl").open("a") as f:
+        f.write('{"step": 9, "lo')  # where a kill cut a line
+    run(tmp_path, log_every=1)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, 13))
+
+
+# Kills, full disks, several processes -------------------------------------------------------------------------------
+
+RUN = """
+import json, sys
+from pathlib import Path
+import torch
+from torch import nn
+from sparse_context.training.loop import train
+
+folder, width, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+if limit:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+accelerator, rank, ratios = None, 0, []
+if len(sys.argv) > 4:
+    from accelerate import Accelerator
+    from sparse_context.training.dropping import Dropping, draw_selection
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+torch.manual_seed(rank)  # each process begins elsewhere, and takes the first one's weights
+module = nn.Linear(width, width)
+
+def loss(step):
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(1000 * step + rank))
+    if accelerator is not None:
+        selection = draw_selection(Dropping(mix={"random": 1}, dense=0), [None], [(1, width)], [0, step, rank])
+        ratios.append(selection.kept)
+        x = x[:, selection.index] @ module.weight[selection.index] if step % 2 else x @ module.weight
+        return x.square().mean()
+    return (module(x) - x.flip(1)).square().mean()
+
+average = train(module, [torch.optim.AdamW(module.parameters(), lr=1e-2)], loss, folder, steps=40, warmup=2,
+                save_every=2, log_every=1, accelerator=accelerator)
+if accelerator is not None:
+    torch.manual_seed(0)
+    record = {"ratios": ratios, "sum": module.weight.double().sum().item(),
+              "average": average.weight.double().sum().item()}
+    (folder / f"rank-{rank}.json").write_text(json.dumps(record))
+"""
+
+
+def start(tmp_path, folder, width=8, limit=0, *more, env=None):
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    command = [sys.executable, str(script), str(folder), str(width), str(limit), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})  # fmt: skip
+
+
+KILLS = """
+# One process imports, and forks a run again and again: a start then takes no time, and a kill can come at any moment.
+import os, runpy, shutil, signal, sys, time
+from pathlib import Path
+import numpy as np
+from safetensors.torch import load_file
+import torch
+import sparse_context.training.loop
+
+warm = torch.nn.Linear(2, 2)
+warm(torch.ones(1, 2)).sum().backward()
+torch.optim.AdamW(warm.parameters()).step()  # imports a lot, the first time
+
+script, root = sys.argv[1], Path(sys.argv[2])
+rng = np.random.default_rng()
+
+def start(folder):
+    child = os.fork()
+    if child == 0:
+        sys.argv = [script, str(folder), "128", "0"]
+        runpy.run_path(script, run_name="__main__")
+        os._exit(0)
+    return child
+
+def ended(child):
+    return os.waitpid(child, os.WNOHANG)[0] == child
+
+whole, folder, kills, moments = root / "whole", root / "killed", 0, []
+assert os.waitpid(start(whole), 0)[1] == 0
+def names():
+    return {p.name for p in folder.glob("step-*") if kills % 3 == 1 or p.suffix != ".partial"}
+
+while kills < 20:
+    before = names()
+    child, done = start(folder), False
+    if kills % 3:  # not any moment, but near the start of a write, or its end
+        while not (done := ended(child)) and names() == before:
+            time.sleep(0.0005)
+    time.sleep(float(rng.uniform(0, 0.01 if kills % 3 else 0.1)))
+    if done or ended(child):  # it was faster than the kill: begin again
+        shutil.rmtree(folder)
+        continue
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    kills += 1
+    for path in folder.glob("step-*"):
+        if path.suffix != ".partial":
+            assert all(load_file(path / f"{name}.safetensors") for name in ("weights", "average", "optimiser"))
+            moments.append(int(path.name.removeprefix("step-")))
+assert os.waitpid(start(folder), 0)[1] == 0
+print(kills, len(set(moments)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_moments_it_ends_at_equal_weights(tmp_path):
+    """kill -9, twenty times; what is there is whole each time, and the end is that of an unbroken run."""
+    (tmp_path / "run.py").write_text(RUN)
+    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path / "run.py"), str(tmp_path)], text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kills, moments = map(int, done.stdout.split())
+    assert kills == 20 and moments > 1
+    for name in ("weights", "average", "optimiser"):
+        one, other = (load_file(tmp_path / w / "step-0000040" / f"{name}.safetensors") for w in ("whole", "killed"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert not list((tmp_path / "killed").glob("*.partial"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
+def test_a_full_disk_leaves_checkpoints_whole_and_says_so(tmp_path):
+    """A limit on the size of files stands for a disk that is full in the midst of the third file."""
+    process = start(tmp_path, tmp_path / "full", 64, 20_000)  # the optimiser's file is the largest
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("OSError: ") and "step-0000002 could not be written" in last and "free some space" in last
+    assert not list((tmp_path / "full").glob("step-*"))
+
+
+def test_two_processes_draw_their_own_ratios_and_end_at_equal_weights(tmp_path):
+    """Real processes over gloo, as `accelerate launch` starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    processes = [start(tmp_path, tmp_path / "run", 16, 0, "several", env={**shared, "RANK": r, "LOCAL_RANK": r})
+                 for r in ("0", "1")]  # fmt: skip
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    records = [json.loads((tmp_path / "run" / f"rank-{r}.json").read_text()) for r in (0, 1)]
+    assert records[0]["sum"] == records[1]["sum"] and records[0]["average"] == records[1]["average"]
+    assert len(records[0]["ratios"]) == 40
+    assert sum(a != b for a, b in zip(records[0]["ratios"], records[1]["ratios"], strict=True)) > 30
+    # The mean of both gradients, computed here in one process
+    weights = load_file(tmp_path / "run" / "step-0000040" / "weights.safetensors")
+    assert torch.equal(weights["weight"], expected_of_two(tmp_path)["weight"])
+
+
+def expected_of_two(tmp_path):
+    torch.manual_seed(0)
+    module = nn.Linear(16, 16)
+
+    def part(step, rank):
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(1000 * step + rank))
+        selection = draw_selection(Dropping(mix={"random": 1}, dense=0), [None], [(1, 16)], [0, step, rank])
+        kept = x[:, selection.index] @ module.weight[selection.index] if step % 2 else x @ module.weight
+        return kept.square().mean()
+
+    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    train(module, [optimiser], lambda b: part(b // 2, b % 2), tmp_path / "one", steps=40, warmup=2, accumulate=2)
+    return module.state_dict()

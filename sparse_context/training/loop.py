@@ -1,4 +1,4 @@
-"""The training loop: one function, resumable at any kill.
+"""The training loop: one function, resumable at any kill, on one process or several.
 
 Everything random in a step is drawn from a generator seeded by (seed, step), so that a run that was killed and resumed
 sees the same batches and ends at the same weights as one that was not; no generator state is stored. A checkpoint is a
@@ -8,23 +8,63 @@ Output contract, in `folder`: `step-0001000/{weights,average,optimiser}.safetens
 `log.jsonl` with one record every `log_every` steps.
 """
 
+import contextlib
 import copy
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+# Schedules: (step, steps, warmup) -> the factor on the learning rate -------------------------------------------------
+
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
     """The factor on the learning rate at `step`: up over `warmup` steps, flat, down to 0 over the last quarter."""
-    return min(1.0, (step + 1) / warmup, (steps - step) / (steps / 4))
+    return min(_warm(step, warmup), (steps - step) / (steps / 4))
+
+
+def constant(step: int, steps: int, warmup: int) -> float:
+    """1 from the first step to the last."""
+    return 1.0
+
+
+def constant_with_warmup(step: int, steps: int, warmup: int) -> float:
+    """Up over `warmup` steps, then flat."""
+    return _warm(step, warmup)
+
+
+def linear(step: int, steps: int, warmup: int) -> float:
+    """Up over `warmup` steps, then straight down to 0."""
+    return min(_warm(step, warmup), (steps - step) / max(steps - warmup, 1))
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Up over `warmup` steps, then down to 0 along half a cosine."""
+    way = max(step - warmup, 0) / max(steps - warmup, 1)
+    return min(_warm(step, warmup), 0.5 * (1 + math.cos(math.pi * way)))
+
+
+def _warm(step: int, warmup: int) -> float:
+    return min(1.0, (step + 1) / max(warmup, 1))
+
+
+SCHEDULES: Mapping[str, Callable[[int, int, int], float]] = {
+    "constant": constant,
+    "constant_with_warmup": constant_with_warmup,
+    "linear": linear,
+    "cosine": cosine,
+    "trapezoid": learning_rate,
+}
 
 
 def make_optimisers(
@@ -50,54 +90,115 @@ def train(
     *,
     steps: int,
     warmup: int = 200,
+    schedule: str = "trapezoid",
     ema: float = 0.999,
     clip: float = 1.0,
+    accumulate: int = 1,
+    accelerator: Any = None,
     log_every: int = 20,
     save_every: int = 200,
+    keep_last: int = 2,
     at_save: Callable[[int, nn.Module], None] | None = None,
+    show: Callable[[int, nn.Module], None] | None = None,
+    show_every: int = 0,
+    log: Callable[[int, dict], None] | None = None,
     stop_after: float | None = None,
 ) -> nn.Module:
-    """Minimise `loss(step)` over the parameters of `module` and return the averaged (EMA) copy.
+    """Minimise `loss(batch)` over the parameters of `module` and return the averaged (EMA) copy.
+
+    Step s averages the gradients of `loss(s * accumulate)` to `loss(s * accumulate + accumulate - 1)`, and with an
+    `accelerate.Accelerator` those of all its processes; each must draw its own batches. `module` may be a part of what
+    the loss runs through, as an adapter is: nothing is wrapped, gradients are averaged where they end up. `schedule` is
+    a name of `SCHEDULES`. An `ema` of 0 averages nothing and returns `module` itself.
 
     Continues from the newest checkpoint in `folder`, if there is one. `at_save(step, average)` runs beside every
-    checkpoint, for sample sheets. `stop_after` is a number of seconds after which the run saves and returns early.
+    checkpoint, `show(step, average)` every `show_every` steps (0: never), both for sample sheets; `log(step, record)`
+    runs beside every record of the log. `stop_after` is a number of seconds after which the run saves and returns.
+    Raises OSError, in one sentence, where a file cannot be written; what was written before stays whole.
     """
+    main = accelerator is None or accelerator.is_main_process
+    several = accelerator is not None and accelerator.num_processes > 1
     folder.mkdir(parents=True, exist_ok=True)
-    average = copy.deepcopy(module).eval().requires_grad_(False)
+    average = copy.deepcopy(module).eval().requires_grad_(False) if ema else module
     first = _resume(folder, module, average, optimisers)
+    if several:
+        _agree_on_start(module, average, first, accelerator)
+    if main:
+        _tidy(folder, first)
     base_rates = [group["lr"] for o in optimisers for group in o.param_groups]
     started, window = time.monotonic(), []
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=folder.name, unit="step", mininterval=5)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=folder.name, unit="step", mininterval=5,
+               disable=not main)  # fmt: skip
     for step in bar:
-        factor = learning_rate(step, steps, warmup)
+        factor = SCHEDULES[schedule](step, steps, warmup)
         for group, rate in zip((g for o in optimisers for g in o.param_groups), base_rates, strict=True):
             group["lr"] = rate * factor
-        value = loss(step)
-        value.backward()
+        for part in range(accumulate):
+            value = loss(step * accumulate + part)
+            (value / accumulate).backward()
+            window.append(value.detach())
+        if several:
+            _average_gradients(module, accelerator)
         norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
         if torch.isfinite(norm):
             for optimiser in optimisers:
                 optimiser.step()
         module.zero_grad(set_to_none=True)
-        _follow(average, module, min(ema, (step + 1) / (step + 10)))
-        window.append(value.detach())
-        if (step + 1) % log_every == 0:
-            mean = torch.stack(window).mean().item()
+        if average is not module:
+            _follow(average, module, min(ema, (step + 1) / (step + 10)))
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            mean = torch.stack(window).mean()
+            mean = (accelerator.reduce(mean, "mean") if several else mean).item()
             window.clear()
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
             record = {"step": step + 1, "loss": mean, "norm": norm.item(), "seconds": time.monotonic() - started}
-            with (folder / "log.jsonl").open("a") as f:
-                f.write(json.dumps(record) + "\n")
+            if main:
+                with _writing(folder / "log.jsonl"), (folder / "log.jsonl").open("a") as f:
+                    f.write(json.dumps(record) + "\n")
+                if log is not None:
+                    log(step + 1, {**record, "learning rate": base_rates[0] * factor})
         out_of_time = stop_after is not None and time.monotonic() - started > stop_after
-        if (step + 1) % save_every == 0 or step + 1 == steps or out_of_time:
+        if several and stop_after is not None:  # all stop where the first one does
+            out_of_time = bool(accelerator.reduce(norm.new_tensor(float(out_of_time)), "sum") > 0)
+        if main and ((step + 1) % save_every == 0 or step + 1 == steps or out_of_time):
             for group, rate in zip((g for o in optimisers for g in o.param_groups), base_rates, strict=True):
                 group["lr"] = rate
-            _save(folder, step + 1, module, average, optimisers)
+            _save(folder, step + 1, module, average, optimisers, keep_last)
             if at_save is not None:
                 at_save(step + 1, average)
+        if main and show is not None and show_every and (step + 1) % show_every == 0:
+            show(step + 1, average)
+        if several and ((step + 1) % save_every == 0 or (show_every and (step + 1) % show_every == 0)):
+            accelerator.wait_for_everyone()
         if out_of_time:
             break
+    for group, rate in zip((g for o in optimisers for g in o.param_groups), base_rates, strict=True):
+        group["lr"] = rate
+    if several:
+        accelerator.wait_for_everyone()
     return average
+
+
+def _average_gradients(module: nn.Module, accelerator: Any) -> None:
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(own, "mean")
+
+
+@torch.no_grad()
+def _agree_on_start(module: nn.Module, average: nn.Module, first: int, accelerator: Any) -> None:
+    """All processes start from the weights of the first, and have found the same checkpoint."""
+    from accelerate.utils import broadcast
+
+    steps = accelerator.gather(torch.tensor([first], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise OSError(
+            f"The processes found checkpoints of different steps ({', '.join(map(str, steps))}): they need a folder "
+            "that all of them share."
+        )
+    for tensor in {id(t): t for m in (module, average) for t in m.state_dict().values()}.values():
+        tensor.copy_(broadcast(tensor))
 
 
 @torch.no_grad()
@@ -112,32 +213,77 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.suffix != ".partial")
 
 
-def _save(folder: Path, step: int, module: nn.Module, average: nn.Module, optimisers) -> None:
-    partial = folder / f"step-{step:07d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_file(_own(module.state_dict()), partial / "weights.safetensors")
-    save_file(_own(average.state_dict()), partial / "average.safetensors")
-    state = {
-        f"{i}.{index}.{name}": tensor
-        for i, optimiser in enumerate(optimisers)
-        for index, entry in optimiser.state_dict()["state"].items()
-        for name, tensor in entry.items()
-    }
-    save_file(_own(state), partial / "optimiser.safetensors")
-    for file in partial.iterdir():
-        with file.open("rb") as f:
-            os.fsync(f.fileno())
-    whole = partial.with_suffix("")
-    shutil.rmtree(whole, ignore_errors=True)
-    partial.rename(whole)
-    for old in _checkpoints(folder)[:-2]:
-        shutil.rmtree(old)
+def _tidy(folder: Path, first: int) -> None:
+    """Remove what a kill left behind: half a checkpoint, and log records of steps that will be taken again."""
+    for partial in folder.glob("step-*.partial"):
+        shutil.rmtree(partial)
+    log = folder / "log.jsonl"
+    if log.is_file():
+        kept = []
+        for line in log.read_text(errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError):  # half a line
+                kept += [line] if line.endswith("\n") and json.loads(line)["step"] <= first else []
+        with _writing(log):
+            log.with_suffix(".partial").write_text("".join(kept))
+            log.with_suffix(".partial").replace(log)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What goes wrong while `path` is written, as one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
+        raise OSError(
+            f"{path} could not be written ({reason}): free some space and resume; older checkpoints are whole."
+        ) from error
+
+
+def _save(folder: Path, step: int, module: nn.Module, average: nn.Module, optimisers, keep_last: int) -> None:
+    whole = folder / f"step-{step:07d}"
+    partial = whole.with_suffix(".partial")
+    try:
+        with _writing(whole):
+            partial.mkdir()
+            save_file(_own(module.state_dict()), partial / "weights.safetensors")
+            save_file(_own(average.state_dict()), partial / "average.safetensors")
+            state = {
+                f"{i}.{index}.{name}": tensor
+                for i, optimiser in enumerate(optimisers)
+                for index, entry in optimiser.state_dict()["state"].items()
+                for name, tensor in entry.items()
+            }
+            save_file(_own(state), partial / "optimiser.safetensors")
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            shutil.rmtree(whole, ignore_errors=True)
+            partial.rename(whole)
+            _sync(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in _checkpoints(folder)[:-keep_last]:
+        shutil.rmtree(old.rename(old.with_suffix(".partial")))  # so that half of it is never taken for a whole one
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous copies: safetensors refuses tensors that share memory, as tied embeddings do."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def newest_step(folder: Path) -> int:
+    """The number of steps that the newest checkpoint in `folder` has seen; 0 without one."""
+    checkpoints = _checkpoints(folder)
+    return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
 
 
 def _resume(folder: Path, module: nn.Module, average: nn.Module, optimisers) -> int:
@@ -147,7 +293,8 @@ def _resume(folder: Path, module: nn.Module, average: nn.Module, optimisers) -> 
         return 0
     newest = checkpoints[-1]
     module.load_state_dict(load_file(newest / "weights.safetensors"))
-    average.load_state_dict(load_file(newest / "average.safetensors"))
+    if average is not module:
+        average.load_state_dict(load_file(newest / "average.safetensors"))
     flat = load_file(newest / "optimiser.safetensors")
     for i, optimiser in enumerate(optimisers):
         state: dict[int, dict[str, torch.Tensor]] = {}
