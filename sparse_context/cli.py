@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -168,6 +168,147 @@ def select(
 
 
 @app.command()
+def train(
+    data: Annotated[str, typer.Option(help="JSONL manifest, folder of a data set, or hub name.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or hub id.", show_default="the embedded model")
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Checkpoints, log, validation pictures and the result.")] = Path(
+        "sparse-context-lora"
+    ),
+    check_data: Annotated[bool, typer.Option("--check-data", help="Name every bad row, and train nothing.")] = False,
+    dataset_config_name: Annotated[str | None, typer.Option(help="Of a data set that has several.")] = None,
+    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
+    image_column: Annotated[str, typer.Option(help="The picture to be made.")] = "image",
+    cond_image_column: Annotated[str, typer.Option(help="The reference, or a list of them.")] = "references",
+    caption_column: Annotated[str, typer.Option(help="The prompt.")] = "prompt",
+    resolution: Annotated[int, typer.Option(help="Larger outputs are scaled down to so many pixels a side.")] = 512,
+    reference_resolution: Annotated[
+        int | None, typer.Option(help="The same for references.", show_default="as --resolution")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 4,
+    lora_alpha: Annotated[float, typer.Option(help="Scale of the LoRA, times 1 / rank.")] = 4,
+    lora_layers: Annotated[
+        str | None, typer.Option(help="Modules with a LoRA, by commas.", show_default="attention and fused MLPs")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights of the transformer, no LoRA.")] = False,
+    kv: Annotated[bool, typer.Option("--kv", help="Train for Flux2KleinKVPipeline.")] = False,
+    keep_min: Annotated[float, typer.Option(help="Smallest keep ratio; they are log-uniform.")] = 0.05,
+    keep_max: Annotated[float, typer.Option(help="Largest keep ratio.")] = 1.0,
+    dense: Annotated[float, typer.Option(help="Share of batches that keep all tokens.")] = 0.1,
+    drop_mix: Annotated[
+        str | None, typer.Option(help="Kinds of dropping: random=0.5,blobs=0.5 ...", show_default="see the docs")
+    ] = None,
+    coverage: Annotated[
+        list[float] | None,
+        typer.Option(help="Share spread evenly; repeat it, and batches draw one.", show_default="0 and 0.1"),
+    ] = None,
+    caption_dropout: Annotated[float, typer.Option(help="Share of prompts that are emptied.")] = 0.0,
+    distillation: Annotated[float, typer.Option(help="Share of the loss against the dense base's answer.")] = 0.0,
+    weighting_scheme: Annotated[str, typer.Option(help="Noise levels: logit_normal or none.")] = "logit_normal",
+    shift: Annotated[
+        float | None, typer.Option(help="Of noise levels towards noise.", show_default="the scheduler's")
+    ] = None,
+    max_train_steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 1000,
+    train_batch_size: Annotated[int, typer.Option(help="Samples a batch and process.")] = 1,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches an update.")] = 1,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, slower.")] = (
+        False
+    ),
+    learning_rate: Annotated[float, typer.Option()] = 1e-4,
+    lr_scheduler: Annotated[
+        str, typer.Option(help="constant, constant_with_warmup, linear, cosine or trapezoid.")
+    ] = "constant",
+    lr_warmup_steps: Annotated[int, typer.Option()] = 100,
+    adam_weight_decay: Annotated[float, typer.Option()] = 1e-4,
+    max_grad_norm: Annotated[float, typer.Option()] = 1.0,
+    ema: Annotated[float, typer.Option(help="Decay of the average that the result is made of.")] = 0.0,
+    mixed_precision: Annotated[
+        str | None, typer.Option(help="no or bf16.", show_default="bf16 on an accelerator")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: auto, bfloat16 or float32.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    checkpointing_steps: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 500,
+    checkpoints_total_limit: Annotated[int, typer.Option(help="Checkpoints that are kept.")] = 2,
+    resume: Annotated[str | None, typer.Option(help="latest: continue the run in --output-dir.")] = None,
+    validation_data: Annotated[str | None, typer.Option(help="As --data; its first samples are drawn.")] = None,
+    validation_steps: Annotated[int, typer.Option(help="Updates between validation pictures.")] = 500,
+    validation_keep: Annotated[float, typer.Option(help="Keep ratio of the sparse one of them.")] = 0.2,
+    num_validation_images: Annotated[int, typer.Option(help="How many samples are drawn.")] = 4,
+    cache_latents: Annotated[bool, typer.Option("--cache-latents", help="Keep latents on disk.")] = False,
+    cache_text: Annotated[bool, typer.Option("--cache-text", help="Keep encoded prompts on disk.")] = False,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where.", show_default="OUTPUT_DIR/cache")] = None,
+    report_to: Annotated[str | None, typer.Option(help="tensorboard.", show_default="log.jsonl alone")] = None,
+) -> int:
+    """Fine-tune with dropped reference tokens: a LoRA, or all weights. Several processes: accelerate launch -m
+    sparse_context.training, with the same options."""
+    columns = {"image": image_column, "references": cond_image_column, "prompt": caption_column}
+    columns = {field: column for field, column in columns.items() if field != column}
+    source: dict[str, Any] = {"columns": columns, "split": split, "config": dataset_config_name}
+    if check_data:
+        from .manifest import check_samples
+
+        problems = check_samples(data, **source)
+        print("\n".join(problems) if problems else f"{data}: every row is good.")
+        return 2 if problems else 0
+
+    from .training.dropping import Dropping
+    from .training.launch import launch
+
+    dropping: dict[str, Any] = {"keep_min": keep_min, "keep_max": keep_max, "dense": dense}
+    if drop_mix is not None:
+        dropping["mix"] = _weights("drop-mix", drop_mix, "random=0.5,blobs=0.5")
+    if coverage:
+        dropping["coverage"] = tuple(coverage)
+    _hide_loading_bars()
+    result = launch(
+        model,
+        data,
+        output_dir,
+        dropping=Dropping(**dropping),
+        source=source,
+        resume=resume,
+        train_batch_size=train_batch_size,
+        resolution=resolution,
+        reference_resolution=reference_resolution,
+        mixed_precision=mixed_precision,
+        dtype=dtype,
+        validation_data=validation_data,
+        num_validation_images=num_validation_images,
+        cache_latents=cache_latents,
+        cache_text=cache_text,
+        cache_dir=cache_dir,
+        report_to=report_to,
+        rank=rank,
+        lora_alpha=lora_alpha,
+        lora_layers=None if lora_layers is None else tuple(name.strip() for name in lora_layers.split(",")),
+        full=full,
+        kv=kv,
+        caption_dropout=caption_dropout,
+        distillation=distillation,
+        weighting_scheme=weighting_scheme,
+        shift=shift,
+        max_train_steps=max_train_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        learning_rate=learning_rate,
+        lr_scheduler=lr_scheduler,
+        lr_warmup_steps=lr_warmup_steps,
+        adam_weight_decay=adam_weight_decay,
+        max_grad_norm=max_grad_norm,
+        ema=ema,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        checkpointing_steps=checkpointing_steps,
+        checkpoints_total_limit=checkpoints_total_limit,
+        validation_steps=validation_steps,
+        validation_keep=validation_keep,
+    )
+    if result is not None:
+        print(f"wrote {result}")
+    return 0
+
+
+@app.command()
 def evaluate(
     manifest: Annotated[str | None, typer.Option(help="JSONL manifest, or a data set by folder or hub name.")] = None,
     pie_bench: Annotated[Path | None, typer.Option(help="The folder of PIE-Bench, in the place of a manifest.")] = None,
@@ -311,15 +452,21 @@ def _selector(text: str):
         return None
     if "=" not in text:
         return text
+    return _weights("selector", text, "saliency=0.7,edges=0.3")
+
+
+def _weights(name: str, text: str, example: str) -> dict[str, float]:
+    """Named numbers: "random=0.5,blobs=0.5"."""
     weights = {}
     for part in text.split(","):
-        name, _, weight = (piece.strip() for piece in part.partition("="))
+        key, _, weight = (piece.strip() for piece in part.partition("="))
         try:
-            if name in weights:
+            if key in weights:
                 raise ValueError
-            weights[name] = float(weight)
+            weights[key] = float(weight)
         except ValueError:
-            raise ValueError(f"selector is {text!r}: write a blend as saliency=0.7,edges=0.3.") from None
+            said = "write a blend as" if name == "selector" else "write it as"
+            raise ValueError(f"{name} is {text!r}: {said} {example}.") from None
     return weights
 
 

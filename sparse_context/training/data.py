@@ -1,0 +1,167 @@
+"""What a training step is made of: opened samples, which of them a batch holds, and what encoders made of them before.
+
+Which samples a batch holds follows from (seed, batch number) alone, so nothing has to be stored to resume.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..images import PictureError
+from ..manifest import ManifestError, Sample
+from ..preview import fit_reference
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample with its pictures open, RGB, in the sizes that they are trained at.
+
+    masks: mode L, of the size of its reference, white on the object; one for each reference, None where there is none.
+    """
+
+    prompt: str
+    references: tuple[Image.Image, ...]
+    image: Image.Image
+    masks: tuple[Image.Image | None, ...]
+
+
+def open_example(sample: Sample, resolution: int, reference_resolution: int) -> Example:
+    """Open a sample; what has more than `resolution`**2 pixels is scaled down to that, and nothing is scaled up.
+
+    (But no side stays under 64 pixels, which the pipelines refuse.) Raises `ManifestError` that names the sample.
+    """
+    try:
+        image = sample.open_image()
+        references, masks = sample.open_references(), sample.open_reference_masks()
+    except PictureError as error:
+        raise ManifestError(f"The sample {sample.name} cannot be used: {error}.") from error
+    if image is None:
+        raise ManifestError(f"The sample {sample.name} has no image to be made: training needs one.")
+    return Example(
+        sample.prompt,
+        tuple(_fit(reference, reference_resolution) for reference in references),
+        _fit(image, resolution),
+        tuple(None if mask is None else _fit(mask, reference_resolution) for mask in masks),
+    )
+
+
+def _fit(picture: Image.Image, resolution: int) -> Image.Image:
+    fitted = fit_reference(picture, resolution if picture.width * picture.height > resolution**2 else None)
+    return fitted if fitted.mode == "L" else fitted.convert("RGB")
+
+
+def alike(examples: Sequence[Example]) -> list[Example]:
+    """A batch of one shape: pictures of other sizes than the first example's are cropped to those, centred."""
+    first = examples[0]
+
+    def crop(example: Example) -> Example:
+        pairs = list(zip(example.references, example.masks, first.references, strict=True))
+        return replace(
+            example,
+            references=tuple(_crop(reference, model.size) for reference, _, model in pairs),
+            image=_crop(example.image, first.image.size),
+            masks=tuple(None if mask is None else _crop(mask, model.size) for _, mask, model in pairs),
+        )
+
+    return [first, *map(crop, examples[1:])]
+
+
+def _crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+
+
+class Batches:
+    """`batches(number)` -> the examples of a batch: every sample once an epoch, in an order drawn from (seed, epoch).
+
+    The samples of a batch have the same number of references; where that leaves a batch short, it takes some twice.
+    """
+
+    def __init__(self, samples: Sequence[Sample], size: int, seed: int, resolution: int, reference_resolution: int):
+        self._samples, self._size, self._seed = samples, size, seed
+        self._resolutions = resolution, reference_resolution
+        self._groups = [np.arange(len(samples))]
+        if size > 1:  # or nobody needs to know, and a large data set need not be read first
+            counts = np.array([len(sample.references) for sample in samples])
+            self._groups = [np.flatnonzero(counts == count) for count in np.unique(counts)]
+        self._epoch = -1
+        self._order: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return sum(-(-len(group) // self._size) for group in self._groups)
+
+    def indices(self, number: int) -> np.ndarray:
+        """Which samples batch `number` holds, int64 (size,)."""
+        epoch, place = divmod(number, len(self))
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self._seed, 1, epoch])
+            parts = []
+            for group in self._groups:
+                count = -(-len(group) // self._size)
+                shuffled = np.resize(rng.permutation(group), count * self._size)
+                parts += list(shuffled.reshape(count, self._size))
+            self._epoch, self._order = epoch, [parts[i] for i in rng.permutation(len(parts))]
+        return self._order[place]
+
+    def __call__(self, number: int) -> list[Example]:
+        return alike([open_example(self._samples[int(i)], *self._resolutions) for i in self.indices(number)])
+
+
+class Ahead:
+    """`batches(number)` from a function, with the next one (`number + stride`) being made in a thread meanwhile."""
+
+    def __init__(self, batches: Callable[[int], list[Example]], stride: int = 1) -> None:
+        self._batches, self._stride = batches, stride
+        self._pool = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future[list[Example]]] | None = None
+
+    def __call__(self, number: int) -> list[Example]:
+        made = self._next
+        batch = made[1] if made is not None and made[0] == number else self._pool.submit(self._batches, number)
+        examples = batch.result()
+        self._next = number + self._stride, self._pool.submit(self._batches, number + self._stride)
+        return examples
+
+
+class Cache:
+    """What an encoder made, on disk: one safetensors file each, under a hash of what it was made from and by.
+
+    On disk and not in memory, because it outlives the run and processes share it. Damaged files are made anew.
+    """
+
+    def __init__(self, folder: Path, encoder: nn.Module) -> None:
+        digest = hashlib.sha256(str(type(encoder)).encode())
+        for name, tensor in encoder.state_dict().items():  # a sample of each weight tells encoders apart
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy().tobytes())
+        self._folder = folder / digest.hexdigest()[:16]
+
+    def get(self, key: bytes, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What was made from `key` before, or else `make()`, which is kept. Tensors are on the CPU."""
+        name = hashlib.sha256(key).hexdigest()
+        file = self._folder / name[:2] / f"{name}.safetensors"
+        if file.is_file():
+            try:
+                return load_file(file)
+            except (SafetensorError, OSError):
+                pass  # half a file of another file system's making
+        made = {part: tensor.detach().cpu().contiguous() for part, tensor in make().items()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        try:
+            save_file(made, partial)
+            partial.replace(file)
+        except (SafetensorError, OSError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"The cache {file} could not be written ({error}): free some space.") from error
+        return made

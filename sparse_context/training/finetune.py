@@ -1,0 +1,582 @@
+"""Fine-tuning with dropped reference tokens, so that a model keeps its quality when it sees only some of them.
+
+A step: encode a batch, draw which reference tokens it keeps (dropping.py), draw noise and noise levels, predict the
+velocity, and compare on the output tokens only. What is trained is a LoRA or all weights of the transformer; with
+distillation a share of the target is what the same weights say without the LoRA and with all tokens.
+
+Output contract, in the folder of a run: loop.py's checkpoints and log, `config.json`, `validation/step-*.webp`, and at
+the end `pytorch_lora_weights.safetensors` (or the folder `transformer/`) with a model card, `README.md`.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .. import __version__
+from ..families.pictures import to_uint8
+from ..generation import generate
+from ..images import save_picture, save_text
+from ..preview import column, label, side_by_side
+from ..selection import SparseContextConfig
+from ..sparsify import remove_sparse_context
+from .data import Ahead, Cache, Example
+from .dropping import Dropping, draw_selection
+from .hosts import Host, Text
+from .loop import SCHEDULES, newest_step, train
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+EMBEDDED = "the embedded model"  # as the base of a run
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune. Raises ValueError that names the field and its value.
+
+    What is trained: a LoRA of `rank` and `lora_alpha` on `lora_layers` (module names or their endings; None: the host's
+    own), or with `full` all weights of the transformer. `kv`: for pipelines that cache the references (hosts.py).
+
+    The loss: `dropping` says which tokens batches keep; `caption_dropout` is the share of prompts that are emptied;
+    `distillation` in [0, 1] is the share of the loss that compares with the dense prediction of the same weights
+    without LoRA. Noise levels are logit-normal (Esser et al. 2024) or, with weighting_scheme "none", uniform, moved by
+    `shift` (None: the scheduler's own).
+
+    The optimiser: AdamW; `lr_scheduler` is a name of `loop.SCHEDULES`; `ema` is the decay of the weights' average, of
+    which the result is made (0: of the last weights). A step is `gradient_accumulation_steps` batches.
+    """
+
+    rank: int = 4
+    lora_alpha: float = 4
+    lora_layers: tuple[str, ...] | None = None
+    full: bool = False
+    kv: bool = False
+    dropping: Dropping = field(default_factory=Dropping)
+    caption_dropout: float = 0.0
+    distillation: float = 0.0
+    weighting_scheme: str = "logit_normal"
+    shift: float | None = None
+    max_train_steps: int = 1000
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 100
+    adam_weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema: float = 0.0
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    validation_steps: int = 0
+    validation_keep: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps",
+                     "checkpoints_total_limit"):  # fmt: skip
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a whole number, 1 or more.")
+        for name in ("lr_warmup_steps", "adam_weight_decay", "validation_steps", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a number of 0 or more.")
+        for name in ("caption_dropout", "distillation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a share from 0 to 1.")
+        for name in ("learning_rate", "lora_alpha", "max_grad_norm", "shift"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}: pass a number above 0.")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema!r}: pass a decay from 0 up to, not including, 1.")
+        if self.lr_scheduler not in SCHEDULES:
+            raise ValueError(f"lr_scheduler is {self.lr_scheduler!r}: choose one of {', '.join(SCHEDULES)}.")
+        if self.weighting_scheme not in ("logit_normal", "none"):
+            raise ValueError(f"weighting_scheme is {self.weighting_scheme!r}: choose logit_normal or none.")
+        if self.full and self.distillation:
+            raise ValueError(
+                "Distillation takes the weights without the LoRA as its teacher, and a full fine-tuning keeps no such "
+                "copy: leave one of the two out."
+            )
+        SparseContextConfig(keep=self.validation_keep)
+
+
+# A step ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch as the transformer's surroundings see it.
+
+    target: latents (B, C, rows, columns). references: the same for each reference, of any sizes. pictures: for each
+    reference, one array uint8 (H, W, 3 or 4) for each sample, as selectors want them. text: what the host made of it.
+    """
+
+    target: torch.Tensor
+    references: list[torch.Tensor]
+    pictures: list[list[np.ndarray]]
+    text: Text
+
+
+def encode(
+    host: Host,
+    examples: Sequence[Example],
+    prompts: Sequence[str],
+    latent_cache: Cache | None = None,
+    text_cache: Cache | None = None,
+) -> Encoded:
+    """Encode a batch whose pictures have the same sizes. With a cache, one by one, else a batch at a time."""
+    device = next(host.transformer.parameters()).device
+
+    def latents(pixels: list[torch.Tensor]) -> torch.Tensor:
+        if latent_cache is None:
+            return host.encode_pictures(torch.cat(pixels)).to(device).float()
+        made = [
+            latent_cache.get(
+                repr(tuple(one.shape)).encode() + one.numpy().tobytes(),
+                lambda one=one: {"latents": host.encode_pictures(one)},  # type: ignore[misc]
+            )["latents"]
+            for one in pixels
+        ]
+        return torch.cat(made).to(device).float()
+
+    seen = [[host.pixels(example.references[i]) for example in examples] for i in range(len(examples[0].references))]
+    pictures = []
+    for i, pixels in enumerate(seen):
+        masks = [example.masks[i] for example in examples]
+        shown = [to_uint8(one)[0] for one in pixels]
+        if all(mask is not None for mask in masks):
+            covered = [to_uint8(host.pixels(mask.convert("RGB")))[0][..., :1] for mask in masks if mask is not None]
+            shown = [np.concatenate(pair, axis=-1) for pair in zip(shown, covered, strict=True)]
+        pictures.append(shown)
+
+    if text_cache is None:
+        text = host.encode_text(prompts, [example.references for example in examples])
+    else:
+        parts = []
+        for prompt, example in zip(prompts, examples, strict=True):
+            key = "\0".join([prompt, *map(str, (p.size for p in example.references))]).encode()
+            key += b"".join(picture.tobytes() for picture in example.references)
+            parts.append(
+                text_cache.get(key, lambda p=prompt, e=example: host.encode_text([p], [e.references]))  # type: ignore[misc]
+            )
+        text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Encoded(
+        latents([host.pixels(example.image) for example in examples]),
+        [latents(pixels) for pixels in seen],
+        pictures,
+        {name: tensor.to(device) for name, tensor in text.items()},
+    )
+
+
+def noise_levels(u: torch.Tensor, scheme: str, shift: float) -> torch.Tensor:
+    """Noise levels in (0, 1) from uniform numbers `u` in (0, 1): the quantiles of `scheme`, moved towards noise.
+
+    "logit_normal" is the sigmoid of a standard normal (Esser et al. 2024), "none" is uniform. A `shift` of s moves
+    sigma to s * sigma / (1 + (s - 1) * sigma), as the flow matching scheduler does.
+    """
+    sigma = torch.sigmoid(torch.special.ndtri(u)) if scheme == "logit_normal" else u
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def flow_matching_loss(
+    host: Host,
+    encoded: Encoded,
+    index: np.ndarray,
+    sigma: torch.Tensor,
+    noise: torch.Tensor,
+    distillation: float = 0.0,
+) -> torch.Tensor:
+    """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others.
+
+    sigma: (B,). noise: as `encoded.target`. The velocity to be met is noise - target; a share `distillation` of the
+    loss meets the dense prediction without the adapter instead.
+    """
+    level = sigma.view(-1, 1, 1, 1)
+    noisy = host.target_tokens((1 - level) * encoded.target + level * noise)
+    wanted = host.target_tokens(noise - encoded.target).latents
+    references = host.reference_tokens(encoded.references)
+    teacher = None
+    if distillation:
+        with torch.no_grad(), without_adapter(host.transformer):
+            teacher = host.velocity(noisy, sigma, encoded.text, references, teacher=True).float()
+    velocity = host.velocity(noisy, sigma, encoded.text, references.keep(index)).float()
+    loss = (velocity - wanted).square().mean()
+    if teacher is not None:
+        loss = (1 - distillation) * loss + distillation * (velocity - teacher).square().mean()
+    return loss
+
+
+@contextlib.contextmanager
+def without_adapter(transformer: Any) -> Iterator[None]:
+    """The transformer as it was before the adapter."""
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+
+
+def make_loss(
+    host: Host,
+    batches: Callable[[int], list[Example]],
+    config: FinetuneConfig,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    latent_cache: Cache | None = None,
+    text_cache: Cache | None = None,
+) -> Callable[[int], torch.Tensor]:
+    """`loss(number)` for loop.py. Batch `number` of process `rank` is batch number * ranks + rank of the data.
+
+    All that is random is drawn from (seed, number, rank), so processes draw different ratios, sets and noise.
+    """
+    shift = host.shift if config.shift is None else config.shift
+
+    def loss(number: int) -> torch.Tensor:
+        examples = batches(number * ranks + rank)
+        rng = np.random.default_rng([config.seed, 2, number, rank])
+        emptied = rng.random(len(examples)) < config.caption_dropout
+        prompts = ["" if empty else example.prompt for empty, example in zip(emptied, examples, strict=True)]
+        encoded = encode(host, examples, prompts, latent_cache, text_cache)
+        grids = [(latents.shape[-2], latents.shape[-1]) for latents in encoded.references]
+        selection = draw_selection(config.dropping, encoded.pictures, grids, [config.seed, 3, number, rank])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        u = torch.rand(len(examples), generator=generator).clamp(1e-4, 1 - 1e-4)
+        sigma = noise_levels(u, config.weighting_scheme, shift).to(encoded.target.device)
+        noise = torch.randn(encoded.target.shape, generator=generator).to(encoded.target.device)
+        with autocast():
+            return flow_matching_loss(host, encoded, selection.index, sigma, noise, config.distillation)
+
+    return loss
+
+
+# What is trained ------------------------------------------------------------------------------------------------------
+
+
+class Trainable(nn.Module):
+    """The weights of a module that are trained, and only those: the same `Parameter`s under their own names.
+
+    So checkpoints, the average and what processes exchange hold an adapter of megabytes and not its base of gigabytes.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                self.register_parameter(name.replace(".", "/"), parameter)
+
+
+def prepare(host: Host, config: FinetuneConfig) -> Trainable:
+    """Put a fresh LoRA on the transformer, or open all its weights; what is trained is float32.
+
+    Raises ValueError for layers that the transformer does not have.
+    """
+    transformer: Any = host.transformer
+    transformer.requires_grad_(False)
+    if config.full:
+        transformer.float().requires_grad_(True)
+    else:
+        from peft import LoraConfig
+
+        targets = list(config.lora_layers) if config.lora_layers else host.lora_targets()
+        torch.manual_seed(config.seed)
+        lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian",
+                          target_modules=targets)  # fmt: skip
+        try:
+            transformer.add_adapter(lora)
+        except ValueError as error:
+            raise ValueError(
+                f"lora_layers is {', '.join(targets)}, and the transformer takes no LoRA there "
+                f"({' '.join(str(error).split())[:200].rstrip('.')}): name its linear layers, such as to_q,to_k,to_v."
+            ) from error
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    transformer.train()
+    return Trainable(transformer)
+
+
+@contextlib.contextmanager
+def weights_of(average: nn.Module, trained: nn.Module) -> Iterator[None]:
+    """The averaged weights in the place of the trained ones."""
+    if average is trained:
+        yield
+        return
+    own = copy.deepcopy(trained.state_dict())
+    trained.load_state_dict(average.state_dict())
+    try:
+        yield
+    finally:
+        trained.load_state_dict(own)
+
+
+# A run ----------------------------------------------------------------------------------------------------------------
+
+
+def finetune(
+    host: Host,
+    batches: Callable[[int], list[Example]],
+    output: Path,
+    config: FinetuneConfig,
+    *,
+    base: str,
+    data: str,
+    accelerator: Any = None,
+    resume: bool = False,
+    validation: Sequence[Example] = (),
+    latent_cache: Cache | None = None,
+    text_cache: Cache | None = None,
+    stop_after: float | None = None,
+    log: Callable[[int, dict], None] | None = None,
+    log_picture: Callable[[int, Image.Image], None] | None = None,
+    log_every: int = 10,
+    **sampling: Any,
+) -> Path:
+    """Train and write the result; returns the path of the LoRA, or of the transformer's folder.
+
+    base, data, sampling: for the record; what says how `batches` draws must be the same when resumed. accelerator: an
+    `accelerate.Accelerator`, or None for one plain process. `resume` continues from the newest checkpoint in `output`;
+    without it a folder that holds one is refused, and with it so are
+    settings other than those of the run. Raises ValueError and OSError in one sentence.
+    """
+    main = accelerator is None or accelerator.is_main_process
+    ranks = 1 if accelerator is None else accelerator.num_processes
+    check_folder(output, resume)
+    record = {"base": base, "data": data, **sampling, "processes": ranks, **asdict(config), "version": __version__}
+    record = json.loads(json.dumps(record))
+    _check_same(output, record, resume)
+    trained = prepare(host, config)
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        save_text(json.dumps(record, indent=2) + "\n", output / "config.json")
+    optimiser = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+
+    def show(step: int, average: nn.Module) -> None:
+        with weights_of(average, trained), _evaluating(host.transformer), _autocast(accelerator)():
+            sheet = draw_validation(host, validation, config)
+        folder = output / "validation"
+        folder.mkdir(exist_ok=True)
+        save_picture(sheet, folder / f"step-{step:07d}.webp")
+        if log_picture is not None:
+            log_picture(step, sheet)
+
+    loss = make_loss(
+        host,
+        Ahead(batches, ranks),
+        config,
+        rank=0 if accelerator is None else accelerator.process_index,
+        ranks=ranks,
+        autocast=_autocast(accelerator),
+        latent_cache=latent_cache,
+        text_cache=text_cache,
+    )
+    average = train(
+        trained,
+        [optimiser],
+        loss,
+        output,
+        steps=config.max_train_steps,
+        warmup=config.lr_warmup_steps,
+        schedule=config.lr_scheduler,
+        ema=config.ema,
+        clip=config.max_grad_norm,
+        accumulate=config.gradient_accumulation_steps,
+        accelerator=accelerator,
+        log_every=log_every,
+        save_every=config.checkpointing_steps,
+        keep_last=config.checkpoints_total_limit,
+        show=show if validation else None,
+        show_every=config.validation_steps,
+        log=log,
+        stop_after=stop_after,
+    )
+    result = output / ("transformer" if config.full else LORA_FILE)
+    if main:
+        with weights_of(average, trained):
+            save_result(host, result, record | {"steps": newest_step(output)}, config)
+    return result
+
+
+def _autocast(accelerator: Any) -> Callable[[], contextlib.AbstractContextManager]:
+    return contextlib.nullcontext if accelerator is None else accelerator.autocast
+
+
+@contextlib.contextmanager
+def _evaluating(transformer: nn.Module) -> Iterator[None]:
+    transformer.eval()
+    try:
+        yield
+    finally:
+        transformer.train()
+
+
+def check_folder(output: Path, resume: bool) -> None:
+    """Raise ValueError where a run cannot begin, or cannot be continued, in `output`."""
+    step = newest_step(output) if output.is_dir() else 0
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"The output {output} is a file: name a folder.")
+    if step and not resume:
+        raise ValueError(
+            f"The folder {output} holds a run at step {step}: continue it with --resume latest, or name another folder."
+        )
+
+
+FREE = ("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_keep",
+        "gradient_checkpointing", "version")  # fmt: skip
+"""What may change when a run is resumed. Everything else decides its weights."""
+
+
+def _check_same(output: Path, record: dict, resume: bool) -> None:
+    file = output / "config.json"
+    if not (resume and file.is_file()) or not newest_step(output):
+        return
+    try:
+        before = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read, so the run cannot be continued as it was: {error}.") from error
+    changed = [name for name in record if name not in FREE and record[name] != before.get(name)]
+    if changed:
+        says = "; ".join(f"{name} was {before.get(name)!r} and is now {record[name]!r}" for name in changed)
+        raise ValueError(f"The run in {output} was started with other settings: {says}. Resume it with its own.")
+
+
+def draw_validation(host: Host, examples: Sequence[Example], config: FinetuneConfig) -> Image.Image:
+    """For each example one row: its references, the truth, the dense and the sparse output, from the same noise."""
+    rows = []
+    pipe = host.pipe
+    quiet = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        for example in examples:
+            outputs = []
+            for keep in (1.0, config.validation_keep):
+                made = generate(pipe, example.references, example.prompt, SparseContextConfig(keep=keep),
+                                height=example.image.height // host.token * host.token,
+                                width=example.image.width // host.token * host.token)  # fmt: skip
+                outputs.append(label(made.image, "all tokens" if keep == 1 else f"keep {keep:g}"))
+            rows.append(side_by_side([*example.references, label(example.image, "truth"), *outputs]))
+    finally:
+        remove_sparse_context(pipe)
+        pipe.set_progress_bar_config(**quiet)
+    return column(rows)
+
+
+# The result -----------------------------------------------------------------------------------------------------------
+
+
+def save_result(host: Host, result: Path, record: Mapping[str, Any], config: FinetuneConfig) -> None:
+    """Write what was trained to `result`, whole or not at all, and a model card beside it."""
+    transformer: Any = host.transformer
+    partial = result.parent / "result.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    dropping = record["dropping"]
+    about = {
+        "base": record["base"],
+        "steps": record["steps"],
+        "keep": [dropping["keep_min"], dropping["keep_max"]],
+        "dense": dropping["dense"],
+        "mix": dropping["mix"],
+        "coverage": dropping["coverage"],
+        "kv": record["kv"],
+        "version": record["version"],
+    }
+    try:
+        if config.full:
+            transformer.save_pretrained(partial)
+            shutil.rmtree(result, ignore_errors=True)
+            partial.rename(result)
+        else:
+            from diffusers.training_utils import _collate_lora_metadata
+            from peft import get_peft_model_state_dict
+
+            host.pipe.save_lora_weights(
+                partial,
+                transformer_lora_layers=get_peft_model_state_dict(transformer),
+                weight_name=LORA_FILE,
+                safe_serialization=True,
+                **_collate_lora_metadata({"transformer": transformer}),
+            )
+            with safe_open(partial / LORA_FILE, framework="pt") as file:
+                metadata = file.metadata() or {}
+            save_file(
+                load_file(partial / LORA_FILE), partial / "whole", metadata | {"sparse_context": json.dumps(about)}
+            )
+            (partial / "whole").replace(result)
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise OSError(f"{result} could not be written ({reason}): free some space and resume.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    save_text(model_card(record, type(host.pipe).__name__), result.parent / "README.md")
+
+
+def model_card(record: Mapping[str, Any], pipeline: str) -> str:
+    """The README.md of a result, with the front matter that the hub reads."""
+    dropping, full = record["dropping"], record["full"]
+    mix = ", ".join(f"{kind} {share:g}" for kind, share in dropping["mix"].items() if share)
+    what = "all weights" if full else f"LoRA of rank {record['rank']}, alpha {record['lora_alpha']:g}"
+    base, data = str(record["base"]), str(record["data"])
+    own = base == EMBEDDED
+    local = not own and Path(base).exists()  # a folder of this machine says nothing to others
+    shown = "WEIGHTS" if own else json.dumps(f"path/to/{Path(base).name}" if local else base)
+    hub = "" if own or local else f"base_model: {json.dumps(base)}\n"
+    if full:
+        load = f"""transformer = Flux2Transformer2DModel.from_pretrained("transformer", dtype=torch.bfloat16)
+pipe = {pipeline}.from_pretrained({shown}, transformer=transformer, dtype=torch.bfloat16)"""
+    else:
+        load = f'''pipe = {pipeline}.from_pretrained({shown}, dtype=torch.bfloat16)
+pipe.load_lora_weights(".", weight_name="{LORA_FILE}", use_safetensors=True)'''
+    weights = "\nfrom sparse_context.mini import WEIGHTS" if own else ""
+    imports = f"{'Flux2Transformer2DModel, ' if full else ''}{pipeline}"
+    tags = "\n".join(f"- {tag}" for tag in ("diffusers", "diffusers-training", *([] if full else ["lora"]),
+                                            "image-to-image", "sparse-context"))  # fmt: skip
+    kv = "\n| KV mode | yes: for pipelines that cache the references |" if record["kv"] else ""
+    return f"""---
+{hub}library_name: diffusers
+pipeline_tag: image-to-image
+tags:
+{tags}
+---
+
+# Trained for dropped reference tokens
+
+{what[0].upper() + what[1:]} of {base if own else shown}, fine-tuned with a part of the reference tokens dropped, by
+[Sparse Context](https://arxiv.org/abs/2606.23682)'s method, so that the model keeps its quality when it sees only some.
+
+```python
+import torch
+from diffusers import {imports}
+from sparse_context import apply_sparse_context{weights}
+
+{load}
+apply_sparse_context(pipe, keep=0.2)
+```
+
+| setting | value |
+|---|---|
+| steps | {record["steps"]}, {record["gradient_accumulation_steps"]} batches each on {record["processes"]} processes |
+| data | `{Path(data).name if Path(data).exists() else data}` |
+| tokens kept | {dropping["keep_min"]:g} to {dropping["keep_max"]:g} of each reference, log-uniform |
+| batches with all tokens | {dropping["dense"]:g} |
+| drop mix | {mix} |
+| evenly spread share | one of {", ".join(f"{c:g}" for c in dropping["coverage"])} |
+| learning rate | {record["learning_rate"]:g}, {record["lr_scheduler"]} |
+| distillation | {record["distillation"]:g} |{kv}
+
+Made with sparse-context {record["version"]}. Quality was not measured by this training; see `sparse-context evaluate`.
+The base model's licence applies.
+"""

@@ -1,0 +1,110 @@
+"""A run from options: what `sparse-context train` and `accelerate launch -m sparse_context.training` do."""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..generation import load_pipeline
+from ..manifest import read_samples
+from .data import Batches, Cache, open_example
+from .dropping import Dropping
+from .finetune import EMBEDDED, FinetuneConfig, check_folder, finetune
+from .hosts import find_host
+
+
+def launch(
+    model: str | None,
+    data: str,
+    output: Path,
+    *,
+    dropping: Dropping,
+    source: Mapping[str, Any],
+    resume: str | None = None,
+    train_batch_size: int = 1,
+    resolution: int = 512,
+    reference_resolution: int | None = None,
+    mixed_precision: str | None = None,
+    dtype: str = "auto",
+    validation_data: str | None = None,
+    num_validation_images: int = 4,
+    cache_latents: bool = False,
+    cache_text: bool = False,
+    cache_dir: Path | None = None,
+    report_to: str | None = None,
+    **settings: Any,
+) -> Path | None:
+    """Load, train, write. Returns the path of the result, on the main process; None on the others.
+
+    source: keywords of `manifest.read_samples`. settings: fields of `FinetuneConfig`. Everything that can be wrong with
+    the options is found before a model is loaded. Raises ValueError and OSError in one sentence.
+    """
+    config = FinetuneConfig(dropping=dropping, **settings)
+    if resume not in (None, "latest"):
+        raise ValueError(f"resume is {resume!r}: pass latest, or leave it out to start anew.")
+    if mixed_precision not in (None, "no", "bf16"):
+        raise ValueError(f"mixed_precision is {mixed_precision!r}: choose no or bf16.")
+    if report_to not in (None, "tensorboard"):
+        raise ValueError(f"report_to is {report_to!r}: pass tensorboard, or leave it out.")
+    if report_to and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("TensorBoard is not installed: pip install 'sparse-context[train]', or leave --report-to out.")
+    sides = {"resolution": resolution, "reference_resolution": reference_resolution or resolution}
+    for name, side in sides.items():
+        if side < 64:
+            raise ValueError(f"{name} is {side}: pass 64 or more pixels.")
+    for name, count in (("train_batch_size", train_batch_size), ("num_validation_images", num_validation_images)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}: pass a whole number, 1 or more.")
+    check_folder(output, resume is not None)
+    samples = read_samples(data, **source)
+    held_out = [] if validation_data is None else read_samples(validation_data, **source)[:num_validation_images]
+    shown = [open_example(sample, *sides.values()) for sample in held_out]
+
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    if mixed_precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which accelerate launch sets
+        import torch
+
+        mixed_precision = "bf16" if torch.accelerator.is_available() else "no"
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        log_with=report_to,
+        project_dir=output,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # others wait while one validates
+    )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision is {accelerator.mixed_precision!r}: choose no or bf16.")
+    host = find_host(load_pipeline(model, dtype=dtype, device=str(accelerator.device)), config.kv)
+    if report_to:
+        accelerator.init_trackers("tensorboard")
+
+    def log_picture(step: int, picture: Image.Image) -> None:
+        for tracker in accelerator.trackers:
+            tracker.writer.add_image("validation", np.asarray(picture), step, dataformats="HWC")
+
+    folder = cache_dir or output / "cache"
+    result = finetune(
+        host,
+        Batches(samples, train_batch_size, config.seed, *sides.values()),
+        output,
+        config,
+        base=model or EMBEDDED,
+        data=data,
+        accelerator=accelerator,
+        resume=resume is not None,
+        validation=shown,
+        latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
+        text_cache=Cache(folder / "text", host.pipe.text_encoder) if cache_text else None,
+        log=lambda step, record: accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step),
+        log_picture=log_picture,
+        batch=train_batch_size,
+        **sides,
+    )
+    accelerator.end_training()
+    return result if accelerator.is_main_process else None

@@ -1,0 +1,146 @@
+"""`sparse-context train` as its users meet it: a run, a resumed run, and every bad input in one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+from tiny import picture
+
+from sparse_context.cli import main
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_yet():
+    """One process has one `Accelerator` state; a command has a process of its own, and these tests share one."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, seed in (("a", 0), ("b", 1)):
+        picture(64, 64, seed).save(folder / f"{name}.png")
+    rows = [{"references": ["a.png", "b.png"], "image": "b.png", "prompt": "the cat"},
+            {"references": ["b.png"], "image": "a.png", "prompt": "the room"}]  # fmt: skip
+    (folder / "good.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "bad.jsonl").write_text('{"prompt": "x"}\n{"references": ["no.png"], "prompt": "x", "image": "a.png"}\n')
+    (folder / "one bad.jsonl").write_text('{"references": ["a.png"], "prompt": "x", "image": "no.png"}\n')
+    return folder
+
+
+def call(monkeypatch, capfd, *arguments):
+    """(exit code, stdout, stderr) of `sparse-context train`."""
+    monkeypatch.setattr(sys, "argv", ["sparse-context", "train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    return exit.value.code, *capfd.readouterr()
+
+
+def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, tiny_model, tmp_path):
+    from sparse_context.generation import load_pipeline
+
+    common = ["--data", data / "good.jsonl", "-m", tiny_model, "--dtype", "float32", "--mixed-precision", "no",
+              "--checkpointing-steps", 1, "--rank", 2, "--drop-mix", "random=1,blobs=1", "--coverage", 0.1]  # fmt: skip
+    out = tmp_path / "run"
+    first = [*common, "--output-dir", out, "--max-train-steps", 2, "--validation-data", data / "good.jsonl",
+             "--validation-steps", 2, "--num-validation-images", 1, "--report-to", "tensorboard"]  # fmt: skip
+    code, said, errors = call(monkeypatch, capfd, *first)
+    assert code == 0, errors
+    assert said.strip() == f"wrote {out / 'pytorch_lora_weights.safetensors'}"
+    assert [p.name for p in (out / "validation").iterdir()] == ["step-0000002.webp"]
+    assert list((out / "tensorboard").glob("events*"))
+    code, _, errors = call(monkeypatch, capfd, *common, "--output-dir", out, "--max-train-steps", 3)
+    assert code == 2 and "holds a run at step 2: continue it with --resume latest" in errors
+    code, _, errors = call(
+        monkeypatch, capfd, *common, "--output-dir", out, "--max-train-steps", 3, "--resume", "latest"
+    )
+    assert code == 0, errors
+    config = json.loads((out / "config.json").read_text())
+    assert config["dropping"]["mix"] == {"random": 1.0, "blobs": 1.0} and config["dropping"]["coverage"] == [0.1]
+    assert sorted(p.name for p in out.glob("step-*")) == ["step-0000002", "step-0000003"]
+    whole = call(monkeypatch, capfd, *common, "--output-dir", tmp_path / "whole", "--max-train-steps", 3)
+    assert whole[0] == 0
+    one, other = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (out, tmp_path / "whole"))
+    assert all((one[name] == other[name]).all() for name in one)
+    pipe = load_pipeline(str(tiny_model), device="cpu", lora=str(out / "pytorch_lora_weights.safetensors"))
+    assert pipe.transformer.peft_config
+
+
+def test_check_data_names_every_bad_row_and_loads_no_model(monkeypatch, capfd, data, tmp_path):
+    code, said, _ = call(monkeypatch, capfd, "--data", data / "bad.jsonl", "--check-data", "-m", "nowhere")
+    assert code == 2
+    lines = said.strip().splitlines()
+    assert [line.split(" ")[1].rstrip(":") for line in lines] == ["1", "1", "2"]
+    code, said, _ = call(monkeypatch, capfd, "--data", data / "good.jsonl", "--check-data")
+    assert code == 0 and "every row is good" in said
+
+
+BAD = [
+    (["--data", "nowhere.jsonl"], "does not exist"),
+    (["--data", "{data}/bad.jsonl"], "line 1 has no 'references'"),
+    (["--data", "{data}/one bad.jsonl", "--validation-data", "{data}/one bad.jsonl"], "no.png"),
+    (["--data", "{data}/good.jsonl", "--validation-data", "nowhere.jsonl"], "does not exist"),
+    (["--data", "{data}/good.jsonl", "--caption-column", "text"], "line 1 has no 'text'"),
+    (["-m", "nowhere/at all"], "nowhere/at all"),
+    (["--resume", "best"], "resume is 'best'"),
+    (["--mixed-precision", "fp16"], "mixed_precision is 'fp16'"),
+    (["--dtype", "int8"], "dtype is 'int8'"),
+    (["--report-to", "wandb"], "report_to is 'wandb'"),
+    (["--resolution", "16"], "resolution is 16"),
+    (["--reference-resolution", "1"], "reference_resolution is 1"),
+    (["--train-batch-size", "0"], "train_batch_size is 0"),
+    (["--gradient-accumulation-steps", "0"], "gradient_accumulation_steps is 0"),
+    (["--rank", "0"], "rank is 0"),
+    (["--rank", "many"], "'--rank'"),
+    (["--lora-alpha", "-1"], "lora_alpha is -1"),
+    (["--learning-rate", "nan"], "learning_rate is nan"),
+    (["--lr-scheduler", "step"], "lr_scheduler is 'step'"),
+    (["--weighting-scheme", "mode"], "weighting_scheme is 'mode'"),
+    (["--keep-min", "0"], "from 0.0 to 1.0"),
+    (["--keep-min", "0.5", "--keep-max", "0.1"], "from 0.5 to 0.1"),
+    (["--dense", "2"], "dense is 2"),
+    (["--drop-mix", "random"], "drop-mix is 'random'"),
+    (["--drop-mix", "rndom=1"], "no kind of dropping 'rndom'"),
+    (["--coverage", "3"], "coverage is [3.0]"),
+    (["--caption-dropout", "1.1"], "caption_dropout is 1.1"),
+    (["--distillation", "2"], "distillation is 2"),
+    (["--full", "--distillation", "1"], "leave one of the two out"),
+    (["--validation-keep", "0"], "keep is 0.0"),
+    (["--max-train-steps", "0"], "max_train_steps is 0"),
+    (["--checkpoints-total-limit", "0"], "checkpoints_total_limit is 0"),
+    (["--seed", "-1"], "seed is -1"),
+    (["--ema", "1"], "ema is 1.0"),
+    (["--output-dir", "{data}/a.png"], "is a file"),
+    (["-m", "{model}", "--lora-layers", "to_z"], "lora_layers is to_z"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    arguments, message, monkeypatch, capfd, data, tiny_model, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    given = [a.replace("{data}", str(data)).replace("{model}", str(tiny_model)) for a in arguments]
+    for option, value in (("--data", data / "good.jsonl"), ("--output-dir", tmp_path / "out")):
+        given += [] if option in given else [option, str(value)]
+    code, said, errors = call(monkeypatch, capfd, *given)
+    assert code == 2 and said == ""
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("sparse-context: ") and message in last, errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_module_for_accelerate_launch_is_the_same_command(data):
+    done = subprocess.run(
+        [sys.executable, "-m", "sparse_context.training", "--data", str(data / "bad.jsonl"), "--check-data"],
+        capture_output=True, text=True, env=os.environ, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and len(done.stdout.splitlines()) == 3

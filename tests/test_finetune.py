@@ -1,0 +1,452 @@
+"""Fine-tuning: the loss, LoRA through plain diffusers, KV mode, caches, and what a run writes."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, Flux2Pipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import build_flux2, call_flux2, embeds, picture
+
+from sparse_context.images import open_picture
+from sparse_context.manifest import read_samples
+from sparse_context.sparsify import apply_sparse_context, last_selection
+from sparse_context.tokens import ReferenceTokens
+from sparse_context.training.data import Ahead, Batches, Cache, Example, alike
+from sparse_context.training.dropping import Dropping
+from sparse_context.training.finetune import (
+    EMBEDDED,
+    FinetuneConfig,
+    Trainable,
+    encode,
+    finetune,
+    flow_matching_loss,
+    make_loss,
+    model_card,
+    noise_levels,
+    prepare,
+    without_adapter,
+)
+from sparse_context.training.hosts import find_host
+
+SMALL = {"rank": 2, "lora_alpha": 2, "max_train_steps": 3, "checkpointing_steps": 10, "learning_rate": 1e-2}
+
+
+def klein(kv=False):
+    """A host whose text encoder reads 12 tokens of the tiny one's layers."""
+    host = find_host(build_flux2(Flux2KleinPipeline, is_distilled=True), kv)
+    host._settings = {"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}
+    return host
+
+
+def example(seed=0, sizes=((64, 64), (96, 64)), prompt="the cat of image 1"):
+    references = tuple(picture(*size, seed=seed + i) for i, size in enumerate(sizes))
+    return Example(prompt, references, picture(64, 64, seed + 9), (None,) * len(sizes))
+
+
+def batches(number):
+    return [example(2 * number), example(2 * number + 1)]
+
+
+def parts(host, count=1):
+    """(encoded batch, noise levels, noise) of `count` samples."""
+    encoded = encode(host, [example(i) for i in range(count)], ["x"] * count)
+    generator = torch.Generator().manual_seed(0)
+    return encoded, torch.tensor([0.7] * count), torch.randn(encoded.target.shape, generator=generator)
+
+
+def everything(encoded):
+    return np.arange(sum(latents.shape[-1] * latents.shape[-2] for latents in encoded.references))
+
+
+@torch.no_grad()
+def randomise(transformer):
+    """Give the adapter something to say: half of a fresh LoRA is zero."""
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in transformer.named_parameters():
+        if "lora_B" in name:
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+
+
+# The loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [Flux2KleinPipeline, Flux2Pipeline])
+def test_the_host_hands_over_what_the_pipeline_does(cls, monkeypatch):
+    pipe = build_flux2(cls)
+    host = find_host(pipe)
+    references = [picture(96, 64), picture(64, 80, 1)]
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
+    call_flux2(pipe, references)
+    count = 64
+    latents = seen[0]["hidden_states"][:, :count]
+    made = host.reference_tokens([host.encode_pictures(host.pixels(r)) for r in references])
+    noisy = ReferenceTokens(latents, host.target_tokens(torch.zeros(1, 8, 8, 8)).ids)
+    with torch.no_grad():
+        host.velocity(noisy, torch.tensor([1.0]), {"prompt_embeds": embeds()}, made)
+    hook.remove()
+    mine = seen[-1]
+    for name in ("hidden_states", "encoder_hidden_states", "img_ids", "txt_ids", "timestep"):
+        assert torch.equal(mine[name].float(), seen[0][name].float()), name
+    assert (mine["guidance"] is None) == (seen[0]["guidance"] is None)
+
+
+def test_the_loss_is_that_of_the_velocity_on_the_output_tokens():
+    host = klein()
+    encoded, sigma, noise = parts(host)
+    wanted = host.target_tokens(noise - encoded.target).latents
+    noisy = host.target_tokens(0.3 * encoded.target + 0.7 * noise)
+    text, references = encoded.text, host.reference_tokens(encoded.references)
+    index = np.arange(0, len(references), 3)
+    velocity = host.velocity(noisy, sigma, text, references.keep(index))
+    assert velocity.shape == wanted.shape == (1, 64, 8) and len(references) == 64 + 96
+    expected = (velocity - wanted).square().mean()
+    assert torch.allclose(flow_matching_loss(host, encoded, index, sigma, noise), expected, rtol=1e-5)
+
+
+def test_distillation_meets_the_dense_answer_without_the_adapter():
+    host = klein()
+    encoded, sigma, noise = parts(host)
+    index = everything(encoded)
+    prepare(host, FinetuneConfig(**SMALL))
+    # A fresh adapter says nothing, so with all tokens it is its own teacher
+    assert flow_matching_loss(host, encoded, index, sigma, noise, 1.0).item() == 0
+    assert flow_matching_loss(host, encoded, index[::4], sigma, noise, 1.0).item() > 0
+    randomise(host.transformer)
+    loss = flow_matching_loss(host, encoded, index, sigma, noise, 1.0)
+    assert loss.item() > 0
+    plain, mixed = (flow_matching_loss(host, encoded, index, sigma, noise, share) for share in (0.0, 0.25))
+    assert torch.allclose(mixed, 0.75 * plain + 0.25 * loss, rtol=1e-5)
+
+
+def test_noise_levels():
+    u = torch.tensor([0.1, 0.5, 0.9])
+    assert torch.equal(noise_levels(u, "none", 1.0), u)
+    assert torch.allclose(noise_levels(u, "none", 3.0), 3 * u / (1 + 2 * u))
+    assert torch.allclose(noise_levels(u, "logit_normal", 1.0)[1], torch.tensor(0.5))
+    normal = torch.randn(4000, generator=torch.Generator().manual_seed(0)).sigmoid().sort().values
+    mine = noise_levels((torch.arange(4000) + 0.5) / 4000, "logit_normal", 1.0)
+    assert (normal - mine).abs().max() < 0.03
+
+
+def test_caption_dropout_empties_that_share():
+    host = klein()
+    seen = []
+    encode_text = host.encode_text
+    host.encode_text = lambda prompts, pictures: (seen.extend(prompts), encode_text(prompts, pictures))[1]
+    config = FinetuneConfig(caption_dropout=0.3, **SMALL)
+    prepare(host, config)
+    loss = make_loss(host, batches, config)
+    with torch.no_grad():
+        for number in range(60):
+            loss(number)
+    assert abs(seen.count("") / 120 - 0.3) < 3 * np.sqrt(0.3 * 0.7 / 120)
+
+
+def test_processes_and_steps_draw_differently_and_equal_ones_alike():
+    losses = {}
+    for rank in (0, 1):
+        host = klein()
+        config = FinetuneConfig(**SMALL)
+        prepare(host, config)
+        loss = make_loss(host, lambda number: batches(0), config, rank=rank, ranks=2)
+        losses[rank] = [loss(number).item() for number in (0, 1, 0)]
+    assert losses[0][0] == losses[0][2] and losses[1][0] == losses[1][2]
+    assert len({losses[0][0], losses[0][1], losses[1][0], losses[1][1]}) == 4
+
+
+# KV mode ---------------------------------------------------------------------------------------------------------
+
+
+def test_kv_training_computes_what_the_kv_pipeline_does():
+    """The forward in extract mode equals step 0 of `Flux2KleinKVPipeline`, and also its later, cached steps."""
+    pipe = build_flux2(Flux2KleinKVPipeline)
+    references = [picture(96, 64), picture(64, 80, 1)]
+    seen, answers = [], []
+    transformer = pipe.transformer
+    hooks = [
+        transformer.register_forward_pre_hook(lambda m, a, k: seen.append(dict(k)), with_kwargs=True),
+        transformer.register_forward_hook(lambda m, a, k, out: answers.append(out[0]), with_kwargs=True),
+    ]
+    apply_sparse_context(pipe, keep=0.3, selector="edges")
+    with torch.no_grad():
+        call_flux2(pipe, references)
+    index = last_selection(pipe).index
+    for hook in hooks:
+        hook.remove()
+    assert [k["kv_cache_mode"] for k in seen] == ["extract", "cached"]
+
+    host = find_host(build_flux2(Flux2KleinPipeline, is_distilled=True), kv=True)
+    made = host.reference_tokens([host.encode_pictures(host.pixels(r)) for r in references]).keep(index)
+    ids = host.target_tokens(torch.zeros(1, 8, 8, 8)).ids
+    for call, answer in zip(seen, answers, strict=True):
+        noisy = ReferenceTokens(call["hidden_states"][:, -64:], ids)
+        with torch.no_grad():
+            velocity = host.velocity(noisy, call["timestep"], {"prompt_embeds": embeds()}, made)
+        assert torch.allclose(velocity, answer, atol=1e-5)
+        with torch.no_grad():
+            plain = host.velocity(noisy, call["timestep"], {"prompt_embeds": embeds()}, made, teacher=True)
+        assert not torch.allclose(plain, answer, atol=1e-3)  # full attention is another function
+
+
+def test_kv_training_puts_references_first_and_has_finite_gradients_with_and_without_checkpointing():
+    grads = []
+    for checkpointing in (False, True):
+        host = klein(kv=True)
+        encoded, sigma, noise = parts(host)
+        trained = prepare(host, FinetuneConfig(kv=True, gradient_checkpointing=checkpointing, **SMALL))
+        randomise(host.transformer)
+        seen = []
+        hook = host.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)  # noqa: B023
+        flow_matching_loss(host, encoded, everything(encoded), sigma, noise).backward()
+        hook.remove()
+        assert seen[0]["num_ref_tokens"] == 160 and seen[0]["kv_cache_mode"] == "extract"
+        assert seen[0]["img_ids"][0, :160, 0].min() == 10 and seen[0]["img_ids"][0, 160:, 0].max() == 0
+        grads.append([p.grad for p in trained.parameters()])
+    assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in grads[0])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+def test_kv_mode_is_refused_where_no_pipeline_runs_it():
+    with pytest.raises(ValueError, match="FLUX.2 dev has no pipeline"):
+        find_host(build_flux2(Flux2Pipeline), kv=True)
+
+
+# What is trained --------------------------------------------------------------------------------------------------
+
+
+def test_lora_sits_on_attention_and_fused_layers_alone_and_is_float32():
+    host = klein()
+    host.pipe.to(torch.bfloat16)
+    trained = prepare(host, FinetuneConfig(**SMALL))
+    names = {name.split("/lora_")[0].replace("/", ".") for name, _ in trained.named_parameters()}
+    double, single = "transformer_blocks.{}.attn.{}", "single_transformer_blocks.{}.attn.{}"
+    assert names == {double.format(i, n) for i in (0, 1) for n in ("to_q", "to_k", "to_v", "to_out.0")} | {
+        single.format(i, n) for i in (0, 1) for n in ("to_qkv_mlp_proj", "to_out")
+    }
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    assert sum(p.requires_grad for p in host.transformer.parameters()) == len(list(trained.parameters()))
+
+
+def test_unknown_layers_are_named():
+    with pytest.raises(ValueError, match="lora_layers is to_z"):
+        prepare(klein(), FinetuneConfig(lora_layers=("to_z",)))
+
+
+def test_a_lora_of_a_run_gives_equal_outputs_in_plain_diffusers(tmp_path):
+    host = klein()
+    config = FinetuneConfig(**SMALL)
+    result = finetune(host, batches, tmp_path / "run", config, base="tiny", data="pictures")
+    references = [picture(64, 64), picture(96, 64)]
+    host.transformer.eval()
+    mine = call_flux2(host.pipe, references)
+    fresh = build_flux2(Flux2KleinPipeline, is_distilled=True)
+    before = call_flux2(fresh, references)
+    fresh.load_lora_weights(str(result.parent), weight_name=result.name, use_safetensors=True)
+    assert torch.equal(call_flux2(fresh, references), mine)
+    assert not torch.allclose(before, mine, atol=1e-3)
+    with without_adapter(host.transformer):
+        assert torch.equal(call_flux2(host.pipe, references), before)
+
+    with safe_open(result, framework="pt") as file:
+        about = json.loads(file.metadata()["sparse_context"])
+    assert about["base"] == "tiny" and about["steps"] == 3 and about["keep"] == [0.05, 1.0]
+    assert about["mix"] == Dropping().mix and about["kv"] is False
+    card = (result.parent / "README.md").read_text()
+    assert "pipeline_tag: image-to-image" in card and 'base_model: "tiny"' in card
+    assert not list(result.parent.glob("*.partial"))
+
+
+def test_all_weights_are_trained_and_loaded_back(tmp_path):
+    host = klein()
+    before = {name: p.clone() for name, p in host.transformer.named_parameters()}
+    result = finetune(host, batches, tmp_path, FinetuneConfig(full=True, ema=0.5, **SMALL), base="tiny", data="x")
+    saved = type(host.transformer).from_pretrained(result)
+    average = load_file(tmp_path / "step-0000003" / "average.safetensors")
+    for name, p in saved.named_parameters():
+        assert torch.equal(p, average[name.replace(".", "/")])
+    assert sum(not torch.equal(p, before[name]) for name, p in saved.named_parameters()) > 0.9 * len(before)
+
+
+def test_checkpoints_hold_the_adapter_and_not_its_base(tmp_path):
+    host = klein()
+    finetune(host, batches, tmp_path, FinetuneConfig(**SMALL), base="tiny", data="x")
+    weights = load_file(tmp_path / "step-0000003" / "weights.safetensors")
+    assert weights and all("lora_" in name for name in weights)
+
+
+def test_training_lowers_the_loss():
+    host = klein()
+    config = FinetuneConfig(**SMALL)
+    trained = prepare(host, config)
+    loss = make_loss(host, lambda number: batches(0), config)
+    optimiser = torch.optim.AdamW(trained.parameters(), lr=1e-2)
+    values = []
+    for _ in range(12):
+        value = loss(0)
+        value.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        values.append(value.item())
+    assert values[-1] < 0.9 * values[0]
+
+
+# A run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
+    config = FinetuneConfig(**SMALL | {"max_train_steps": 4, "checkpointing_steps": 1, "ema": 0.5})
+    whole = finetune(klein(), batches, tmp_path / "whole", config, base="tiny", data="x")
+
+    def killed(number):
+        if number >= 3:
+            raise KeyboardInterrupt
+        return batches(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(klein(), killed, tmp_path / "cut", config, base="tiny", data="x")
+    for resume, changes, message in (
+        (False, {}, "holds a run at step 3: continue it with --resume latest"),
+        (True, {"seed": 1}, "seed was 0 and is now 1"),
+    ):
+        other = FinetuneConfig(**SMALL | {"max_train_steps": 4, "checkpointing_steps": 1, "ema": 0.5} | changes)
+        with pytest.raises(ValueError, match=message):
+            finetune(klein(), batches, tmp_path / "cut", other, base="tiny", data="x", resume=resume)
+    cut = finetune(klein(), batches, tmp_path / "cut", config, base="tiny", data="x", resume=True)
+    one, other = load_file(whole), load_file(cut)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_validation_draws_dense_beside_sparse_and_leaves_the_training_alone(tmp_path):
+    config = {**SMALL, "max_train_steps": 2}
+    plain = finetune(klein(), batches, tmp_path / "plain", FinetuneConfig(**config), base="tiny", data="x")
+    host = klein()
+    host.pipe.register_to_config(_name_or_path=str(tmp_path))
+    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 2, **host._settings}))
+    shown = finetune(host, batches, tmp_path / "shown", FinetuneConfig(**config, validation_steps=1), base="tiny",
+                     data="x", validation=[example()])  # fmt: skip
+    sheets = sorted((tmp_path / "shown" / "validation").iterdir())
+    assert [s.name for s in sheets] == ["step-0000001.webp", "step-0000002.webp"]
+    assert open_picture(sheets[0]).width == 64 + 96 + 3 * 64 + 4 * 8
+    one, other = load_file(plain), load_file(shown)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_machine(tmp_path):
+    record = {"data": str(tmp_path), "full": False, "kv": True, "steps": 3, "gradient_accumulation_steps": 1,
+              "processes": 1, "rank": 4, "lora_alpha": 4, "learning_rate": 1e-4, "lr_scheduler": "constant",
+              "distillation": 0.0, "version": "0", "dropping": asdict(Dropping())}  # fmt: skip
+    own = model_card({**record, "base": EMBEDDED}, "Flux2KleinKVPipeline")
+    assert "from_pretrained(WEIGHTS, " in own and "import WEIGHTS" in own and "base_model" not in own
+    assert "KV mode" in own and f"`{tmp_path.name}`" in own and str(tmp_path.parent) not in own
+    local = model_card({**record, "base": str(tmp_path)}, "Flux2KleinPipeline")
+    assert f'from_pretrained("path/to/{tmp_path.name}", ' in local and str(tmp_path.parent) not in local
+    hub = model_card({**record, "base": "owner/name"}, "Flux2KleinPipeline")
+    assert 'base_model: "owner/name"' in hub and 'from_pretrained("owner/name", ' in hub
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"max_train_steps": -1}, "max_train_steps is -1"),
+        ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
+        ({"distillation": -0.1}, "distillation is -0.1"),
+        ({"full": True, "distillation": 0.5}, "leave one of the two out"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"lr_scheduler": "sine"}, "lr_scheduler is 'sine'"),
+        ({"weighting_scheme": "mode"}, "weighting_scheme is 'mode'"),
+        ({"validation_keep": 0.0}, "keep is 0.0"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_settings_out_of_range_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**changes)
+
+
+# Data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def samples(tmp_path):
+    rows = []
+    for i in range(7):
+        picture(96 + 16 * i, 64, i).save(tmp_path / f"{i}.png")
+        references = [f"{i}.png"] * (1 + i % 2)
+        rows.append(json.dumps({"references": references, "image": f"{i}.png", "prompt": f"p{i}"}))
+    (tmp_path / "m.jsonl").write_text("\n".join(rows))
+    return read_samples(tmp_path / "m.jsonl")
+
+
+def test_an_epoch_has_every_sample_and_a_batch_one_number_of_references(samples):
+    single = Batches(samples, 1, 0, 512, 512)
+    assert len(single) == 7
+    for epoch in (0, 1):
+        assert sorted(int(single.indices(7 * epoch + i)[0]) for i in range(7)) == list(range(7))
+    assert [int(single.indices(i)[0]) for i in range(7)] != [int(single.indices(7 + i)[0]) for i in range(7)]
+    pairs = Batches(samples, 2, 0, 512, 512)
+    assert len(pairs) == 4
+    held = [pairs.indices(i) for i in range(4)]
+    assert set(np.concatenate(held).tolist()) == set(range(7))
+    assert all(len({int(i) % 2 for i in batch}) == 1 for batch in held)
+
+
+def test_a_batch_of_several_sizes_is_cropped_to_its_first(samples):
+    batch = Batches(samples, 3, 1, 512, 512)(0)
+    assert len({e.image.size for e in batch}) == 1
+    assert len({tuple(r.size for r in e.references) for e in batch}) == 1
+    assert alike(batch) == batch
+
+
+def test_larger_pictures_are_scaled_down_to_the_resolution_and_no_other(tmp_path):
+    for name, size in (("large", (400, 300)), ("small", (96, 64)), ("tiny", (40, 80))):
+        picture(*size).save(tmp_path / f"{name}.png")
+    row = {"references": ["large.png", "small.png", "tiny.png"], "image": "large.png", "prompt": ""}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    (made,) = Batches(read_samples(tmp_path / "m.jsonl"), 1, 0, 200, 100)(0)
+    assert made.image.size == (231, 173)  # 200 * 200 pixels, 4 : 3
+    assert [r.size for r in made.references] == [(115, 87), (96, 64), (64, 128)]
+
+
+def test_batches_made_ahead_are_the_same():
+    made = []
+
+    def batch(number):
+        made.append(number)
+        return [number]
+
+    ahead = Ahead(batch, stride=2)
+    assert [ahead(n) for n in (0, 2, 4, 1)] == [[0], [2], [4], [1]]
+    assert made[:5] == [0, 2, 4, 6, 1]
+
+
+def test_cached_latents_and_text_are_those_of_the_encoders(tmp_path):
+    host = klein()
+    caches = [Cache(tmp_path / "latents", host.pipe.vae), Cache(tmp_path / "text", host.pipe.text_encoder)]
+    examples = batches(0)
+    plain = encode(host, examples, ["a", "b"])
+    for _ in range(2):
+        cached = encode(host, examples, ["a", "b"], *caches)
+        assert torch.allclose(cached.target, plain.target, atol=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(cached.references, plain.references, strict=True))
+        assert torch.allclose(cached.text["prompt_embeds"], plain.text["prompt_embeds"], atol=1e-5)
+        host.encode_pictures = host.encode_text = None  # the second time, all comes from the disk
+    files = list((tmp_path / "latents").rglob("*.safetensors"))
+    assert len(files) == 6
+    files[0].write_bytes(b"half")
+    again = klein()
+    assert torch.allclose(encode(again, examples, ["a", "b"], caches[0]).target, plain.target, atol=1e-5)
+
+
+def test_trainable_shares_the_parameters():
+    host = klein()
+    trained = prepare(host, FinetuneConfig(**SMALL))
+    assert isinstance(trained, Trainable)
+    assert {id(p) for p in trained.parameters()} == {id(p) for p in host.transformer.parameters() if p.requires_grad}
