@@ -1,4 +1,4 @@
-"""`python -m sparse_context.mini data|vae|base|export|examples`: make the embedded model from nothing (recipe.py)."""
+"""`python -m sparse_context.mini data|vae|base|export|sparse|examples`: make the embedded model from nothing."""
 
 import sys
 from pathlib import Path
@@ -42,6 +42,31 @@ def base(
 
 
 @app.command()
+def sparse(
+    folder: Folder = Path("checkpoints"),
+    name: Annotated[str, typer.Option(help="Of the run, a folder beside the base's.")] = "sparse",
+    stop_after: Seconds = None,
+    full: Annotated[bool, typer.Option("--full", help="All weights of the transformer, no LoRA.")] = False,
+    kv: Annotated[bool, typer.Option("--kv", help="For Flux2KleinKVPipeline.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 16,
+    rank: Annotated[int | None, typer.Option(min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    distillation: Annotated[float, typer.Option()] = 0.0,
+    random_only: Annotated[bool, typer.Option("--random-only", help="No clustered sets in the drop mix.")] = False,
+    coverage: Annotated[list[float] | None, typer.Option(help="Repeat it; batches draw one.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="The control: every batch keeps all tokens.")] = False,
+    seed: int = 0,
+    model: Annotated[str | None, typer.Option(help="Start from this folder, not the shipped weights.")] = None,
+) -> None:
+    """Fine-tune the embedded model with dropped reference tokens; run again, it continues."""
+    from .sparse import choose, train_sparse
+
+    config = choose(full, kv, steps, rank, learning_rate, distillation, random_only, coverage, dense, seed)
+    print(f"wrote {train_sparse(folder, config, name=name, batch=batch, model=model, stop_after=stop_after)}")
+
+
+@app.command()
 def export(folder: Folder = Path("checkpoints"), destination: Path = Path(__file__).parent / "weights") -> None:
     """Write the averaged weights as a bf16 pipeline in the diffusers layout."""
     from .recipe import export
@@ -60,5 +85,5 @@ def examples(folder: Folder = Path("checkpoints"), destination: Path = Path(__fi
 if __name__ == "__main__":
     try:
         app()
-    except (RuntimeError, OSError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         sys.exit(f"sparse_context.mini: {error}")

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The embedded model's fine-tuning with dropped reference tokens, and what it is compared with, on its own scenes.
+# Needs the assets: python -m sparse_context.mini data (CONTRIBUTING.md). Each run continues where it was killed.
+set -euo pipefail
+FOLDER=${FOLDER:-checkpoints}
+train() { python -m sparse_context.mini sparse --folder "$FOLDER" --name "$@"; }
+
+train sparse                                # LoRA, the whole mix
+train sparse-random --random-only           # the paper's random dropping alone
+train sparse-full --full                    # all weights
+train dense --dense                         # the control: as many more samples, with all tokens
+train sparse-distilled --distillation 0.5
+train sparse-kv --kv                        # for Flux2KleinKVPipeline
+for coverage in 0 0.1 0.3; do train "sparse-coverage-$coverage" --coverage "$coverage"; done

@@ -1,0 +1,115 @@
+"""The embedded model's fine-tuning with dropped reference tokens, on its own scenes.
+
+Takes the shipped weights and the assets of the working folder; writes the run, and its result, to `<folder>/<name>`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..generation import load_pipeline
+from ..training.data import Example
+from ..training.dropping import Dropping
+from ..training.finetune import EMBEDDED, FinetuneConfig, finetune
+from ..training.hosts import find_host
+from .data import Assets, load_assets
+from .recipe import BaseConfig, batch_scenes, default_device
+from .scenes import Scene, make_scene
+
+LORA = FinetuneConfig(
+    rank=32,
+    lora_alpha=32,
+    learning_rate=1e-3,
+    lr_scheduler="trapezoid",
+    lr_warmup_steps=50,
+    ema=0.99,
+    max_train_steps=1000,
+    checkpointing_steps=100,
+    validation_steps=200,
+)
+"""Where a search starts; nothing about these settings was measured."""
+
+FULL = replace(LORA, full=True, learning_rate=2e-4)
+
+VALIDATION = (("edit_background", 100), ("edit_object", 100), ("subject_place", 100), ("subject_pair", 100))
+
+
+def to_example(scene: Scene) -> Example:
+    """A scene as the trainer takes it, with the masks of its references."""
+    masks = [Image.fromarray((np.clip(mask, 0, 1) * 255).astype(np.uint8)) for mask in scene.reference_masks]
+    references = tuple(Image.fromarray(reference) for reference in scene.references)
+    return Example(scene.prompt, references, Image.fromarray(scene.target), tuple(masks))
+
+
+def scene_batches(assets: Assets, batch: int, seed: int):
+    """`batches(number)` for the trainer: the scenes of the base's recipe, of all tasks and sizes from the start."""
+    config = replace(BaseConfig(), batch=batch, seed=seed + 1_000, alone_until=0.0, small_until=0.0, reach=(-1.0, 0.0))
+
+    def batches(number: int) -> list[Example]:
+        return [to_example(scene) for scene in batch_scenes(assets, config, number)]
+
+    return batches
+
+
+def train_sparse(
+    folder: Path,
+    config: FinetuneConfig = LORA,
+    *,
+    name: str = "sparse",
+    batch: int = 16,
+    model: str | None = None,
+    stop_after: float | None = None,
+    validation: Sequence[tuple[str, int]] = VALIDATION,
+) -> Path:
+    """Fine-tune, or continue, the run `folder/name`; returns the path of the result.
+
+    batch: samples where there is one reference of 128 pixels (fewer with more tokens). model: a folder to start from
+    instead of the shipped weights. Raises ValueError and OSError in one sentence.
+    """
+    from accelerate import Accelerator
+
+    everything = load_assets(folder / "assets.safetensors")
+    device = default_device()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=device.type == "cpu")
+    host = find_host(load_pipeline(model, dtype="float32", device=str(device)), config.kv)
+    held_out = everything.split("validation")
+    return finetune(
+        host,
+        scene_batches(everything.split("train"), batch, config.seed),
+        folder / name,
+        config,
+        base=model or EMBEDDED,
+        data="scenes",
+        accelerator=accelerator,
+        resume=True,
+        validation=[to_example(make_scene(held_out, task, seed)) for task, seed in validation],
+        stop_after=stop_after,
+        batch=batch,
+    )
+
+
+def choose(
+    full: bool, kv: bool, steps: int | None, rank: int | None, learning_rate: float | None, distillation: float,
+    random_only: bool, coverage: Sequence[float] | None, dense: bool, seed: int,
+) -> FinetuneConfig:  # fmt: skip
+    """A config from the few settings that the experiments vary; None leaves the recipe's own."""
+    config = FULL if full else LORA
+    dropping = Dropping(
+        mix={"random": 1.0} if random_only else Dropping().mix,
+        coverage=tuple(coverage) if coverage else Dropping().coverage,
+        dense=1.0 if dense else Dropping().dense,
+    )
+    return replace(
+        config,
+        kv=kv,
+        dropping=dropping,
+        distillation=distillation,
+        seed=seed,
+        rank=rank or config.rank,
+        lora_alpha=rank or config.lora_alpha,
+        learning_rate=learning_rate or config.learning_rate,
+        max_train_steps=steps or config.max_train_steps,
+    )

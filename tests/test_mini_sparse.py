@@ -1,0 +1,78 @@
+"""The embedded model's sparse fine-tuning: what its scenes become, and one resumed run on the shipped weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from sparse_context.mini.data import Assets
+from sparse_context.mini.scenes import TASKS, make_scene
+from sparse_context.mini.sparse import LORA, choose, scene_batches, to_example, train_sparse
+from sparse_context.training.dropping import Dropping
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_yet():
+    """One process has one `Accelerator` state; a command has a process of its own, and these tests share one."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def assets():
+    """Six discs and four photographs, in all splits."""
+    y, x = np.mgrid[:128, :128] - 63.5
+    rng = np.random.default_rng(0)
+    objects = np.zeros((6, 128, 128, 4), np.uint8)
+    for rgba in objects:
+        rgba[np.hypot(x, y) < 60] = [*rng.integers(0, 256, 3), 255]
+    photos = rng.integers(0, 256, (4, 288, 288, 3), dtype=np.uint8)
+    split = np.array([0, 0, 1, 1, 2, 2])
+    return Assets(objects, photos, [f"disc {i}" for i in range(6)], split, np.array([0, 0, 1, 2]))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_scene_becomes_an_example_with_the_masks_of_its_references(assets, task):
+    scene = make_scene(assets.split("train"), task, 3)
+    example = to_example(scene)
+    assert np.array_equal(example.image, scene.target) and example.prompt == scene.prompt
+    assert all(np.array_equal(a, b) for a, b in zip(example.references, scene.references, strict=True))
+    assert [m.size for m in example.masks] == [r.size for r in example.references]
+    assert all(np.abs(np.asarray(a) / 255 - b).max() < 0.01 for a, b in zip(example.masks, scene.reference_masks,
+                                                                           strict=True))  # fmt: skip
+
+
+def test_batches_follow_from_their_number_and_share_shapes(assets):
+    train = assets.split("train")
+    for number in range(6):
+        batch, again = (scene_batches(train, 4, 0)(number) for _ in range(2))
+        assert [e.prompt for e in batch] == [e.prompt for e in again]
+        assert len({tuple(r.size for r in e.references) for e in batch}) == 1
+    assert [e.prompt for e in scene_batches(train, 4, 1)(0)] != [e.prompt for e in scene_batches(train, 4, 0)(0)]
+
+
+def test_the_experiments_vary_what_they_name():
+    plain = choose(False, False, None, None, None, 0.0, False, None, False, 0)
+    assert plain == LORA
+    changed = choose(True, True, 7, 8, 0.1, 0.0, True, [0.3], True, 5)
+    assert (changed.full, changed.kv, changed.max_train_steps, changed.rank, changed.seed) == (True, True, 7, 8, 5)
+    assert changed.dropping == Dropping(mix={"random": 1.0}, coverage=(0.3,), dense=1.0)
+
+
+# Under autocast torch says once that RMS norm, whose weights stay float32, is not fused
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_the_embedded_model_trains_and_continues(assets, tmp_path):
+    tensors = {"objects": assets.objects, "photos": assets.photos, "object_split": assets.object_split,
+               "photo_split": assets.photo_split}  # fmt: skip
+    save_file(tensors, tmp_path / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
+    torch.set_num_threads(1)
+    for steps in (1, 2):
+        config = choose(False, False, steps, 2, None, 0.0, False, None, False, 0)
+        result = train_sparse(tmp_path, config, batch=1, validation=())
+    assert result.is_file()
+    assert sorted(p.name for p in result.parent.glob("step-*")) == ["step-0000001", "step-0000002"]
