@@ -15,18 +15,21 @@ MAX_ASPECT = 8  # they refuse anything wider or taller
 MIN_SIDE = 64  # and anything smaller, in pixels
 
 
-def fit_reference(picture: Image.Image, side: int | None = None) -> Image.Image:
-    """A reference in a size that the FLUX.2 pipelines take as it is: RGB, RGBA, or L for a mask.
+def fit_reference(picture: Image.Image, side: int | None = None, narrow: bool = True) -> Image.Image:
+    """A reference in a size that its pipeline takes as it is: RGB, RGBA, or L for a mask.
 
     What is longer than 8:1 is padded to that, centred, with white (a mask with 0). The result then has about `side`**2
-    pixels; without `side` it keeps its size, unless it is above one megapixel: that is scaled down as the pipelines
-    themselves do it. No side is below 64 pixels. Transparent parts are laid on white; their alpha stays, as a mask.
+    pixels; without `side` it keeps its size, unless it is above one megapixel: that is scaled down as the FLUX.2
+    pipelines themselves do it. No side is below 64 pixels. Transparent parts are laid on white; their alpha stays, as a
+    mask. A pipeline that is not `narrow` takes every size, so where `side` is None too, the size is kept.
     """
     if picture.mode == "RGBA":  # its parts apart, because Pillow blackens what is transparent when it scales
         white = Image.new("RGBA", picture.size, "white")
-        fitted = fit_reference(Image.alpha_composite(white, picture).convert("RGB"), side)
-        fitted.putalpha(fit_reference(picture.getchannel("A"), side))
+        fitted = fit_reference(Image.alpha_composite(white, picture).convert("RGB"), side, narrow)
+        fitted.putalpha(fit_reference(picture.getchannel("A"), side, narrow))
         return fitted
+    if side is None and not narrow:
+        return picture
     width, height = picture.size
     if max(width, height) > MAX_ASPECT * min(width, height):
         size = max(width, math.ceil(height / MAX_ASPECT)), max(height, math.ceil(width / MAX_ASPECT))

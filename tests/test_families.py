@@ -1,6 +1,8 @@
 """What must hold for every family, on tiny real pipelines (the letters are DESIGN.md's)."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -10,8 +12,16 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageOps
 from tiny import CASES, STEPS, picture
 
-from sparse_context import apply_sparse_context, last_selection, mask, remove_sparse_context
+from sparse_context import (
+    SparseContextConfig,
+    apply_sparse_context,
+    last_selection,
+    mask,
+    remove_sparse_context,
+    select_tokens,
+)
 from sparse_context.families import FAMILIES
+from sparse_context.preview import draw_selection
 from sparse_context.tokens import ReferenceTokens
 
 KEEP = 0.3
@@ -275,11 +285,7 @@ def corner(width, height):
     return m
 
 
-@pytest.mark.parametrize(
-    ("case", "by"),
-    [(name, by) for name, c in CASES.items() for by in (["mask", "alpha"] if c.alpha else ["mask"])],
-    indirect=["case"],
-)
+@pytest.mark.parametrize("by", ["mask", "alpha"])
 def test_masks_land_on_the_right_tokens(case, pipe, by):
     """Sizes that are no multiple of a token, so that the pipeline crops; and more than a megapixel would be scaled."""
     references = [picture(76, 92, 1), picture(100, 76, 2)][: max(case.counts)]
@@ -426,3 +432,58 @@ def test_a_deep_copy_is_independent(case, pipe):
     twin = copy.deepcopy(pipe)
     apply_sparse_context(pipe, keep=KEEP)
     assert last_selection(twin) is None
+
+
+@pytest.mark.parametrize("name", ["qwen-edit", "qwen-edit-2511"])
+def test_two_threads_share_a_transformer(name):
+    """Both denoise at the same time, one sparse, one dense; each forward waits until the other pipeline is in one."""
+    case = CASES[name]
+    sparse, dense = case.build(), case.build()
+    dense.register_modules(transformer=sparse.transformer)
+    apply_sparse_context(sparse, keep=KEEP)
+    expected = [case.call(pipe, case.references()) for pipe in (sparse, dense)]
+    meet = threading.Barrier(2, timeout=60)
+    hook = sparse.transformer.transformer_blocks[0].register_forward_hook(
+        lambda *args: args[-1] if meet.wait() else None
+    )
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            calls = [threads.submit(case.call, pipe, case.references()) for pipe in (sparse, dense)]
+            made = [call.result() for call in calls]
+    finally:
+        hook.remove()
+    assert all(map(torch.equal, made, expected))
+
+
+SETTINGS = {
+    "ratio": {"keep": 0.4},
+    "count": {"keep": 30},
+    "auto": {"keep": "auto", "mass": 0.5},
+    "blend": {"selector": {"saliency": 0.7, "detail": 0.3}, "floor": 3},
+    "coverage": {"selector": "edges", "coverage": 0.5, "share": "equal"},
+    "task": {"task": "edit", "multiple_of": 4},
+    "function": {"selector": lambda image, grid, rng: rng.random(grid, dtype=np.float32)},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_settings_report_and_previews_are_the_same_everywhere(case, pipe, settings):
+    """What is kept is what `select_tokens` keeps of the pictures that the selector saw, and it can be drawn."""
+    config = SparseContextConfig(**SETTINGS[settings])
+    apply_sparse_context(pipe, config)
+    references = case.references()
+    case.call(pipe, references)
+    selection = last_selection(pipe)
+    pictures = [kept.picture for kept in selection.references]
+    grids = [kept.grid for kept in selection.references]
+    assert grids == [case.grid(reference) for reference in references]
+    assert all(
+        p.shape[0] % rows == p.shape[1] % columns == 0 for p, (rows, columns) in zip(pictures, grids, strict=True)
+    )
+    again = select_tokens(pictures, grids, config)
+    assert np.array_equal(selection.index, again.index)
+    assert selection.to_dict() | {"seconds": 0} == again.to_dict() | {"seconds": 0}
+    assert str(selection).startswith(
+        f"reference 1: {len(again.references[0].index)} of {grids[0][0] * grids[0][1]} tok"
+    )
+    assert draw_selection(selection, height=64).height > 64

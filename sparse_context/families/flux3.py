@@ -5,13 +5,12 @@ that prepares them. So the pipeline gets a copy of its blocks with a step behind
 a canvas with its own reflection, which scores lowest where a token shows nothing else.
 """
 
-from collections.abc import Callable
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..tokens import ReferenceTokens
+from .modular import attach_step
 from .pictures import mask_of, to_uint8
 
 if TYPE_CHECKING:
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
 
 def attach(pipe: Any, context: "SparseContext") -> None:
     """Put a step that cuts the reference tokens into a copy of the blocks of `pipe`."""
-
-    def start_call(state: Any) -> None:
-        context.selection = None
 
     def keep_essentials(state: Any) -> None:
         grids = [latents.shape[-2:] for latents in state.image_cond_latents]
@@ -49,10 +45,7 @@ def attach(pipe: Any, context: "SparseContext") -> None:
         state.set("image_cond_hidden_states", kept.latents)
         state.set("image_cond_ids", kept.ids)
 
-    blocks = deepcopy(pipe._blocks)
-    _insert_behind(blocks, "image_cond_ids", _step(pipe, keep_essentials))
-    blocks.sub_blocks.insert("start_sparse_context", _step(pipe, start_call), 0)
-    context.override(pipe, "_blocks", blocks)
+    attach_step(pipe, context, "image_cond_ids", keep_essentials)
 
 
 def _overlaps(box: tuple[int, int, int, int], grid: tuple[int, int], side: int) -> np.ndarray:
@@ -60,25 +53,3 @@ def _overlaps(box: tuple[int, int, int, int], grid: tuple[int, int], side: int) 
     left, top, right, bottom = box
     rows, columns = (side * np.arange(n) for n in grid)
     return ((rows < bottom) & (rows + side > top))[:, None] & ((columns < right) & (columns + side > left))
-
-
-def _step(pipe: Any, function: Callable) -> Any:
-    """`function(state)` as a block that works in `pipe` alone, wherever its blocks may be copied to."""
-    from diffusers import ModularPipelineBlocks  # a second to import, which a user of this pipeline has spent already
-
-    class Step(ModularPipelineBlocks):
-        def __call__(self, components, state):
-            if components is pipe:
-                function(state)
-            return components, state
-
-    return Step()
-
-
-def _insert_behind(blocks: Any, output: str, step: Any) -> None:
-    """Insert `step` behind each block that makes `output`, at any depth."""
-    for place, (_, block) in reversed(list(enumerate(blocks.sub_blocks.items()))):
-        if block.sub_blocks:
-            _insert_behind(block, output, step)
-        elif output in block.intermediate_output_names:
-            blocks.sub_blocks.insert("keep_essentials", step, place + 1)

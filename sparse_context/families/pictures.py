@@ -13,22 +13,41 @@ if TYPE_CHECKING:
     from ..sparsify import SparseContext
 
 
+def _same(image: Any) -> Any:
+    return image
+
+
+def _opaque(image: Any) -> Any:
+    """Pictures without their alpha channels; all else as it is."""
+    if isinstance(image, list):
+        return [_opaque(own) for own in image]
+    return image.convert("RGB") if _has_alpha(image) else image
+
+
+def _has_alpha(image: Any) -> bool:
+    return isinstance(image, PIL.Image.Image) and "A" in image.getbands()
+
+
 class Pictures:
     """Watches an image processor, on this instance only, and so knows what each preprocessed tensor was made from.
 
     `max_area` is the number of pixels that the host scales larger pictures down to before the processor sees them; a
-    mask of the size that the picture had before that is scaled with it.
+    mask of the size that the picture had before that is scaled with it. Where the host's own processor keeps an alpha
+    channel, which its VAE cannot take, pictures go to it without, as FLUX.2's processor does by itself.
     """
 
     def __init__(self, context: "SparseContext", processor: Any, max_area: float = math.inf) -> None:
         self._max_area = max_area
         self._made_by = WeakIdKeyDictionary()  # what a step of the processor returned -> the step and its arguments
-        for name in ("resize", "preprocess"):
-            context.override(processor, name, self._watched(getattr(processor, name)))
+        takes_alpha = processor.config.do_convert_rgb
+        context.override(processor, "resize", self._watched(processor.resize))
+        context.override(
+            processor, "preprocess", self._watched(processor.preprocess, _same if takes_alpha else _opaque)
+        )
 
-    def _watched(self, step: Callable) -> Callable:
+    def _watched(self, step: Callable, prepare: Callable = _same) -> Callable:
         def watched(image, *args, **kwargs):
-            made = step(image, *args, **kwargs)
+            made = step(prepare(image), *args, **kwargs)
             if made is not image:  # as a list of pictures passes through `resize`
                 self._made_by[made] = (step, image, args, kwargs)
             return made
@@ -79,8 +98,7 @@ def mask_of(
     `max_area` pixels.
     """
     if mask is None:
-        has_alpha = isinstance(original, PIL.Image.Image) and "A" in original.getbands()
-        return original.getchannel("A") if has_alpha else None
+        return original.getchannel("A") if _has_alpha(original) else None
     width, height = original.size if isinstance(original, PIL.Image.Image) else _array_size(original)
     given = PIL.Image.fromarray(mask)
     limit = math.sqrt(max_area / (given.width * given.height))

@@ -38,7 +38,8 @@ class Times:
 def timed(pipe: Any) -> Iterator[Times]:
     """Time the one call of `pipe` that is made inside; the figures are there when the block ends.
 
-    Watches `encode_prompt`, `vae.encode`, `vae.decode` and the transformer of these instances, and lets go after.
+    Watches `encode_prompt` (of a modular pipeline, which has none, its text encoder), `vae.encode`, `vae.decode` and
+    the transformer of these instances, and lets go after.
     """
     times, device = Times(), pipe._execution_device
     denoise_started: list[float] = []
@@ -69,7 +70,10 @@ def timed(pipe: Any) -> Iterator[Times]:
             denoise_started.append(now())
 
     with ExitStack() as stack:
-        charge(pipe, "encode_prompt", "text", stack)
+        if hasattr(pipe, "encode_prompt"):
+            charge(pipe, "encode_prompt", "text", stack)
+        else:
+            charge(pipe.text_encoder, "forward", "text", stack)
         charge(pipe.vae, "encode", "encode", stack)
         charge(pipe.vae, "decode", "decode", stack)
         stack.callback(pipe.transformer.register_forward_pre_hook(start_denoising).remove)

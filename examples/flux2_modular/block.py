@@ -1,0 +1,9 @@
+"""Sparse Context for modular FLUX.2, as `diffusers-cli custom_blocks` packages it. Needs sparse-context."""
+
+from diffusers import ModularPipelineBlocks
+
+from sparse_context.families import flux2_modular
+
+
+class SparseContextStep(flux2_modular.SparseContextStep, ModularPipelineBlocks):
+    """Insert behind `prepare_image_latents`; the pipeline then takes `keep`, `selector`, `task` and `coverage`."""
