@@ -64,6 +64,9 @@ def generate(
     output: Annotated[Path, typer.Option(help="Where the picture goes: .png, .jpg or .webp.")] = Path("out.png"),
     show_tokens: Annotated[Path | None, typer.Option(help="Also draw which tokens were kept.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Also run dense; both pictures side by side.")] = None,
+    inpaint: Annotated[
+        Path | None, typer.Option(help="For inpainting models: a mask of the first picture, white where to paint.")
+    ] = None,
     lora: Annotated[Path | None, typer.Option(help="A LoRA for this model, as safetensors.")] = None,
     seed: Annotated[int, typer.Option(help="Of the image noise.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.", show_default="the model's")] = None,
@@ -76,7 +79,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Make a picture from references and a prompt, with a fraction of the reference tokens."""
-    from .images import check_output, open_picture, save_picture
+    from .images import check_output, open_mask, open_picture, save_picture
 
     outputs = [path for path in (output, show_tokens, compare) if path is not None]
     for path in outputs:
@@ -88,11 +91,16 @@ def generate(
         raise ValueError("--show-tokens draws on the references, but there are none: pass --image.")
     config = _config(keep, selector, task, coverage, share, floor, mask, references)
 
+    if inpaint is not None and not references:
+        raise ValueError("--inpaint says where to paint in the first reference, but there is none: pass --image.")
+    paint_mask = None if inpaint is None else open_mask(inpaint, references[0].size)
+
     _hide_loading_bars()
-    from .generation import generate, load_pipeline
+    from .generation import check_references, generate, load_pipeline
     from .preview import draw_selection, label, side_by_side
     from .selection import SparseContextConfig
 
+    check_references(model, len(references), inpaint is not None)
     pipe = load_pipeline(
         model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=None if lora is None else str(lora)
     )
@@ -108,6 +116,7 @@ def generate(
             height=height,
             width=width,
             guidance_scale=guidance_scale,
+            inpaint=paint_mask,
         )
 
     everything = SparseContextConfig(keep=1.0)

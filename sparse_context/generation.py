@@ -8,8 +8,9 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .families import FAMILIES
+from .families import FAMILIES, Family, family_of
 from .mini import CALL_FILE, WEIGHTS, read_call_settings
 from .preview import fit_reference, reference_mask
 from .selection import Selection, SparseContextConfig
@@ -27,8 +28,7 @@ from .speed.timing import Times, timed
 
 DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
           "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
-DRIVEN = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline")
-"""The families' pipelines that take references and a prompt and need nothing else; the others want Python."""
+INDEXES = ("model_index.json", "modular_model_index.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TIMEOUT = 10  # seconds until the hub counts as out of reach
 
@@ -62,8 +62,6 @@ def load_pipeline(
     lora: a safetensors file for this model.
     Only safetensors are read, and nothing is fetched but a hub id that was named.
     """
-    from diffusers import DiffusionPipeline
-
     where = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}.")
@@ -71,12 +69,13 @@ def load_pipeline(
         raise ValueError(f"cpu-offload is {cpu_offload!r}: choose model or group.")
     if lora is not None:
         _check_lora_file(lora)
-    path = _check_model(str(WEIGHTS) if model is None else model)
+    path = str(WEIGHTS) if model is None else model
+    modular = FAMILIES[_class_name(path)].modular
+    if modular and cpu_offload == "model":
+        raise ValueError("cpu-offload is 'model', which a modular pipeline does not have: choose group.")
     automatic = torch.float32 if model is None and where.type == "cpu" else torch.bfloat16
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            path, dtype=DTYPES.get(dtype, automatic), use_safetensors=True, local_files_only=Path(path).is_dir()
-        )
+        pipe = (_load_modular if modular else _load_plain)(path, DTYPES.get(dtype, automatic))
     except Exception as error:  # the loaders raise many kinds, and all of them mean this
         raise ValueError(f"The model {path} does not load: {_first_line(error)}.") from error
     for name, part in pipe.components.items():  # diffusers leaves a weight that is not in the file without a value
@@ -88,10 +87,48 @@ def load_pipeline(
         _load_lora(pipe, lora)
     if cpu_offload == "model":
         pipe.enable_model_cpu_offload(device=where)
+    elif cpu_offload == "group" and modular:
+        from diffusers.hooks import apply_group_offloading
+
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                apply_group_offloading(part, onload_device=where, offload_type="leaf_level")
     elif cpu_offload == "group":
         pipe.enable_group_offload(onload_device=where, offload_type="leaf_level")
     else:
         pipe.to(where)
+    return pipe
+
+
+def _load_plain(path: str, dtype: torch.dtype) -> Any:
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, local_files_only=Path(path).is_dir()
+    )
+
+
+def _load_modular(path: str, dtype: torch.dtype) -> Any:
+    """A modular pipeline with diffusers' own blocks, from the prompt as it was written to the picture."""
+    from diffusers import ModularPipeline
+
+    local = Path(path).is_dir()
+    pipe = ModularPipeline.from_pretrained(path, trust_remote_code=False, local_files_only=local)
+    blocks = pipe.blocks
+    if "prompt_upsampler" in blocks.sub_blocks:  # a language model of its own, from a place that nobody named
+        blocks.sub_blocks.pop("prompt_upsampler")
+        pipe = type(pipe)(blocks, path, local_files_only=local)
+    for name in pipe.pretrained_component_names:
+        spec = pipe.get_component_spec(name)
+        source = spec.pretrained_model_name_or_path
+        if source != path:
+            where = (
+                "missing" if source is None else f"not in it but in {source}: load it from Python, where you name that"
+            )
+            raise ValueError(f"its {name} is {where}")
+        weights = issubclass(spec.type_hint, torch.nn.Module)
+        settings = {"dtype": dtype, "use_safetensors": True} if weights else {}
+        pipe.register_components(**{name: spec.load(local_files_only=local, **settings)})
     return pipe
 
 
@@ -112,13 +149,35 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _check_model(model: str) -> str:
-    """`model` if its pipeline class is supported, before any weights are read."""
+def check_references(model: str | None, count: int, inpaint: bool) -> None:
+    """Refuse what a model's pipeline cannot take, before any weights are read. Raises ValueError.
+
+    count: how many references there are. inpaint: whether there is a mask of what to paint over.
+    """
+    if model is not None:
+        name = _class_name(model)
+        _check_references(name, FAMILIES[name], count, inpaint)
+
+
+def _check_references(name: str, family: Family, count: int, inpaint: bool) -> None:
+    if family.most is not None and count > family.most:
+        raise ValueError(f"There are {count} references, and {name} takes at most {family.most}: pass fewer.")
+    if count < family.fewest:
+        raise ValueError(f"There are {count} references, and {name} needs at least {family.fewest}: pass --image.")
+    if family.paints and not inpaint:
+        raise ValueError(f"{name} paints into its first picture: pass --inpaint, a mask of where to paint.")
+    if inpaint and not family.paints:
+        painters = ", ".join(painter for painter, known in FAMILIES.items() if known.paints)
+        raise ValueError(f"{name} does not paint into a picture: leave --inpaint out, or use one of {painters}.")
+
+
+def _class_name(model: str) -> str:
+    """The pipeline class that the index of a folder or hub id names, if it is supported."""
     folder = Path(model)
     if folder.is_dir():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise ValueError(f"The folder {model} holds no model_index.json: pass a model in the diffusers layout.")
+        index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+        if index is None:
+            raise ValueError(f"The folder {model} holds no {INDEXES[0]}: pass a model in the diffusers layout.")
     elif HUB_ID.fullmatch(model) and not folder.exists():
         index = _fetch_index(model)
     else:
@@ -127,15 +186,13 @@ def _check_model(model: str) -> str:
         name = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{index} is no diffusers model index: pass a model in the diffusers layout.") from error
-    if name in FAMILIES and name not in DRIVEN:
-        raise ValueError(f"The model {model} is a {name}: drive it from Python, with apply_sparse_context.")
-    if name not in DRIVEN:
-        raise ValueError(f"The model {model} is a {name}; the supported pipelines are {', '.join(DRIVEN)}.")
-    return model
+    if name not in FAMILIES:
+        raise ValueError(f"The model {model} is a {name}; the supported pipelines are {', '.join(FAMILIES)}.")
+    return name
 
 
 def _fetch_index(model: str) -> Path:
-    """The model_index.json of a hub id: from the cache if it is there, else from the hub."""
+    """The index of a hub id, of either kind: from the cache if it is there, else from the hub."""
     from huggingface_hub import errors, hf_hub_download, model_info
 
     reasons = {
@@ -145,11 +202,16 @@ def _fetch_index(model: str) -> Path:
         errors.HFValidationError: "that is no id of a model",
     }
     try:
+        for name in INDEXES:
+            try:
+                return Path(hf_hub_download(model, name, local_files_only=True))
+            except errors.LocalEntryNotFoundError:
+                continue
+        model_info(model, timeout=HUB_TIMEOUT)  # hf_hub_download would try for half a minute when offline
         try:
-            return Path(hf_hub_download(model, "model_index.json", local_files_only=True))
-        except errors.LocalEntryNotFoundError:
-            model_info(model, timeout=HUB_TIMEOUT)  # hf_hub_download would try for half a minute when offline
-            return Path(hf_hub_download(model, "model_index.json"))
+            return Path(hf_hub_download(model, INDEXES[0]))
+        except errors.EntryNotFoundError:
+            return Path(hf_hub_download(model, INDEXES[1]))
     except Exception as error:  # also kinds of the HTTP library that the client happens to use
         other = _first_line(error)
         if not isinstance(error, errors.HfHubHTTPError):
@@ -177,9 +239,12 @@ def _check_lora_file(path: str) -> None:
 def _load_lora(pipe: Any, path: str) -> None:
     file = {"weight_name": Path(path).name, "use_safetensors": True, "local_files_only": True}
     transformer = pipe.transformer
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"{type(pipe).__name__} loads no LoRA: leave it out.")
     try:
         state = pipe.lora_state_dict(str(Path(path).parent), **file)  # in the names of diffusers, whoever wrote it
         wanted = {re.split(r"\.lo(?:ra|kr)_", key)[0].removeprefix("transformer.") for key in state}
+        wanted = {name for name in wanted if not name.startswith("text_encoder")}
         unknown = sorted(wanted - {name for name, _ in transformer.named_modules()})
         if unknown or not wanted:
             raise ValueError(f"{type(transformer).__name__} has no {unknown[0]}" if unknown else "it is empty")
@@ -201,12 +266,16 @@ def call_settings(pipe: Any) -> dict:
     Raises ValueError for a file that cannot be read.
     """
     source = getattr(pipe.config, "_name_or_path", None)  # None for a pipeline that was built in code
+    if family_of(pipe).modular:
+        source = pipe._pretrained_model_name_or_path
     try:
         settings = dict(read_call_settings(Path(source)) or {}) if source else {}
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"The {CALL_FILE} of {source} holds no call settings: {_first_line(error)}.") from error
     if not settings and getattr(pipe.config, "is_distilled", False):
         settings = {"num_inference_steps": 4}
+    if family_of(pipe).guidance == "true_cfg_scale":  # which does nothing without a negative prompt
+        settings.setdefault("negative_prompt", " ")
     return settings
 
 
@@ -222,21 +291,24 @@ def _reference_sides(reference_size: Any, config: SparseContextConfig, count: in
     return [reference_size[auto if task == "auto" else task] for task in tasks]
 
 
-def _fit_masks(selector: Any, sides: Sequence[int | None]) -> Any:
-    """`selector` with the user's masks in it scaled and padded as `fit_reference` does with their pictures."""
+Fit = Callable[[Image.Image], Image.Image]
+
+
+def _fit_masks(selector: Any, fits: Sequence[Fit]) -> Any:
+    """`selector` with the user's masks in it scaled and padded as `fits` do with the pictures of each reference."""
     if isinstance(selector, Mask):
         return Mask(
             [
-                m if m is None else np.asarray(fit_reference(Image.fromarray(m), side))
-                for m, side in zip(selector.masks, sides, strict=False)  # more masks than references are ignored
+                m if m is None else np.asarray(fit(Image.fromarray(m)))
+                for m, fit in zip(selector.masks, fits, strict=False)  # more masks than references are ignored
             ]
         )
     if isinstance(selector, Blend):
-        return Blend([(_fit_masks(part, sides), weight) for part, weight in selector.parts])
+        return Blend([(_fit_masks(part, fits), weight) for part, weight in selector.parts])
     if isinstance(selector, Mapping):
-        return {_fit_masks(part, sides): weight for part, weight in selector.items()}
+        return {_fit_masks(part, fits): weight for part, weight in selector.items()}
     if isinstance(selector, (list, tuple)):
-        return [_fit_masks(part, [side]) for part, side in zip(selector, sides, strict=False)]
+        return [_fit_masks(part, [fit]) for part, fit in zip(selector, fits, strict=False)]
     return selector
 
 
@@ -251,56 +323,85 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     guidance_scale: float | None = None,
+    inpaint: Image.Image | None = None,
 ) -> Generation:
     """One picture from references (RGB or RGBA) and a prompt. `config` stays applied to `pipe` afterwards.
+
+    inpaint: for a pipeline that paints into the first reference, a mask (mode L) of its size, white where to paint.
 
     A model with call settings of its own (`call_settings`) is called by them where no argument says otherwise; its
     references, and the masks in `config` with them, are scaled to the size that it was trained on (`fit_reference`).
     Raises ValueError for arguments out of range, and for whatever the pipeline itself raises.
     """
+    family, name = family_of(pipe), type(pipe).__name__
     settings = call_settings(pipe)
     config = config or SparseContextConfig()
     most = settings.get("max_references")
     if most is not None and len(references) > most:
         raise ValueError(f"There are {len(references)} references, and this model takes at most {most}: pass fewer.")
-    for name, value in (("steps", steps), ("height", height), ("width", width)):
+    _check_references(name, family, len(references), inpaint is not None)
+    taken = pipe.blocks.input_names if family.modular else inspect.signature(type(pipe).__call__).parameters
+    for dial, value in (("steps", steps), ("height", height), ("width", width)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}: pass a number above 0.")
+            raise ValueError(f"{dial} is {value}: pass a number above 0.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(f"The prompt {prompt!r} has bytes that are no text: write it in UTF-8.")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}: pass a number from 0 to {2**63 - 1}.")
     token = 2 * pipe.vae_scale_factor
-    for name, value in (("height", height), ("width", width)):
+    for dial, value in (("height", height), ("width", width)):
+        if value is not None and dial not in taken:
+            raise ValueError(f"{dial} is {value}, but {name} takes the shape of its reference: leave it out.")
         if value is not None and value % token:
             near = max(1, round(value / token)) * token
-            raise ValueError(f"{name} is {value}: this model makes multiples of {token}, such as {near}.")
+            raise ValueError(f"{dial} is {value}: this model makes multiples of {token}, such as {near}.")
+    distilled, guider = getattr(pipe.config, "is_distilled", False), getattr(pipe, "guider", None)
     if guidance_scale is not None:
         if not 0 <= guidance_scale < math.inf:
             raise ValueError(f"guidance_scale is {guidance_scale}: pass a number of 0 or more.")
-        if getattr(pipe.config, "is_distilled", False):
+        if distilled or (guider is None and family.guidance not in taken):
             raise ValueError(f"guidance_scale is {guidance_scale}, but this distilled model takes none: leave it out.")
     for i, reference in enumerate(references):
         reference_mask(config.selector, i, reference)  # raises for a mask of another size
+    if inpaint is not None and inpaint.size != references[0].size:
+        raise ValueError(
+            f"The mask to paint in is {inpaint.width}x{inpaint.height}, but the first reference is "
+            f"{references[0].width}x{references[0].height}: pass a mask of its size."
+        )
 
-    taken = inspect.signature(type(pipe).__call__).parameters
-    chosen = {"num_inference_steps": steps, "height": height, "width": width, "guidance_scale": guidance_scale}
-    if getattr(pipe.config, "is_distilled", False):
-        chosen["guidance_scale"] = 1.0  # what it is run with anyhow
-    arguments = settings | {name: value for name, value in chosen.items() if value is not None}
-    arguments = {name: value for name, value in arguments.items() if name in taken}
     sides = _reference_sides(settings.get("reference_size"), config, len(references))
-    apply_sparse_context(pipe, replace(config, selector=_fit_masks(config.selector, sides)))
+    fits: list[Fit] = [partial(fit_reference, side=side, narrow=family.narrow) for side in sides]
+    pictures = [fit(reference) for fit, reference in zip(fits, references, strict=True)]
+    images: dict[str, Any] = {"image": pictures or None}
+    if inpaint is not None:
+        images = {"image": pictures[0], "mask_image": fits[0](inpaint)}
+        if pictures[1:]:
+            images["image_reference"] = pictures[1:]
+    elif family.most == 1:
+        images["image"] = pictures[0] if pictures else None
+    if "max_area" in taken and (height or width):  # Kontext scales the size that it is given to this many pixels
+        default = pipe.default_sample_size * pipe.vae_scale_factor
+        height, width = height or default, width or default
+        images["max_area"] = height * width
+    chosen = {"num_inference_steps": steps, "height": height, "width": width, family.guidance: guidance_scale}
+    if distilled:
+        chosen[family.guidance] = 1.0  # what it is run with anyhow
+    arguments = settings | {dial: value for dial, value in chosen.items() if value is not None}
+    arguments = {dial: value for dial, value in arguments.items() if dial in taken} | images
+    arguments = {dial: value for dial, value in arguments.items() if value is not None}
+    if family.modular:
+        arguments["output"] = "images"
+    apply_sparse_context(pipe, replace(config, selector=_fit_masks(config.selector, fits)))
+    if guider is not None and guidance_scale is not None:
+        pipe.update_components(guider=guider.new(guidance_scale=guidance_scale))
     try:
         with timed(pipe) as times:
-            image = pipe(
-                image=[fit_reference(*pair) for pair in zip(references, sides, strict=True)] or None,
-                prompt=prompt,
-                generator=torch.Generator().manual_seed(seed),
-                **arguments,
-            ).images[0]
+            made = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **arguments)
     except ValueError:
         raise
     except Exception as error:  # memory that ran out, parts that do not belong together, settings of another model
-        raise ValueError(f"{type(pipe).__name__} failed: {_first_line(error)}.") from error
-    return Generation(image, last_selection(pipe), times)
+        raise ValueError(f"{name} failed: {_first_line(error)}.") from error
+    finally:
+        if guider is not None and pipe.guider is not guider:
+            pipe.update_components(guider=guider)
+    return Generation((made if family.modular else made.images)[0], last_selection(pipe), times)

@@ -191,7 +191,9 @@ def test_a_setting_that_the_pipeline_does_not_know_is_left_out(tmp_path):
     kv = tiny.build_flux2(Flux2KleinKVPipeline)
     settings = {**CALL, "guidance_scale": 4.0, "no_such_argument": 1, "num_inference_steps": 1}
     with settings_of(kv, tmp_path, **settings):
-        assert generate(kv, [picture(64, 64)], "the cat", height=64, width=64, guidance_scale=2.0).selection.kept == 13
+        assert generate(kv, [picture(64, 64)], "the cat", height=64, width=64).selection.kept == 13
+        with pytest.raises(ValueError, match="but this distilled model takes none: leave it out"):
+            generate(kv, [picture(64, 64)], "the cat", guidance_scale=2.0)
 
 
 def test_references_are_scaled_to_what_the_model_was_trained_on(pipe, tmp_path):
