@@ -1,0 +1,118 @@
+"""Families under the trainer: what a host gives the transformer is what its pipeline gives it, and a step trains it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import picture
+from whole import save_whole
+
+from sparse_context import SparseContextConfig
+from sparse_context.generation import generate, load_pipeline
+from sparse_context.training.data import Example
+from sparse_context.training.finetune import LORA_FILE, FinetuneConfig, encode, finetune, flow_matching_loss
+from sparse_context.training.hosts import HOSTS, find_host
+
+REFERENCES = {"FluxKontextPipeline": 1, "QwenImageEditPlusPipeline": 2, "Flux3ModularPipeline": 2}
+PICTURES = [picture(128, 64, 1), picture(64, 80, 2)]
+
+
+@pytest.fixture(scope="module", params=REFERENCES)
+def model(request, tmp_path_factory):
+    """(class, folder) of a tiny whole model."""
+    return request.param, save_whole(request.param, tmp_path_factory.mktemp(request.param) / "model")
+
+
+def loaded(folder):
+    pipe = load_pipeline(str(folder), dtype="float32", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def example(count):
+    return Example("the cat", tuple(PICTURES[:count]), picture(64, 64, 3), (None,) * count)
+
+
+def test_every_new_host_is_tried():
+    assert set(REFERENCES) == {name for name in HOSTS if not name.startswith("Flux2")}
+
+
+def predictions(pipe, count, keep):
+    """(arguments, output) of each forward of the transformer in a short call, and what the call made."""
+    seen = []
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, out: seen.append((kwargs, out[0])), with_kwargs=True
+    )
+    # The strength that Kontext was distilled with is an input of its transformer
+    guidance = None if type(pipe).__name__ == "FluxKontextPipeline" else 1.0
+    config = SparseContextConfig(keep=keep)
+    made = generate(pipe, PICTURES[:count], "the cat", config, steps=1, guidance_scale=guidance)
+    hook.remove()
+    return seen, made
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.3])
+def test_a_host_predicts_what_its_pipeline_predicts(model, keep):
+    """The same noisy tokens, noise level, prompt and references: the same velocity, dense and with dropped tokens."""
+    name, folder = model
+    pipe = loaded(folder)
+    pictures = PICTURES[: REFERENCES[name]]
+    [(kwargs, predicted)], made = predictions(pipe, REFERENCES[name], keep)
+    host = find_host(pipe)
+    rows, columns = made.image.height // host.token, made.image.width // host.token
+    given = kwargs["hidden_states"][:, : rows * columns]
+    noisy = host.target_tokens(given.transpose(1, 2).reshape(1, -1, rows, columns))
+    assert torch.equal(noisy.latents, given)
+    references = host.reference_tokens([host.encode_pictures(host.pixels(one)) for one in pictures])
+    assert len(references) == made.selection.total
+    text = host.encode_text(["the cat"], [pictures])
+    with torch.no_grad():
+        velocity = host.velocity(noisy, kwargs["timestep"], text, references.keep(made.selection.index))
+    assert (velocity - predicted[:, : rows * columns]).abs().max() < 1e-5
+
+
+def test_references_change_the_loss_and_gradients_reach_the_weights(model):
+    name, folder = model
+    host = find_host(loaded(folder))
+    host.transformer.requires_grad_(True)
+    count = REFERENCES[name]
+    encoded = encode(host, [example(count)], ["the cat"])
+    total = len(host.reference_tokens(encoded.references))
+    noise = torch.randn(encoded.target.shape, generator=torch.Generator().manual_seed(0))
+    losses = [
+        flow_matching_loss(host, encoded, np.arange(0, total, step), torch.tensor([0.5]), noise) for step in (1, 3)
+    ]
+    assert losses[0] != losses[1]
+    losses[1].backward()
+    assert all(torch.isfinite(p.grad).all() for p in host.transformer.parameters() if p.grad is not None)
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in host.transformer.parameters())
+
+
+def test_a_step_trains_an_adapter_that_plain_diffusers_loads(model, tmp_path):
+    name, folder = model
+    host = find_host(loaded(folder))
+    config = FinetuneConfig(max_train_steps=1, learning_rate=0.5, lr_warmup_steps=0, distillation=0.5)
+    batch = [example(REFERENCES[name])]
+    result = finetune(host, lambda number: batch, tmp_path / "run", config, base=str(folder), data="made here")
+    assert result.name == LORA_FILE
+    host.transformer.eval()
+    count = REFERENCES[name]
+    [(_, trained)], _ = predictions(host.pipe, count, 0.3)
+    fresh = loaded(folder)
+    [(_, before)], _ = predictions(fresh, count, 0.3)
+    fresh.load_lora_weights(str(result.parent), weight_name=LORA_FILE, use_safetensors=True)
+    [(_, after)], _ = predictions(fresh, count, 0.3)
+    assert (after - before).abs().max() > 1e-3
+    assert (after - trained).abs().max() < 1e-5
+
+
+def test_a_host_says_what_it_cannot_do(model):
+    name, folder = model
+    pipe = loaded(folder)
+    with pytest.raises(ValueError, match=f"KV mode is for FLUX.2 klein: {name} has no pipeline that runs it.$"):
+        find_host(pipe, kv=True)
+    if name == "FluxKontextPipeline":
+        host = find_host(pipe)
+        latents = host.encode_pictures(host.pixels(Image.new("RGB", (64, 64))))
+        with pytest.raises(ValueError, match="takes one reference, and a sample has 2: give each one.$"):
+            host.reference_tokens([latents, latents])
