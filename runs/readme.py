@@ -1,25 +1,33 @@
-"""Write the tables of README.md from the code and from results/*.json, between their markers.
+"""Write the tables of README.md and docs/ from the code and from results/*.json, between their markers.
 
     python runs/readme.py [--check]
 
-With --check nothing is written, and a README that is out of date is an error: so no figure in it is typed by hand.
+With --check nothing is written, and a page that is out of date is an error: so no figure in it is typed by hand.
 """
 
+import ast
 import json
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sparse_context.families import FAMILIES
+from sparse_context.families import FAMILIES, Family
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pipelines() -> str:
     rows = "\n".join(
-        f"| `{name}` | `families/{attach.__module__.rpartition('.')[2]}.py` |" for name, attach in FAMILIES.items()
+        f"| `{name}` | {_references(family)} | `families/{family.file}.py` |" for name, family in FAMILIES.items()
     )
-    return f"| pipeline | file |\n|---|---|\n{rows}"
+    return f"| pipeline | references | file |\n|---|---|---|\n{rows}"
+
+
+def _references(family: Family) -> str:
+    if family.fewest == family.most:
+        return str(family.most)
+    return f"{family.fewest} or more" if family.most is None else f"{family.fewest} to {family.most}"
 
 
 def _read(name: str) -> dict:
@@ -60,26 +68,60 @@ def selection() -> str:
     )
 
 
+def lines() -> str:
+    """The lines of code of each family's file: without blank lines, comments and docstrings."""
+    folder = ROOT / "sparse_context" / "families"
+    rows = ["| file | pipelines | lines of code |", "|---|---|---|"]
+    files = dict.fromkeys(family.file for family in FAMILIES.values())
+    shared = sorted(path.stem for path in folder.glob("*.py") if path.stem not in files)
+    for file in [*files, *shared]:
+        count = sum(family.file == file for family in FAMILIES.values())
+        rows.append(f"| `{file}.py` | {count or 'shared'} | {_code_lines((folder / f'{file}.py').read_text())} |")
+    return "\n".join(rows)
+
+
+def _code_lines(source: str) -> int:
+    """Lines that hold a statement or a part of one; docstrings are none."""
+    tree = ast.parse(source)
+    held: set[int] = set()
+    for node in ast.walk(tree):
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.stmt) and not is_docstring:
+            body = getattr(node, "body", None)
+            held.update(range(node.lineno, body[0].lineno if body else node.end_lineno + 1))
+    text = source.splitlines()
+    docstrings = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    return sum(bool(text[n - 1].strip()) and not text[n - 1].lstrip().startswith("#") for n in held - docstrings)
+
+
 TABLES = {"pipelines": pipelines, "core_speed": core_speed, "selection": selection}
+PAGES = {"README.md": TABLES, "docs/adding-a-pipeline.md": {"lines": lines}}
 
 
-def render(text: str) -> str:
+def render(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
     """`text` with every table between `<!-- begin NAME -->` and `<!-- end NAME -->` made anew."""
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README.md has no markers for the table {name}")
+            raise ValueError(f"the page has no markers for the table {name}")
         text = pattern.sub(rf"\g<1>{make()}\n\g<2>", text)
     return text
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = render(before)
-    if "--check" in sys.argv[1:]:
-        sys.exit("README.md is out of date: run `python runs/readme.py`" if after != before else 0)
-    path.write_text(after)
+    for page, tables in PAGES.items():
+        path = ROOT / page
+        before = path.read_text()
+        after = render(before, tables)
+        if "--check" in sys.argv[1:] and after != before:
+            sys.exit(f"{page} is out of date: run `python runs/readme.py`")
+        elif after != before:
+            path.write_text(after)
 
 
 if __name__ == "__main__":
