@@ -99,7 +99,33 @@ def _code_lines(source: str) -> int:
     return sum(bool(text[n - 1].strip()) and not text[n - 1].lstrip().startswith("#") for n in held - docstrings)
 
 
-TABLES = {"pipelines": pipelines, "core_speed": core_speed, "selection": selection}
+def base_quality() -> str:
+    result = _read("base_quality")
+    lines = ["| task | scenes | whole picture | inside the object | recognised | a flat colour | a blur |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for task, figures in result["figures"].items():
+        if "psnr" not in figures or task == "vae":
+            continue
+
+        def show(name: str, pattern: str, figures: dict = figures) -> str:
+            return pattern.format(figures[name]["mean"]) if name in figures else ""
+
+        lines.append(
+            f"| {task.replace('_', ', ')} | {figures['psnr']['number']} | {show('psnr', '{:.1f} dB')} | "
+            f"{show('psnr inside', '{:.1f} dB')} | {show('recognised', '{:.0%}')} | "
+            f"{show('recognised, flat colour', '{:.0%}')} | {show('recognised, blur', '{:.0%}')} |"
+        )
+    config, vae = result["config"], result["figures"]["vae"]["psnr"]
+    return "\n".join(lines) + (
+        f"\n\nThe embedded model with all tokens against the truth, {config['split']} split, "
+        f"{config['num_inference_steps']} steps, trained for {config['training_steps']:,} batches: PSNR, and how often "
+        f"the object is nearest to itself among {config['candidates']} candidates by EfficientNet features; beside it "
+        f"how often its flat colour and a blur of it pass. The VAE alone: {vae['mean']:.1f} dB over {vae['number']} "
+        f"references. Measured on {_machine(result)} (`runs/base_quality.py`)."
+    )
+
+
+TABLES = {"pipelines": pipelines, "core_speed": core_speed, "base_quality": base_quality, "selection": selection}
 PAGES = {"README.md": TABLES, "docs/adding-a-pipeline.md": {"lines": lines}}
 
 
