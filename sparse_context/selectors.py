@@ -24,7 +24,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from .saliency import saliency_map
+from .contrast import contrast_map
 
 Grid = tuple[int, int]
 Selector = Callable[[np.ndarray | None, Grid, np.random.Generator], np.ndarray]
@@ -163,8 +163,18 @@ def detail(image: np.ndarray | None, grid: Grid, generator: np.random.Generator)
 
 
 def saliency(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
-    """The subject: how likely each cell belongs to it. For subjects put into a new scene. See saliency.py."""
+    """The subject, by a small trained net and by contrast, half each. For subjects put into a new scene.
+
+    See saliency.py. A picture without a subject scores low all over.
+    """
+    from .saliency import saliency_map  # imports torch, which the other selectors can do without
+
     return np.clip(_cell_means(saliency_map(_rgb(image, "saliency")), grid), 0, 1)
+
+
+def contrast(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
+    """What stands out from the picture's border in colour: saliency with nothing learned. See contrast.py."""
+    return np.clip(_cell_means(contrast_map(_rgb(image, "contrast")), grid), 0, 1)
 
 
 class Mask:
@@ -195,6 +205,7 @@ SELECTORS: dict[str, Selector] = {
     "edges": edges,
     "detail": detail,
     "saliency": saliency,
+    "contrast": contrast,
     "mask": Mask(),
 }
 

@@ -726,17 +726,21 @@ def test_help_and_a_call_without_arguments(tmp_path):
         assert all(name in done.stdout for name in ("generate", "select", "demo"))
 
 
-def test_select_needs_no_torch(inputs, tmp_path):
-    code = """
+@pytest.mark.parametrize(
+    ("selector", "without"),
+    [("contrast=1,edges=1,mask=1", "torch diffusers transformers"), ("saliency=1,mask=1", "diffusers transformers")],
+)
+def test_select_loads_torch_only_for_the_net(selector, without, inputs, tmp_path):
+    code = f"""
 import sys
 from sparse_context.cli import main
 try:
     main()
 except SystemExit as end:
     assert end.code == 0
-assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
+assert not set({without.split()}) & set(sys.modules)
 """
-    arguments = ["select", inputs / "wide.png", "--mask", inputs / "band.png", "--selector", "saliency=1,mask=1"]
+    arguments = ["select", inputs / "wide.png", "--mask", inputs / "band.png", "--selector", selector]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
     assert listing(tmp_path) == ["tokens.png"]

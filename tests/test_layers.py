@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sparse_context"
 
-IDEA = {"tokens", "selectors", "budget", "selection", "saliency", "images", "result", "preview"}
+IDEA = {"tokens", "selectors", "budget", "selection", "saliency", "contrast", "images", "result", "preview"}
 HOSTS = {"sparsify", "families"}
 WORK = {"manifest", "training", "evaluation", "speed", "mini"}
 FACES = {"cli", "app", "server"}
@@ -43,7 +43,9 @@ def forbidden(room, source, package="sparse_context"):
             else:
                 wrong = other in FACES and room not in FACES
         else:
-            wrong = room in IDEA and top not in IDEA_MAY_IMPORT and not (top == "torch" and room == "tokens")
+            wrong = (
+                room in IDEA and top not in IDEA_MAY_IMPORT and not (top == "torch" and room in {"tokens", "saliency"})
+            )
         if wrong:
             found.add(name)
     return found

@@ -6,7 +6,7 @@ from PIL import Image
 
 from sparse_context.selectors import SELECTORS, Mask, blend, edges, mask, resolve, uniform_order, user_mask
 
-PIXEL_SELECTORS = ["edges", "detail", "saliency"]
+PIXEL_SELECTORS = ["edges", "detail", "saliency", "contrast"]
 grids = st.tuples(st.integers(1, 24), st.integers(1, 24))
 
 
@@ -179,12 +179,13 @@ def test_detail_is_the_standard_deviation_of_luma():
     assert SELECTORS["detail"](image, (2, 2), rng()) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["saliency", "contrast"])
 @pytest.mark.parametrize("background", ["plain", "cluttered"])
-def test_saliency_prefers_a_coloured_object(background):
+def test_saliency_prefers_a_coloured_object(name, background):
     image = flat(256, 256, (200, 200, 190)) if background == "plain" else noise(256, 256) // 3 + 60
     image = image.astype(np.uint8)
     image[96:160, 144:208] = (220, 30, 40)
-    scores = SELECTORS["saliency"](image, (16, 16), rng())
+    scores = SELECTORS[name](image, (16, 16), rng())
     best = np.argsort(-scores, axis=None)[:16]
     assert set(best) == {16 * row + column for row in range(6, 10) for column in range(9, 13)}
 
