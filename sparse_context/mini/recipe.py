@@ -366,14 +366,14 @@ def export_examples(folder: Path, destination: Path, scenes: dict[str, tuple[str
 
 
 EXAMPLES = {
-    "background": ("edit_background", 3),
+    "background": ("edit_background", 6),
     "background-2": ("edit_background", 7),
-    "negative": ("edit_global", 3),
+    "negative": ("edit_global", 5),
     "grey": ("edit_global", 11),
-    "recoloured": ("edit_object", 6),
+    "recoloured": ("edit_object", 12),
     "placed": ("subject_place", 9),
     "side-by-side": ("subject_pair", 3),
     "in-front": ("subject_scene", 6),
-    "quarters": ("subject_quarters", 11),
+    "quarters": ("subject_quarters", 19),
 }
 """The demo's scenes: name -> (task, seed). Chosen by their references and truths, before any output was seen."""
