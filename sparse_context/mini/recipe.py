@@ -123,7 +123,7 @@ class BaseConfig:
     pixels, and fewer with more tokens, so that steps cost the same.
     """
 
-    steps: int = 4000
+    steps: int = 3800
     batch: int = 16
     lr: float = 1e-3
     muon_lr: float = 2e-3
@@ -374,6 +374,6 @@ EXAMPLES = {
     "placed": ("subject_place", 9),
     "side-by-side": ("subject_pair", 3),
     "in-front": ("subject_scene", 6),
-    "quarters": ("subject_quarters", 19),
+    "quarters": ("subject_quarters", 15),
 }
 """The demo's scenes: name -> (task, seed). Chosen by their references and truths, before any output was seen."""
