@@ -315,7 +315,7 @@ def test_a_second_run_goes_on_where_the_first_was_stopped(pipe, samples, tmp_pat
     assert len(calls) - 100 == 10
 
 
-def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finished):
+def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finished, tmp_path):
     folder, _ = finished
     cells = grid([1, 0.5, 0.2], ["random", "mask"], limits={0.5: 2})
 
@@ -328,6 +328,12 @@ def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finish
         again(about={"steps": 3})
     with pytest.raises(ValueError, match="is of metrics"):
         again(metrics=find_metrics(["psnr"]))
+    with pytest.raises(ValueError, match=r"is of metrics \['clip_i=one', 'psnr'\] and not \['clip_i=another', 'psnr'\]"):
+        (tmp_path / "cells").mkdir()
+        cell = json.loads((folder / "cells" / "dense.json").read_text())
+        cell["config"]["metrics"] = ["clip_i=one", "psnr"]
+        (tmp_path / "cells" / "dense.json").write_text(json.dumps(cell))
+        evaluate(maker(pipe), samples, cells, find_metrics(["clip_i=another", "psnr"]), tmp_path, seed=5)
     with pytest.raises(ValueError, match="is of share 'joint' and not 'equal'"):
         again(cells=grid([1, 0.5], ["random"], share="equal", limits={0.5: 2}))
     for others in (samples[::-1], [replace(samples[0], prompt="a dog"), *samples[1:]],

@@ -163,7 +163,8 @@ def evaluate(
     }
     if not samples or max(counts.values()) > counts[DENSE]:
         raise ValueError("There are samples that are not made with all tokens: raise the limit of the dense cell.")
-    settings = {**(about or {}), "seed": seed, "metrics": sorted(metrics)}
+    measured = sorted(name if one.model is None else f"{name}={one.model}" for name, one in metrics.items())
+    settings = {**(about or {}), "seed": seed, "metrics": measured}
     configs = {
         name: {**settings, "samples": counts[name], "digest": _digest(samples[: counts[name]]), **cell.to_dict()}
         for name, cell in cells.items()

@@ -238,7 +238,8 @@ class Metric:
 
     function: (output, truth, mask) -> float. against: what `truth` is: "truth" (the sample's picture), "references"
     (each in turn, averaged), "prompt", or "source" (the first reference, with its mask). better: "higher" or "lower".
-    masked: whether it is also taken inside the truth's mask. model: what has to be named to use it; None for nothing.
+    masked: whether it is also taken inside the truth's mask. model: what has to be named to use it, or in what
+    `find_metrics` returns, what was named; None for nothing.
     """
 
     function: Callable[..., float]
@@ -278,5 +279,5 @@ def find_metrics(names: Sequence[str], table: dict[str, Metric] = METRICS) -> di
             raise ValueError(f"The metric {name} needs a model: write {name}=PATH, with {metric.model}.")
         if metric.model is None and model:
             raise ValueError(f"The metric {name} takes no model: write {name} alone.")
-        found[name] = replace(metric, function=partial(metric.function, model=model)) if model else metric
+        found[name] = replace(metric, function=partial(metric.function, model=model), model=model) if model else metric
     return found
