@@ -310,6 +310,19 @@ def test_pickled_weights_are_not_read(name, folder, request, tmp_path, photograp
         find_metrics([f"{name}={copy}"])[name].function(*photographs[:2])
 
 
+@pytest.mark.parametrize(
+    "name, folder, weight",
+    [("clip_i", "tiny_clip", "visual_projection.weight"), ("dino_i", "tiny_dino", "layernorm.weight")],
+)
+def test_weights_that_are_missing_are_not_made_up(name, folder, weight, request, tmp_path, photographs):
+    copy = shutil.copytree(request.getfixturevalue(folder), tmp_path / "partial")
+    weights = load_file(copy / "model.safetensors")
+    del weights[next(key for key in weights if key.endswith(weight))]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"it lacks 1 weights, such as .*{weight}"):
+        find_metrics([f"{name}={copy}"])[name].function(*photographs[:2])
+
+
 def test_packaged_weights_have_to_be_the_known_ones(monkeypatch):
     networks.efficientnet.cache_clear()
     package, file, _ = networks.EFFICIENTNET

@@ -1,7 +1,7 @@
 """The nets behind the perceptual metrics, and how their weights are found. Nothing is unpickled or fetched unasked.
 
 Weights that PyPI packages or torchvision publish as `.pth` are read with `weights_only=True`, which builds tensors and
-nothing else, and only if the file's SHA-256 is the known one. Everything else is safetensors.
+nothing else; those of `st_lpips` and `identity` only if their SHA-256 is the known one. Everything else is safetensors.
 """
 
 import hashlib
@@ -233,7 +233,14 @@ def _pretrained(model: str, net: Any, *others: Any) -> list[Any]:
         try:
             if not local_only:  # `from_pretrained` would try for a minute when offline
                 huggingface_hub.model_info(model, timeout=10)
-            made = [net.from_pretrained(model, local_files_only=local_only, use_safetensors=True)]
+            own, report = net.from_pretrained(
+                model, local_files_only=local_only, use_safetensors=True, output_loading_info=True
+            )
+            # What the file lacks would be random. A pooler, which nothing here asks, is not published with every model.
+            missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+            if missing:
+                raise ValueError(f"as a {type(own).__name__} it lacks {len(missing)} weights, such as {missing[0]}")
+            made = [own]
             for kind in others:
                 backend = {"backend": "pil"} if kind is AutoImageProcessor else {}  # the other one needs torchvision
                 made.append(kind.from_pretrained(model, local_files_only=local_only, **backend))
