@@ -27,7 +27,7 @@ from sparse_context.evaluation.evaluate import (
     summarise,
     table,
 )
-from sparse_context.evaluation.metrics import find_metrics, psnr
+from sparse_context.evaluation.metrics import Metric, find_metrics, psnr
 from sparse_context.evaluation.plots import _level, draw_all, draw_curves, lines_of
 from sparse_context.generation import load_pipeline
 from sparse_context.images import open_picture
@@ -347,6 +347,18 @@ def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finish
         evaluate(maker(pipe), samples, grid([1, 0.2], limits={1: 2}), METRICS, folder / "other")
     with pytest.raises(ValueError, match="The first cell is 'x'"):
         evaluate(maker(pipe), samples, {"x": Cell(SparseContextConfig())}, METRICS, folder / "other")
+
+
+def test_what_fails_says_at_which_sample(pipe, samples, tmp_path):
+    crowded = replace(samples[1], references=samples[1].references * 2, reference_masks=())
+    with pytest.raises(ValueError, match="^Sample sample 1, setting dense: There are 4 references, and this model takes"):
+        evaluate(maker(pipe), [samples[0], crowded], grid([0.5]), METRICS, tmp_path)
+
+    def fails(output, truth, mask):
+        raise AttributeError("'CLIPConfig' object has no attribute 'image_size'")
+
+    with pytest.raises(ValueError, match=r"The metric distance failed \('CLIPConfig' object has no .*\): leave it out"):
+        evaluate(maker(pipe), samples, grid([0.5]), {"distance": Metric(fails)}, tmp_path)
 
 
 def test_a_damaged_cell_is_named(pipe, samples, tmp_path):

@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from ..result import write_result
 from ..selection import TASKS, SparseContextConfig
 from ..selectors import mask as masks_of
 from .metrics import Metric
+from .networks import first_line
 
 DENSE = "dense"
 """The name of the setting that keeps all tokens. Every evaluation has it."""
@@ -184,7 +185,10 @@ def evaluate(
                 bar.set_postfix_str(name)
                 rows = []
                 for i, sample in enumerate(samples[: counts[name]]):
-                    rows.append(_run(make, sample, name, cell.config, metrics, folder, seed + i, shown=i < SHOWN))
+                    try:
+                        rows.append(_run(make, sample, name, cell.config, metrics, folder, seed + i, shown=i < SHOWN))
+                    except ValueError as error:
+                        raise ValueError(f"Sample {sample.name}, setting {name}: {error}") from error
                     bar.update()
                 figures = {"samples": rows}
                 write_result(folder / "cells" / f"{name}.json", f"evaluation of {name}", configs[name], figures)
@@ -298,7 +302,7 @@ def _scores(
     if any(metric.masked and metric.against in ("source", "prompt") for metric in metrics.values()):
         edited = _fit((sample.open_reference_masks() or [None])[0], output)
     for name, metric in metrics.items():
-        function = metric.function
+        function = partial(_measure, name, metric.function)
         if metric.against == "references":
             yield name, _number(np.mean([function(output, r.convert("RGB"), None) for r in references]))
         elif metric.against == "prompt":  # what the output shows, where the prompt says what to do instead
@@ -314,6 +318,15 @@ def _scores(
                     yield f"{name}_in_mask", _number(function(output, truth, mask))
             if dense is not None:
                 yield f"{name}_to_dense", _number(function(output, dense, None))
+
+
+def _measure(name: str, function: Callable[..., float], output: Image.Image, truth: Any, mask: Any) -> float:
+    try:
+        return function(output, truth, mask)
+    except ValueError:
+        raise
+    except Exception as error:  # a model of another kind, memory that ran out
+        raise ValueError(f"The metric {name} failed ({first_line(error)}): leave it out, or change its model.") from error
 
 
 def _fit(picture: Image.Image | None, output: Image.Image) -> Image.Image | None:
