@@ -20,7 +20,7 @@ import torch
 from base_quality import objects, with_other_objects
 from PIL import Image
 
-from sparse_context.evaluation.evaluate import DENSE, evaluate, grid, maker, table
+from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, table
 from sparse_context.evaluation.metrics import Metric, decoys, features, find_metrics, nearest_of
 from sparse_context.evaluation.plots import draw_curves, draw_sheet
 from sparse_context.generation import call_settings, load_pipeline
@@ -79,7 +79,7 @@ def main() -> None:
     limits = dict.fromkeys(MANY, arguments.scenes) | dict.fromkeys(FEW, arguments.few)
     cells = grid(sorted(limits, reverse=True), SELECTORS, limits=limits)
     about = {"split": arguments.split, "model": arguments.model or "embedded", "lora": arguments.lora,
-             "steps": arguments.steps, "call": call_settings(pipe)}  # fmt: skip
+             "weights": fingerprint(pipe), "steps": arguments.steps, "call": call_settings(pipe)}  # fmt: skip
     folder = arguments.folder or ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
     result = evaluate(make, samples, cells, metrics, folder, about=about)
     write_result(arguments.output, arguments.output.stem, result["config"], result["figures"])

@@ -351,7 +351,7 @@ def evaluate(
     ),
 ) -> None:
     """Measure quality against the tokens kept, on the same noise, with 95 % intervals."""
-    from .evaluation.evaluate import evaluate, grid, maker, open_folder, table
+    from .evaluation.evaluate import evaluate, fingerprint, grid, maker, open_folder, table
     from .evaluation.metrics import METRICS, find_metrics
     from .evaluation.pie_bench import PIE_METRICS, read_pie_bench
     from .evaluation.plots import draw_all
@@ -377,8 +377,9 @@ def evaluate(
     adapter = None if lora is None else str(lora)
     pipe = load_pipeline(model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=adapter)
     pipe.set_progress_bar_config(disable=True)
-    about = {"data": str(manifest or pie_bench), "model": model or "embedded", "lora": _fingerprint(lora),
-             "steps": steps, "guidance_scale": guidance_scale, "dtype": dtype}  # fmt: skip
+    about = {"data": str(manifest or pie_bench), "model": model or "embedded", "lora": adapter,
+             "weights": fingerprint(pipe), "steps": steps, "guidance_scale": guidance_scale,
+             "dtype": dtype}  # fmt: skip
     make = maker(pipe, steps=steps, guidance_scale=guidance_scale)
     result = evaluate(make, samples, cells, metrics, output, seed=seed, about=about)
     drawn = draw_all(result, output, samples)
@@ -396,16 +397,6 @@ def demo(
 
     _hide_loading_bars()
     run_demo(output, _number(keep))
-
-
-def _fingerprint(path: Path | None) -> str | None:
-    """A file's name with the beginning of its SHA-256: training may have put another in its place."""
-    import hashlib
-
-    if path is None or not path.is_file():
-        return None if path is None else str(path)
-    with path.open("rb") as file:
-        return f"{path} ({hashlib.file_digest(file, 'sha256').hexdigest()[:12]})"
 
 
 def _config(keep, selector, task, coverage, share, floor, mask, references) -> "SparseContextConfig":

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import picture
 
 from sparse_context import SparseContextConfig
@@ -22,6 +25,7 @@ from sparse_context.evaluation.evaluate import (
     Cell,
     bootstrap_interval,
     evaluate,
+    fingerprint,
     grid,
     maker,
     summarise,
@@ -169,8 +173,6 @@ def test_a_sample_without_masks_cannot_be_evaluated_by_them(pipe, samples, tmp_p
 
 
 def test_the_output_has_the_size_of_the_truth_where_the_model_names_none(tiny_model, samples, tmp_path):
-    import shutil
-
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "call.json").write_text(
         json.dumps({"num_inference_steps": 1, "max_sequence_length": 12, "text_encoder_out_layers": [1, 2]})
@@ -328,7 +330,9 @@ def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finish
         again(about={"steps": 3})
     with pytest.raises(ValueError, match="is of metrics"):
         again(metrics=find_metrics(["psnr"]))
-    with pytest.raises(ValueError, match=r"is of metrics \['clip_i=one', 'psnr'\] and not \['clip_i=another', 'psnr'\]"):
+    with pytest.raises(
+        ValueError, match=r"is of metrics \['clip_i=one', 'psnr'\] and not \['clip_i=another', 'psnr'\]"
+    ):
         (tmp_path / "cells").mkdir()
         cell = json.loads((folder / "cells" / "dense.json").read_text())
         cell["config"]["metrics"] = ["clip_i=one", "psnr"]
@@ -351,7 +355,9 @@ def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finish
 
 def test_what_fails_says_at_which_sample(pipe, samples, tmp_path):
     crowded = replace(samples[1], references=samples[1].references * 2, reference_masks=())
-    with pytest.raises(ValueError, match="^Sample sample 1, setting dense: There are 4 references, and this model takes"):
+    with pytest.raises(
+        ValueError, match="^Sample sample 1, setting dense: There are 4 references, and this model takes"
+    ):
         evaluate(maker(pipe), [samples[0], crowded], grid([0.5]), METRICS, tmp_path)
 
     def fails(output, truth, mask):
@@ -452,6 +458,24 @@ def test_the_command_evaluates_and_goes_on(manifest, tiny_model, tmp_path, monke
     assert call(monkeypatch, arguments) == 0
     assert (tmp_path / "out" / "cells" / "dense.json").read_bytes() == dense
     assert (tmp_path / "out" / "cells" / "random-0.25.json").is_file()
+
+
+def test_other_weights_in_the_same_folder_are_noticed(manifest, tiny_model, tmp_path, monkeypatch, capsys):
+    """A tensor of one part differs; in another folder the same weights are the same."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    before = load_pipeline(str(tiny_model), dtype="float32", device="cpu")
+    arguments = command(manifest, model, tmp_path / "out", "--keep", "0.5", "--limit", "1")
+    assert call(monkeypatch, arguments) == 0
+    config = json.loads((tmp_path / "out" / "result.json").read_text())["config"]
+    assert config["weights"] == fingerprint(before)
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["norm_out.linear.weight"] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    assert call(monkeypatch, arguments) == 2
+    assert f"dense.json is of weights '{config['weights']}' and not '" in capsys.readouterr().err
+    before.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    assert fingerprint(before) != config["weights"]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -137,6 +138,20 @@ def maker(
     return make
 
 
+def fingerprint(pipe: Any) -> str:
+    """What the weights of a pipeline, adapters included, are told apart by: some values of every tensor of its parts.
+
+    For `about` of `evaluate`: training may have put others in the place of a folder or file of the same name.
+    """
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        for key, weight in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+            digest.update(f"{name}.{key} {tuple(weight.shape)}".encode())
+            values = weight.detach().flatten()
+            digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def evaluate(
     make: Maker,
     samples: Sequence[Sample],
@@ -150,7 +165,7 @@ def evaluate(
     """Run every cell over the samples and return the result that is also written to `folder`/result.json.
 
     make: see `maker`. cells: see `grid`; the first is `DENSE`. metrics: see `metrics.find_metrics`.
-    about: what else the figures depend on (model, adapter, steps ...), for the record.
+    about: what else the figures depend on (model, adapter, `fingerprint` of their weights, steps ...), for the record.
 
     A cell whose file is there is not run again. Raises ValueError where that file is of other settings, and, before
     anything is made, where a sample lacks what a setting needs or has a picture that cannot be read.
@@ -326,7 +341,9 @@ def _measure(name: str, function: Callable[..., float], output: Image.Image, tru
     except ValueError:
         raise
     except Exception as error:  # a model of another kind, memory that ran out
-        raise ValueError(f"The metric {name} failed ({first_line(error)}): leave it out, or change its model.") from error
+        raise ValueError(
+            f"The metric {name} failed ({first_line(error)}): leave it out, or change its model."
+        ) from error
 
 
 def _fit(picture: Image.Image | None, output: Image.Image) -> Image.Image | None:
