@@ -372,8 +372,10 @@ def evaluate(
     open_folder(output)
 
     _hide_loading_bars()
-    from .generation import load_pipeline
+    from .generation import check_references, load_pipeline
 
+    for count in sorted({len(sample.references) for sample in samples}):
+        check_references(model, count, inpaint=False)
     adapter = None if lora is None else str(lora)
     pipe = load_pipeline(model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=adapter)
     pipe.set_progress_bar_config(disable=True)

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -260,6 +260,11 @@ def _first_line(error: BaseException) -> str:
     return text.rstrip(".!") or type(error).__name__
 
 
+def call_inputs(pipe: Any) -> Container[str]:
+    """The names of what a call of this pipeline takes, such as "height"."""
+    return pipe.blocks.input_names if family_of(pipe).modular else inspect.signature(type(pipe).__call__).parameters
+
+
 def call_settings(pipe: Any) -> dict:
     """What this model wants of a call, from the `call.json` beside its weights; else what suits its class.
 
@@ -340,7 +345,7 @@ def generate(
     if most is not None and len(references) > most:
         raise ValueError(f"There are {len(references)} references, and this model takes at most {most}: pass fewer.")
     _check_references(name, family, len(references), inpaint is not None)
-    taken = pipe.blocks.input_names if family.modular else inspect.signature(type(pipe).__call__).parameters
+    taken = call_inputs(pipe)
     for dial, value in (("steps", steps), ("height", height), ("width", width)):
         if value is not None and value < 1:
             raise ValueError(f"{dial} is {value}: pass a number above 0.")

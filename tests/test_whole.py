@@ -1,5 +1,6 @@
 """Every kind of pipeline that the command drives, as a tiny model in a folder, from the prompt to the picture."""
 
+import io
 import json
 import sys
 
@@ -9,9 +10,12 @@ from PIL import Image
 from tiny import middle, picture
 from whole import WHOLE, save_whole
 
+from sparse_context import SparseContextConfig
 from sparse_context.cli import main
+from sparse_context.evaluation.evaluate import maker
 from sparse_context.families import FAMILIES
 from sparse_context.generation import generate, load_pipeline
+from sparse_context.manifest import Sample
 
 # FLUX.2 dev needs a text encoder of Mistral's with a processor of its own; klein and klein-KV are in test_cli.py and
 # test_generation.py.
@@ -120,6 +124,29 @@ def test_what_a_pipeline_does_not_take_is_one_sentence(command, folders, name, o
     save_file({"a": np.zeros(1)}, "lora.safetensors")
     code, out, err = command("generate", "-m", folders(name), *usual(name), "--prompt", "x", *options)
     assert (code, out) == (2, "") and says in err and err.count("\n") == 1
+
+
+def test_evaluation_tells_limits_before_any_weights_are_read(command, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
+    rows = [{"references": names, "prompt": "x"} for names in (["a.png"], ["a.png", "b.png"])]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, err = command("evaluate", "--manifest", "samples.jsonl", "-m", model, "--metric", "psnr")
+    assert (code, out) == (2, "") and "There are 2 references, and FluxKontextPipeline takes at most 1" in err
+
+
+@pytest.mark.parametrize(
+    "name, size", [("LongCatImageEditPipeline", None), ("Flux3DistilledModularPipeline", (64, 96))]
+)
+def test_a_sample_with_a_picture_of_another_size_is_evaluated(folders, name, size):
+    pipe = loaded(folders(name))
+    file = io.BytesIO()
+    picture(70, 100).save(file, "png")
+    sample = Sample("x", "the cat", (file.getvalue(),), file.getvalue())
+    made = maker(pipe, steps=1)(sample, SparseContextConfig(), 0).image
+    plain = generate(pipe, sample.open_references(), "the cat", steps=1).image
+    assert made.size == (size or plain.size)
 
 
 def loaded(folder):

@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..budget import check_budget
-from ..generation import Generation, call_settings, generate
+from ..generation import Generation, call_inputs, call_settings, generate
 from ..images import check_output, open_picture, save_picture
 from ..manifest import Sample
 from ..preview import MAX_AREA, draw_selection
@@ -113,13 +113,13 @@ def maker(
     """How `generation.generate` makes a sample with `pipe`.
 
     The output has the size that the model's own call settings name, else that of the sample's `image` in whole tokens
-    and at most a megapixel, else what the pipeline takes from the references.
+    and at most a megapixel, else what the pipeline takes from the references. (LongCat always does the latter.)
 
     Where a setting's task is "auto", the sample's own is used: `task_of(sample)`, one for all references or one for
     each; by default `sample.task`, if that is "edit" or "subject". A selector that was named is taken at its word then
     too: the task adds no coverage to it.
     """
-    fixed = "height" in call_settings(pipe)
+    fixed = "height" in call_settings(pipe) or "height" not in call_inputs(pipe)
 
     def make(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
         height = width = None
