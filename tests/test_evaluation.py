@@ -107,6 +107,10 @@ def test_the_grid_is_all_tokens_once_and_every_keep_with_every_selector():
         grid([1.2])
     with pytest.raises(ValueError, match="selector"):
         grid([0.2], ["edge"])
+    one, other = (lambda image, grid, rng: np.ones(grid)), (lambda image, grid, rng: np.zeros(grid))
+    assert len(grid([0.2], [one, one])) == 2
+    with pytest.raises(ValueError, match="^Two settings are named '_lambda_-0.2'"):
+        grid([0.2], [one, other])
 
 
 # What is made ---------------------------------------------------------------------------------------------------------
@@ -151,7 +155,8 @@ def test_random_dropping_differs_from_sample_to_sample_and_not_from_run_to_run(p
     assert set(again.selection.references[0].index.tolist()) == first
 
 
-def test_the_mask_selector_keeps_what_each_sample_says(pipe, samples, tmp_path):
+@pytest.mark.parametrize("selector", ["mask", {"mask": 0.9, "random": 0.1}], ids=str)
+def test_the_mask_selector_keeps_what_each_sample_says(selector, pipe, samples, tmp_path):
     """The masked corner is a quarter of the tokens."""
     kept = []
 
@@ -160,16 +165,25 @@ def test_the_mask_selector_keeps_what_each_sample_says(pipe, samples, tmp_path):
         kept.append([reference.mask for reference in made.selection.references])
         return made
 
-    evaluate(make, samples[:2], grid([0.25], ["mask"]), METRICS, tmp_path)
+    evaluate(make, samples[:2], grid([0.25], [selector]), METRICS, tmp_path)
     expected = np.asarray(corner((8, 8))) > 0
     assert [len(masks) for masks in kept[2:]] == [1, 2]
     assert all(np.array_equal(mask, expected) for masks in kept[2:] for mask in masks)
 
 
-def test_a_sample_without_masks_cannot_be_evaluated_by_them(pipe, samples, tmp_path):
+@pytest.mark.parametrize("selector", ["mask", {"mask": 0.9, "random": 0.1}], ids=str)
+def test_a_sample_without_masks_cannot_be_evaluated_by_them(selector, pipe, samples, tmp_path):
     bare = Sample("bare", "a cat", samples[0].references, samples[0].image)
-    with pytest.raises(ValueError, match="The selector 'mask' needs masks, and the sample bare has none"):
-        evaluate(maker(pipe), [bare], grid([0.5], ["mask"]), METRICS, tmp_path)
+    with pytest.raises(ValueError, match="^The selector 'mask' needs masks, and the sample bare has none"):
+        evaluate(maker(pipe), [bare], grid([0.5], [selector]), METRICS, tmp_path)
+    assert not list(tmp_path.iterdir())  # it was told before anything was made
+
+
+@pytest.mark.parametrize("name", ["../outside", "a\\b", "..", ""])
+def test_a_sample_is_written_nowhere_but_in_the_folder(name, pipe, samples, tmp_path):
+    with pytest.raises(ValueError, match="^A sample is named .*, which no file can be"):
+        evaluate(maker(pipe), [replace(samples[0], name=name)], grid([0.5]), METRICS, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_output_has_the_size_of_the_truth_where_the_model_names_none(tiny_model, samples, tmp_path):

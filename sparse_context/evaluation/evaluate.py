@@ -83,7 +83,7 @@ def grid(
     """A cell for every keep, selector, task and coverage, by name; all tokens are one cell, `DENSE`, the first.
 
     limits: how many samples at one keep. settings: other fields of `SparseContextConfig`, such as share.
-    Raises ValueError for a value out of range.
+    Raises ValueError for a value out of range, and for two settings of one name (two functions may have the same).
     """
     limits = limits or {}
     everything = next((keep for keep in keeps if _keeps_all(keep)), 1.0)
@@ -94,7 +94,9 @@ def grid(
         parts = [_label(config), keep]
         parts += [] if task == "auto" else [task]
         parts += [] if coverage is None else [f"coverage={coverage:g}"]
-        cells[re.sub(r"[^\w.,=+-]+", "_", "-".join(map(str, parts)))] = Cell(config, limits.get(keep))
+        name, cell = re.sub(r"[^\w.,=+-]+", "_", "-".join(map(str, parts))), Cell(config, limits.get(keep))
+        if cells.setdefault(name, cell) != cell:
+            raise ValueError(f"Two settings are named {name!r}: give each function a name of its own.")
     return cells
 
 
@@ -187,11 +189,14 @@ def evaluate(
     }
     done = {name: _read_cell(folder / "cells" / f"{name}.json", configs[name]) for name in cells}
     names = [sample.name for sample in samples[: counts[DENSE]]]
+    for name in names:
+        if name in ("", ".", "..") or re.search(r"[/\\\x00]", name):
+            raise ValueError(f"A sample is named {name!r}, which no file can be: leave out slashes.")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"Two samples are named {twice!r}: give each a name of its own.")
     if any(rows is None for rows in done.values()):
-        masked = [counts[n] for n, cell in cells.items() if done[n] is None and cell.config.selector == "mask"]
+        masked = [counts[n] for n, cell in cells.items() if done[n] is None and _asks_for_masks(cell.config)]
         _check(samples[: counts[DENSE]], max(masked, default=0))
     left = sum(counts[name] for name, rows in done.items() if rows is None)
     with tqdm(total=left, unit="sample", desc="evaluate", disable=not left) as bar:
@@ -274,8 +279,12 @@ def _run(
     shown: bool,
 ) -> dict[str, Any]:
     """Make one sample under one setting: its figures."""
-    if config.selector == "mask":
-        config = replace(config, selector=_oracle(sample))
+    if _asks_for_masks(config):
+        given, selector = _oracle(sample), config.selector
+        blend = isinstance(selector, Mapping)
+        config = replace(
+            config, selector={given if n == "mask" else n: w for n, w in selector.items()} if blend else given
+        )
     made = make(sample, replace(config, seed=seed), seed)
     output = made.image.convert("RGB")
     path = folder / "dense" / f"{sample.name}.png"
@@ -292,6 +301,11 @@ def _run(
     tokens = (made.selection.kept, made.selection.total) if made.selection else (0, 0)
     return {"name": sample.name, "task": sample.task, "kept": tokens[0], "total": tokens[1],
             "seconds": round(made.times.total, 4), "scores": dict(_scores(output, sample, dense, metrics))}  # fmt: skip
+
+
+def _asks_for_masks(config: SparseContextConfig) -> bool:
+    """Whether the sample's own masks decide, alone or in a blend."""
+    return "mask" in config.selector if isinstance(config.selector, Mapping) else config.selector == "mask"
 
 
 def _oracle(sample: Sample) -> Any:
