@@ -145,14 +145,20 @@ def test_every_setting_starts_from_the_same_noise(pipe, samples, tmp_path, monke
     assert not torch.equal(noise[0, 0], noise[0, 1])
 
 
-def test_random_dropping_differs_from_sample_to_sample_and_not_from_run_to_run(pipe, samples):
-    config, make = SparseContextConfig(keep=0.5, selector="random"), maker(pipe)
-    twins = [samples[0]] * 2
-    kept = [make(sample, SparseContextConfig(keep=0.5, selector="random", seed=i), i) for i, sample in enumerate(twins)]
-    again = make(samples[0], config, 0)
-    first, second = (set(made.selection.references[0].index.tolist()) for made in kept)
-    assert first != second
-    assert set(again.selection.references[0].index.tolist()) == first
+def test_random_dropping_differs_from_sample_to_sample_and_not_from_run_to_run(pipe, samples, tmp_path):
+    kept = []
+
+    def make(sample, config, seed):
+        made = maker(pipe)(sample, config, seed)
+        kept.append(made.selection.references[0].index.tolist())
+        return made
+
+    twins = [replace(samples[0], name=name) for name in ("one", "other")]
+    for run in ("first", "second"):
+        evaluate(make, twins, grid([0.5], ["random"]), METRICS, tmp_path / run)
+    first, second, again = kept[2:4], kept[4:6], kept[6:]  # all tokens come first, of both
+    assert first == again and first[0] != first[1]
+    assert second == [list(range(64))] * 2
 
 
 @pytest.mark.parametrize("selector", ["mask", {"mask": 0.9, "random": 0.1}], ids=str)
