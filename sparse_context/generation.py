@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -302,18 +303,16 @@ Fit = Callable[[Image.Image], Image.Image]
 def _fit_masks(selector: Any, fits: Sequence[Fit]) -> Any:
     """`selector` with the user's masks in it scaled and padded as `fits` do with the pictures of each reference."""
     if isinstance(selector, Mask):
-        return Mask(
-            [
-                m if m is None else np.asarray(fit(Image.fromarray(m)))
-                for m, fit in zip(selector.masks, fits, strict=False)  # more masks than references are ignored
-            ]
-        )
+        pairs = zip_longest(
+            selector.masks, fits[: len(selector.masks)]
+        )  # what is beyond the references is refused later
+        return Mask([m if m is None or fit is None else np.asarray(fit(Image.fromarray(m))) for m, fit in pairs])
     if isinstance(selector, Blend):
         return Blend([(_fit_masks(part, fits), weight) for part, weight in selector.parts])
     if isinstance(selector, Mapping):
         return {_fit_masks(part, fits): weight for part, weight in selector.items()}
     if isinstance(selector, (list, tuple)):
-        return [_fit_masks(part, [fit]) for part, fit in zip(selector, fits, strict=False)]
+        return [_fit_masks(part, fits[i : i + 1]) for i, part in enumerate(selector)]
     return selector
 
 

@@ -278,6 +278,15 @@ def test_references_that_do_not_suit(pipe):
     wrong = SparseContextConfig(selector=mask([np.ones((32, 64), bool)]))
     with pytest.raises(ValueError, match="^The mask of reference 1 is 64x32, but its picture is 64x64: pass a mask"):
         generate(pipe, [picture(64, 64)], "the cat", wrong)
+    for selector in (mask([np.ones((64, 64), bool)] * 2), {mask([np.ones((64, 64), bool)] * 2): 1.0}):
+        with pytest.raises(
+            ValueError, match="^The selector holds 2 masks for 1 references: pass one mask per reference"
+        ):
+            generate(pipe, [picture(64, 64)], "the cat", SparseContextConfig(selector=selector))
+    with pytest.raises(
+        ValueError, match="^selector has 2 values for 1 references: pass one value, or one per reference"
+    ):
+        generate(pipe, [picture(64, 64)], "the cat", SparseContextConfig(selector=["edges", "random"]))
 
 
 def test_what_fails_in_the_pipeline_is_one_sentence_with_its_cause(pipe, tmp_path):
