@@ -27,13 +27,13 @@ from sparse_context.generation import call_settings, generate, load_pipeline
 from sparse_context.images import save_picture
 from sparse_context.mini.data import SPLITS, Assets, load_assets
 from sparse_context.mini.recipe import to_tensor
+from sparse_context.mini.samples import FIRST_SEED, tasks_of
 from sparse_context.mini.scenes import EDITS, SIZE, TASKS, Scene, make_scene
 from sparse_context.preview import column, label, side_by_side
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = 64
-FIRST_SEED = {"validation": 10_000, "test": 20_000}
 SHOWN = 3  # scenes of each task on the sheet
 LOOKED_AT = "edit_remove"  # what was behind the object can only be guessed: shown, not scored
 
@@ -95,8 +95,7 @@ def main() -> None:
         seed = FIRST_SEED[arguments.split] + number
         scene = make_scene(assets, task, seed)
         references = [Image.fromarray(r) for r in scene.references]
-        tasks = ["edit" if r.size == (SIZE, SIZE) else "subject" for r in references]
-        config = SparseContextConfig(keep=1.0, task=tasks)
+        config = SparseContextConfig(keep=1.0, task=tasks_of(scene))
         output = np.asarray(generate(pipe, references, scene.prompt, config, seed=seed).image)
         if number < SHOWN:
             tiles = [cv2.resize(p, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for p in scene.references]

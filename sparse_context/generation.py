@@ -303,9 +303,8 @@ Fit = Callable[[Image.Image], Image.Image]
 def _fit_masks(selector: Any, fits: Sequence[Fit]) -> Any:
     """`selector` with the user's masks in it scaled and padded as `fits` do with the pictures of each reference."""
     if isinstance(selector, Mask):
-        pairs = zip_longest(
-            selector.masks, fits[: len(selector.masks)]
-        )  # what is beyond the references is refused later
+        # What is beyond the references stays as it is, and is refused where tokens are selected
+        pairs = zip_longest(selector.masks, fits[: len(selector.masks)])
         return Mask([m if m is None or fit is None else np.asarray(fit(Image.fromarray(m))) for m, fit in pairs])
     if isinstance(selector, Blend):
         return Blend([(_fit_masks(part, fits), weight) for part, weight in selector.parts])
