@@ -123,7 +123,8 @@ def select_pictures(pictures: Sequence[Image.Image], config: SparseContextConfig
 
 
 def label(picture: Image.Image, text: str) -> Image.Image:
-    """A picture with a line of text below it on white."""
+    """A picture with a line of text below it on white. Line ends in the text, as prompts may have, become spaces."""
+    text = " ".join(text.split())
     height = max(12, min(22, picture.width // 16))
     font = ImageFont.load_default(height)
     while height > 6 and font.getlength(text) > picture.width:

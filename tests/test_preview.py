@@ -178,6 +178,11 @@ def test_a_label_is_a_line_below_the_picture(width, line):
     assert not written[-1].any()
 
 
+def test_a_label_of_several_lines_is_written_in_one():
+    plain = Image.new("RGB", (200, 10), RED)
+    assert np.array_equal(label(plain, "a\nb\r\n c"), label(plain, "a b c"))
+
+
 def test_a_long_label_is_written_smaller():
     labelled = np.asarray(label(Image.new("RGB", (200, 10), RED), "as long as this line of text is, and longer"))
     written = (labelled[10:] != 255).any(-1).any(0)

@@ -280,11 +280,10 @@ def _run(
 ) -> dict[str, Any]:
     """Make one sample under one setting: its figures."""
     if _asks_for_masks(config):
-        given, selector = _oracle(sample), config.selector
-        blend = isinstance(selector, Mapping)
-        config = replace(
-            config, selector={given if n == "mask" else n: w for n, w in selector.items()} if blend else given
-        )
+        given: Any = _oracle(sample)
+        if isinstance(config.selector, Mapping):
+            given = {given if part == "mask" else part: weight for part, weight in config.selector.items()}
+        config = replace(config, selector=given)
     made = make(sample, replace(config, seed=seed), seed)
     output = made.image.convert("RGB")
     path = folder / "dense" / f"{sample.name}.png"
