@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparse_context.training.dropping import Dropping, draw_selection
-from sparse_context.training.loop import SCHEDULES, learning_rate, load_average, make_optimisers, train
+from sparse_context.training.loop import SCHEDULES, learning_rate, load_average, make_optimisers, newest_step, train
 
 
 def problem():
@@ -72,6 +73,35 @@ def test_two_checkpoints_are_kept_and_a_half_written_one_is_ignored(tmp_path):
     (tmp_path / "step-0000015.partial").mkdir()
     module, _, _ = problem()
     assert load_average(tmp_path, module) == 12
+
+
+def test_checkpoints_go_by_their_number_and_copies_beside_them_are_left_alone(tmp_path):
+    run(tmp_path)
+    (tmp_path / "step-0000009").rename(tmp_path / "step-9999999")
+    (tmp_path / "step-0000012").rename(tmp_path / "step-10000000")
+    (tmp_path / "step-10000000 copy").mkdir()
+    (tmp_path / "step-notes.txt").write_text("mine")
+    assert newest_step(tmp_path) == 10_000_000
+    run(tmp_path, steps=10_000_001, keep_last=1)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-10000000 copy", "step-10000001", "step-notes.txt"]
+
+
+def test_a_damaged_checkpoint_is_one_sentence_and_without_it_the_run_continues(tmp_path):
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stop_at=8)
+    newest = tmp_path / "cut" / "step-0000006"
+    for damage in (b"half", None):
+        if damage is None:
+            (newest / "weights.safetensors").unlink()
+        else:
+            (newest / "weights.safetensors").write_bytes(damage)
+        with pytest.raises(OSError, match=r"step-0000006 cannot be continued \(.*\): delete it") as raised:
+            run(tmp_path / "cut")
+        assert "\n" not in str(raised.value)
+    shutil.rmtree(newest)
+    resumed = run(tmp_path / "cut")
+    assert all(torch.equal(whole[1][name], resumed[1][name]) for name in whole[1])
 
 
 def test_it_stops_in_time_and_has_saved(tmp_path):

@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -210,7 +211,13 @@ def _follow(average: nn.Module, module: nn.Module, decay: float) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if p.suffix != ".partial")
+    """The checkpoints by their steps. Copies that somebody put beside them under other names are none."""
+    named = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+    return sorted(named, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _tidy(folder: Path, first: int) -> None:
@@ -283,7 +290,7 @@ def _own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def newest_step(folder: Path) -> int:
     """The number of steps that the newest checkpoint in `folder` has seen; 0 without one."""
     checkpoints = _checkpoints(folder)
-    return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
+    return _step(checkpoints[-1]) if checkpoints else 0
 
 
 def _resume(folder: Path, module: nn.Module, average: nn.Module, optimisers) -> int:
@@ -292,10 +299,17 @@ def _resume(folder: Path, module: nn.Module, average: nn.Module, optimisers) -> 
     if not checkpoints:
         return 0
     newest = checkpoints[-1]
-    module.load_state_dict(load_file(newest / "weights.safetensors"))
-    if average is not module:
-        average.load_state_dict(load_file(newest / "average.safetensors"))
-    flat = load_file(newest / "optimiser.safetensors")
+    try:
+        module.load_state_dict(load_file(newest / "weights.safetensors"))
+        if average is not module:
+            average.load_state_dict(load_file(newest / "average.safetensors"))
+        flat = load_file(newest / "optimiser.safetensors")
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: weights of other names or shapes
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200].rstrip(".")
+        raise OSError(
+            f"The checkpoint {newest} cannot be continued ({reason}): delete it, and the run continues from the one "
+            "before."
+        ) from error
     for i, optimiser in enumerate(optimisers):
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in flat.items():
@@ -303,7 +317,7 @@ def _resume(folder: Path, module: nn.Module, average: nn.Module, optimisers) -> 
             if int(which) == i:
                 state.setdefault(int(index), {})[name] = tensor
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return int(newest.name.removeprefix("step-"))
+    return _step(newest)
 
 
 def load_average(folder: Path, module: nn.Module) -> int:
@@ -312,4 +326,4 @@ def load_average(folder: Path, module: nn.Module) -> int:
     if not checkpoints:
         raise FileNotFoundError(f"{folder} holds no checkpoint: run the step of the recipe that writes it first")
     module.load_state_dict(load_file(checkpoints[-1] / "average.safetensors"))
-    return int(checkpoints[-1].name.removeprefix("step-"))
+    return _step(checkpoints[-1])
