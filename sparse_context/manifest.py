@@ -29,7 +29,7 @@ from .images import PictureError, open_mask, open_picture
 
 FIELDS = ("references", "prompt", "image", "mask", "reference_masks", "task", "name")
 FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # of the `datasets` library
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.jsonl)(?<!\.json)")  # but a manifest that is missing is none
 
 Picture = Path | bytes
 """A picture that is not opened yet: a file, or the bytes of one."""
@@ -241,6 +241,9 @@ def _make_sample(
     def texts(field: str) -> str | None:
         if value[field] is not None and not isinstance(value[field], str):
             problems.append(f"{where}: {known[field]!r} is {_short(value[field])}: write text.")
+            return None
+        if value[field] is not None and re.search("[\ud800-\udfff]", value[field]):  # no tokenizer takes that
+            problems.append(f"{where}: {known[field]!r} holds half of a character (a lone surrogate): write it whole.")
             return None
         return value[field]
 

@@ -78,6 +78,7 @@ def test_every_bad_row_is_named_at_once(folder):
         {**GOOD, "name": "a/b"},
         {**GOOD, "name": "twin"},
         {**GOOD, "name": "twin"},
+        '{"references": "a.png", "image": "truth.png", "prompt": "a \\ud83d cat"}',
     )
     problems = check_samples(path)
     expected = [
@@ -94,16 +95,19 @@ def test_every_bad_row_is_named_at_once(folder):
         "line 9 has 2 reference masks for 1 references",
         "line 10: the name 'a/b'",
         "line 12 has the name 'twin' of line 11",
+        "line 13: 'prompt' holds half of a character",
     ]
     assert len(problems) == len(expected)
     assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True)), problems
     assert "missing.png" in problems[7] and "text.png" in problems[8]
-    with pytest.raises(ManifestError, match=r"line 2 is no JSON.*\(9 more problems: --check-data"):
+    with pytest.raises(ManifestError, match=r"line 2 is no JSON.*\(10 more problems: --check-data"):
         read_samples(path)
 
 
 def test_no_file_and_no_rows_are_said(folder):
-    for source, message in ((folder / "nothing.jsonl", "does not exist"), (write(folder, ""), "holds no sample")):
+    cases = ((folder / "nothing.jsonl", "does not exist"), ("no-folder/train.jsonl", "does not exist"),
+             (write(folder, ""), "holds no sample"))  # fmt: skip
+    for source, message in cases:
         for function in (read_samples, check_samples):
             with pytest.raises(ManifestError, match=message):
                 function(source)
