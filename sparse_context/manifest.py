@@ -239,13 +239,14 @@ def _make_sample(
         return tuple(made)
 
     def texts(field: str) -> str | None:
-        if value[field] is not None and not isinstance(value[field], str):
-            problems.append(f"{where}: {known[field]!r} is {_short(value[field])}: write text.")
+        text = value[field]
+        if text is not None and not isinstance(text, str):
+            problems.append(f"{where}: {known[field]!r} is {_short(text)}: write text.")
             return None
-        if value[field] is not None and re.search("[\ud800-\udfff]", value[field]):  # no tokenizer takes that
+        if text is not None and re.search("[\ud800-\udfff]", text):  # no tokenizer takes that
             problems.append(f"{where}: {known[field]!r} holds half of a character (a lone surrogate): write it whole.")
             return None
-        return value[field]
+        return text
 
     references = value["references"]
     if references is None or references == [] or references == "":
