@@ -31,7 +31,9 @@ def subject_sample(row: dict, number: int) -> tuple[dict, dict[str, Image.Image]
     if not scores or not says or row["image"].size != (1056, 528) or any((scores.get(s) or 0) < 5 for s in SCORES):
         return None
     first, second = VIEWS if number % 2 else VIEWS[::-1]
-    prompt = says["description_1" if number % 2 else "description_0"]
+    prompt = says.get("description_1" if number % 2 else "description_0")
+    if not prompt or not says.get("item"):
+        return None
     pictures = {"reference": row["image"].crop(first), "image": row["image"].crop(second)}
     return {"prompt": f"{prompt} The {says['item']} is the one of image 1.", "task": "subject"}, pictures
 
