@@ -15,7 +15,7 @@ MAX_ASPECT = 8  # they refuse anything wider or taller
 MIN_SIDE = 64  # and anything smaller, in pixels
 
 
-def fit_reference(picture: Image.Image, side: int | None = None, narrow: bool = True) -> Image.Image:
+def fit_reference(picture: Image.Image, side: float | None = None, narrow: bool = True) -> Image.Image:
     """A reference in a size that its pipeline takes as it is: RGB, RGBA, or L for a mask.
 
     What is longer than 8:1 is padded to that, centred, with white (a mask with 0). The result then has about `side`**2

@@ -44,6 +44,8 @@ def call(monkeypatch, capfd, *arguments):
 
 
 def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, tiny_model, tmp_path):
+    from accelerate.state import AcceleratorState
+
     from sparse_context.generation import load_pipeline
 
     common = ["--data", data / "good.jsonl", "-m", tiny_model, "--dtype", "float32", "--mixed-precision", "no",
@@ -65,6 +67,16 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
     config = json.loads((out / "config.json").read_text())
     assert config["dropping"]["mix"] == {"random": 1.0, "blobs": 1.0} and config["dropping"]["coverage"] == [0.1]
     assert sorted(p.name for p in out.glob("step-*")) == ["step-0000002", "step-0000003"]
+    for other, says in (
+        (["--mixed-precision", "bf16"], "mixed_precision was 'no' and is now 'bf16'"),
+        (["--dtype", "bfloat16"], "base_weights was"),
+        (["--split", "test"], "source was"),
+    ):
+        again = [*common, "--output-dir", out, "--max-train-steps", 4, "--resume", "latest", *other]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        code, _, errors = call(monkeypatch, capfd, *again)
+        assert code == 2 and f"was started with other settings: {says}" in errors, errors
+    AcceleratorState._reset_state(reset_partial_state=True)
     whole = call(monkeypatch, capfd, *common, "--output-dir", tmp_path / "whole", "--max-train-steps", 3)
     assert whole[0] == 0
     one, other = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (out, tmp_path / "whole"))
@@ -95,6 +107,8 @@ BAD = [
     (["--report-to", "wandb"], "report_to is 'wandb'"),
     (["--resolution", "16"], "resolution is 16"),
     (["--reference-resolution", "1"], "reference_resolution is 1"),
+    (["--reference-resolution", "0"], "reference_resolution is 0"),
+    (["--dtype", "float16"], "dtype is 'float16'"),
     (["--train-batch-size", "0"], "train_batch_size is 0"),
     (["--gradient-accumulation-steps", "0"], "gradient_accumulation_steps is 0"),
     (["--rank", "0"], "rank is 0"),

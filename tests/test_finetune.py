@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, Flux2Pipeline
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import build_flux2, call_flux2, embeds, picture
@@ -19,8 +20,10 @@ from sparse_context.training.data import Ahead, Batches, Cache, Example, alike
 from sparse_context.training.dropping import Dropping
 from sparse_context.training.finetune import (
     EMBEDDED,
+    LORA_FILE,
     FinetuneConfig,
     Trainable,
+    draw_validation,
     encode,
     finetune,
     flow_matching_loss,
@@ -232,14 +235,15 @@ def test_lora_sits_on_attention_and_fused_layers_alone_and_is_float32():
     assert sum(p.requires_grad for p in host.transformer.parameters()) == len(list(trained.parameters()))
 
 
-def test_unknown_layers_are_named():
-    with pytest.raises(ValueError, match="lora_layers is to_z"):
-        prepare(klein(), FinetuneConfig(lora_layers=("to_z",)))
+@pytest.mark.parametrize("layers", [("to_z",), ("to_q", "to_z"), ("to_q", "")])
+def test_unknown_layers_are_named_also_beside_known_ones(layers):
+    with pytest.raises(ValueError, match=f"takes no LoRA there .it has no '{layers[-1]}'"):
+        prepare(klein(), FinetuneConfig(lora_layers=layers))
 
 
 def test_a_lora_of_a_run_gives_equal_outputs_in_plain_diffusers(tmp_path):
     host = klein()
-    config = FinetuneConfig(**SMALL)
+    config = FinetuneConfig(**SMALL | {"lora_alpha": 6})
     result = finetune(host, batches, tmp_path / "run", config, base="tiny", data="pictures")
     references = [picture(64, 64), picture(96, 64)]
     host.transformer.eval()
@@ -316,6 +320,15 @@ def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
         other = FinetuneConfig(**SMALL | {"max_train_steps": 4, "checkpointing_steps": 1, "ema": 0.5} | changes)
         with pytest.raises(ValueError, match=message):
             finetune(klein(), batches, tmp_path / "cut", other, base="tiny", data="x", resume=resume)
+    other_base = klein()
+    with torch.no_grad():
+        other_base.transformer.proj_out.weight.mul_(2)
+    with pytest.raises(ValueError, match="base_weights was '[0-9a-f]{16}' and is now"):
+        finetune(other_base, batches, tmp_path / "cut", config, base="tiny", data="x", resume=True)
+    with pytest.raises(ValueError, match="samples was 2 and is now 3"):
+        record = json.loads((tmp_path / "cut" / "config.json").read_text())
+        (tmp_path / "cut" / "config.json").write_text(json.dumps({**record, "samples": 2}))
+        finetune(klein(), batches, tmp_path / "cut", config, base="tiny", data="x", resume=True, samples=3)
     cut = finetune(klein(), batches, tmp_path / "cut", config, base="tiny", data="x", resume=True)
     one, other = load_file(whole), load_file(cut)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -336,16 +349,45 @@ def test_validation_draws_dense_beside_sparse_and_leaves_the_training_alone(tmp_
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "mine"),
+        (LORA_FILE, "mine"),
+        ("transformer/x", "mine"),
+        ("config.json", "{}"),
+        ("config.json", "x"),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_with_files_of_somebody_else_is_left_alone(tmp_path, name, text, resume):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"holds {name.split('/')[0]} and no checkpoint|config.json cannot be read"):
+        finetune(klein(), batches, tmp_path, FinetuneConfig(**SMALL), base="tiny", data="x", resume=resume)
+    assert file.read_text() == text and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_validation_picture_that_the_format_does_not_hold_is_scaled_down(monkeypatch, tmp_path):
+    host = klein()
+    host.pipe.register_to_config(_name_or_path=str(tmp_path))
+    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host._settings}))
+    monkeypatch.setattr("sparse_context.training.finetune.SHEET_SIDE", 200)
+    assert max(draw_validation(host, [example()], FinetuneConfig(**SMALL)).size) == 200
+
+
 def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_machine(tmp_path):
     record = {"data": str(tmp_path), "full": False, "kv": True, "steps": 3, "gradient_accumulation_steps": 1,
               "processes": 1, "rank": 4, "lora_alpha": 4, "learning_rate": 1e-4, "lr_scheduler": "constant",
               "distillation": 0.0, "version": "0", "dropping": asdict(Dropping())}  # fmt: skip
-    own = model_card({**record, "base": EMBEDDED}, "Flux2KleinKVPipeline")
+    pipe = build_flux2(Flux2KleinKVPipeline)
+    own = model_card({**record, "base": EMBEDDED}, pipe, pipe.transformer)
     assert "from_pretrained(WEIGHTS, " in own and "import WEIGHTS" in own and "base_model" not in own
     assert "KV mode" in own and f"`{tmp_path.name}`" in own and str(tmp_path.parent) not in own
-    local = model_card({**record, "base": str(tmp_path)}, "Flux2KleinPipeline")
+    local = model_card({**record, "base": str(tmp_path)}, pipe, pipe.transformer)
     assert f'from_pretrained("path/to/{tmp_path.name}", ' in local and str(tmp_path.parent) not in local
-    hub = model_card({**record, "base": "owner/name"}, "Flux2KleinPipeline")
+    hub = model_card({**record, "base": "owner/name"}, pipe, pipe.transformer)
     assert 'base_model: "owner/name"' in hub and 'from_pretrained("owner/name", ' in hub
 
 
@@ -364,6 +406,7 @@ def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_mac
         ({"weighting_scheme": "mode"}, "weighting_scheme is 'mode'"),
         ({"validation_keep": 0.0}, "keep is 0.0"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
     ],
 )
 def test_settings_out_of_range_are_named(changes, message):
@@ -413,6 +456,15 @@ def test_larger_pictures_are_scaled_down_to_the_resolution_and_no_other(tmp_path
     (made,) = Batches(read_samples(tmp_path / "m.jsonl"), 1, 0, 200, 100)(0)
     assert made.image.size == (231, 173)  # 200 * 200 pixels, 4 : 3
     assert [r.size for r in made.references] == [(115, 87), (96, 64), (64, 128)]
+
+
+def test_above_a_megapixel_outputs_keep_their_size_up_to_the_resolution_and_references_do_not(tmp_path):
+    Image.new("RGB", (1500, 1000)).save(tmp_path / "large.png")
+    row = {"references": ["large.png"], "image": "large.png", "prompt": ""}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    (made,) = Batches(read_samples(tmp_path / "m.jsonl"), 1, 0, 2048, 2048)(0)
+    assert made.image.size == (1500, 1000)
+    assert made.references[0].size == (1254, 836)  # a megapixel, as the pipelines scale it
 
 
 def test_batches_made_ahead_are_the_same():

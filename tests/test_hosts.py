@@ -1,5 +1,7 @@
 """Families under the trainer: what a host gives the transformer is what its pipeline gives it, and a step trains it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -88,7 +90,7 @@ def test_references_change_the_loss_and_gradients_reach_the_weights(model):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in host.transformer.parameters())
 
 
-def test_a_step_trains_an_adapter_that_plain_diffusers_loads(model, tmp_path):
+def test_a_step_trains_an_adapter_that_plain_diffusers_loads(model, monkeypatch, tmp_path):
     name, folder = model
     host = find_host(loaded(folder))
     config = FinetuneConfig(max_train_steps=1, learning_rate=0.5, lr_warmup_steps=0, distillation=0.5)
@@ -104,6 +106,27 @@ def test_a_step_trains_an_adapter_that_plain_diffusers_loads(model, tmp_path):
     [(_, after)], _ = predictions(fresh, count, 0.3)
     assert (after - before).abs().max() > 1e-3
     assert (after - trained).abs().max() < 1e-5
+    # The code of the model card loads it too
+    monkeypatch.chdir(result.parent)
+    code = Path("README.md").read_text().split("```python")[1].split("```")[0].replace("path/to/model", str(folder))
+    names: dict = {}
+    exec(code, names)
+    assert type(names["pipe"]).__name__ == name and names["pipe"].transformer.peft_config
+
+
+def test_the_card_of_a_full_fine_tuning_loads_the_transformer_of_its_family(model, monkeypatch, tmp_path):
+    name, folder = model
+    host = find_host(loaded(folder))
+    config = FinetuneConfig(full=True, max_train_steps=1, learning_rate=0.5, lr_warmup_steps=0)
+    batch = [example(REFERENCES[name])]
+    finetune(host, lambda number: batch, tmp_path / "run", config, base=str(folder), data="made here")
+    monkeypatch.chdir(tmp_path / "run")
+    code = Path("README.md").read_text().split("```python")[1].split("```")[0].replace("path/to/model", str(folder))
+    names: dict = {}
+    exec(code, names)
+    fresh = names["pipe"].transformer.state_dict()
+    for key, weight in host.transformer.state_dict().items():
+        assert torch.equal(weight.to(fresh[key].dtype), fresh[key]), key
 
 
 def test_a_host_says_what_it_cannot_do(model):

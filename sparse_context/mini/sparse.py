@@ -110,6 +110,6 @@ def choose(
         seed=seed,
         rank=rank or config.rank,
         lora_alpha=rank or config.lora_alpha,
-        learning_rate=learning_rate or config.learning_rate,
+        learning_rate=config.learning_rate if learning_rate is None else learning_rate,
         max_train_steps=steps or config.max_train_steps,
     )

@@ -4,6 +4,7 @@ Which samples a batch holds follows from (seed, batch number) alone, so nothing 
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from torch import nn
 
 from ..images import PictureError
 from ..manifest import ManifestError, Sample
-from ..preview import fit_reference
+from ..preview import MAX_AREA, fit_reference
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Example:
 def open_example(sample: Sample, resolution: int, reference_resolution: int) -> Example:
     """Open a sample; what has more than `resolution`**2 pixels is scaled down to that, and nothing is scaled up.
 
-    (But no side stays under 64 pixels, which the pipelines refuse.) Raises `ManifestError` that names the sample.
+    (But no side stays under 64 pixels, which the pipelines refuse, and references are scaled down to a megapixel as
+    the pipelines do it, whatever `reference_resolution` allows.) Raises `ManifestError` that names the sample.
     """
     try:
         image = sample.open_image()
@@ -47,6 +49,7 @@ def open_example(sample: Sample, resolution: int, reference_resolution: int) -> 
         raise ManifestError(f"The sample {sample.name} cannot be used: {error}.") from error
     if image is None:
         raise ManifestError(f"The sample {sample.name} has no image to be made: training needs one.")
+    reference_resolution = min(reference_resolution, math.isqrt(MAX_AREA))
     return Example(
         sample.prompt,
         tuple(_fit(reference, reference_resolution) for reference in references),
@@ -56,7 +59,10 @@ def open_example(sample: Sample, resolution: int, reference_resolution: int) -> 
 
 
 def _fit(picture: Image.Image, resolution: int) -> Image.Image:
-    fitted = fit_reference(picture, resolution if picture.width * picture.height > resolution**2 else None)
+    area = picture.width * picture.height
+    # Without a side, what is above a megapixel would be scaled down to that
+    side = min(resolution, math.sqrt(area)) if area > min(resolution**2, MAX_AREA) else None
+    fitted = fit_reference(picture, side)
     return fitted if fitted.mode == "L" else fitted.convert("RGB")
 
 
@@ -133,6 +139,15 @@ class Ahead:
         return examples
 
 
+def fingerprint(module: nn.Module) -> str:
+    """16 hex digits that tell a model from others: its class, and a sample of each weight."""
+    digest = hashlib.sha256(str(type(module)).encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class Cache:
     """What an encoder made, on disk: one safetensors file each, under a hash of what it was made from and by.
 
@@ -140,11 +155,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path, encoder: nn.Module) -> None:
-        digest = hashlib.sha256(str(type(encoder)).encode())
-        for name, tensor in encoder.state_dict().items():  # a sample of each weight tells encoders apart
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy().tobytes())
-        self._folder = folder / digest.hexdigest()[:16]
+        self._folder = folder / fingerprint(encoder)
 
     def get(self, key: bytes, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """What was made from `key` before, or else `make()`, which is kept. Tensors are on the CPU."""

@@ -26,13 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .. import __version__
+from ..families import family_of
 from ..families.pictures import to_uint8
 from ..generation import generate
 from ..images import save_picture, save_text
 from ..preview import column, label, side_by_side
 from ..selection import SparseContextConfig
 from ..sparsify import remove_sparse_context
-from .data import Ahead, Cache, Example
+from .data import Ahead, Cache, Example, fingerprint
 from .dropping import Dropping, draw_selection
 from .hosts import Host, Text
 from .loop import SCHEDULES, newest_step, train
@@ -87,6 +88,8 @@ class FinetuneConfig:
                      "checkpoints_total_limit"):  # fmt: skip
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a whole number, 1 or more.")
+        if not self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}: pass a whole number below 2**63.")
         for name in ("lr_warmup_steps", "adam_weight_decay", "validation_steps", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a number of 0 or more.")
@@ -295,6 +298,9 @@ def prepare(host: Host, config: FinetuneConfig) -> Trainable:
         lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian",
                           target_modules=targets)  # fmt: skip
         try:
+            for name in targets:  # those that peft finds nowhere it passes over, as long as it finds others
+                if not name or not any(f".{layer}".endswith(f".{name}") for layer, _ in transformer.named_modules()):
+                    raise ValueError(f"it has no {name!r}")
             transformer.add_adapter(lora)
         except ValueError as error:
             raise ValueError(
@@ -350,13 +356,15 @@ def finetune(
 
     base, data, sampling: for the record; what says how `batches` draws must be the same when resumed. accelerator: an
     `accelerate.Accelerator`, or None for one plain process. `resume` continues from the newest checkpoint in `output`;
-    without it a folder that holds one is refused, and with it so are
-    settings other than those of the run. Raises ValueError and OSError in one sentence.
+    without it a folder that holds one is refused, and with it so are other settings and base weights than those of the
+    run. Raises ValueError and OSError in one sentence.
     """
     main = accelerator is None or accelerator.is_main_process
     ranks = 1 if accelerator is None else accelerator.num_processes
     check_folder(output, resume)
-    record = {"base": base, "data": data, **sampling, "processes": ranks, **asdict(config), "version": __version__}
+    precision = "no" if accelerator is None else accelerator.mixed_precision
+    record = {"base": base, "base_weights": fingerprint(host.transformer), "data": data, **sampling,
+              "processes": ranks, "mixed_precision": precision, **asdict(config), "version": __version__}  # fmt: skip
     record = json.loads(json.dumps(record))
     _check_same(output, record, resume)
     trained = prepare(host, config)
@@ -433,7 +441,19 @@ def check_folder(output: Path, resume: bool) -> None:
         raise ValueError(
             f"The folder {output} holds a run at step {step}: continue it with --resume latest, or name another folder."
         )
+    if not step:
+        foreign = [name for name in (LORA_FILE, "transformer", "README.md") if (output / name).exists()]
+        if (output / "config.json").exists() and "dropping" not in _read_record(output):
+            foreign.append("config.json")  # a run that was killed before its first checkpoint has one too
+        if foreign:
+            raise ValueError(
+                f"The folder {output} holds {foreign[0]} and no checkpoint, and a run would write over it: name "
+                "another folder."
+            )
 
+
+SHEET_SIDE = 16_383
+"""Pixels that a side of a validation picture may have, in webp. A larger one is scaled down, for no run ends by it."""
 
 FREE = ("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_keep",
         "gradient_checkpointing", "version")  # fmt: skip
@@ -441,17 +461,22 @@ FREE = ("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "va
 
 
 def _check_same(output: Path, record: dict, resume: bool) -> None:
-    file = output / "config.json"
-    if not (resume and file.is_file()) or not newest_step(output):
+    if not (resume and (output / "config.json").is_file()) or not newest_step(output):
         return
-    try:
-        before = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read, so the run cannot be continued as it was: {error}.") from error
-    changed = [name for name in record if name not in FREE and record[name] != before.get(name)]
+    before = _read_record(output)
+    changed = [name for name in record if name not in FREE and name in before and record[name] != before[name]]
     if changed:
         says = "; ".join(f"{name} was {before.get(name)!r} and is now {record[name]!r}" for name in changed)
         raise ValueError(f"The run in {output} was started with other settings: {says}. Resume it with its own.")
+
+
+def _read_record(output: Path) -> dict:
+    file = output / "config.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read, so the run cannot be continued as it was: {error}.") from error
+    return record if isinstance(record, dict) else {}
 
 
 def draw_validation(host: Host, examples: Sequence[Example], config: FinetuneConfig) -> Image.Image:
@@ -472,7 +497,9 @@ def draw_validation(host: Host, examples: Sequence[Example], config: FinetuneCon
     finally:
         remove_sparse_context(pipe)
         pipe.set_progress_bar_config(**quiet)
-    return column(rows)
+    sheet = column(rows)
+    sheet.thumbnail((SHEET_SIDE, SHEET_SIDE))
+    return sheet
 
 
 # The result -----------------------------------------------------------------------------------------------------------
@@ -521,11 +548,12 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
         raise OSError(f"{result} could not be written ({reason}): free some space and resume.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    save_text(model_card(record, type(host.pipe).__name__), result.parent / "README.md")
+    save_text(model_card(record, host.pipe, transformer), result.parent / "README.md")
 
 
-def model_card(record: Mapping[str, Any], pipeline: str) -> str:
-    """The README.md of a result, with the front matter that the hub reads."""
+def model_card(record: Mapping[str, Any], pipe: Any, transformer: Any) -> str:
+    """The README.md of a result, with the front matter that the hub reads; its code loads it in plain diffusers."""
+    pipeline, architecture = type(pipe).__name__, type(transformer).__name__
     dropping, full = record["dropping"], record["full"]
     mix = ", ".join(f"{kind} {share:g}" for kind, share in dropping["mix"].items() if share)
     what = "all weights" if full else f"LoRA of rank {record['rank']}, alpha {record['lora_alpha']:g}"
@@ -534,14 +562,18 @@ def model_card(record: Mapping[str, Any], pipeline: str) -> str:
     local = not own and Path(base).exists()  # a folder of this machine says nothing to others
     shown = "WEIGHTS" if own else json.dumps(f"path/to/{Path(base).name}" if local else base)
     hub = "" if own or local else f"base_model: {json.dumps(base)}\n"
-    if full:
-        load = f"""transformer = Flux2Transformer2DModel.from_pretrained("transformer", dtype=torch.bfloat16)
-pipe = {pipeline}.from_pretrained({shown}, transformer=transformer, dtype=torch.bfloat16)"""
+    trained = f'{architecture}.from_pretrained("transformer", dtype=torch.bfloat16)'
+    if family_of(pipe).modular:
+        load = f"pipe = {pipeline}.from_pretrained({shown})\npipe.load_components(dtype=torch.bfloat16)"
+        load += f"\npipe.update_components(transformer={trained})" if full else ""
+    elif full:
+        load = f"pipe = {pipeline}.from_pretrained({shown}, transformer={trained}, dtype=torch.bfloat16)"
     else:
-        load = f'''pipe = {pipeline}.from_pretrained({shown}, dtype=torch.bfloat16)
-pipe.load_lora_weights(".", weight_name="{LORA_FILE}", use_safetensors=True)'''
+        load = f"pipe = {pipeline}.from_pretrained({shown}, dtype=torch.bfloat16)"
+    if not full:
+        load += f'\npipe.load_lora_weights(".", weight_name="{LORA_FILE}", use_safetensors=True)'
     weights = "\nfrom sparse_context.mini import WEIGHTS" if own else ""
-    imports = f"{'Flux2Transformer2DModel, ' if full else ''}{pipeline}"
+    imports = f"{f'{architecture}, ' if full else ''}{pipeline}"
     tags = "\n".join(f"- {tag}" for tag in ("diffusers", "diffusers-training", *([] if full else ["lora"]),
                                             "image-to-image", "sparse-context"))  # fmt: skip
     kv = "\n| KV mode | yes: for pipelines that cache the references |" if record["kv"] else ""

@@ -53,7 +53,10 @@ def launch(
         raise ValueError(f"report_to is {report_to!r}: pass tensorboard, or leave it out.")
     if report_to and importlib.util.find_spec("tensorboard") is None:
         raise ValueError("TensorBoard is not installed: pip install 'sparse-context[train]', or leave --report-to out.")
-    sides = {"resolution": resolution, "reference_resolution": reference_resolution or resolution}
+    if dtype in ("float16", "fp16"):
+        raise ValueError(f"dtype is {dtype!r}, in which gradients vanish: choose auto, bfloat16 or float32.")
+    sides = {"resolution": resolution,
+             "reference_resolution": resolution if reference_resolution is None else reference_resolution}  # fmt: skip
     for name, side in sides.items():
         if side < 64:
             raise ValueError(f"{name} is {side}: pass 64 or more pixels.")
@@ -104,6 +107,8 @@ def launch(
         log=lambda step, record: accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step),
         log_picture=log_picture,
         batch=train_batch_size,
+        samples=len(samples),
+        source=dict(source),
         **sides,
     )
     accelerator.end_training()
