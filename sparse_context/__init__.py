@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .budget import choose_tokens as choose_tokens
+    from .cache import ReferenceCache as ReferenceCache
     from .preview import draw_kept as draw_kept
     from .selection import Kept as Kept
     from .selection import Selection as Selection
@@ -37,6 +38,7 @@ _HOME = {
     "choose_tokens": "budget",
     "ReferenceTokens": "tokens",
     "draw_kept": "preview",
+    "ReferenceCache": "cache",
 }
 
 __all__ = ["__version__", *_HOME]

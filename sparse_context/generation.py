@@ -63,7 +63,7 @@ def load_pipeline(
     lora: a safetensors file for this model.
     Only safetensors are read, and nothing is fetched but a hub id that was named.
     """
-    where = _device(device)
+    where = find_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}.")
     if cpu_offload not in (None, "model", "group"):
@@ -133,7 +133,8 @@ def _load_modular(path: str, dtype: torch.dtype) -> Any:
     return pipe
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """The device of this name, the best one without a name. Raises ValueError for one that is not there."""
     if name is None:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")

@@ -6,7 +6,7 @@ This is the whole idea in one call, without a host: `select_tokens(images, grids
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,11 +171,17 @@ def _tokens(kept: int, total: int) -> str:
     return f"{kept} of {total} tokens ({kept / max(total, 1):.0%})".replace("%", " %")
 
 
+def score_tokens(selector: Any, image: np.ndarray | None, grid: tuple[int, int], seed: Sequence[int]) -> np.ndarray:
+    """The scores (rows, columns) of one picture, by anything that a config takes as selector."""
+    return resolve(selector)[1](image, grid, np.random.default_rng(seed))
+
+
 def select_tokens(
     images: Sequence[np.ndarray | Sequence[np.ndarray] | None],
     grids: Sequence[tuple[int, int]],
     config: SparseContextConfig,
     shown: Sequence[np.ndarray | None] | None = None,
+    score: Callable[..., np.ndarray] = score_tokens,
 ) -> Selection:
     """Score the references of a call and choose the tokens to keep.
 
@@ -184,7 +190,7 @@ def select_tokens(
     the batch shares one index, so their scores are averaged. `grids` has each reference's token grid (rows, columns).
     `shown`, where a host pads, has bool (rows, columns) for each reference, or None for all True: a token that shows
     nothing but padding is scored below all others. Reference i draws its random numbers from the seed and i alone.
-    Where all tokens are kept, nothing is scored.
+    Where all tokens are kept, nothing is scored. `score` stands for `score_tokens`, for a cache that remembers scores.
 
     Raises ValueError, in one sentence, for values that do not fit these references.
     """
@@ -219,9 +225,8 @@ def select_tokens(
         if everything or (apart and keeps_all(keeps[i], [sizes[i]])):
             label, part = "all", np.ones(grids[i], np.float32)
         else:
-            label, function = resolve(selector)
-            batch = pictures[i] or [None]
-            parts = [function(image, grids[i], np.random.default_rng([config.seed, i])) for image in batch]
+            label, _ = resolve(selector)
+            parts = [score(selector, image, grids[i], (config.seed, i)) for image in pictures[i] or [None]]
             part = np.mean(parts, axis=0, dtype=np.float32) if len(parts) > 1 else parts[0]
             inside = None if shown is None else shown[i]
             if inside is not None:

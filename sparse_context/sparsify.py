@@ -8,14 +8,16 @@
 Only this instance is changed: its class, other pipelines and the shared transformer stay as they are.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from .cache import ReferenceCache
 from .families import find_family
-from .selection import Selection, SparseContextConfig, select_tokens
+from .selection import Selection, SparseContextConfig, score_tokens, select_tokens
 from .selectors import user_mask
 
 ATTRIBUTE = "_sparse_context"
@@ -24,8 +26,9 @@ ATTRIBUTE = "_sparse_context"
 class SparseContext:
     """What is installed on one pipeline: its config, the selection of its last call, and how to undo it all."""
 
-    def __init__(self, config: SparseContextConfig) -> None:
+    def __init__(self, config: SparseContextConfig, cache: ReferenceCache | None = None) -> None:
         self.config = config
+        self.cache = cache
         self.selection: Selection | None = None
         self._overridden: list[tuple[Any, str, bool, Any]] = []
 
@@ -56,17 +59,24 @@ class SparseContext:
         want them, with the user's mask (or None) carried through the pipeline's own resize and crop. `shown` tells
         tokens from padding (`select_tokens`). Returns the joint sorted index, int64.
         """
+        start = time.perf_counter()
         pictures = [picture(i, user_mask(self.config.selector, i)) for i in range(len(grids))]
-        self.selection = select_tokens(pictures, grids, self.config, shown)
+        score = score_tokens if self.cache is None else self.cache.score
+        selection = select_tokens(pictures, grids, self.config, shown, score)
+        self.selection = replace(selection, seconds=time.perf_counter() - start)  # making the pictures takes time too
         return self.selection.index
 
 
-def apply_sparse_context(pipe: Any, config: SparseContextConfig | None = None, **changes: Any) -> None:
+def apply_sparse_context(
+    pipe: Any, config: SparseContextConfig | None = None, *, cache: ReferenceCache | None = None, **changes: Any
+) -> None:
     """From the next call on, keep only the reference tokens that matter.
 
     pipe: a diffusers pipeline of a supported class (see `families.FAMILIES`).
     config: what to keep; the default keeps a fifth. Single fields can be given as keywords instead or on top:
         `apply_sparse_context(pipe, keep=0.1, selector="saliency")`.
+    cache: remembers the scores of references that come again, and with FLUX.2 their latents too. None: every call
+        makes them anew. It is yours, so that it outlives applying again and can serve several pipelines.
 
     Applying again replaces what was applied before, and is cheap enough to do for each call. Raises TypeError for a
     pipeline of another kind and ValueError for a setting out of range; the pipeline is then left as it was.
@@ -74,7 +84,7 @@ def apply_sparse_context(pipe: Any, config: SparseContextConfig | None = None, *
     attach = find_family(pipe)
     config = replace(config or SparseContextConfig(), **changes)
     remove_sparse_context(pipe)
-    context = SparseContext(config)
+    context = SparseContext(config, cache)
     attach(pipe, context)
     setattr(pipe, ATTRIBUTE, context)
 

@@ -61,6 +61,8 @@ class ReferenceTokens:
             )
         if len(index) == len(self):
             return self  # strictly increasing and as long as the tokens: it names them all
-        latents = self.latents.index_select(1, torch.tensor(index, device=self.latents.device))
-        ids = self.ids.index_select(-2, torch.tensor(index, device=self.ids.device))
+        # A plain copy to an accelerator would wait for all that is queued there, the text encoder for one
+        places = torch.tensor(index)
+        latents = self.latents.index_select(1, places.to(self.latents.device, non_blocking=True))
+        ids = self.ids.index_select(-2, places.to(self.ids.device, non_blocking=True))
         return ReferenceTokens(latents, ids)

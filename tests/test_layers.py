@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sparse_context"
 
 IDEA = {"tokens", "selectors", "budget", "selection", "saliency", "contrast", "images", "result", "preview"}
-HOSTS = {"sparsify", "families"}
+HOSTS = {"sparsify", "families", "cache"}
 WORK = {"manifest", "training", "evaluation", "speed", "mini"}
 FACES = {"cli", "app", "server"}
 

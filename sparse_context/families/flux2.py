@@ -5,6 +5,8 @@ ids (B, N, 4) back. The KV pipeline takes the number of reference tokens from th
 *latents* of its source picture, so the pixels behind them are taken one step earlier, in `prepare_latents`.
 """
 
+from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,14 +26,19 @@ def attach(pipe: Any, context: "SparseContext") -> None:
     pictures = Pictures(context, pipe.image_processor, MAX_AREA)
     stands_for = WeakIdKeyDictionary()  # the latents of a preprocessed tensor -> that tensor
     check_inputs, prepare_image_latents = pipe.check_inputs, pipe.prepare_image_latents
+    to_encode: deque = deque()  # the pixels of this call's references, still on the CPU
 
     def start_call(*args, **kwargs):
         context.selection = None
         return check_inputs(*args, **kwargs)
 
     def keep_essentials(images, batch_size, *args, **kwargs):
-        tokens = ReferenceTokens(*prepare_image_latents(images, batch_size, *args, **kwargs))
         channels = pipe.transformer.config.in_channels
+        to_encode.extend(image for image in images if image.shape[1] != channels)
+        try:
+            tokens = ReferenceTokens(*prepare_image_latents(images, batch_size, *args, **kwargs))
+        finally:
+            to_encode.clear()
         grids, seen = [], []
         for image in images:
             pixels = stands_for.get(image, image)
@@ -51,6 +58,15 @@ def attach(pipe: Any, context: "SparseContext") -> None:
 
     context.override(pipe, "check_inputs", start_call)
     context.override(pipe, "prepare_image_latents", keep_essentials)
+
+    if context.cache is not None:
+        cache, encode = context.cache, pipe._encode_vae_image
+
+        def encode_once(image, generator):  # which draws nothing from the generator: it takes the mode
+            pixels = to_encode.popleft() if to_encode else image
+            return cache.encode(pixels, image, pipe.vae, partial(encode, image=image, generator=generator))
+
+        context.override(pipe, "_encode_vae_image", encode_once)
 
     if hasattr(pipe, "prepare_mask_latents"):  # inpaint
         prepare_latents = pipe.prepare_latents

@@ -1,0 +1,174 @@
+"""References that come again: their latents and scores are remembered, so that a call need not make them anew.
+
+    cache = ReferenceCache()
+    apply_sparse_context(pipe, keep=0.2, cache=cache)
+
+Everything is addressed by content, so there is nothing to name and nothing to invalidate: what was remembered is found
+again only for the same pixels, after the same preprocessing, in front of a VAE with the same weights and settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.weak import WeakIdRef
+
+from .selection import score_tokens
+from .selectors import SELECTORS, Blend, Mask
+
+
+class ReferenceCache:
+    """Latents and scores of the references that were used last, at most `max_bytes` of them.
+
+    A reference of one megapixel takes 1 MiB as bfloat16 latents of FLUX.2, and 16 KiB for its scores. Latents stay on
+    the device that they were made on. What was used longest ago goes first; what is larger than all of `max_bytes` is
+    not kept. One cache may serve several pipelines, and several threads. `hits` and `misses` count look-ups.
+
+    Weights are compared by torch's own version counters and addresses, and hashed again where those have changed. A
+    write through `tensor.data` is hidden from them: call `clear` after one. Raises ValueError for `max_bytes` below 1.
+    """
+
+    def __init__(self, max_bytes: int = 256 * 2**20) -> None:
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+            raise ValueError(f"max_bytes is {max_bytes!r}: pass a whole number of bytes, 1 or more.")
+        self.max_bytes = max_bytes
+        self.hits = self.misses = 0
+        self._held: OrderedDict[bytes, Any] = OrderedDict()  # the digest of what it was made from -> tensor or array
+        self._bytes = 0
+        self._weights: weakref.WeakKeyDictionary[torch.nn.Module, tuple] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors and arrays that are held."""
+        return self._bytes
+
+    def clear(self) -> None:
+        """Forget everything, the hashes of weights too."""
+        with self._lock:
+            self._held.clear()
+            self._weights.clear()
+            self._bytes = 0
+
+    def encode(
+        self, pixels: torch.Tensor, image: torch.Tensor, vae: torch.nn.Module, encode: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """`encode()`, or a copy of what it gave for the same content before.
+
+        `pixels` (B, C, H, W) is the preprocessed picture, best on the CPU, where it is hashed. `image` is what the VAE
+        gets of it; of this, only device and dtype are looked at. A result that needs a gradient is not remembered.
+        """
+        about = (
+            _name_of(encode), type(vae).__qualname__, _settings(vae), image.dtype, image.device,
+            torch.is_autocast_enabled(image.device.type), torch.get_autocast_dtype(image.device.type),
+            torch.is_inference_mode_enabled(),
+        )  # fmt: skip
+        key = _digest(about, self._digest_of_weights(vae), pixels)
+        latents = self._find(key)
+        if latents is None:
+            latents = encode()
+            if not latents.requires_grad:
+                self._hold(key, latents.clone())
+            return latents
+        return latents.clone()
+
+    def score(self, selector: Any, image: np.ndarray | None, grid: tuple[int, int], seed: Sequence[int]) -> np.ndarray:
+        """`selection.score_tokens`, or a copy of what it gave before. A function of the user's own runs every time."""
+        name = _name_of_selector(selector)
+        if name is None:
+            return score_tokens(selector, image, grid, seed)
+        key = _digest((name, grid, tuple(seed)), b"", image)
+        scores = self._find(key)
+        if scores is None:
+            scores = score_tokens(selector, image, grid, seed)
+            self._hold(key, scores.copy())
+            return scores
+        return scores.copy()
+
+    def _find(self, key: bytes) -> Any:
+        with self._lock:
+            found = self._held.get(key)
+            if found is None:
+                self.misses += 1
+            else:
+                self.hits += 1
+                self._held.move_to_end(key)
+            return found
+
+    def _hold(self, key: bytes, value: Any) -> None:
+        with self._lock:
+            if value.nbytes > self.max_bytes or key in self._held:  # another thread may have been quicker
+                return
+            self._held[key] = value
+            self._bytes += value.nbytes
+            while self._bytes > self.max_bytes:
+                self._bytes -= self._held.popitem(last=False)[1].nbytes
+
+    def _digest_of_weights(self, module: torch.nn.Module) -> bytes:
+        """Of every parameter and buffer; hashed anew only where torch says that one has changed or moved."""
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        state = [_state_of(tensor) for tensor in tensors.values()]
+        with self._lock:
+            before, digest = self._weights.get(module, (None, b""))
+        if before != state or None in state:
+            digest = _digest(tuple(tensors), b"", *tensors.values())
+            with self._lock:
+                self._weights[module] = state, digest
+        return digest
+
+
+def _state_of(tensor: torch.Tensor) -> tuple | None:
+    """Equal to what it was as long as nothing was written; None where torch keeps no record of that."""
+    if tensor.is_inference():
+        return None
+    return WeakIdRef(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
+
+
+def _settings(module: Any) -> str:
+    """A model's config, and its switches such as tiling."""
+    switches = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
+    return repr((sorted(module.config.items(), key=lambda item: item[0]), sorted(switches.items())))
+
+
+def _name_of(function: Any) -> str:
+    """Of a callable, or of the function that a `partial` binds."""
+    function = getattr(function, "func", function)
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
+
+
+def _name_of_selector(selector: Any) -> str | None:
+    """A name that means the same scores for the same picture, or None where only the function itself knows."""
+    if isinstance(selector, Mask):
+        return "mask"  # whose pixels are the picture's fourth channel
+    if isinstance(selector, str):
+        own = SELECTORS.get(selector)
+        return selector if getattr(own, "__module__", None) == "sparse_context.selectors" else None
+    if isinstance(selector, (Mapping, Blend)):
+        parts = selector.items() if isinstance(selector, Mapping) else selector.parts
+        names = [(_name_of_selector(part), weight) for part, weight in parts]
+        return None if any(name is None for name, _ in names) else repr(names)
+    return None
+
+
+def _digest(about: tuple, digest: bytes, *contents: torch.Tensor | np.ndarray | None) -> bytes:
+    """SHA-256, which processors have instructions for, of a description, another digest and whole arrays."""
+    sha = hashlib.sha256(repr(about).encode() + digest)
+    for content in contents:
+        if content is None:
+            continue
+        strides = content.stride() if isinstance(content, torch.Tensor) else content.strides
+        sha.update(repr((tuple(content.shape), strides, content.dtype)).encode())
+        if isinstance(content, torch.Tensor):  # numpy has no bfloat16
+            content = content.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        sha.update(np.ascontiguousarray(content).data)
+    return sha.digest()
