@@ -401,6 +401,64 @@ def demo(
     run_demo(output, _number(keep))
 
 
+@app.command()
+def bench(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or hub id.", show_default="the embedded model")
+    ] = None,
+    random_weights: Annotated[
+        str | None, typer.Option(help="klein-4b, klein-9b or flux2-dev: its shape, with nothing to download.")
+    ] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="With --random-weights: only so many double and single blocks, denoising alone.")
+    ] = None,
+    references: Annotated[list[int] | None, typer.Option(help="How many; repeatable.", show_default="1 2 4")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Ratio; repeatable.", show_default="0.2")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(help="Pixels a side; repeatable.", show_default="the model's, or 1024")
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Repeatable.", show_default="all that the model has")] = None,
+    turns: Annotated[int, typer.Option(help="Of each method, after a warm-up.")] = 5,
+    minutes: Annotated[float, typer.Option(help="Begin no turn that would end later.")] = 2.5,
+    steps: Annotated[int | None, typer.Option(help="Denoise steps.", show_default="the model's")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="the best")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write all figures, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw latency against references (needs matplotlib).")] = None,
+    quality: Annotated[
+        Path | None, typer.Option(help="With --plot: known quality, as JSON (docs/performance.md), against latency.")
+    ] = None,
+) -> None:
+    """Time the ways to make references cheaper against each other, and against what the FLOPs allow."""
+    from .images import check_output
+
+    if plot is not None:
+        check_output(plot)
+    _hide_loading_bars()
+    from .speed.bench import BenchConfig, read_quality, run_bench
+
+    config = BenchConfig(
+        references=tuple(references or (1, 2, 4)),
+        keep=tuple(keep or (0.2,)),
+        size=tuple(size or ()),
+        methods=None if not method else tuple(method),
+        turns=turns,
+        minutes=minutes,
+        steps=steps,
+    )
+    run_bench(
+        config,
+        model=model,
+        random_weights=random_weights,
+        blocks=blocks,
+        dtype=dtype,
+        device=device,
+        output=output,
+        plot_to=plot,
+        quality=() if quality is None else read_quality(quality),
+    )
+
+
 def _config(keep, selector, task, coverage, share, floor, mask, references) -> "SparseContextConfig":
     from .images import open_mask
     from .selection import SparseContextConfig

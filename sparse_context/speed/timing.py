@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from ..sparsify import last_selection
+from .memory import Peak
 
 
 @dataclass
 class Times:
     """Seconds of one call. `total` is more than the sum: it has preprocessing, the scheduler and the rest too.
 
-    text: prompt encoding. encode: the VAE on the references. selection: scoring and choosing tokens. denoise: from the
+    text: prompt encoding. encode: the VAE on the references. selection: scoring and choosing tokens, on pixels that are
+    taken back from the tensors that the VAE sees. denoise: from the
     first forward of the transformer to the start of decoding. decode: the VAE on the output.
     """
 
@@ -34,40 +36,56 @@ class Times:
         return f"{self.total:.2f} s (" + ", ".join(f"{p} {1000 * getattr(self, p):.0f} ms" for p in parts) + ")"
 
 
+def now(device: torch.device) -> float:
+    """The clock, in seconds, once `device` has finished what it was given."""
+    if device.type in ("cuda", "mps", "xpu"):
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
+
+
 @contextmanager
-def timed(pipe: Any) -> Iterator[Times]:
+def timed(pipe: Any, peaks: dict[str, int] | None = None) -> Iterator[Times]:
     """Time the one call of `pipe` that is made inside; the figures are there when the block ends.
 
     Watches `encode_prompt` (of a modular pipeline, which has none, its text encoder), `vae.encode`, `vae.decode` and
-    the transformer of these instances, and lets go after.
+    the transformer of these instances, and lets go after. `peaks` is filled with the peak memory of each of these
+    phases in bytes (`memory.Peak`), where it can be told; looking costs time, so it is for calls whose times do not
+    count.
     """
     times, device = Times(), pipe._execution_device
     denoise_started: list[float] = []
+    peak = None if peaks is None else Peak(device)
 
-    def now() -> float:
-        if device.type in ("cuda", "mps", "xpu"):
-            getattr(torch, device.type).synchronize()
-        return time.perf_counter()
+    def start_phase() -> float:
+        if peak is not None:
+            peak.reset()
+        return now(device)
+
+    def end_phase(phase: str) -> float:
+        end = now(device)
+        if peaks is not None and peak is not None and (bytes := peak.read()) is not None:
+            peaks[phase] = max(bytes, peaks.get(phase, 0))
+        return end
 
     def charge(owner: Any, name: str, phase: str, stack: ExitStack) -> None:
         method = getattr(owner, name)
         had_own, before = name in vars(owner), vars(owner).get(name)
 
         def watched(*args, **kwargs):
-            start = now()
             if phase == "decode" and denoise_started and not times.denoise:
-                times.denoise = start - denoise_started[0]
+                times.denoise = end_phase("denoise") - denoise_started[0]
+            start = start_phase()
             try:
                 return method(*args, **kwargs)
             finally:
-                setattr(times, phase, getattr(times, phase) + now() - start)
+                setattr(times, phase, getattr(times, phase) + end_phase(phase) - start)
 
         setattr(owner, name, watched)
         stack.callback(lambda: setattr(owner, name, before) if had_own else delattr(owner, name))
 
     def start_denoising(*_: Any) -> None:
         if not denoise_started:
-            denoise_started.append(now())
+            denoise_started.append(start_phase())
 
     with ExitStack() as stack:
         if hasattr(pipe, "encode_prompt"):
@@ -77,11 +95,10 @@ def timed(pipe: Any) -> Iterator[Times]:
         charge(pipe.vae, "encode", "encode", stack)
         charge(pipe.vae, "decode", "decode", stack)
         stack.callback(pipe.transformer.register_forward_pre_hook(start_denoising).remove)
-        start = now()
+        start = now(device)
         yield times
-        end = now()
-    times.total = end - start
+        times.total = now(device) - start
     if denoise_started and not times.denoise:
-        times.denoise = end - denoise_started[0]
+        times.denoise = end_phase("denoise") - denoise_started[0]
     selection = last_selection(pipe)
     times.selection = selection.seconds if selection else 0.0

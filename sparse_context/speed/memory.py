@@ -1,0 +1,37 @@
+"""The most memory that was taken at once: by the allocator of a CUDA device, or by the process on a CPU."""
+
+import os
+from pathlib import Path
+
+import torch
+
+_RESET = Path("/proc/self/clear_refs")  # proc(5): a 5 sets the high-water mark back to what is resident now
+
+
+class Peak:
+    """Peak memory since `reset`, in bytes above what was held when this was made; so weights are not counted.
+
+    On CUDA, what tensors took (the allocator's own figure). On a CPU under Linux, the peak of the process's resident
+    set, which may still hold what an earlier call has freed. Elsewhere `read` gives None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._before = 0
+        self.reset()
+        self._before = self.read() or 0
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif os.access(_RESET, os.W_OK):
+            _RESET.write_text("5")
+
+    def read(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        if self.device.type != "cpu" or not os.access(_RESET, os.W_OK):
+            return None
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+        return max(0, 1024 * kilobytes - self._before)

@@ -1,0 +1,429 @@
+"""What the benchmark counts and compares. No test here looks at a time."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, Flux2Pipeline
+from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparse_context import ReferenceCache, apply_sparse_context
+from sparse_context.cli import main
+from sparse_context.speed import bench as bench_module
+from sparse_context.speed.bench import BenchConfig, bench, bench_blocks, compare, read_quality, table, take_turns
+from sparse_context.speed.flops import Tokens, call_flops, forward_flops, passes
+from sparse_context.speed.memory import Peak
+from sparse_context.speed.methods import METHODS, downscaled_grid, make_hosts, merge_tokens, reference_tokens
+from sparse_context.speed.shapes import SHAPES, Shape, build_transformer, draw_weights, shape_of
+from sparse_context.tokens import ReferenceTokens
+
+CALL = {"prompt": "the cat", "max_sequence_length": 12, "text_encoder_out_layers": [1, 2], "guidance_scale": 1.0}
+SMALL = Shape(2, 5, 20, 24, {}, head_size=128, channels=8)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.build_flux2(Flux2KleinPipeline, is_distilled=True)
+
+
+# FLOPs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+def test_flops_are_those_that_torch_counts(guidance):
+    transformer = tiny.tiny_transformer(guidance)
+    for block in transformer.transformer_blocks:
+        block.attn.set_processor(Flux2KVAttnProcessor())
+    for block in transformer.single_transformer_blocks:
+        block.attn.set_processor(Flux2KVParallelSelfAttnProcessor())
+    shape, tokens, cache = shape_of(transformer, tiny.TOKEN, 5, 2), Tokens(5, 7, 11), None
+    for mode in (None, "extract", "cached"):
+        image = 7 if mode == "cached" else 18
+        extra = {None: {}, "extract": {"num_ref_tokens": 11}, "cached": {"kv_cache": cache}}[mode]
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the others are not counted
+            made = transformer(
+                hidden_states=torch.randn(1, image, 8),
+                encoder_hidden_states=torch.randn(1, 5, shape.text_width),
+                img_ids=torch.zeros(image, 4),
+                txt_ids=torch.zeros(5, 4),
+                timestep=torch.ones(1),
+                guidance=torch.ones(1) if guidance else None,
+                return_dict=False,
+                kv_cache_mode=mode,
+                **extra,
+            )
+        cache = made[-1] if mode == "extract" else cache
+        assert counter.get_total_flops() == forward_flops(shape, tokens, mode) - 2 * shape.width * (256 - 32) * (
+            (2 if mode == "extract" else 1) * (2 if guidance else 1)  # the tiny one's timesteps have 32 channels
+        )
+
+
+@pytest.mark.parametrize(
+    ("references", "ceiling", "fifth", "tenth", "kv", "fifth_kv"),
+    [(1, 2.14, 1.77, 1.94, 1.58, 2.01), (2, 3.5, 2.46, 2.90, 1.99, 3.09), (4, 6.94, 3.67, 4.87, 2.53, 5.44)],
+)
+def test_what_klein_9b_can_gain(references, ceiling, fifth, tenth, kv, fifth_kv):
+    """1024 x 1024 pixels, 4 steps."""
+
+    def faster(keep, kv=False):
+        tokens = [Tokens(512, 4096, round(k * 4096 * references)) for k in (1.0, keep)]
+        shape = SHAPES["klein-9b"]
+        return round(call_flops(shape, tokens[0], 4) / call_flops(shape, tokens[1], 4, kv), 2)
+
+    assert (faster(0), faster(0.2), faster(0.1), faster(1.0, True)) == (ceiling, fifth, tenth, kv)
+    assert faster(0.2, True) == fifth_kv
+
+
+def test_a_call_is_made_of_its_forwards():
+    some, none = Tokens(4, 9, 20), Tokens(4, 9, 0)
+    assert passes(4, some, kv=False) == passes(4, none, kv=True) == [(None, 4)]
+    assert passes(4, some, kv=True) == [("extract", 1), ("cached", 3)]
+    assert passes(1, some, kv=True) == [("extract", 1)]
+    assert call_flops(SMALL, some, 4) == 4 * forward_flops(SMALL, some)
+    assert call_flops(SMALL, some, 4, kv=True) == forward_flops(SMALL, some, "extract") + 3 * forward_flops(
+        SMALL, some, "cached"
+    )
+
+
+# Shapes --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_agrees_with_itself_and_with_diffusers():
+    for shape in SHAPES.values():
+        assert not shape.encoder or shape.text_width == 3 * shape.encoder["hidden_size"]
+    with torch.device("meta"):
+        default = bench_module.shape_of(build_meta(), 16, 512, 28)
+    assert default == dataclasses.replace(SHAPES["flux2-dev"])
+
+
+def build_meta():
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel()
+
+
+@pytest.mark.parametrize(("name", "billions"), [("klein-4b", 3.88), ("klein-9b", 9.08), ("flux2-dev", 32.22)])
+def test_the_shapes_have_as_many_parameters_as_the_models(name, billions):
+    shape = SHAPES[name]
+    with torch.device("meta"):
+        from diffusers import Flux2Transformer2DModel
+
+        transformer = Flux2Transformer2DModel(
+            num_layers=shape.double_blocks,
+            num_single_layers=shape.single_blocks,
+            num_attention_heads=shape.heads,
+            joint_attention_dim=shape.text_width,
+            guidance_embeds=shape.guidance,
+        )
+    assert round(sum(p.numel() for p in transformer.parameters()) / 1e9, 2) == billions
+
+
+def test_drawn_weights_are_real_and_repeat():
+    first, again = (build_transformer(SMALL, torch.device("cpu"), torch.bfloat16, blocks=1) for _ in range(2))
+    assert len(first.transformer_blocks) == len(first.single_transformer_blocks) == 1
+    for (name, weight), other in zip(first.named_parameters(), again.parameters(), strict=True):
+        assert weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        assert torch.equal(weight, other) and weight.isfinite().all()
+        assert weight.ndim < 2 or 0.019 < weight.float().std() < 0.021 or weight.numel() < 10_000, name
+    with torch.device("meta"):
+        vae = tiny.tiny_vae()
+    draw_weights(vae, torch.device("cpu"), torch.float32)
+    assert (vae.bn.running_var == 1).all() and (vae.bn.running_mean == 0).all()
+
+
+# Methods -------------------------------------------------------------------------------------------------------------
+
+
+def test_methods_share_the_weights_and_leave_the_pipeline_alone(pipe):
+    before = {k: id(v) for k, v in vars(pipe).items()}
+    processors = {k: type(v) for k, v in pipe.transformer.attn_processors.items()}
+    hosts = make_hosts(pipe)
+    assert type(hosts.plain) is Flux2KleinPipeline and type(hosts.kv) is Flux2KleinKVPipeline
+    assert hosts.plain.config.is_distilled
+    assert hosts.plain.transformer is pipe.transformer is not hosts.kv.transformer
+    own, twin = dict(pipe.transformer.named_parameters()), dict(hosts.kv.transformer.named_parameters())
+    assert own.keys() == twin.keys() and all(own[name] is twin[name] for name in own)
+    assert {k: type(v) for k, v in pipe.transformer.attn_processors.items()} == processors
+    assert {k: id(v) for k, v in vars(pipe).items()} == before
+    assert make_hosts(tiny.build_flux2(Flux2Pipeline)).kv is None
+
+
+def test_every_method_gives_the_transformer_as_many_tokens_as_it_says(pipe):
+    hosts, references = make_hosts(pipe), [tiny.picture(64, 64), tiny.picture(96, 64, 1)]
+    grids, keep, made = [(8, 8), (8, 12)], 0.3, {}
+    counted = {"dense": 160, "kv": 160, "downscaled": 48, "merged": 48, "sparse": 48, "sparse_cached": 48,
+               "sparse_kv": 48, "no_references": 0}  # fmt: skip
+    assert counted.keys() == METHODS.keys()
+    for name, method in [*METHODS.items(), *METHODS.items()]:  # in turns: none leaves anything behind
+        seen = []
+        hooks = [bench_module.watch_tokens(h.transformer, seen, 8) for h in (hosts.plain, hosts.kv)]
+        host, given = method.prepare(hosts, references, keep)
+        generator = torch.Generator().manual_seed(0)
+        call = {k: v for k, v in CALL.items() if k != "guidance_scale" or host is hosts.plain}
+        out = host(image=given or None, height=64, width=64, num_inference_steps=2, output_type="latent",
+                   generator=generator, **call).images  # fmt: skip
+        for hook in hooks:
+            hook.remove()
+        expected = reference_tokens(name, grids, keep)
+        assert expected == pytest.approx(counted[name], abs=4)
+        assert expected == counted[name] or name == "downscaled"
+        later = 0 if method.kv else expected
+        assert seen == [Tokens(12, 64, expected), Tokens(12, 64, later)]
+        assert name not in made or torch.equal(made[name], out)
+        made[name] = out
+    plain = pipe(image=references, height=64, width=64, num_inference_steps=2, output_type="latent",
+                 generator=torch.Generator().manual_seed(0), **CALL).images  # fmt: skip
+    assert torch.equal(made["dense"], plain)
+    assert torch.equal(made["sparse"], made["sparse_cached"])
+    assert hosts.cache.hits == 4
+
+
+@pytest.mark.parametrize(
+    ("grid", "keep", "smaller"),
+    [((16, 16), 0.15, (6, 6)), ((64, 64), 0.2, (29, 29)), ((64, 64), 0.1, (20, 20)), ((8, 12), 0.25, (4, 6))],
+)
+def test_downscaled_grids_keep_the_shape(grid, keep, smaller):
+    rows, columns = downscaled_grid(grid, keep)
+    assert abs(rows * columns / (keep * grid[0] * grid[1]) - 1) <= 0.1
+    assert (rows, columns) == smaller
+
+
+def grid_tokens(rows, columns, latents):
+    ids = torch.cartesian_prod(torch.tensor([10]), torch.arange(rows), torch.arange(columns), torch.tensor([0]))
+    return ReferenceTokens(latents, ids)
+
+
+def test_merging_joins_what_is_alike_at_its_centre():
+    latents = torch.zeros(1, 4, 4, 2)
+    latents[:, :, 2:] = 5
+    merged = merge_tokens(grid_tokens(4, 4, latents.view(1, 16, 2)), [(4, 4)], 2 / 16)
+    assert merged.latents.tolist() == [[[0, 0], [5, 5]]]
+    assert merged.ids.tolist() == [[10, 1.5, 0.5, 0], [10, 1.5, 2.5, 0]]
+    latents[:, 3, 0] = 100  # what is unlike all others stays alone
+    merged = merge_tokens(grid_tokens(4, 4, latents.view(1, 16, 2)), [(4, 4)], 6 / 16)
+    assert [10, 3, 0, 0] in merged.ids.tolist() and [100, 100] in merged.latents[0].tolist()
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 1), (5, 7), (16, 16)])
+def test_merging_reaches_every_count_and_keeps_the_mean(grid):
+    tokens = grid_tokens(*grid, torch.randn(2, grid[0] * grid[1], 3))
+    for count in range(1, len(tokens) + 1, max(1, len(tokens) // 7)):
+        merged = merge_tokens(tokens, [grid], count / len(tokens))
+        assert len(merged) == count and (merged.ids[:, 0] == 10).all()
+    (whole,) = merge_tokens(tokens, [grid], 1e-9).latents[0]
+    assert torch.allclose(whole, tokens.latents[0].mean(0), atol=1e-5)
+
+
+def test_merging_treats_each_reference_alone():
+    tokens = grid_tokens(4, 4, torch.randn(1, 16, 3))
+    both = ReferenceTokens(torch.cat([tokens.latents] * 2, 1), torch.cat([tokens.ids, tokens.ids + 10]))
+    merged = merge_tokens(both, [(4, 4), (4, 4)], 0.5)
+    assert torch.equal(merged.latents[:, :8], merged.latents[:, 8:])
+    assert torch.equal(merged.ids[8:], merged.ids[:8] + 10)
+
+
+# The benchmark -------------------------------------------------------------------------------------------------------
+
+
+def test_turns_are_interleaved_and_the_first_does_not_count():
+    order = []
+    jobs = [lambda first, name=name: order.append((name, first)) or name for name in "ab"]
+    assert take_turns(jobs, BenchConfig(turns=2)) == [["a", "a"], ["b", "b"]]
+    assert order == [("a", True), ("b", True)] + [("a", False), ("b", False)] * 2
+    assert take_turns(jobs, BenchConfig(turns=9, minutes=1e-9)) == [["a"], ["b"]]
+
+
+def test_ratios_are_taken_within_a_turn():
+    tokens = [dataclasses.asdict(Tokens(5, 10, n)) for n in (20, 0)]
+    rows = [
+        {"size": 8, "references": 1, "method": method, "keep": None, "tokens": t, "seconds": {"denoise": s, "total": s}}
+        for method, t, s in zip(("dense", "no_references"), tokens, ([8.0, 3.0, 9.0], [2.0, 3.0, 1.0]), strict=True)
+    ]
+    first, second = compare(rows, SMALL)
+    assert first["times faster"]["denoise"] == {"median": 1, "min": 1, "max": 1}
+    assert second["times faster"]["denoise"] == {"median": 4, "min": 1, "max": 9}
+    assert second["seconds"]["total"] == {"median": 2, "min": 1, "max": 3}
+    predicted = call_flops(SMALL, Tokens(5, 10, 20), 4) / call_flops(SMALL, Tokens(5, 10, 0), 4)
+    assert second["predicted"] == round(predicted, 3) and second["of predicted"] == round(4 / predicted, 3)
+    assert (first["of ceiling"], second["of ceiling"]) == (0.25, 1)
+
+
+def test_whole_calls(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_module, "call_settings", lambda pipe: {**CALL, "num_inference_steps": 2})
+    config = BenchConfig(references=(1, 3), keep=(0.5, 0.25), size=(64,), turns=1)
+    figures = bench(pipe, [tiny.picture(40, 50)], "the cat", config)
+    assert (figures["turns"], figures["steps"]) == (1, 2)
+    rows = {(row["references"], row["method"], row["keep"]): row for row in figures["rows"]}
+    assert len(rows) == len(figures["rows"]) == 2 * (3 + 5 * 2)
+    assert rows[3, "sparse", 0.25]["tokens"] == {"text": 12, "output": 64, "references": 48}
+    assert rows[3, "dense", None]["tokens"]["references"] == 192
+    for row in figures["rows"]:
+        medians = {phase: seconds["median"] for phase, seconds in row["seconds"].items()}
+        assert medians["total"] >= medians["denoise"] > 0 and medians["text"] > 0 and medians["decode"] > 0
+        assert (medians["encode"] > 0) == (row["method"] not in ("no_references", "sparse_cached"))
+        assert (medians["selection"] > 0) == (row["method"].startswith("sparse") or row["method"] == "merged")
+        assert row["memory"].keys() <= {"text", "encode", "denoise", "decode"}
+    assert len(table(figures).splitlines()) == 1 + len(rows)
+    json.dumps(figures)
+    pytest.importorskip("matplotlib")
+    point = {"method": "sparse", "keep": 0.25, "references": 3, "value": 0.9, "metric": "SSIM"}
+    (tmp_path / "quality.json").write_text(json.dumps([point]))
+    bench_module.plot(figures, tmp_path / "plot.png", read_quality(tmp_path / "quality.json"))
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_blocks_alone():
+    config = BenchConfig(references=(2,), keep=(0.25,), size=(64,), turns=2)
+    figures = bench_blocks(SMALL, 1, torch.device("cpu"), torch.float32, config)
+    assert (figures["blocks"], figures["of"], figures["turns"]) == ([1, 1], [5, 20], 2)
+    rows = {row["method"]: row for row in figures["rows"]}
+    assert {name: row["tokens"]["references"] for name, row in rows.items()} == {
+        "dense": 32, "kv": 32, "sparse": 8, "sparse_kv": 8, "no_references": 0
+    }  # fmt: skip
+    for row in figures["rows"]:
+        assert row["seconds"].keys() == {"denoise"} and row["tokens"]["text"] == 512
+        assert row["extrapolated"] == pytest.approx(12.5 * row["seconds"]["denoise"]["median"], rel=0.01, abs=0.002)
+    assert table(figures)
+
+
+def test_peak_memory_on_a_cpu():
+    peak = Peak(torch.device("cpu"))
+    if peak.read() is None:
+        pytest.skip("this system does not tell")
+    held = torch.ones(16 * 2**20)
+    assert peak.read() >= 60 * 2**20
+    del held
+    peak.reset()
+    assert peak.read() < 60 * 2**20
+
+
+# What our patch adds -------------------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that were run, and copies between devices: from, to, and whether without waiting."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.copies = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        made = function(*args, **(kwargs or {}))
+        if "_to_copy" in str(function) and made.device != args[0].device:
+            self.copies.append((args[0].device.type, made.device.type, (kwargs or {}).get("non_blocking")))
+        return made
+
+
+def test_at_keep_1_the_denoise_loop_has_not_one_operation_more(pipe):
+    counts = []
+    for apply in (lambda: None, lambda: apply_sparse_context(pipe, keep=1.0)):
+        apply()
+        seen = []
+        forward = pipe.transformer.forward
+
+        def watched(*args, forward=forward, seen=seen, **kwargs):
+            seen.append(len(operations.names))
+            return forward(*args, **kwargs)
+
+        pipe.transformer.forward = watched
+        with Operations() as operations:
+            pipe(image=[tiny.picture(64, 64)] * 2, height=64, width=64, num_inference_steps=3,
+                 generator=torch.Generator().manual_seed(0), **CALL)  # fmt: skip
+        del pipe.transformer.forward
+        counts.append((operations.names[seen[0] :], len(operations.names) - seen[0]))
+    assert counts[0] == counts[1] and counts[0][1] > 1000
+
+
+@pytest.mark.parametrize("cache", [None, ReferenceCache()])
+def test_nothing_waits_for_the_device(pipe, cache):
+    """Choosing and dropping read no value back from a tensor, and what goes to the device goes without waiting."""
+    apply_sparse_context(pipe, keep=0.2, cache=cache)
+    pixels = torch.rand(1, 3, 64, 64)
+    with Operations() as operations:
+        pipe.prepare_image_latents([pixels], 1, generator=None, device=torch.device("cpu"), dtype=torch.float32)
+    assert not [name for name in operations.names if "_local_scalar_dense" in name or "nonzero" in name]
+    tokens = ReferenceTokens(torch.empty(1, 9, 4, device="meta"), torch.empty(1, 9, 4, device="meta"))
+    with Operations() as operations:
+        assert len(tokens.keep(np.array([1, 4, 8]))) == 3
+    assert operations.copies == [("cpu", "meta", True)] * 2
+
+
+def test_blocks_are_not_compiled_anew_for_every_count():
+    """Counts of many kinds make one graph for each kind of block, and `multiple_of` makes few counts of many."""
+    torch._dynamo.reset()
+    pipe = tiny.build_flux2(Flux2KleinPipeline, is_distilled=True)
+    torch._dynamo.utils.counters.clear()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager", dynamic=True)
+    for keep in (0.2, 0.3, 0.4, 0.5, 0.7):
+        apply_sparse_context(pipe, keep=keep)
+        tiny.call_flux2(pipe, [tiny.picture(64, 64)])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    kept = set()
+    for seed in range(6):
+        apply_sparse_context(pipe, keep="auto", multiple_of=16, selector="edges")
+        tiny.call_flux2(pipe, [tiny.picture(64, 64, seed), tiny.picture(96, 64, seed + 6)])
+        kept.add(pipe._sparse_context.selection.kept)
+    assert all(count % 16 == 0 for count in kept)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["sparse-context", "bench", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--random-weights", "klein-5b"], "random-weights is 'klein-5b': choose klein-4b, klein-9b, flux2-dev"),
+        (["--random-weights", "klein-4b", "-m", "x/y"], "A model and random-weights were given: choose one"),
+        (["--blocks", "1"], "blocks is for shapes: name one with random-weights."),
+        (["--random-weights", "klein-4b", "--blocks", "0"], "blocks is 0: pass a number above 0."),
+        (["--keep", "1"], "keep is 1.0: pass a ratio above 0 and below 1."),
+        (["--keep", "nan"], "keep is nan: pass a ratio above 0 and below 1."),
+        (["--references", "0"], "references is 0: pass a number above 0."),
+        (["--references", "9"], "references is 9, and this model takes at most"),
+        (["--method", "magic"], "method is 'magic': choose among dense, kv"),
+        (["--turns", "0"], "turns is 0: pass a number above 0."),
+        (["--minutes", "nan"], "minutes is nan: pass a number above 0."),
+        (["--steps", "0"], "steps is 0: pass a number above 0."),
+        (["--size", "100"], "size is 100: this model makes multiples of 8."),
+        (["--dtype", "int8"], "dtype is 'int8': choose auto"),
+        (["--device", "cuda:99"], "device is 'cuda:99', but this machine has"),
+        (["--output", "no/where.json"], "no/where.json cannot be written: the folder no does not exist"),
+        (["--plot", "no/where.png"], "cannot be written: the folder"),
+        (["--quality", "missing.json"], "missing.json holds no quality figures: pass a JSON list of"),
+    ],
+)
+def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(monkeypatch, capsys, "--device", "cpu", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("sparse-context: ") and says in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(monkeypatch, capsys, tmp_path, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(monkeypatch, capsys, "-m", tiny_model, "--device", "cpu", "--references", 2, "--keep", 0.5,
+                             "--method", "sparse", "--turns", 1, "--output", "bench.json")  # fmt: skip
+    assert code == 0, err
+    lines = out.splitlines()
+    assert [line.split()[2] for line in lines[1:3]] == ["dense", "sparse"] and lines[-1] == "wrote bench.json"
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["name"] == "bench" and result["config"]["references"] == [2] and result["config"]["device"] == "cpu"
+    assert [row["tokens"]["references"] for row in result["figures"]["rows"]] == [128, 64]
