@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sparse_context.families import FAMILIES, Family
+from sparse_context.speed.flops import Tokens, call_flops
+from sparse_context.speed.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,8 +127,105 @@ def base_quality() -> str:
     )
 
 
+def _bench_rows(figures: dict) -> list[str]:
+    """The rows of a benchmark, as sparse_context/speed/bench.py gives them."""
+    lines = [
+        "| references | method | keep | tokens | end to end | denoising | FLOPs allow | of that | of the ceiling |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in figures["rows"]:
+        faster = row["times faster"]
+        cells = [
+            str(row["references"]),
+            row["method"].replace("_", " "),
+            "" if row["keep"] is None else f"{row['keep']:g}",
+            str(row["tokens"]["references"]),
+            *(_times(faster[phase]) if phase in faster else "" for phase in ("total", "denoise")),
+            f"{row['predicted']:.2f}x",
+            f"{row['of predicted']:.0%}".replace("%", " %"),
+            f"{row['of ceiling']:.0%}".replace("%", " %"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _times(faster: dict) -> str:
+    return f"{faster['median']:.2f}x ({faster['min']:.2f} to {faster['max']:.2f})"
+
+
+def bench_mini() -> str:
+    if not (ROOT / "results" / "bench_mini.json").exists():
+        return "Not measured yet: `runs/bench_mini.py`."
+    result = _read("bench_mini")
+    config, figures = result["config"], result["figures"]
+    return "\n".join(_bench_rows(figures)) + (
+        f"\n\nTimes faster than dense: the embedded model, {figures['steps']} steps, {config['dtype']}, the median of "
+        f"{figures['turns']} interleaved turns and their range, on {_machine(result)} (`runs/bench_mini.py`)."
+    )
+
+
+def bench_klein_9b_blocks() -> str:
+    if not (ROOT / "results" / "bench_klein_9b_blocks.json").exists():
+        return "Not measured yet: `runs/bench_klein_9b_blocks.py`."
+    result = _read("bench_klein_9b_blocks")
+    config, figures = result["config"], result["figures"]
+    (double, single), (doubles, singles) = figures["blocks"], figures["of"]
+    return "\n".join(_bench_rows(figures)) + (
+        f"\n\nTimes faster than dense: {double} double and {single} single block of klein-9B, which has {doubles} and "
+        f"{singles}, {config['size']}x{config['size']} pixels, {config['dtype']}, random weights, {figures['turns']} "
+        f"interleaved turns, on {_machine(result)} (`runs/bench_klein_9b_blocks.py`)."
+    )
+
+
+def bench_gpu() -> str:
+    parts = []
+    for path in sorted((ROOT / "results").glob("bench_gpu_*.json")):
+        result = _read(path.stem)
+        config, figures = result["config"], result["figures"]
+        largest = max(row["size"] for row in figures["rows"])
+        shown = {"rows": [row for row in figures["rows"] if row["size"] == largest]}
+        parts.append(
+            "\n".join(_bench_rows(shown))
+            + f"\n\nTimes faster than dense: the shape of {config['model']}, random weights, "
+            f"{largest}x{largest} pixels, {figures['steps']} steps, {config['dtype']}, {figures['turns']} interleaved "
+            f"turns, on {config['device']} (`runs/bench_gpu.sh`)."
+        )
+    return "\n\n".join(parts) or "Not measured yet, for want of a GPU: `runs/bench_gpu.sh` stands ready."
+
+
+def flops() -> str:
+    """What the FLOPs of klein-9B allow, from the model of speed/flops.py: 1024 x 1024 pixels, four steps."""
+    shape, grid = SHAPES["klein-9b"], 64 * 64
+    lines = [
+        "| references | none at all | keep 0.2 | keep 0.1 | KV | keep 0.2 + KV | keep 0.1 + KV |",
+        "|" + "---|" * 7,
+    ]
+    for count in (1, 2, 4, 8, 10):
+        cells = []
+        for keep, kv in ((0, False), (0.2, False), (0.1, False), (1.0, True), (0.2, True), (0.1, True)):
+            dense, other = (Tokens(shape.text, grid, round(k * grid * count)) for k in (1.0, keep))
+            cells.append(f"{call_flops(shape, dense, 4) / call_flops(shape, other, 4, kv):.2f}x")
+        lines.append(f"| {count} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parts() -> str:
+    result = _read("parts")
+    figures = result["figures"]
+    lines = ["| what | milliseconds |", "|---|---|"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in figures["milliseconds"].items()]
+    apart = figures["largest difference from one by one"]
+    return "\n".join(lines) + (
+        f"\n\nProcessor time on one thread: 1024x1024 pixels in float32, and four references of 128x128 pixels by the "
+        f"embedded model's VAE; {_machine(result)} (`runs/time_parts.py`). Latents differ from those encoded one by "
+        f"one by at most {apart['as a batch']:.1g} as a batch and {apart['channels last']:.1g} in channels-last order."
+    )
+
+
+BENCHMARKS = {"flops": flops, "parts": parts, "bench_mini": bench_mini, "bench_klein_9b_blocks": bench_klein_9b_blocks,
+              "bench_gpu": bench_gpu}  # fmt: skip
 TABLES = {"pipelines": pipelines, "core_speed": core_speed, "base_quality": base_quality, "selection": selection}
-PAGES = {"README.md": TABLES, "docs/adding-a-pipeline.md": {"lines": lines}}
+PAGES = {"README.md": TABLES, "docs/adding-a-pipeline.md": {"lines": lines}, "docs/performance.md": BENCHMARKS}
 
 
 def render(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:

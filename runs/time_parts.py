@@ -1,0 +1,73 @@
+"""What was weighed on the way to docs/performance.md: hashes, pixels as 8 bits, and ways to encode references.
+
+Processor time on one thread, so that a busy machine changes little; the median of the runs after a warm-up.
+
+    python runs/time_parts.py [--output results/parts.json]
+"""
+
+import argparse
+import copy
+import hashlib
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from sparse_context.families.pictures import to_uint8
+from sparse_context.generation import load_pipeline
+from sparse_context.result import write_result
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP, RUNS = 2, 9
+
+
+def out_of_place(pixels: torch.Tensor):
+    """`to_uint8` with a new tensor for every operation."""
+    return ((pixels.permute(0, 2, 3, 1).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the parts that were weighed against each other.")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "parts.json")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)
+    large = torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vae = load_pipeline(device="cpu").vae
+    last = copy.deepcopy(vae).to(memory_format=torch.channels_last)
+    small = [large[..., i * 128 : (i + 1) * 128, :128].contiguous() for i in range(4)]
+    whole = torch.cat(small)
+    jobs = {
+        **{f"hash, {name}": lambda name=name: hashlib.new(name, large.numpy().data).digest()
+           for name in ("sha256", "sha1", "blake2b", "blake2s", "md5")},
+        "8 bits, out of place": lambda: out_of_place(large),
+        "8 bits, in place": lambda: to_uint8(large),
+        "encode, one by one": lambda: [vae.encode(each) for each in small],
+        "encode, as a batch": lambda: vae.encode(whole),
+        "encode, channels last": lambda: [last.encode(each) for each in small],
+    }  # fmt: skip
+    taken: dict[str, list[float]] = {name: [] for name in jobs}
+    for run in range(WARM_UP + RUNS):
+        for name, job in jobs.items():
+            start = time.process_time()
+            job()
+            if run >= WARM_UP:
+                taken[name].append(1000 * (time.process_time() - start))
+    each = torch.cat([vae.encode(picture).latent_dist.mode() for picture in small])
+    other = torch.cat([last.encode(picture).latent_dist.mode() for picture in small])
+    figures = {
+        "milliseconds": {name: round(median(values), 2) for name, values in taken.items()},
+        "largest difference from one by one": {
+            "as a batch": float((vae.encode(whole).latent_dist.mode() - each).abs().max()),
+            "channels last": float((other - each).abs().max()),
+        },
+    }
+    write_result(arguments.output, "parts", {"runs": RUNS, "warm_up": WARM_UP, "threads": 1}, figures)
+    for name, milliseconds in figures["milliseconds"].items():
+        print(f"{name:24}{milliseconds:8.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
