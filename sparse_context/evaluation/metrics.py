@@ -142,11 +142,11 @@ def features(pictures: Sequence[Picture], mask: Any = None) -> torch.Tensor:
     With a mask, the one place in all of them that is looked at (`around`).
     """
     net, device = efficientnet(), accelerator()
-    rows = []
-    for picture in pictures:
-        x = F.interpolate(_tensor(around(picture, mask)).to(device), (224, 224), mode="bicubic", antialias=True)
-        rows.append(net.extract_features((x.clamp(0, 1) * 255 - 127) / 128).mean((2, 3)))
-    return F.normalize(torch.cat(rows), dim=1).cpu()
+    seen = torch.cat(
+        [F.interpolate(_tensor(around(p, mask)), (224, 224), mode="bicubic", antialias=True) for p in pictures]
+    )
+    maps = [net.extract_features((part.to(device).clamp(0, 1) * 255 - 127) / 128) for part in seen.split(16)]
+    return F.normalize(torch.cat(maps).mean((2, 3)), dim=1).cpu()
 
 
 def identity(output: Picture, truth: Picture, mask: Any = None) -> float:
