@@ -224,7 +224,8 @@ def parts() -> str:
 
 BENCHMARKS = {"flops": flops, "parts": parts, "bench_mini": bench_mini, "bench_klein_9b_blocks": bench_klein_9b_blocks,
               "bench_gpu": bench_gpu}  # fmt: skip
-TABLES = {"pipelines": pipelines, "core_speed": core_speed, "base_quality": base_quality, "selection": selection}
+TABLES = {"pipelines": pipelines, "core_speed": core_speed, "bench_mini": bench_mini, "base_quality": base_quality,
+          "selection": selection}  # fmt: skip
 PAGES = {"README.md": TABLES, "docs/adding-a-pipeline.md": {"lines": lines}, "docs/performance.md": BENCHMARKS}
 
 

@@ -295,7 +295,7 @@ def _reference_sides(reference_size: Any, config: SparseContextConfig, count: in
     if not isinstance(reference_size, Mapping):
         return [reference_size] * count
     auto = "edit" if count == 1 else "subject"
-    return [reference_size[auto if task == "auto" else task] for task in tasks]
+    return [reference_size.get(auto if task == "auto" else task) for task in tasks]
 
 
 Fit = Callable[[Image.Image], Image.Image]
