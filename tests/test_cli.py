@@ -794,7 +794,12 @@ def test_a_prompt_that_is_no_text(refused):
 
 def test_an_interrupted_run_ends_quietly(tiny_model, inputs, tmp_path):
     arguments = ["generate", "-m", tiny_model, "--image", inputs / "a.png", "--prompt", "x", "--steps", "50000"]
-    with subprocess.Popen([*COMMAND, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    piped: dict = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+    def as_from_a_terminal() -> None:  # what was started in the background ignores interrupts, and so do its children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen([*COMMAND, *arguments], preexec_fn=as_from_a_terminal, **piped) as run:
         try:
             shown = b""  # steps have to be under way: an interrupt in an import may be swallowed there
             while not re.search(rb" [1-9]\d*/50000", shown):

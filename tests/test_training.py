@@ -287,11 +287,12 @@ while kills < 20:
         while not (done := ended(child)) and names() == before:
             time.sleep(0.0005)
     time.sleep(float(rng.uniform(0, 0.01 if kills % 3 else 0.1)))
-    if done or ended(child):  # it was faster than the kill: begin again
+    if not done and not (done := ended(child)):
+        os.kill(child, signal.SIGKILL)  # which a run that has just ended no longer feels
+        done = os.waitpid(child, 0)[1] != signal.SIGKILL
+    if done:  # it was faster than the kill: begin again
         shutil.rmtree(folder)
         continue
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     kills += 1
     for path in folder.glob("step-*"):
         if path.suffix != ".partial":
