@@ -286,7 +286,7 @@ def call_settings(pipe: Any) -> dict:
     return settings
 
 
-def _reference_sides(reference_size: Any, config: SparseContextConfig, count: int) -> list[int | None]:
+def reference_sides(reference_size: Any, config: SparseContextConfig, count: int) -> list[int | None]:
     """The size that each reference is scaled to, where a model says it: one number, or one for each task.
 
     Under the task "auto" one reference is taken for a picture to edit, several for subjects, as `task_defaults` does.
@@ -373,7 +373,7 @@ def generate(
             f"{references[0].width}x{references[0].height}: pass a mask of its size."
         )
 
-    sides = _reference_sides(settings.get("reference_size"), config, len(references))
+    sides = reference_sides(settings.get("reference_size"), config, len(references))
     fits: list[Fit] = [partial(fit_reference, side=side, narrow=family.narrow) for side in sides]
     pictures = [fit(reference) for fit, reference in zip(fits, references, strict=True)]
     images: dict[str, Any] = {"image": pictures or None}

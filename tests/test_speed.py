@@ -427,3 +427,14 @@ def test_the_command(monkeypatch, capsys, tmp_path, tiny_model):
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["name"] == "bench" and result["config"]["references"] == [2] and result["config"]["device"] == "cpu"
     assert [row["tokens"]["references"] for row in result["figures"]["rows"]] == [128, 64]
+
+
+def test_the_embedded_model_sees_references_in_the_size_of_their_task():
+    from sparse_context.generation import load_pipeline
+    from sparse_context.mini.demo import read_examples
+
+    scene = next(e for e in read_examples() if len(e["references"]) == 4)
+    config = BenchConfig(references=(1, 2), keep=(0.25,), methods=("dense", "sparse"), turns=1, steps=1)
+    rows = bench(load_pipeline(device="cpu"), scene["references"], scene["prompt"], config)["rows"]
+    seen = {(row["references"], row["method"]): row["tokens"]["references"] for row in rows}
+    assert seen == {(1, "dense"): 256, (1, "sparse"): 64, (2, "dense"): 1152, (2, "sparse"): 288}

@@ -22,11 +22,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..generation import DTYPES, call_settings, find_device, load_pipeline
+from ..generation import DTYPES, call_settings, find_device, load_pipeline, reference_sides
 from ..images import save_picture
 from ..mini.demo import read_examples
 from ..preview import fit_reference
 from ..result import make_result, write_result
+from ..selection import SparseContextConfig
 from .flops import Tokens, call_flops, passes
 from .methods import METHODS, Hosts, make_hosts, reference_tokens
 from .shapes import Shape, build_pipeline, build_transformer, find_shape, shape_of
@@ -104,11 +105,11 @@ def bench(pipe: Any, pictures: Sequence[Image.Image], prompt: str, config: Bench
     for size in sizes:
         for count in config.references:
             chosen = [pictures[i % len(pictures)].convert("RGB") for i in range(count)]
-            side = settings.get("reference_size")
-            if side is None:
+            if settings.get("reference_size") is None:
                 references = [picture.resize((size, size), Image.Resampling.LANCZOS) for picture in chosen]
             else:
-                references = [fit_reference(picture, side) for picture in chosen]
+                sides = reference_sides(settings["reference_size"], SparseContextConfig(), count)
+                references = [fit_reference(*pair) for pair in zip(chosen, sides, strict=True)]
             groups.append((size, count, references))
 
     jobs, rows = [], []
