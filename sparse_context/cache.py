@@ -109,10 +109,10 @@ class ReferenceCache:
         with self._lock:
             if value.nbytes > self.max_bytes or key in self._held:  # another thread may have been quicker
                 return
+            while self._bytes + value.nbytes > self.max_bytes:  # room first, so that the bound holds at every moment
+                self._bytes -= self._held.popitem(last=False)[1].nbytes
             self._held[key] = value
             self._bytes += value.nbytes
-            while self._bytes > self.max_bytes:
-                self._bytes -= self._held.popitem(last=False)[1].nbytes
 
     def _digest_of_weights(self, module: torch.nn.Module) -> bytes:
         """Of every parameter and buffer; hashed anew only where torch says that one has changed or moved."""
