@@ -31,6 +31,7 @@ from .model import (
     make_transformer,
     make_vae,
 )
+from .samples import tasks_of
 from .scenes import FAR, REFERENCE, SIZE, TASKS, TOKEN, Scene, draw_scene, make_scene
 
 
@@ -359,9 +360,8 @@ def export_examples(folder: Path, destination: Path, scenes: dict[str, tuple[str
         files = [f"{name}-{i + 1}.webp" for i in range(len(scene.references))]
         for file, picture in zip([*files, f"{name}-truth.webp"], [*scene.references, scene.target], strict=True):
             Image.fromarray(picture).save(destination / file, lossless=True, method=6)
-        tasks = ["edit" if picture.shape[0] == SIZE else "subject" for picture in scene.references]
-        listing.append({"name": name, "task": scene.task, "tasks": tasks, "prompt": scene.prompt, "references": files,
-                        "truth": f"{name}-truth.webp"})  # fmt: skip
+        listing.append({"name": name, "task": scene.task, "tasks": tasks_of(scene), "prompt": scene.prompt,
+                        "references": files, "truth": f"{name}-truth.webp"})  # fmt: skip
     (destination / "scenes.json").write_text(json.dumps(listing, indent=2) + "\n")
 
 
