@@ -31,6 +31,14 @@ def vae(folder: Folder = Path("checkpoints"), stop_after: Seconds = None) -> Non
 
 
 @app.command()
+def restore(folder: Folder = Path("checkpoints"), weights: Path = Path(__file__).parent / "weights") -> None:
+    """Put exported weights into the working folder, so that `base` trains them further."""
+    from .recipe import restore
+
+    restore(weights, folder)
+
+
+@app.command()
 def base(
     folder: Folder = Path("checkpoints"),
     stop_after: Seconds = None,

@@ -44,6 +44,8 @@ class Scene:
     target: uint8 (128, 128, 3), the truth.
     mask: float32 (128, 128) in [0, 1], where the objects are in the target.
     reference_masks: the same, in each reference.
+    source: int64 (16, 16), for each token of the target the reference token that shows the same, counted through all
+        references row by row; -1 where there is none.
     """
 
     task: str
@@ -52,6 +54,12 @@ class Scene:
     target: np.ndarray
     mask: np.ndarray
     reference_masks: tuple[np.ndarray, ...]
+    source: np.ndarray
+
+    @property
+    def focus(self) -> np.ndarray:
+        """The objects' share of each token of the target, float32 (16, 16); 0 where the whole picture is edited."""
+        return _tokens(self.mask) * (self.task.removeprefix("edit_") not in GLOBAL_EDITS)
 
 
 def draw_object(assets: Assets, rng: np.random.Generator) -> np.ndarray:
@@ -159,6 +167,26 @@ def _backdrop(rng: np.random.Generator) -> tuple[str, np.ndarray]:
     return f"{name} to {other}", np.ascontiguousarray(_plain(colour) * (1 - weight) + below * weight)
 
 
+def _tokens(mask: np.ndarray) -> np.ndarray:
+    """The mean of a mask over each token, (rows, columns)."""
+    rows, columns = (side // TOKEN for side in mask.shape)
+    return mask.reshape(rows, TOKEN, columns, TOKEN).mean((1, 3))
+
+
+def _aligned(shown: np.ndarray | None = None, first: int = 0) -> np.ndarray:
+    """`Scene.source` of a reference of the output's size, whose tokens count from `first`: where `shown`, or all."""
+    source = first + np.arange((SIZE // TOKEN) ** 2).reshape(SIZE // TOKEN, -1)
+    return source if shown is None else np.where(shown, source, -1)
+
+
+def _moved(mask: np.ndarray, moves: tuple[int, int], side: int, first: int = 0) -> np.ndarray:
+    """`Scene.source` of an object that lies in `mask` of the target, and `moves` (across, down) tokens from there in a
+    reference of `side` pixels whose tokens count from `first`. Below a quarter of a token's area it shows too little."""
+    rows, columns = np.mgrid[: SIZE // TOKEN, : SIZE // TOKEN]
+    source = first + (rows + moves[1]) * (side // TOKEN) + columns + moves[0]
+    return np.where(_tokens(mask) >= 0.25, source, -1)
+
+
 def _luma(canvas: np.ndarray) -> np.ndarray:
     return (canvas @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
 
@@ -172,7 +200,8 @@ def _subject(
     target: tuple[int, int],
     spread: float = 0.0,
 ):
-    """An object in a busy reference of `side` pixels: (the object, the reference as float, the object's mask there).
+    """An object in a busy reference of `side` pixels: (the object, the reference as float, the object's mask there, by
+    how many tokens across and down it lies elsewhere than in the output; None where it has another scale).
 
     Without `spread` it is as large as it will be at `target` (x, y) of the output, and up to `reach` whole tokens away
     from there, across and down.
@@ -180,14 +209,15 @@ def _subject(
     rgba = draw_object(assets, rng)
     size *= np.exp(rng.uniform(-spread, spread))
     margin = min(size / 2 + 2, side / 2)
-    centre = rng.uniform(margin, side - margin, 2)
+    centre, moves = rng.uniform(margin, side - margin, 2), None
     if not spread:
         least = np.maximum(np.ceil((margin - np.array(target)) / TOKEN), -reach)
         most = np.minimum(np.floor((side - margin - np.array(target)) / TOKEN), reach)
-        centre = np.add(target, TOKEN * rng.integers(least, np.maximum(most, least), endpoint=True), dtype=float)
+        moves = rng.integers(least, np.maximum(most, least), endpoint=True)
+        centre = np.add(target, TOKEN * moves, dtype=float)
     canvas = background(assets, rng, side)
     mask = place(canvas, rgba, tuple(centre), size, shadow=rng.uniform(0, 0.5))
-    return rgba, canvas, mask
+    return rgba, canvas, mask, moves
 
 
 def _edited(assets: Assets, rng: np.random.Generator):
@@ -209,7 +239,8 @@ def edit_background(assets: Assets, rng: np.random.Generator) -> Scene:
     prompt = _say(rng, "Make the background plain {c}.", "Replace the background with {c}.",
                   "Put the object on a plain {c} background.", "Change the background to {c}, keep the object.",
                   c=name)  # fmt: skip
-    return Scene("edit_background", prompt, (_picture(canvas),), _picture(target), mask, (mask,))
+    return Scene("edit_background", prompt, (_picture(canvas),), _picture(target), mask, (mask,),
+                 _aligned(_tokens(mask) >= 0.25))  # fmt: skip
 
 
 def edit_object(assets: Assets, rng: np.random.Generator) -> Scene:
@@ -220,7 +251,7 @@ def edit_object(assets: Assets, rng: np.random.Generator) -> Scene:
     target = canvas - alone + np.minimum(tinted, mask[..., None])
     prompt = _say(rng, "Make the object {c}.", "Recolour the object in {c}.",
                   "Turn the object {c}, keep the background.", c=name)  # fmt: skip
-    return Scene("edit_object", prompt, (_picture(canvas),), _picture(target), mask, (mask,))
+    return Scene("edit_object", prompt, (_picture(canvas),), _picture(target), mask, (mask,), _aligned())
 
 
 GLOBAL_EDITS: Mapping[str, tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...]]] = {
@@ -252,7 +283,8 @@ def edit_global(assets: Assets, rng: np.random.Generator) -> Scene:
     canvas, mask, _ = _edited(assets, rng)
     name = list(GLOBAL_EDITS)[rng.integers(len(GLOBAL_EDITS))]
     edit, wordings = GLOBAL_EDITS[name]
-    return Scene(f"edit_{name}", _say(rng, *wordings), (_picture(canvas),), _picture(edit(canvas)), mask, (mask,))
+    prompt, target = _say(rng, *wordings), _picture(edit(canvas))
+    return Scene(f"edit_{name}", prompt, (_picture(canvas),), target, mask, (mask,), _aligned())
 
 
 def edit_remove(assets: Assets, rng: np.random.Generator) -> Scene:
@@ -261,7 +293,7 @@ def edit_remove(assets: Assets, rng: np.random.Generator) -> Scene:
     target = _picture(canvas)
     mask = place(canvas, rgba, tuple(rng.uniform(40, SIZE - 40, 2)), rng.uniform(40, 80), rng.uniform(0, 0.5))
     prompt = _say(rng, "Remove the object.", "Take the object away.", "Leave only the background.")
-    return Scene("edit_remove", prompt, (_picture(canvas),), target, mask, (mask,))
+    return Scene("edit_remove", prompt, (_picture(canvas),), target, mask, (mask,), _aligned(_tokens(mask) < 0.25))
 
 
 def subject_place(
@@ -272,13 +304,14 @@ def subject_place(
     `spread` is the natural logarithm of the largest change of scale between reference and output.
     """
     where = list(PLACES)[rng.integers(len(PLACES))]
-    rgba, canvas, reference_mask = _subject(assets, rng, side, reach, OBJECT, PLACES[where], spread)
+    rgba, canvas, reference_mask, moves = _subject(assets, rng, side, reach, OBJECT, PLACES[where], spread)
     words, target = _backdrop(rng)
     mask = place(target, rgba, PLACES[where], OBJECT)
     prompt = _say(rng, "The object of image 1 on a plain {c} background, {p}.", "Place the object at the {p} on {c}.",
                   "Put the object of image 1 on {c}, at the {p}.", "{c} background, the object of image 1 at the {p}.",
                   c=words, p=where)  # fmt: skip
-    return Scene("subject_place", prompt, (_picture(canvas),), _picture(target), mask, (reference_mask,))
+    source = np.full_like(_aligned(), -1) if moves is None else _moved(mask, moves, side)
+    return Scene("subject_place", prompt, (_picture(canvas),), _picture(target), mask, (reference_mask,), source)
 
 
 def subject_scale(assets: Assets, rng: np.random.Generator, side: int = REFERENCE, reach: int = FAR) -> Scene:
@@ -289,26 +322,30 @@ def subject_scale(assets: Assets, rng: np.random.Generator, side: int = REFERENC
 def subject_pair(assets: Assets, rng: np.random.Generator, side: int = REFERENCE, reach: int = FAR) -> Scene:
     """The objects of images 1 and 2 side by side, 56 px each, on a plain or graded background."""
     left, right = (34, 64), (94, 64)
-    a, ref_a, mask_a = _subject(assets, rng, side, reach, PAIR, left)
-    b, ref_b, mask_b = _subject(assets, rng, side, reach, PAIR, right)
+    a, ref_a, mask_a, moves_a = _subject(assets, rng, side, reach, PAIR, left)
+    b, ref_b, mask_b, moves_b = _subject(assets, rng, side, reach, PAIR, right)
     words, target = _backdrop(rng)
-    mask = np.maximum(place(target, a, left, PAIR), place(target, b, right, PAIR))
+    placed_a, placed_b = place(target, a, left, PAIR), place(target, b, right, PAIR)
+    source = np.maximum(_moved(placed_a, moves_a, side), _moved(placed_b, moves_b, side, (side // TOKEN) ** 2))
     prompt = _say(rng, "The objects of image 1 and image 2 side by side on {c}.",
                   "Image 1's object on the left, image 2's on the right, {c} background.",
                   "Both objects next to each other on a plain {c} background.", c=words)  # fmt: skip
-    return Scene("subject_pair", prompt, (_picture(ref_a), _picture(ref_b)), _picture(target), mask, (mask_a, mask_b))
+    return Scene("subject_pair", prompt, (_picture(ref_a), _picture(ref_b)), _picture(target),
+                 np.maximum(placed_a, placed_b), (mask_a, mask_b), source)  # fmt: skip
 
 
 def subject_scene(assets: Assets, rng: np.random.Generator, side: int = REFERENCE, reach: int = FAR) -> Scene:
     """The object of image 1 in the middle of the picture of image 2, which has the output's size."""
-    rgba, canvas, reference_mask = _subject(assets, rng, side, reach, OBJECT, PLACES["centre"])
+    rgba, canvas, reference_mask, moves = _subject(assets, rng, side, reach, OBJECT, PLACES["centre"])
     scene = background(assets, rng)
     target = scene.copy()
     mask = place(target, rgba, PLACES["centre"], OBJECT)
     prompt = _say(rng, "The object of image 1 in front of image 2.", "Put the object of image 1 into image 2.",
                   "Image 2 with the object of image 1 in its centre.")  # fmt: skip
+    source = _moved(mask, moves, side)
+    source = np.where(source < 0, _aligned(_tokens(mask) < 0.25, (side // TOKEN) ** 2), source)
     return Scene("subject_scene", prompt, (_picture(canvas), _picture(scene)), _picture(target), mask,
-                 (reference_mask, np.ones((SIZE, SIZE), np.float32)))  # fmt: skip
+                 (reference_mask, np.ones((SIZE, SIZE), np.float32)), source)  # fmt: skip
 
 
 def subject_quarters(assets: Assets, rng: np.random.Generator, side: int = REFERENCE, reach: int = FAR) -> Scene:
@@ -316,13 +353,15 @@ def subject_quarters(assets: Assets, rng: np.random.Generator, side: int = REFER
     places = [list(QUARTERS)[i] for i in rng.permutation(4)[: rng.integers(3, 5)]]
     subjects = [_subject(assets, rng, side, reach, PAIR, QUARTERS[where]) for where in places]
     name, colour = _colour(rng)
-    target, mask = _plain(colour), np.zeros((SIZE, SIZE), np.float32)
-    for (rgba, _, _), where in zip(subjects, places, strict=True):
-        mask = np.maximum(mask, place(target, rgba, QUARTERS[where], PAIR))
+    target, mask, source = _plain(colour), np.zeros((SIZE, SIZE), np.float32), np.full_like(_aligned(), -1)
+    for i, ((rgba, _, _, moves), where) in enumerate(zip(subjects, places, strict=True)):
+        placed = place(target, rgba, QUARTERS[where], PAIR)
+        mask = np.maximum(mask, placed)
+        source = np.maximum(source, _moved(placed, moves, side, i * (side // TOKEN) ** 2))
     listing = ", ".join(f"{i + 1} {where}" for i, where in enumerate(places))
     prompt = _say(rng, "Objects on {c}: {l}.", "On {c}, the objects {l}.", c=name, l=listing)
     return Scene("subject_quarters", prompt, tuple(_picture(s[1]) for s in subjects), _picture(target), mask,
-                 tuple(s[2] for s in subjects))  # fmt: skip
+                 tuple(s[2] for s in subjects), source)  # fmt: skip
 
 
 EDITS: Mapping[str, Callable[[Assets, np.random.Generator], Scene]] = {

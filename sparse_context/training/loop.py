@@ -320,6 +320,12 @@ def _resume(folder: Path, module: nn.Module, average: nn.Module, optimisers) -> 
     return _step(newest)
 
 
+def start_from(module: nn.Module, folder: Path) -> None:
+    """Write the weights of `module` as the checkpoint of step 0, from which `train` goes on with fresh optimisers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(folder, 0, module, module, (), keep_last=1)
+
+
 def load_average(folder: Path, module: nn.Module) -> int:
     """Load the averaged weights of the newest checkpoint in `folder` into `module` and return its step."""
     checkpoints = _checkpoints(folder)
