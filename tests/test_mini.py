@@ -16,16 +16,22 @@ from sparse_context.mini.data import Assets, _misses_a_link, _square, split_of
 from sparse_context.mini.demo import read_examples, run_demo
 from sparse_context.mini.model import make_tokenizer, make_vae
 from sparse_context.mini.recipe import (
+    COPYING,
     BaseConfig,
     batch_scenes,
+    correspondence_loss,
     encode_pictures,
     encode_text,
+    flow_matching_loss,
     position_ids,
+    restore,
     shifted_sigmas,
     to_tensor,
+    watched_heads,
 )
 from sparse_context.mini.samples import scene_samples, tasks_of
 from sparse_context.mini.scenes import COLOURS, PLACES, SUBJECTS, TASKS, TOKEN, draw_scene, make_scene
+from sparse_context.training.loop import load_average
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +94,96 @@ def test_the_background_edit_keeps_the_object_and_nothing_else(assets):
     assert inside.sum() > 300
     assert np.abs(scene.target[inside].astype(int) - scene.references[0][inside]).max() <= 1
     assert np.abs(scene.target[outside].astype(int) - colour).max() <= 1
+
+
+def cut(picture):
+    """(rows * columns, 8, 8, ...): the tokens of a picture, row by row."""
+    rows, columns = (side // TOKEN for side in picture.shape[:2])
+    cells = picture.reshape(rows, TOKEN, columns, TOKEN, *picture.shape[2:]).swapaxes(1, 2)
+    return cells.reshape(rows * columns, TOKEN, TOKEN, *picture.shape[2:])
+
+
+@pytest.mark.parametrize("side", [128, 192])
+@pytest.mark.parametrize("task", [t for t in SUBJECTS if t != "subject_scale"] + ["edit_background"])
+def test_the_source_of_a_token_shows_the_same(assets, task, side):
+    """Tokens wholly inside objects equal their sources; those with little or nothing of an object have none."""
+    compared = 0
+    for seed in range(6):
+        scene = draw_scene(assets, task, np.random.default_rng(seed), side)
+        source, covered = scene.source.ravel(), cut(scene.mask)
+        target, references = cut(scene.target), np.concatenate([cut(r) for r in scene.references])
+        full = covered.min((1, 2)) > 0.999
+        assert (source[full] >= 0).all() and source.max() < len(references)
+        difference = np.abs(target[full].astype(int) - references[source[full]])
+        assert difference.max(initial=0) <= 1
+        compared += full.sum()
+        bare = covered.mean((1, 2)) < 0.25
+        if task == "subject_scene":  # what the object does not cover is the second reference, where it was
+            assert np.array_equal(source[bare], (side // TOKEN) ** 2 + np.flatnonzero(bare))
+        else:
+            assert (source[bare] == -1).all()
+    assert compared > 20
+
+
+def test_edits_of_the_picture_have_each_token_s_source_in_its_place(assets):
+    for task in ("edit_object", "edit_global"):
+        assert np.array_equal(make_scene(assets, task, 2).source.ravel(), np.arange(256))
+    scene = make_scene(assets, "edit_remove", 2)
+    bare = cut(scene.mask).mean((1, 2)) < 0.25
+    assert np.array_equal(scene.source.ravel(), np.where(bare, np.arange(256), -1))
+    assert (make_scene(assets, "subject_scale", 2).source == -1).all()  # at another scale no token is the same
+
+
+def test_objects_are_in_focus_unless_the_whole_picture_is_edited(assets):
+    scene = make_scene(assets, "subject_place", 1)
+    assert np.allclose(scene.focus.ravel(), cut(scene.mask).mean((1, 2)))
+    assert (make_scene(assets, "edit_global", 1).focus == 0).all()
+
+
+def test_heads_that_look_at_the_source_lose_nothing():
+    """Two output tokens, three of one reference, behind one of the text; a head whose queries find their keys."""
+    keys = 40 * torch.eye(6, 8)[None]  # text, two outputs, three of the reference
+    query = torch.zeros(1, 6, 8)
+    query[0, 1, 5] = query[0, 2, 3] = 40.0  # the first output looks at the last token, the second at the first
+    still = torch.ones(6, 8), torch.zeros(6, 8)
+    right, wrong = torch.tensor([[2, 0]]), torch.tensor([[0, 2]])
+    assert correspondence_loss([(query, keys)], still, right, text_tokens=1) < 1e-6
+    scale = 40 * 40 / 8**0.5
+    assert correspondence_loss([(query, keys)], still, wrong, text_tokens=1).item() == pytest.approx(scale, rel=1e-5)
+    one_right = torch.tensor([[2, -1]])  # what shows nothing of a reference does not count
+    assert correspondence_loss([(query, keys)], still, one_right, text_tokens=1) < 1e-6
+
+
+def test_watched_heads_are_those_that_attend_and_are_let_go(pipe):
+    def call(**settings):
+        return flow_matching_loss(pipe.transformer, torch.zeros(1, 32, 128), torch.ones(1, 32, 4, 4),
+                                  [torch.zeros(1, 32, 4, 6)], torch.Generator().manual_seed(0), **settings)  # fmt: skip
+
+    with torch.no_grad():
+        alone = call()
+        with watched_heads(pipe.transformer, COPYING) as pairs:
+            assert call() == alone
+        assert [(q.shape, k.shape) for q, k in pairs] == [((1, 32 + 16 + 24, 64),) * 2] * len(COPYING)
+        norms = [pipe.transformer.single_transformer_blocks[b].attn.norm_q for b, _ in COPYING]
+        assert not any(norm._forward_hooks for norm in norms) and not pipe.transformer.norm_out._forward_hooks
+        source = torch.arange(16)[None]
+        ids = torch.cat(
+            [torch.tensor([[0, 0, 0, i] for i in range(32)]), position_ids(4, 4, 0), position_ids(4, 6, 10)]
+        )
+        taught = correspondence_loss(pairs, pipe.transformer.pos_embed(ids), source, 32)
+        assert call(source=source, teach=0.5).item() == pytest.approx((alone + 0.5 * taught).item(), rel=1e-6)
+        assert call(source=torch.full((1, 16), -1), teach=0.5) == alone
+
+
+def test_what_is_shipped_can_be_trained_further(pipe, tmp_path):
+    restore(WEIGHTS, tmp_path)
+    parts = torch.nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
+    before = {name: weight.clone() for name, weight in parts.state_dict().items()}
+    assert load_average(tmp_path / "base", parts) == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in parts.state_dict().items())
+    assert (tmp_path / "vae" / "final").is_dir() and Qwen2Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(FileExistsError, match="is there already: move it away"):
+        restore(WEIGHTS, tmp_path)
 
 
 def test_global_edits_are_functions_of_the_reference(assets):

@@ -128,7 +128,7 @@ class BaseConfig:
     times; `teach` is the weight of the `correspondence_loss`.
     """
 
-    steps: int = 2600
+    steps: int = 3800
     batch: int = 16
     lr: float = 1e-3
     muon_lr: float = 2e-3
@@ -137,19 +137,19 @@ class BaseConfig:
     small_until: float = 0.15
     reach: tuple[float, float] = (0.0, 0.2)
     focus: float = 2.0
-    teach: float = 0.05
+    teach: float = 0.1
     vocabulary: int = 512
     seed: int = 0
     mix: tuple[tuple[str, float], ...] = (
-        ("edit_background", 0.11),
-        ("edit_object", 0.11),
-        ("edit_global", 0.12),
+        ("edit_background", 0.09),
+        ("edit_object", 0.09),
+        ("edit_global", 0.09),
         ("edit_remove", 0.02),
-        ("subject_place", 0.35),
+        ("subject_place", 0.31),
         ("subject_scale", 0.01),
-        ("subject_pair", 0.08),
+        ("subject_pair", 0.15),
         ("subject_scene", 0.12),
-        ("subject_quarters", 0.08),
+        ("subject_quarters", 0.12),
     )
 
 

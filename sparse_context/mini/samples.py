@@ -21,7 +21,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "edits": ("edit_background", "edit_object"),
     "global edits": ("edit_global",),
 }
-"""What counts together. No truth follows from `edit_remove`, and `subject_scale` is one scene in a hundred of the training."""
+"""What counts together. No truth follows from `edit_remove`, and `subject_scale` is one training scene in a hundred."""
 
 TURNS = ("subject_place", "edit_background", "subject_pair", "edit_global", "subject_scene", "edit_object",
          "subject_quarters", "edit_global")  # fmt: skip

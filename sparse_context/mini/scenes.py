@@ -181,7 +181,7 @@ def _aligned(shown: np.ndarray | None = None, first: int = 0) -> np.ndarray:
 
 def _moved(mask: np.ndarray, moves: tuple[int, int], side: int, first: int = 0) -> np.ndarray:
     """`Scene.source` of an object that lies in `mask` of the target, and `moves` (across, down) tokens from there in a
-    reference of `side` pixels whose tokens count from `first`. Below a quarter of a token's area it shows too little."""
+    reference of `side` pixels whose tokens count from `first`. What covers less than a quarter of a token has none."""
     rows, columns = np.mgrid[: SIZE // TOKEN, : SIZE // TOKEN]
     source = first + (rows + moves[1]) * (side // TOKEN) + columns + moves[0]
     return np.where(_tokens(mask) >= 0.25, source, -1)

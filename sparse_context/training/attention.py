@@ -1,9 +1,9 @@
 """Attention by plain matrix products where that is faster: bfloat16 on a CPU, with gradients.
 
-PyTorch's fused kernel takes half of a training step there, and its backward pass runs at a seventh of the speed of the
-matrix products beside it. A few pictures at a time through three products and a softmax stay in the cache: a third of
-the fused kernel's time at 544 tokens. The price is memory: the attention weights, `2 * heads * tokens ** 2` bytes a
-sample and layer, are kept for the backward pass.
+PyTorch's fused kernel takes half of a training step there, far slower than the matrix products beside it. One sample at
+a time through products and a softmax stays in the processor's cache. The price is memory: the attention weights,
+`2 * heads * tokens ** 2` bytes a sample and layer, are kept for the backward pass. So what would take more than
+`LARGEST` stays with the fused kernel.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,11 +13,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+LARGEST = 2**28  # bytes of the attention weights of one layer
+
 
 class MatmulAttention(TorchFunctionMode):
     """Within `with MatmulAttention():`, unmasked attention of bfloat16 on the CPU takes plain matrix products.
 
-    Everything else (masks, dropout, other types and devices, calls without gradients) goes where it went before.
+    Everything else (masks, dropout, other types and devices, calls without gradients) goes where it went before. Not
+    together with gradient checkpointing, whose second forward runs outside of the block.
     """
 
     def __torch_function__(self, func: Callable, types: Iterable[type], args: Any = (), kwargs: Mapping | None = None):
@@ -35,7 +38,10 @@ def _plain(args: tuple, kwargs: Mapping) -> bool:
         len(tensors) == 3
         and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.ndim == 4 for t in tensors)
         and tensors[0].shape[:2] == tensors[1].shape[:2]
-        and not any(settings.values())  # a mask, dropout, causality, a scale, grouped heads
+        and 2 * tensors[0].shape[:3].numel() * tensors[1].shape[2] <= LARGEST
+        and not any(
+            isinstance(value, torch.Tensor) or value for value in settings.values()
+        )  # a mask, dropout, a scale ...
     )
 
 

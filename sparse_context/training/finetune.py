@@ -33,6 +33,7 @@ from ..images import save_picture, save_text
 from ..preview import column, label, side_by_side
 from ..selection import SparseContextConfig
 from ..sparsify import remove_sparse_context
+from .attention import MatmulAttention
 from .data import Ahead, Cache, Example, fingerprint
 from .dropping import Dropping, draw_selection
 from .hosts import Host, Text
@@ -259,7 +260,7 @@ def make_loss(
         u = torch.rand(len(examples), generator=generator).clamp(1e-4, 1 - 1e-4)
         sigma = noise_levels(u, config.weighting_scheme, shift).to(encoded.target.device)
         noise = torch.randn(encoded.target.shape, generator=generator).to(encoded.target.device)
-        with autocast():
+        with autocast(), contextlib.nullcontext() if config.gradient_checkpointing else MatmulAttention():
             return flow_matching_loss(host, encoded, selection.index, sigma, noise, config.distillation)
 
     return loss
