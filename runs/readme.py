@@ -222,8 +222,21 @@ def parts() -> str:
     )
 
 
+def training_speed() -> str:
+    if not (ROOT / "results" / "training_speed.json").exists():
+        return "Not measured yet: `runs/time_training.py`."
+    result = _read("training_speed")
+    config = result["config"]
+    return (
+        f"A step of LoRA fine-tuning with {config['references']} references at keep {config['keep']} is "
+        f"{_times(result['figures']['times faster'])} as fast as with all tokens: the embedded model, "
+        f"{config['batch']} samples, {config['dtype']}, {config['turns']} interleaved turns, on {_machine(result)} "
+        f"(`runs/time_training.py`)."
+    )
+
+
 BENCHMARKS = {"flops": flops, "parts": parts, "bench_mini": bench_mini, "bench_klein_9b_blocks": bench_klein_9b_blocks,
-              "bench_gpu": bench_gpu}  # fmt: skip
+              "bench_gpu": bench_gpu, "training_speed": training_speed}  # fmt: skip
 TABLES = {"pipelines": pipelines, "core_speed": core_speed, "bench_mini": bench_mini, "base_quality": base_quality,
           "selection": selection}  # fmt: skip
 PAGES = {"README.md": TABLES, "docs/adding-a-pipeline.md": {"lines": lines}, "docs/performance.md": BENCHMARKS}

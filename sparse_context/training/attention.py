@@ -33,15 +33,13 @@ class MatmulAttention(TorchFunctionMode):
 
 def _plain(args: tuple, kwargs: Mapping) -> bool:
     tensors = args or tuple(kwargs.get(name) for name in ("query", "key", "value"))
-    settings = {name: value for name, value in kwargs.items() if name not in ("query", "key", "value")}
+    others = [value for name, value in kwargs.items() if name not in ("query", "key", "value")]  # a mask, dropout ...
     return (
         len(tensors) == 3
         and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.ndim == 4 for t in tensors)
         and tensors[0].shape[:2] == tensors[1].shape[:2]
         and 2 * tensors[0].shape[:3].numel() * tensors[1].shape[2] <= LARGEST
-        and not any(
-            isinstance(value, torch.Tensor) or value for value in settings.values()
-        )  # a mask, dropout, a scale ...
+        and not any(isinstance(value, torch.Tensor) or value for value in others)
     )
 
 
