@@ -3,8 +3,8 @@
     python runs/time_training.py [--turns 5] [--output results/training_speed.json]
 
 A step is all that the trainer does for one: encoding the pictures, choosing the tokens, the forward and backward pass
-in bfloat16, and the optimiser, on a LoRA. Both kinds run in turns on the same four samples with four references each; the
-first turn is the warm-up. The figure to reach at keep 0.35 is twice as fast.
+in bfloat16, and the optimiser, on a LoRA. Both kinds run in turns on the same four samples with four references each;
+the first turn is the warm-up. The figure to reach at keep 0.35 is twice as fast.
 """
 
 import argparse

@@ -360,6 +360,7 @@ def restore(weights: Path, folder: Path) -> None:
     pipe.vae.save_pretrained(folder / "vae" / "final")
     shutil.copytree(weights / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     start_from(nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}), folder / "base")
+    shutil.copy(weights / "call.json", folder / "base" / "before.json")
 
 
 def load_vae(folder: Path):
@@ -408,6 +409,9 @@ def export(folder: Path, destination: Path) -> None:
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     step = load_average(folder / "base", modules)
+    before = folder / "base" / "before.json"  # what the run was restored from
+    if before.is_file():
+        step += json.loads(before.read_text())["training_steps"]
     pipe = make_pipeline(load_vae(folder), modules["transformer"], modules["text_encoder"], tokenizer)
     pipe.to(dtype=torch.bfloat16)
     pipe.save_pretrained(destination, safe_serialization=True)
