@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .speed.shapes import SHAPES
+
 if TYPE_CHECKING:
     from .selection import SparseContextConfig
 
@@ -407,10 +409,13 @@ def bench(
         str | None, typer.Option("--model", "-m", help="Folder or hub id.", show_default="the embedded model")
     ] = None,
     random_weights: Annotated[
-        str | None, typer.Option(help="klein-4b, klein-9b or flux2-dev: its shape, with nothing to download.")
+        str | None, typer.Option(help=f"A model's shape, with nothing to download: {', '.join(SHAPES)}.")
     ] = None,
     blocks: Annotated[
-        int | None, typer.Option(help="With --random-weights: only so many double and single blocks, denoising alone.")
+        int | None,
+        typer.Option(
+            help="With --random-weights: only so many double and single blocks, denoising alone; needed but for FLUX.2."
+        ),
     ] = None,
     references: Annotated[list[int] | None, typer.Option(help="How many; repeatable.", show_default="1 2 4")] = None,
     keep: Annotated[list[float] | None, typer.Option(help="Ratio; repeatable.", show_default="0.2")] = None,

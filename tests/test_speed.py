@@ -1,7 +1,9 @@
 """What the benchmark counts and compares. No test here looks at a time."""
 
 import dataclasses
+import inspect
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -19,13 +21,23 @@ from sparse_context.cli import main
 from sparse_context.speed import bench as bench_module
 from sparse_context.speed.bench import BenchConfig, bench, bench_blocks, compare, read_quality, table, take_turns
 from sparse_context.speed.flops import Tokens, call_flops, forward_flops, passes
+from sparse_context.speed.kinds import KINDS
 from sparse_context.speed.memory import Peak
 from sparse_context.speed.methods import METHODS, downscaled_grid, make_hosts, merge_tokens, reference_tokens
-from sparse_context.speed.shapes import SHAPES, Shape, build_transformer, draw_weights, shape_of
+from sparse_context.speed.shapes import SHAPES, Shape, build_transformer, draw_weights, shape_of, with_blocks
 from sparse_context.tokens import ReferenceTokens
 
 CALL = {"prompt": "the cat", "max_sequence_length": 12, "text_encoder_out_layers": [1, 2], "guidance_scale": 1.0}
 SMALL = Shape(2, 5, 20, 24, {}, head_size=128, channels=8)
+OTHERS = ("kontext", "longcat-edit", "qwen-edit", "flux3-klein")
+
+
+def small(name):
+    """The real shape with one head and few blocks, so that a forward takes milliseconds."""
+    shape = SHAPES[name]
+    return dataclasses.replace(
+        shape, heads=1, double_blocks=2, single_blocks=min(3, shape.single_blocks), text_width=24, channels=8, text=12
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +75,18 @@ def test_flops_are_those_that_torch_counts(guidance):
         assert counter.get_total_flops() == forward_flops(shape, tokens, mode) - 2 * shape.width * (256 - 32) * (
             (2 if mode == "extract" else 1) * (2 if guidance else 1)  # the tiny one's timesteps have 32 channels
         )
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("references", [0, 11, 1100])
+def test_flops_of_every_kind_are_those_that_torch_counts(name, references):
+    shape, tokens = small(name), Tokens(5, 7, references)
+    transformer = build_transformer(shape, torch.device("cpu"), torch.bfloat16).eval()
+    arguments = KINDS[shape.kind].arguments(transformer, shape, tokens, None)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        (made,) = transformer(**arguments, return_dict=False)
+    assert made.shape == (1, 7 if name == "flux3-klein" else 7 + references, 8) and made.isfinite().all()
+    assert counter.get_total_flops() == forward_flops(shape, tokens)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +147,44 @@ def test_the_shapes_have_as_many_parameters_as_the_models(name, billions):
             guidance_embeds=shape.guidance,
         )
     assert round(sum(p.numel() for p in transformer.parameters()) / 1e9, 2) == billions
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "billions"),
+    [
+        ("kontext", {"guidance_embeds": True}, 11.90),
+        ("longcat-edit", {"num_layers": 10, "num_single_layers": 20}, 6.27),
+        ("qwen-edit", {}, 20.43),
+        ("flux3-klein", {"flow_map": True}, 5.55),
+    ],
+)
+def test_the_other_shapes_are_diffusers_own_but_for_what_the_table_says(name, own, billions):
+    shape = SHAPES[name]
+    with torch.device("meta"):
+        transformer = KINDS[shape.kind].build(shape)
+    parameters = inspect.signature(type(transformer).__init__).parameters
+    defaults = {key: one.default for key, one in parameters.items()}
+    assert {key: value for key, value in transformer.config.items() if key in defaults} == {
+        key: value for key, value in (defaults | own).items() if key != "self"
+    }
+    assert round(sum(p.numel() for p in transformer.parameters()) / 1e9, 2) == billions
+
+
+def test_every_kind_of_transformer_has_a_shape():
+    assert {shape.kind for shape in SHAPES.values()} == KINDS.keys()
+    assert list(SHAPES) == ["klein-4b", "klein-9b", "flux2-dev", *OTHERS]
+
+
+def test_few_blocks_are_of_each_kind_that_a_shape_has():
+    for name, blocks in (("klein-9b", (2, 2)), ("qwen-edit", (2, 0))):
+        few = with_blocks(SHAPES[name], 2)
+        assert (few.double_blocks, few.single_blocks) == blocks
+
+
+def test_what_diffusers_keeps_in_float32_stays_in_it():
+    transformer = build_transformer(small("flux3-klein"), torch.device("cpu"), torch.bfloat16)
+    exact = {name for name, weight in transformer.named_parameters() if weight.dtype == torch.float32}
+    assert len(exact) == 2 * (3 * 2 + 3) and all(".norm_q." in name or ".norm_k." in name for name in exact)
 
 
 def test_drawn_weights_are_real_and_repeat():
@@ -293,6 +355,18 @@ def test_blocks_alone():
     assert table(figures)
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_blocks_of_every_kind(name):
+    shape, config = small(name), BenchConfig(references=(2,), keep=(0.25,), size=(64,), turns=1)
+    figures = bench_blocks(shape, 1, torch.device("cpu"), torch.bfloat16, config)
+    assert figures["blocks"] == [1, 0 if name == "qwen-edit" else 1] and figures["steps"] == SHAPES[name].steps
+    assert {row["method"]: row["tokens"]["references"] for row in figures["rows"]} == {
+        "dense": 32, "sparse": 8, "no_references": 0
+    }  # fmt: skip
+    assert all(("extrapolated" in row) == (name != "flux3-klein") for row in figures["rows"])
+    assert table(figures)
+
+
 def test_peak_memory_on_a_cpu():
     peak = Peak(torch.device("cpu"))
     if peak.read() is None:
@@ -393,6 +467,14 @@ def command(monkeypatch, capsys, *arguments):
         (["--random-weights", "klein-4b", "-m", "x/y"], "A model and random-weights were given: choose one"),
         (["--blocks", "1"], "blocks is for shapes: name one with random-weights."),
         (["--random-weights", "klein-4b", "--blocks", "0"], "blocks is 0: pass a number above 0."),
+        (
+            ["--random-weights", "kontext"],
+            "random-weights is 'kontext', of which only blocks can be timed: pass --blocks N.",
+        ),
+        (
+            ["--random-weights", "qwen-edit", "--blocks", "1", "--method", "kv"],
+            "method is 'kv', and only FLUX.2 reuses",
+        ),
         (["--keep", "1"], "keep is 1.0: pass a ratio above 0 and below 1."),
         (["--keep", "nan"], "keep is nan: pass a ratio above 0 and below 1."),
         (["--references", "0"], "references is 0: pass a number above 0."),
@@ -415,6 +497,16 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path, arguments, say
     assert (code, out) == (2, "")
     assert err.startswith("sparse-context: ") and says in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_the_shapes_and_imports_nothing_heavy_for_it():
+    script = (
+        "import sys; from sparse_context.cli import app; app(['bench', '--help'], standalone_mode=False); "
+        "print(sorted({'torch', 'diffusers', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ",".join(SHAPES) in "".join(done.stdout.split())  # whose lines also end at hyphens
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_command(monkeypatch, capsys, tmp_path, tiny_model):

@@ -29,8 +29,9 @@ from ..preview import fit_reference
 from ..result import make_result, write_result
 from ..selection import SparseContextConfig
 from .flops import Tokens, call_flops, passes
+from .kinds import KINDS
 from .methods import METHODS, Hosts, make_hosts, reference_tokens
-from .shapes import Shape, build_pipeline, build_transformer, find_shape, shape_of
+from .shapes import Shape, build_pipeline, build_transformer, find_shape, shape_of, with_blocks
 from .timing import Times, now, timed
 
 TIMED = ("Flux2KleinPipeline", "Flux2Pipeline")
@@ -144,15 +145,22 @@ def bench(pipe: Any, pictures: Sequence[Image.Image], prompt: str, config: Bench
 def bench_blocks(
     shape: Shape, blocks: int, device: torch.device, dtype: torch.dtype, config: BenchConfig
 ) -> dict[str, Any]:
-    """Denoising alone, with `blocks` double and `blocks` single blocks of a shape in place of all; returns the figures.
+    """Denoising alone, with `blocks` of each kind of block of a shape in place of all; returns the figures.
 
     A call is put together from its forwards: each is timed once a turn, and counts as often as the call runs it. What
     a method would do to pixels and to the VAE is not measured, so `sparse_cached` is no other than `sparse`, and merged
     and downscaled references, which have as many tokens, neither: they are left out. `extrapolated` is the median of
-    denoising with as many blocks as the model has, had each the time of these; no such call was made.
+    denoising with as many blocks as the model has, had each the time of these; no such call was made. There is none
+    where a model's blocks differ in what they cost. Raises ValueError for a method that the transformer does not have.
     """
-    methods = [m for m in config.methods or METHODS if m not in ("sparse_cached", "merged", "downscaled")]
+    kind = KINDS[shape.kind]
+    for method in config.methods or ():
+        if METHODS[method].kv and not kind.kv:
+            raise ValueError(f"method is {method!r}, and only FLUX.2 reuses keys and values: leave out kv, sparse_kv.")
+    left_out = {"sparse_cached", "merged", "downscaled"}
+    methods = [m for m in config.methods or METHODS if m not in left_out and (kind.kv or not METHODS[m].kv)]
     steps = config.steps or shape.steps
+    few = replace(with_blocks(shape, blocks), steps=steps)
     transformer = build_transformer(shape, device, dtype, blocks).eval()
     runs: dict[tuple[str | None, Tokens], Callable[[], float]] = {}
     extracted: dict[Tokens, Any] = {}
@@ -176,14 +184,14 @@ def bench_blocks(
     warm = [lambda first, key=key: runs[key]() if not first or key == shortest or device.type == "cuda" else 0.0
             for key in runs]  # fmt: skip
     turns = dict(zip(runs, take_turns(warm, config), strict=True))
-    whole = (shape.double_blocks + shape.single_blocks) / (2 * blocks)
+    whole = (shape.double_blocks + shape.single_blocks) / (few.double_blocks + few.single_blocks)
     for row, needed in zip(rows, needs, strict=True):
         counts = range(len(turns[shortest]))
         seconds = [sum(times * turns[mode, tokens][i] for mode, tokens, times in needed) for i in counts]
         row["seconds"] = {"denoise": seconds}
-        row["extrapolated"] = round(whole * median(seconds), 3)
-    few = Shape(**{**vars(shape), "double_blocks": blocks, "single_blocks": blocks, "steps": steps})
-    return {"turns": len(turns[shortest]), "steps": steps, "blocks": [blocks, blocks],
+        if kind.alike:
+            row["extrapolated"] = round(whole * median(seconds), 3)
+    return {"turns": len(turns[shortest]), "steps": steps, "blocks": [few.double_blocks, few.single_blocks],
             "of": [shape.double_blocks, shape.single_blocks], "rows": compare(rows, few)}  # fmt: skip
 
 
@@ -215,6 +223,8 @@ def run_bench(
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"{output} cannot be written: the folder {output.parent} does not exist; make it first.")
     shape = None if random_weights is None else find_shape(random_weights)
+    if shape is not None and blocks is None and shape.kind != "flux2":
+        raise ValueError(f"random-weights is {random_weights!r}, of which only blocks can be timed: pass --blocks N.")
     where = find_device(device)
     kind = DTYPES.get(dtype, torch.bfloat16)
     example = next(e for e in read_examples() if len(e["references"]) == 4)
@@ -235,7 +245,8 @@ def run_bench(
         raise ValueError("The device's memory ran out: choose a smaller shape or size, or --blocks 1.") from error
     print(table(figures))
     if blocks is not None:
-        print(f"Measured with {blocks} double and {blocks} single blocks of {figures['of'][0]} and {figures['of'][1]}.")
+        (double, single), of = figures["blocks"], figures["of"]
+        print(f"Measured with {double} double and {single} single blocks of {of[0]} and {of[1]}.")
     record = {
         "model": model or random_weights or "embedded",
         "random_weights": shape is not None,
@@ -443,46 +454,15 @@ def _forward(
     transformer: Any, shape: Shape, tokens: Tokens, mode: str | None, extracted: dict[Tokens, Any]
 ) -> Callable[[], float]:
     """A function that runs one forward and gives its seconds. "extract" leaves in `extracted` what "cached" takes."""
-    from diffusers.models.transformers.transformer_flux2 import (
-        Flux2AttnProcessor,
-        Flux2KVAttnProcessor,
-        Flux2KVParallelSelfAttnProcessor,
-        Flux2ParallelSelfAttnProcessor,
-    )
-
-    device, dtype = transformer.device, transformer.dtype
-    image = tokens.output + (0 if mode == "cached" else tokens.references)
-    processors = (Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor)
-    if mode is not None:
-        processors = (Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor)
+    arguments, device = KINDS[shape.kind].arguments, transformer.device
 
     @torch.no_grad()
     def run() -> float:
-        for module, processor in zip(
-            (transformer.transformer_blocks, transformer.single_transformer_blocks), processors, strict=True
-        ):
-            for block in module:
-                block.attn.set_processor(processor())
-        generator = torch.Generator(device).manual_seed(0)
-        ids = torch.zeros(image, 4, device=device)
-        ids[:, 2] = torch.arange(image, device=device)
-        inputs = {
-            "hidden_states": torch.randn(1, image, shape.channels, generator=generator, device=device, dtype=dtype),
-            "encoder_hidden_states": torch.randn(
-                1, tokens.text, shape.text_width, generator=generator, device=device, dtype=dtype
-            ),
-            "img_ids": ids,
-            "txt_ids": torch.zeros(tokens.text, 4, device=device),
-            "timestep": torch.ones(1, device=device, dtype=dtype),
-            "guidance": torch.ones(1, device=device, dtype=dtype) if shape.guidance else None,
-            "return_dict": False,
-        }
-        if mode == "extract":
-            inputs |= {"kv_cache_mode": mode, "num_ref_tokens": tokens.references}
-        elif mode == "cached":
-            inputs |= {"kv_cache_mode": mode, "kv_cache": extracted[tokens]}
+        given = arguments(transformer, shape, tokens, mode)
+        if mode == "cached":
+            given["kv_cache"] = extracted[tokens]
         start = now(device)
-        made = transformer(**inputs)
+        made = transformer(**given, return_dict=False)
         seconds = now(device) - start
         if mode == "extract":
             extracted[tokens] = made[1]
