@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-LARGEST = 2**28  # bytes of the attention weights of one layer
+LARGEST = 2**27  # bytes of the attention weights of one layer, of all samples
 
 
 class MatmulAttention(TorchFunctionMode):
