@@ -66,8 +66,8 @@ def main() -> None:
     faster = {"median": round(median(ratios), 3), "min": round(ratios[0], 3), "max": round(ratios[-1], 3)}
     print(f"{faster['median']:.2f}x ({faster['min']:.2f} to {faster['max']:.2f})")
     config = {"keep": KEEP, "references": 4, "batch": BATCH, "rank": LORA.rank, "dtype": "bfloat16",
-              "turns": arguments.turns,
-              "memory is reused": os.environ.get("MALLOC_MMAP_MAX_") == "0", "threads": torch.get_num_threads()}  # fmt: skip
+              "turns": arguments.turns, "threads": torch.get_num_threads(),
+              "memory is reused": os.environ.get("MALLOC_MMAP_MAX_") == "0"}  # fmt: skip
     figures = {"seconds": seconds, "times faster": faster, "reached": {f"{LEAST}x": faster["median"] >= LEAST}}
     write_result(arguments.output, "training_speed", config, figures)
 
