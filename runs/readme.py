@@ -231,7 +231,8 @@ def training_speed() -> str:
         f"A step of LoRA fine-tuning with {config['references']} references at keep {config['keep']} is "
         f"{_times(result['figures']['times faster'])} as fast as with all tokens: the embedded model, "
         f"{config['batch']} samples, {config['dtype']}, {config['turns']} interleaved turns, on {_machine(result)} "
-        f"(`runs/time_training.py`)."
+        f"(`runs/time_training.py`). The dense step has too many tokens for the attention by matrix products that the "
+        f"sparse one takes (`training/attention.py`), which is a part of the ratio."
     )
 
 

@@ -4,9 +4,9 @@
 
 A step is all that the trainer does for one: encoding the pictures, choosing the tokens, the forward and backward pass
 in bfloat16, and the optimiser, on a LoRA. Both kinds run in turns on the same four samples with four references each;
-the first turn is the warm-up. The figure to reach at keep 0.35 is twice as fast. The two variables
-keep glibc from giving memory back to the system between tensors: without them the larger step pays far more for memory
-that is mapped anew, and the ratio says more of that than of the work. The record says whether they were set.
+the first turn is the warm-up. The figure to reach at keep 0.35 is twice as fast. The two variables keep glibc from
+giving memory back to the system: without them the larger step pays far more for memory that is mapped anew,
+and the ratio says more of that than of the work. The record says whether they were set.
 """
 
 import argparse

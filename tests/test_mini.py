@@ -182,6 +182,10 @@ def test_what_is_shipped_can_be_trained_further(pipe, tmp_path):
     assert load_average(tmp_path / "base", parts) == 0
     assert all(torch.equal(weight, before[name]) for name, weight in parts.state_dict().items())
     assert (tmp_path / "vae" / "final").is_dir() and Qwen2Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tokenizer", "vae"]  # and no half of one
+    assert json.loads((tmp_path / "base" / "before.json").read_text()) == json.loads(
+        (WEIGHTS / "call.json").read_text()
+    )
     with pytest.raises(FileExistsError, match="is there already: move it away"):
         restore(WEIGHTS, tmp_path)
 

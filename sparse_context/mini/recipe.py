@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2Tokenizer
 
+from ..generation import load_pipeline
 from ..training.attention import MatmulAttention
 from ..training.loop import load_average, make_optimisers, start_from, train
 from .data import Assets, load_assets
@@ -239,8 +240,9 @@ def correspondence_loss(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rota
     """Cross-entropy of where heads look, against the reference token that each output token shows (`Scene.source`).
 
     pairs: what `watched_heads` saw; rotary: the cosines and sines of all tokens; source: int64 (B, output tokens), -1
-    where a token shows nothing of a reference. Found from the pictures alone, an object that moves costs several times
-    as many samples: nothing pulls a head to the right token until it already looks there.
+    where a token shows nothing of a reference, on the CPU so that no device is waited for. Found from the pictures
+    alone, an object that moves costs several times as many samples: nothing pulls a head to the right token until it
+    already looks there.
     """
     from diffusers.models.embeddings import apply_rotary_emb
 
@@ -251,7 +253,7 @@ def correspondence_loss(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rota
     for query, key in pairs:
         query, key = (apply_rotary_emb(t[:, :, None], rotary, sequence_dim=1)[:, :, 0] for t in (query, key))
         scores = torch.bmm(query[:, text_tokens : text_tokens + outputs], key.transpose(1, 2)) * query.shape[-1] ** -0.5
-        losses.append(nn.functional.cross_entropy(scores[which, where].float(), truth))
+        losses.append(nn.functional.cross_entropy(scores[which, where].float(), truth.to(scores.device)))
     return torch.stack(losses).mean()
 
 
@@ -328,7 +330,7 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
                 for pictures in zip(*((s.target, *s.references) for s in scenes), strict=True)
             )
             text = encode_text(modules["text_encoder"], tokenizer, [s.prompt for s in scenes])
-            source = torch.from_numpy(np.stack([s.source for s in scenes])).flatten(1).to(device)
+            source = torch.from_numpy(np.stack([s.source for s in scenes])).flatten(1)
             weights = torch.from_numpy(np.stack([1 + config.focus * s.focus for s in scenes])).flatten(1).to(device)
             with MatmulAttention():
                 return flow_matching_loss(modules["transformer"], text, target, references, generator, weights, source,
@@ -352,15 +354,16 @@ def restore(weights: Path, folder: Path) -> None:
 
     Raises FileExistsError where the folder holds a base already.
     """
-    from diffusers import Flux2KleinPipeline
-
     if (folder / "base").exists():
         raise FileExistsError(f"{folder / 'base'} is there already: move it away to start from {weights}")
-    pipe = Flux2KleinPipeline.from_pretrained(weights, dtype=torch.float32)
+    pipe = load_pipeline(str(weights), dtype="float32", device="cpu")
     pipe.vae.save_pretrained(folder / "vae" / "final")
     shutil.copytree(weights / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
-    start_from(nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}), folder / "base")
-    shutil.copy(weights / "call.json", folder / "base" / "before.json")
+    partial = folder / "base.partial"  # renamed when it is whole: half of it would start from nothing
+    shutil.rmtree(partial, ignore_errors=True)
+    start_from(nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}), partial)
+    shutil.copy(weights / "call.json", partial / "before.json")
+    partial.rename(folder / "base")
 
 
 def load_vae(folder: Path):

@@ -46,12 +46,8 @@ def build_flux2(shape: "Shape") -> Any:
     from diffusers import Flux2Transformer2DModel
 
     return Flux2Transformer2DModel(
-        in_channels=shape.channels,
-        num_layers=shape.double_blocks,
+        **_sizes(shape),
         num_single_layers=shape.single_blocks,
-        attention_head_dim=shape.head_size,
-        num_attention_heads=shape.heads,
-        joint_attention_dim=shape.text_width,
         guidance_embeds=shape.guidance,
     )
 
@@ -124,12 +120,8 @@ def build_flux(shape: "Shape") -> Any:
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(
-        in_channels=shape.channels,
-        num_layers=shape.double_blocks,
+        **_sizes(shape),
         num_single_layers=shape.single_blocks,
-        attention_head_dim=shape.head_size,
-        num_attention_heads=shape.heads,
-        joint_attention_dim=shape.text_width,
         pooled_projection_dim=shape.pooled,
         guidance_embeds=shape.guidance,
     )
@@ -140,12 +132,8 @@ def build_longcat(shape: "Shape") -> Any:
     from diffusers import LongCatImageTransformer2DModel
 
     return LongCatImageTransformer2DModel(
-        in_channels=shape.channels,
-        num_layers=shape.double_blocks,
+        **_sizes(shape),
         num_single_layers=shape.single_blocks,
-        attention_head_dim=shape.head_size,
-        num_attention_heads=shape.heads,
-        joint_attention_dim=shape.text_width,
     )
 
 
@@ -190,12 +178,8 @@ def build_qwen_image(shape: "Shape") -> Any:
     from diffusers import QwenImageTransformer2DModel
 
     transformer = QwenImageTransformer2DModel(
-        in_channels=shape.channels,
+        **_sizes(shape),
         out_channels=shape.channels // 4,  # of a latent pixel; a token has 2 x 2
-        num_layers=shape.double_blocks,
-        attention_head_dim=shape.head_size,
-        num_attention_heads=shape.heads,
-        joint_attention_dim=shape.text_width,
     )
     rotary = transformer.pos_embed
     with torch.device("cpu"):  # its tables are no buffers: made on the meta device, they would stay there
@@ -227,13 +211,9 @@ def build_flux3(shape: "Shape") -> Any:
     from diffusers import Flux3Transformer2DModel
 
     return Flux3Transformer2DModel(
-        in_channels=shape.channels,
-        cond_in_channels=shape.channels,
-        num_layers=shape.double_blocks,
+        **_sizes(shape),
         num_single_layers=shape.single_blocks,
-        attention_head_dim=shape.head_size,
-        num_attention_heads=shape.heads,
-        joint_attention_dim=shape.text_width,
+        cond_in_channels=shape.channels,
         flow_map=shape.guidance,
     )
 
@@ -273,6 +253,17 @@ def flux3_flops(shape: "Shape", tokens: "Tokens", mode: str | None) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _sizes(shape: "Shape") -> dict[str, int]:
+    """What the constructors of all kinds call by the same names."""
+    return {
+        "in_channels": shape.channels,
+        "num_layers": shape.double_blocks,
+        "attention_head_dim": shape.head_size,
+        "num_attention_heads": shape.heads,
+        "joint_attention_dim": shape.text_width,
+    }
 
 
 def _draw(transformer: Any) -> Callable[..., torch.Tensor]:
