@@ -85,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     assets = load_assets(arguments.assets).split(arguments.split)
-    pipe = load_pipeline(arguments.model, device="cpu", dtype="float32")
+    pipe = load_pipeline(arguments.model, device="cpu", dtype="float32", lora="none")
     pipe.set_progress_bar_config(disable=True)
     values: dict[str, dict[str, list[float]]] = {"vae": {"psnr": []}} | {task: {} for task in TASKS}
     shown = {task: [] for task in TASKS}

@@ -1,16 +1,21 @@
 """The embedded model's quality against the tokens kept: subjects, edits and global edits apart, on held-out scenes.
 
-256 scenes at keep 1, 0.2 and 0.1 and the first 64 of them at the other keeps, for five selectors; `mask` knows where
-the object is, which makes it the ceiling. `recognised` is that of base_quality.py: the share of a scene's objects that
-are nearest to themselves among 64 candidates. Stopped at any point, it goes on there. Settings are chosen on
-"validation"; "test" is run once for the published table.
+256 scenes at keep 1, 0.2 and 0.1 and the first 64 of them at the other keeps, for five selectors, and for edges with a
+tenth of the tokens spread evenly; `mask` knows where the object is, which makes it the ceiling. `recognised` is that of
+base_quality.py: the share of a scene's objects that are nearest to themselves among 64 candidates. Stopped at any
+point, it goes on there. Settings are chosen on "validation"; "test" is run once for the published table.
 
-    python runs/mini_curves.py --split validation [--lora ADAPTER] [--output results/mini_curves.json]
+    python runs/mini_curves.py --lora none --output results/mini_curves_base.json
+    python runs/mini_curves.py --base results/mini_curves_base.json
+
+The first line is the dense base, training-free. The second is the model as it is shipped, fine-tuned with dropping;
+with `--base` its figures are also compared with the base's outputs with all tokens, pair by pair.
 
 It needs the scenes' objects, `checkpoints/assets.safetensors`: `python -m sparse_context.mini data` makes that file.
 """
 
 import argparse
+import json
 import math
 from functools import cache
 from pathlib import Path
@@ -20,7 +25,7 @@ import torch
 from base_quality import objects, with_other_objects
 from PIL import Image
 
-from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, table
+from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise, table
 from sparse_context.evaluation.metrics import Metric, decoys, features, find_metrics, nearest_of
 from sparse_context.evaluation.plots import draw_curves, draw_sheet
 from sparse_context.generation import call_settings, load_pipeline
@@ -32,25 +37,40 @@ from sparse_context.result import write_result
 ROOT = Path(__file__).resolve().parents[1]
 SELECTORS = ("random", "uniform", "edges", "saliency", "mask")
 MANY, FEW = (1.0, 0.2, 0.1), (0.5, 0.3, 0.15, 0.05)
-SHEET = ("saliency-0.5", "saliency-0.2", "saliency-0.1")
+SHEET = ("saliency-0.2", "edges-0.2-coverage=0.1", "uniform-0.2", "saliency-0.1")
+
+
+def working_folder(output: Path, split: str) -> Path:
+    """Where a run keeps what it goes on from."""
+    return ROOT / "checkpoints" / f"{output.stem}-{split}"
+
+
+def rows(folder: Path, cell: str) -> list[dict]:
+    """The figures of every scene under one setting."""
+    return json.loads((folder / "cells" / f"{cell}.json").read_text())["figures"]["samples"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality against the tokens kept.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
     parser.add_argument("--model", help="a folder; the weights in the package without it")
-    parser.add_argument("--lora", help="an adapter for it, as safetensors")
+    parser.add_argument("--lora", help="an adapter for it, as safetensors, or none; the package's own without it")
     parser.add_argument("--scenes", type=int, default=256, help=f"at keep {MANY}")
     parser.add_argument("--few", type=int, default=64, help=f"at keep {FEW}")
+    parser.add_argument("--base", type=Path, help="the result of another run on the same scenes, of the dense base")
     parser.add_argument("--steps", type=int, help="denoise steps; the model's own without it")
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument(
         "--folder", type=Path, help="working folder; checkpoints/NAME-SPLIT of the output's NAME without it"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "mini_curves.json")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "docs")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs", help="a folder")
     arguments = parser.parse_args()
 
+    base = None
+    if arguments.base is not None:
+        base = json.loads(arguments.base.read_text())
+        base = base | {"figures": base["figures"]["groups"]}
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
     of_truth = {scene.target.tobytes(): (scene, kind, seed) for scene, kind, seed in scenes.values()}
@@ -77,16 +97,23 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     make = maker(pipe, steps=arguments.steps, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
     limits = dict.fromkeys(MANY, arguments.scenes) | dict.fromkeys(FEW, arguments.few)
-    cells = grid(sorted(limits, reverse=True), SELECTORS, limits=limits)
+    keeps = sorted(limits, reverse=True)
+    cells = grid(keeps, SELECTORS, limits=limits) | grid(keeps, ["edges"], coverages=[0.1], limits=limits)
     about = {"split": arguments.split, "model": arguments.model or "embedded", "lora": arguments.lora,
              "weights": fingerprint(pipe), "steps": arguments.steps, "call": call_settings(pipe)}  # fmt: skip
-    folder = arguments.folder or ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
+    folder = arguments.folder or working_folder(arguments.output, arguments.split)
     result = evaluate(make, samples, cells, metrics, folder, about=about)
-    write_result(arguments.output, arguments.output.stem, result["config"], result["figures"])
+    figures = {"groups": result["figures"]}
+    if base is not None:
+        figures["to the dense base"] = summarise(
+            {DENSE: rows(working_folder(arguments.base, arguments.split), DENSE), "all tokens": rows(folder, DENSE)}
+            | {name: rows(folder, name) for name in cells if name != DENSE}
+        )
+    write_result(arguments.output, arguments.output.stem, result["config"], figures)
 
     arguments.pictures.mkdir(parents=True, exist_ok=True)
     for score in ("psnr", "psnr_in_mask"):
-        save_picture(draw_curves(result, score), arguments.pictures / f"{arguments.output.stem}-{score}.webp")
+        save_picture(draw_curves(result, score, base), arguments.pictures / f"{arguments.output.stem}-{score}.webp")
     save_picture(
         draw_sheet(folder, samples[: arguments.few], SHEET), arguments.pictures / f"{arguments.output.stem}-sheet.webp"
     )

@@ -44,7 +44,7 @@ def main() -> None:
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     example = Example(scene["prompt"], tuple(scene["references"]), scene["truth"], (None,) * 4)
-    host = find_host(load_pipeline(dtype="float32", device="cpu"))
+    host = find_host(load_pipeline(dtype="float32", device="cpu", lora="none"))
     trained = prepare(host, LORA)
     optimiser = torch.optim.AdamW(trained.parameters(), lr=1e-5)
 

@@ -39,13 +39,17 @@ Selector = Annotated[
         show_default="auto",
     ),
 ]
-Task = Annotated[str, typer.Option(help="edit, subject or auto: decides what the selector does not.")]
+Task = Annotated[str, typer.Option(help="edit, global, subject or auto: decides what the selector does not.")]
 Mask = Annotated[
     list[Path] | None,
     typer.Option(help="A picture of the reference's size, white where to keep; one per reference, in order."),
 ]
 Coverage = Annotated[float | None, typer.Option(help="Share of the kept tokens spread evenly.", show_default="by task")]
 Share = Annotated[str, typer.Option(help="joint: references compete for the budget. equal: they do not.")]
+Lora = Annotated[
+    str | None,
+    typer.Option(help="A LoRA for this model, as safetensors, or none.", show_default="the embedded model's own"),
+]
 Floor = Annotated[int, typer.Option(help="Fewest tokens of each reference.")]
 
 
@@ -69,7 +73,7 @@ def generate(
     inpaint: Annotated[
         Path | None, typer.Option(help="For inpainting models: a mask of the first picture, white where to paint.")
     ] = None,
-    lora: Annotated[Path | None, typer.Option(help="A LoRA for this model, as safetensors.")] = None,
+    lora: Lora = None,
     seed: Annotated[int, typer.Option(help="Of the image noise.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option(help="Of the output, in pixels.", show_default="the model's")] = None,
@@ -103,9 +107,7 @@ def generate(
     from .selection import SparseContextConfig
 
     check_references(model, len(references), inpaint is not None)
-    pipe = load_pipeline(
-        model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=None if lora is None else str(lora)
-    )
+    pipe = load_pipeline(model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora)
 
     def run(config: SparseContextConfig, steps: int | None = steps):
         return generate(
@@ -341,7 +343,7 @@ def evaluate(
     share: Share = "joint",
     floor: Floor = 1,
     limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
-    lora: Annotated[Path | None, typer.Option(help="A LoRA for this model, as safetensors.")] = None,
+    lora: Lora = None,
     seed: Annotated[int, typer.Option(help="Of the image noise; sample i has seed + i.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.", show_default="the model's")] = None,
     guidance_scale: Annotated[float | None, typer.Option(show_default="the model's")] = None,
@@ -378,10 +380,9 @@ def evaluate(
 
     for count in sorted({len(sample.references) for sample in samples}):
         check_references(model, count, inpaint=False)
-    adapter = None if lora is None else str(lora)
-    pipe = load_pipeline(model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=adapter)
+    pipe = load_pipeline(model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora)
     pipe.set_progress_bar_config(disable=True)
-    about = {"data": str(manifest or pie_bench), "model": model or "embedded", "lora": adapter,
+    about = {"data": str(manifest or pie_bench), "model": model or "embedded", "lora": lora,
              "weights": fingerprint(pipe), "steps": steps, "guidance_scale": guidance_scale,
              "dtype": dtype}  # fmt: skip
     make = maker(pipe, steps=steps, guidance_scale=guidance_scale)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from .families import FAMILIES, Family, family_of
-from .mini import CALL_FILE, WEIGHTS, read_call_settings
+from .mini import ADAPTER, CALL_FILE, WEIGHTS, read_call_settings
 from .preview import fit_reference, reference_mask
 from .selection import Selection, SparseContextConfig
 from .selectors import Blend, Mask
@@ -30,6 +30,7 @@ from .speed.timing import Times, timed
 DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
           "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
 INDEXES = ("model_index.json", "modular_model_index.json")
+NO_LORA = "none"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TIMEOUT = 10  # seconds until the hub counts as out of reach
 
@@ -60,7 +61,8 @@ def load_pipeline(
 
     dtype: a name of `DTYPES`, or "auto": float32 for the embedded model on a CPU, else bfloat16.
     device: a torch device; None takes an accelerator if there is one. cpu_offload: "model" or "group".
-    lora: a safetensors file for this model.
+    lora: a safetensors file for this model, or "none". None is the adapter that a model brings with it: the embedded
+    one has one for dropped tokens, folded into its weights; others bring none.
     Only safetensors are read, and nothing is fetched but a hub id that was named.
     """
     where = find_device(device)
@@ -68,6 +70,9 @@ def load_pipeline(
         raise ValueError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}.")
     if cpu_offload not in (None, "model", "group"):
         raise ValueError(f"cpu-offload is {cpu_offload!r}: choose model or group.")
+    own = lora is None and model is None and ADAPTER.is_file()  # it is not while a new one is trained
+    if lora == NO_LORA:
+        lora = None
     if lora is not None:
         _check_lora_file(lora)
     path = str(WEIGHTS) if model is None else model
@@ -84,7 +89,11 @@ def load_pipeline(
             raise ValueError(f"The model {path} is incomplete: weights of its {name} are missing.")
     if getattr(pipe.tokenizer, "vocab_size", 2) < 2:  # without its file a tokenizer loads too, and knows no word
         raise ValueError(f"The model {path} is incomplete: its tokenizer has no words.")
-    if lora is not None:
+    if own:
+        _load_lora(pipe, str(ADAPTER))
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()  # what was fused stays
+    elif lora is not None:
         _load_lora(pipe, lora)
     if cpu_offload == "model":
         pipe.enable_model_cpu_offload(device=where)
@@ -289,13 +298,14 @@ def call_settings(pipe: Any) -> dict:
 def reference_sides(reference_size: Any, config: SparseContextConfig, count: int) -> list[int | None]:
     """The size that each reference is scaled to, where a model says it: one number, or one for each task.
 
-    Under the task "auto" one reference is taken for a picture to edit, several for subjects, as `task_defaults` does.
+    Under the task "auto" one reference is taken for a picture to edit, several for subjects, as `task_defaults` does;
+    a global edit is an edit.
     """
     tasks = [config.task] * count if isinstance(config.task, str) else list(config.task)
     if not isinstance(reference_size, Mapping):
         return [reference_size] * count
-    auto = "edit" if count == 1 else "subject"
-    return [reference_size.get(auto if task == "auto" else task) for task in tasks]
+    kinds = {"auto": "edit" if count == 1 else "subject", "global": "edit"}
+    return [reference_size.get(kinds.get(task, task)) for task in tasks]
 
 
 Fit = Callable[[Image.Image], Image.Image]

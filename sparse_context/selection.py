@@ -15,7 +15,7 @@ import numpy as np
 from .budget import check_budget, choose_tokens, keeps_all
 from .selectors import Selector, find_mask, resolve, user_mask
 
-TASKS = ("auto", "edit", "subject")
+TASKS = ("auto", "edit", "global", "subject")
 BELOW_ALL = np.float32(-1e-9)  # a selector's lowest score is 0; this adds nothing to the mass that "auto" measures
 
 
@@ -24,12 +24,16 @@ def task_defaults(task: str, references: int) -> tuple[str | dict[str, float], f
 
     - "edit", an edit that keeps the picture's layout: edges, with a tenth of the tokens spread evenly, because an edge
       selector alone leaves flat regions blind (the paper's own limitation; arXiv 2606.23682).
+    - "global", an edit of the whole picture, such as a colour tone or a style: tokens spread evenly, since every region
+      is asked for. No selector knows better, and few tokens break such an edit; keep="auto" keeps more than half.
     - "subject", a subject put into a new scene: saliency, and nothing for the background.
     - "auto": several references are taken for subjects. One may be either, so edges and saliency count half each, with
       the coverage of an edit. (The shape of the output cannot tell: by default it is the first reference's.)
     """
     if task == "edit":
         return "edges", 0.1
+    if task == "global":
+        return "uniform", 0.0
     if task == "auto" and references == 1:
         return {"edges": 0.5, "saliency": 0.5}, 0.1
     return "saliency", 0.0
@@ -46,7 +50,7 @@ class SparseContextConfig:
     - `selector`: what makes a token matter: a name of `selectors.SELECTORS`, a mapping of names to weights (a blend), a
       function (image, grid, generator) -> scores, or `mask([...])`. One, or a list with one per reference. None: the
       task decides.
-    - `task`: "edit", "subject" or "auto", one or one per reference: see `task_defaults`.
+    - `task`: "edit", "global", "subject" or "auto", one or one per reference: see `task_defaults`.
 
     To tinker with:
 

@@ -243,7 +243,7 @@ CHOICES = {
     "--selector edges=-1": "The weight of 'edges' in the blend is -1.0: pass a number above 0",
     "--selector edges=nan": "The weight of 'edges' in the blend is nan",
     "--selector edges --selector uniform": "--selector has 2 values for 1 references",
-    "--task paint": "task is 'paint': choose one of auto, edit, subject",
+    "--task paint": "task is 'paint': choose one of auto, edit, global, subject",
     "--coverage 2": "coverage is 2.0: pass a share from 0 to 1",
     "--coverage nan": "coverage is nan",
     "--share mine": "share is 'mine': choose 'joint' or 'equal'",

@@ -1,6 +1,7 @@
 """The embedded model: its scenes, its recipe's agreement with the pipeline, and what is shipped."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from sparse_context.mini.recipe import (
     watched_heads,
 )
 from sparse_context.mini.samples import scene_samples, tasks_of
-from sparse_context.mini.scenes import COLOURS, PLACES, SUBJECTS, TASKS, TOKEN, draw_scene, make_scene
+from sparse_context.mini.scenes import COLOURS, PLACES, SHOWS, SUBJECTS, TASKS, TOKEN, draw_scene, make_scene
 from sparse_context.training.loop import load_average
 
 
@@ -117,7 +118,7 @@ def test_the_source_of_a_token_shows_the_same(assets, task, side):
         difference = np.abs(target[full].astype(int) - references[source[full]])
         assert difference.max(initial=0) <= 1
         compared += full.sum()
-        bare = covered.mean((1, 2)) < 0.25
+        bare = covered.mean((1, 2)) < SHOWS
         if task == "subject_scene":  # what the object does not cover is the second reference, where it was
             assert np.array_equal(source[bare], (side // TOKEN) ** 2 + np.flatnonzero(bare))
         else:
@@ -129,7 +130,7 @@ def test_edits_of_the_picture_have_each_token_s_source_in_its_place(assets):
     for task in ("edit_object", "edit_global"):
         assert np.array_equal(make_scene(assets, task, 2).source.ravel(), np.arange(256))
     scene = make_scene(assets, "edit_remove", 2)
-    bare = cut(scene.mask).mean((1, 2)) < 0.25
+    bare = cut(scene.mask).mean((1, 2)) < SHOWS
     assert np.array_equal(scene.source.ravel(), np.where(bare, np.arange(256), -1))
     assert (make_scene(assets, "subject_scale", 2).source == -1).all()  # at another scale no token is the same
 
@@ -150,8 +151,15 @@ def test_heads_that_look_at_the_source_lose_nothing():
     assert correspondence_loss([(query, keys)], still, right, text_tokens=1) < 1e-6
     scale = 40 * 40 / 8**0.5
     assert correspondence_loss([(query, keys)], still, wrong, text_tokens=1).item() == pytest.approx(scale, rel=1e-5)
-    one_right = torch.tensor([[2, -1]])  # what shows nothing of a reference does not count
-    assert correspondence_loss([(query, keys)], still, one_right, text_tokens=1) < 1e-6
+    second_bare = torch.tensor([[2, -1]])  # it should not look at a reference, but its three other tokens are ignored
+    assert correspondence_loss([(query, keys)], still, second_bare, text_tokens=1).item() == pytest.approx(
+        scale - math.log(3), rel=1e-5
+    )
+    query[0, 2] = 40 * torch.eye(8)[0]  # at the text
+    assert correspondence_loss([(query, keys)], still, second_bare, text_tokens=1) < 1e-6
+    both = torch.cat([query, query]), torch.cat([keys, keys])
+    unknown = torch.tensor([[2, -1], [-1, -1]])  # nothing is known of the second sample
+    assert correspondence_loss([both], still, unknown, text_tokens=1) < 1e-6
 
 
 def test_watched_heads_are_those_that_attend_and_are_let_go(pipe):

@@ -118,7 +118,7 @@ def maker(
     and at most a megapixel, else what the pipeline takes from the references. (LongCat always does the latter.)
 
     Where a setting's task is "auto", the sample's own is used: `task_of(sample)`, one for all references or one for
-    each; by default `sample.task`, if that is "edit" or "subject". A selector that was named is taken at its word then
+    each; by default `sample.task`, if that is a name of `TASKS`. A selector that was named is taken at its word then
     too: the task adds no coverage to it.
     """
     fixed = "height" in call_settings(pipe) or "height" not in call_inputs(pipe)

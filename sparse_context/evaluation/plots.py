@@ -34,13 +34,14 @@ def _sort_key(keep: Any) -> tuple[int, float]:
     return (0, -float(keep)) if isinstance(keep, (int, float)) else (1, 0.0)
 
 
-def draw_curves(result: Mapping[str, Any], score: str) -> Image.Image:
+def draw_curves(result: Mapping[str, Any], score: str, before: Mapping[str, Any] | None = None) -> Image.Image:
     """A score against the share of tokens kept: a panel for each group, a line for each selector.
 
     The dashed line is the mean with all tokens; a point is that plus the mean of the paired differences, and the band
     their 95 % interval. So settings that were run on fewer samples are comparable with the others. Distances to the
-    dense output have no such difference: there a point is the mean. Raises ValueError for a score that the result does
-    not have, and without matplotlib.
+    dense output have no such difference: there a point is the mean. `before` is another result on the same samples,
+    such as that of the weights before fine-tuning: dotted, without bands. Raises ValueError for a score that the result
+    does not have, and without matplotlib.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -66,13 +67,11 @@ def draw_curves(result: Mapping[str, Any], score: str) -> Image.Image:
         if dense is not None:
             axis.axhline(dense["mean"], color="0.4", linestyle="--", linewidth=1)
         for i, (line, names) in enumerate(lines.items()):
-            points = [(cells[n]["kept"], *_level(cells[n]["scores"][score], dense)) for n in names
-                      if n in cells and score in cells[n]["scores"] and cells[n]["kept"]]  # fmt: skip
-            if dense is not None:
-                points.append((1.0, dense["mean"], dense["mean"], dense["mean"]))
-            if not points:
+            if before is not None and (points := _points(before["figures"].get(group, {}), names, score)):
+                axis.plot(*list(zip(*points, strict=True))[:2], f"C{i}:", linewidth=1.2)
+            if not (points := _points(cells, names, score)):
                 continue
-            kept, means, lows, highs = zip(*sorted(points), strict=True)
+            kept, means, lows, highs = zip(*points, strict=True)
             (drawn[line],) = axis.plot(kept, means, f"C{i}o-", markersize=4, linewidth=1.5)
             axis.fill_between(kept, lows, highs, color=f"C{i}", alpha=0.15, linewidth=0)
         axis.set_xscale("log")
@@ -90,6 +89,16 @@ def draw_curves(result: Mapping[str, Any], score: str) -> Image.Image:
         figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=min(6, len(drawn)), frameon=False)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _points(cells: Mapping[str, Any], names: Sequence[str], score: str) -> list[tuple[float, float, float, float]]:
+    """The points of one line in one panel, by the share kept: (kept, mean, low, high), the dense one included."""
+    dense = cells[DENSE]["scores"].get(score) if DENSE in cells else None
+    points = [(cells[n]["kept"], *_level(cells[n]["scores"][score], dense)) for n in names
+              if n in cells and score in cells[n]["scores"] and cells[n]["kept"]]  # fmt: skip
+    if dense is not None:
+        points.append((1.0, dense["mean"], dense["mean"], dense["mean"]))
+    return sorted(points)
 
 
 def _level(entry: Mapping[str, Any], dense: Mapping[str, Any] | None) -> tuple[float, float, float]:

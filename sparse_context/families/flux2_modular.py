@@ -72,7 +72,9 @@ class SparseContextStep(ModularPipelineBlocks):
         return [
             InputParam("keep", default=default.keep, description="Ratio, count or 'auto', or a list with one each."),
             InputParam("selector", description="What makes a token matter; the task decides where it is None."),
-            InputParam("task", default=default.task, type_hint=str, description="'edit', 'subject' or 'auto'."),
+            InputParam(
+                "task", default=default.task, type_hint=str, description="'edit', 'global', 'subject' or 'auto'."
+            ),
             InputParam("coverage", type_hint=float, description="Share of the kept tokens that is spread evenly."),
             InputParam("image", description="The references, for masks and alpha channels."),
             InputParam("condition_images", type_hint=list[torch.Tensor], description="Their pixels, preprocessed."),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 CALL_FILE = "call.json"
+ADAPTER = WEIGHTS / "pytorch_lora_weights.safetensors"
+"""The LoRA that the embedded model was fine-tuned with for dropped reference tokens: its default."""
 
 
 def read_call_settings(path: Path) -> dict | None:

@@ -43,11 +43,13 @@ def base(
     folder: Folder = Path("checkpoints"),
     stop_after: Seconds = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that compose scenes ahead of the steps.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's own number.")] = None,
 ) -> None:
     """Train the transformer and the text encoder, on all reference tokens."""
-    from .recipe import train_base
+    from .recipe import BaseConfig, train_base
 
-    train_base(folder, stop_after=stop_after, workers=workers)
+    config = BaseConfig() if steps is None else BaseConfig(steps=steps)
+    train_base(folder, config, stop_after=stop_after, workers=workers)
 
 
 @app.command()
@@ -58,7 +60,7 @@ def sparse(
     full: Annotated[bool, typer.Option("--full", help="All weights of the transformer, no LoRA.")] = False,
     kv: Annotated[bool, typer.Option("--kv", help="For Flux2KleinKVPipeline.")] = False,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
-    batch: Annotated[int, typer.Option(min=1)] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Samples that share one set of kept tokens.")] = 4,
     rank: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
     distillation: Annotated[float, typer.Option()] = 0.0,
@@ -73,6 +75,17 @@ def sparse(
 
     config = choose(full, kv, steps, rank, learning_rate, distillation, random_only, coverage, dense, seed)
     print(f"wrote {train_sparse(folder, config, name=name, batch=batch, model=model, stop_after=stop_after)}")
+
+
+@app.command()
+def adapter(
+    folder: Folder = Path("checkpoints"),
+    name: Annotated[str, typer.Option(help="Of the run, as in `sparse`.")] = "sparse",
+) -> None:
+    """Make the LoRA of a run of `sparse` the embedded model's own."""
+    from .sparse import export_adapter
+
+    export_adapter(folder / name)
 
 
 @app.command()

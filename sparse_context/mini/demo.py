@@ -16,7 +16,8 @@ EXAMPLES = Path(__file__).parent / "examples"
 def read_examples(folder: Path = EXAMPLES) -> list[dict]:
     """The shipped scenes: a list of {"name", "task", "tasks", "prompt", "references": [PIL], "truth": PIL}.
 
-    "tasks" has one of "edit" and "subject" for each reference: a background that stays where it is counts as an edit.
+    "tasks" has one of "edit", "global" and "subject" for each reference: a background that stays where it is counts as
+    an edit.
     """
     listing = json.loads((folder / "scenes.json").read_text())
     return [

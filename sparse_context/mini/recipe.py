@@ -8,7 +8,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -24,6 +24,7 @@ from transformers import Qwen2Tokenizer
 from ..generation import load_pipeline
 from ..training.attention import MatmulAttention
 from ..training.loop import load_average, make_optimisers, start_from, train
+from . import ADAPTER
 from .data import Assets, load_assets
 from .model import (
     TEXT_LAYERS,
@@ -142,16 +143,21 @@ class BaseConfig:
     vocabulary: int = 512
     seed: int = 0
     mix: tuple[tuple[str, float], ...] = (
-        ("edit_background", 0.09),
-        ("edit_object", 0.09),
-        ("edit_global", 0.09),
-        ("edit_remove", 0.02),
-        ("subject_place", 0.31),
+        ("edit_background", 0.08),
+        ("edit_object", 0.08),
+        ("edit_global", 0.07),
+        ("edit_remove", 0.01),
+        ("subject_place", 0.29),
         ("subject_scale", 0.01),
-        ("subject_pair", 0.15),
+        ("subject_pair", 0.18),
         ("subject_scene", 0.12),
-        ("subject_quarters", 0.12),
+        ("subject_quarters", 0.16),
     )
+
+    @property
+    def resumed(self) -> "BaseConfig":
+        """Without the easy part at the beginning, for a model that has learned to copy already."""
+        return replace(self, alone_until=0.0, small_until=0.0, reach=(-1.0, 0.0))
 
 
 def batch_scenes(assets: Assets, config: BaseConfig, step: int) -> list[Scene]:
@@ -239,21 +245,27 @@ def correspondence_loss(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rota
                         source: torch.Tensor, text_tokens: int) -> torch.Tensor:  # fmt: skip
     """Cross-entropy of where heads look, against the reference token that each output token shows (`Scene.source`).
 
-    pairs: what `watched_heads` saw; rotary: the cosines and sines of all tokens; source: int64 (B, output tokens), -1
-    where a token shows nothing of a reference, on the CPU so that no device is waited for. Found from the pictures
-    alone, an object that moves costs several times as many samples: nothing pulls a head to the right token until it
-    already looks there.
+    pairs: what `watched_heads` saw; rotary: the cosines and sines of all tokens; source: int64 (B, output tokens), on
+    the CPU so that no device is waited for. -1 is a token that shows nothing of a reference: it should look at anything
+    but references, so that clutter beside an object stays behind. Samples of -1 alone teach nothing; else the tokens of
+    both kinds weigh the same. Found from the pictures alone, an object that moves costs several times as many samples:
+    nothing pulls a head to the right token until it already looks there.
     """
     from diffusers.models.embeddings import apply_rotary_emb
 
-    outputs = source.shape[1]
+    own = text_tokens + source.shape[1]
+    known = (source >= 0).any(1, keepdim=True)
     which, where = (source >= 0).nonzero(as_tuple=True)
-    truth = source[which, where] + text_tokens + outputs
+    truth = source[which, where] + own
+    bare = (known & (source < 0)).nonzero(as_tuple=True)
     losses = []
     for query, key in pairs:
         query, key = (apply_rotary_emb(t[:, :, None], rotary, sequence_dim=1)[:, :, 0] for t in (query, key))
-        scores = torch.bmm(query[:, text_tokens : text_tokens + outputs], key.transpose(1, 2)) * query.shape[-1] ** -0.5
-        losses.append(nn.functional.cross_entropy(scores[which, where].float(), truth.to(scores.device)))
+        scores = torch.bmm(query[:, text_tokens:own], key.transpose(1, 2)) * query.shape[-1] ** -0.5
+        looks = scores.float().log_softmax(-1)
+        losses.append(-looks[which, where, truth.to(looks.device)].mean())
+        if len(bare[0]):
+            losses[-1] = losses[-1] - looks[bare][:, :own].logsumexp(-1).mean()
     return torch.stack(losses).mean()
 
 
@@ -302,8 +314,11 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
                workers: int = 0) -> None:  # fmt: skip
     """Train transformer and text encoder together on all reference tokens; the VAE has to be there already.
 
-    `workers` processes compose the scenes ahead of the steps; 0 composes them within each step.
+    `workers` processes compose the scenes ahead of the steps; 0 composes them within each step. What was restored goes
+    on with `config.resumed`.
     """
+    if (folder / "base" / BEFORE).is_file():
+        config = config.resumed
     everything = load_assets(folder / "assets.safetensors")
     assets = everything.split("train")
     device = default_device()
@@ -339,14 +354,18 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
     blocks = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
     optimisers = make_optimisers(modules, blocks, config.lr, config.muon_lr)
 
-    def at_save(step: int, average: nn.Module) -> None:
+    def show(step: int, average: nn.Module) -> None:
         sheet = sample_sheet(make_pipeline(vae, average["transformer"], average["text_encoder"], tokenizer), everything)
         sheet.save(folder / "base" / f"sheet-{step:07d}.png")
 
     (folder / "base").mkdir(parents=True, exist_ok=True)
     (folder / "base" / "config.json").write_text(json.dumps(asdict(config), indent=2))
     train(modules, optimisers, loss, folder / "base", steps=config.steps, warmup=config.warmup, save_every=100,
-          at_save=at_save, stop_after=stop_after)  # fmt: skip
+          show=show, show_every=500, stop_after=stop_after)  # fmt: skip
+
+
+BEFORE = "before.json"
+"""In the folder of a base that was restored: the call settings of the weights that it goes on from."""
 
 
 def restore(weights: Path, folder: Path) -> None:
@@ -362,7 +381,7 @@ def restore(weights: Path, folder: Path) -> None:
     partial = folder / "base.partial"  # renamed when it is whole: half of it would start from nothing
     shutil.rmtree(partial, ignore_errors=True)
     start_from(nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}), partial)
-    shutil.copy(weights / "call.json", partial / "before.json")
+    shutil.copy(weights / "call.json", partial / BEFORE)
     partial.rename(folder / "base")
 
 
@@ -408,15 +427,19 @@ def generate(pipe, scene: Scene, seed: int = 0, steps: int = 8) -> np.ndarray:
 
 
 def export(folder: Path, destination: Path) -> None:
-    """Write the averaged weights as a bf16 pipeline in the diffusers layout, with the call settings beside it."""
+    """Write the averaged weights as a bf16 pipeline in the diffusers layout, with the call settings beside it.
+
+    An adapter that lies there is removed, since it belongs to the weights that were there.
+    """
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     step = load_average(folder / "base", modules)
-    before = folder / "base" / "before.json"  # what the run was restored from
+    before = folder / "base" / BEFORE
     if before.is_file():
         step += json.loads(before.read_text())["training_steps"]
     pipe = make_pipeline(load_vae(folder), modules["transformer"], modules["text_encoder"], tokenizer)
     pipe.to(dtype=torch.bfloat16)
+    (destination / ADAPTER.name).unlink(missing_ok=True)
     pipe.save_pretrained(destination, safe_serialization=True)
     # Loaded without a dtype, diffusers makes its parts float32, and transformers what this says: they have to agree
     config = destination / "text_encoder" / "config.json"

@@ -269,13 +269,13 @@ def train_saliency(
         weight_decay=1e-2,
     )
 
-    def at_save(step: int, average: nn.Module) -> None:
+    def show(step: int, average: nn.Module) -> None:
         sample_sheet(average, assets).save(folder / "saliency" / f"sheet-{step:07d}.png")
 
     (folder / "saliency").mkdir(parents=True, exist_ok=True)
     (folder / "saliency" / "config.json").write_text(json.dumps(asdict(config), indent=2))
     return train(net, [optimiser], loss, folder / "saliency", steps=config.steps, warmup=config.warmup, ema=0.995,
-                 at_save=at_save, stop_after=stop_after)  # fmt: skip
+                 show=show, show_every=200, stop_after=stop_after)  # fmt: skip
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..manifest import Sample
 from .data import Assets
-from .scenes import SIZE, Scene, make_scene
+from .scenes import GLOBAL_EDITS, SIZE, Scene, make_scene
 
 FIRST_SEED = {"validation": 10_000, "test": 20_000}
 
@@ -60,7 +60,9 @@ def scene_samples(assets: Assets, count: int, first: int) -> tuple[list[Sample],
 
 
 def tasks_of(scene: Scene) -> list[str]:
-    """The task of each reference, "edit" or "subject": what has the output's size stays where it is."""
+    """The task of each reference: what has the output's size stays where it is, edited in part or as a whole."""
+    if scene.task.removeprefix("edit_") in GLOBAL_EDITS:
+        return ["global"]
     return ["edit" if picture.shape[:2] == (SIZE, SIZE) else "subject" for picture in scene.references]
 
 

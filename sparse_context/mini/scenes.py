@@ -21,6 +21,7 @@ SIZE = 128  # side of outputs and of an edit's reference, in pixels
 REFERENCE = 192  # side of a subject's reference
 TOKEN = 8  # side of what one token stands for
 FAR = REFERENCE // TOKEN  # tokens: no object can move farther
+SHOWS = 0.02  # share of a token from which on it shows an object
 OBJECT = 72  # side of an object placed alone
 PAIR = 56  # side of each of two objects placed side by side, and of those in quarters
 
@@ -181,10 +182,10 @@ def _aligned(shown: np.ndarray | None = None, first: int = 0) -> np.ndarray:
 
 def _moved(mask: np.ndarray, moves: tuple[int, int], side: int, first: int = 0) -> np.ndarray:
     """`Scene.source` of an object that lies in `mask` of the target, and `moves` (across, down) tokens from there in a
-    reference of `side` pixels whose tokens count from `first`. What covers less than a quarter of a token has none."""
+    reference of `side` pixels whose tokens count from `first`. Where it covers less than `SHOWS` of a token: -1."""
     rows, columns = np.mgrid[: SIZE // TOKEN, : SIZE // TOKEN]
     source = first + (rows + moves[1]) * (side // TOKEN) + columns + moves[0]
-    return np.where(_tokens(mask) >= 0.25, source, -1)
+    return np.where(_tokens(mask) >= SHOWS, source, -1)
 
 
 def _luma(canvas: np.ndarray) -> np.ndarray:
@@ -240,7 +241,7 @@ def edit_background(assets: Assets, rng: np.random.Generator) -> Scene:
                   "Put the object on a plain {c} background.", "Change the background to {c}, keep the object.",
                   c=name)  # fmt: skip
     return Scene("edit_background", prompt, (_picture(canvas),), _picture(target), mask, (mask,),
-                 _aligned(_tokens(mask) >= 0.25))  # fmt: skip
+                 _aligned(_tokens(mask) >= SHOWS))  # fmt: skip
 
 
 def edit_object(assets: Assets, rng: np.random.Generator) -> Scene:
@@ -293,7 +294,7 @@ def edit_remove(assets: Assets, rng: np.random.Generator) -> Scene:
     target = _picture(canvas)
     mask = place(canvas, rgba, tuple(rng.uniform(40, SIZE - 40, 2)), rng.uniform(40, 80), rng.uniform(0, 0.5))
     prompt = _say(rng, "Remove the object.", "Take the object away.", "Leave only the background.")
-    return Scene("edit_remove", prompt, (_picture(canvas),), target, mask, (mask,), _aligned(_tokens(mask) < 0.25))
+    return Scene("edit_remove", prompt, (_picture(canvas),), target, mask, (mask,), _aligned(_tokens(mask) < SHOWS))
 
 
 def subject_place(
@@ -343,7 +344,7 @@ def subject_scene(assets: Assets, rng: np.random.Generator, side: int = REFERENC
     prompt = _say(rng, "The object of image 1 in front of image 2.", "Put the object of image 1 into image 2.",
                   "Image 2 with the object of image 1 in its centre.")  # fmt: skip
     source = _moved(mask, moves, side)
-    source = np.where(source < 0, _aligned(_tokens(mask) < 0.25, (side // TOKEN) ** 2), source)
+    source = np.where(source < 0, _aligned(_tokens(mask) < SHOWS, (side // TOKEN) ** 2), source)
     return Scene("subject_scene", prompt, (_picture(canvas), _picture(scene)), _picture(target), mask,
                  (reference_mask, np.ones((SIZE, SIZE), np.float32)), source)  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The embedded model's fine-tuning with dropped reference tokens, on its own scenes.
 
 Takes the shipped weights and the assets of the working folder; writes the run, and its result, to `<folder>/<name>`.
+`export_adapter` writes what is shipped.
 """
 
 from collections.abc import Sequence
@@ -8,13 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from ..generation import load_pipeline
+from ..generation import NO_LORA, load_pipeline
 from ..training.data import Example
 from ..training.dropping import Dropping
-from ..training.finetune import EMBEDDED, FinetuneConfig, finetune
+from ..training.finetune import EMBEDDED, LORA_FILE, FinetuneConfig, finetune
 from ..training.hosts import find_host
+from . import ADAPTER
 from .data import Assets, load_assets
 from .recipe import BaseConfig, batch_scenes, default_device
 from .scenes import Scene, make_scene
@@ -26,11 +31,12 @@ LORA = FinetuneConfig(
     lr_scheduler="trapezoid",
     lr_warmup_steps=50,
     ema=0.99,
+    gradient_accumulation_steps=4,
     max_train_steps=1000,
     checkpointing_steps=100,
     validation_steps=200,
 )
-"""Where a search starts; nothing about these settings was measured."""
+"""Steps of four batches, since a batch shares one set of kept tokens: sixteen samples see four sets."""
 
 FULL = replace(LORA, full=True, learning_rate=2e-4)
 
@@ -46,7 +52,7 @@ def to_example(scene: Scene) -> Example:
 
 def scene_batches(assets: Assets, batch: int, seed: int):
     """`batches(number)` for the trainer: the scenes of the base's recipe, of all tasks and sizes from the start."""
-    config = replace(BaseConfig(), batch=batch, seed=seed + 1_000, alone_until=0.0, small_until=0.0, reach=(-1.0, 0.0))
+    config = replace(BaseConfig().resumed, batch=batch, seed=seed + 1_000)
 
     def batches(number: int) -> list[Example]:
         return [to_example(scene) for scene in batch_scenes(assets, config, number)]
@@ -59,7 +65,7 @@ def train_sparse(
     config: FinetuneConfig = LORA,
     *,
     name: str = "sparse",
-    batch: int = 16,
+    batch: int = 4,
     model: str | None = None,
     stop_after: float | None = None,
     validation: Sequence[tuple[str, int]] = VALIDATION,
@@ -74,7 +80,7 @@ def train_sparse(
     everything = load_assets(folder / "assets.safetensors")
     device = default_device()
     accelerator = Accelerator(mixed_precision="bf16", cpu=device.type == "cpu")
-    host = find_host(load_pipeline(model, dtype="float32", device=str(device)), config.kv)
+    host = find_host(load_pipeline(model, dtype="float32", device=str(device), lora=NO_LORA), config.kv)
     held_out = everything.split("validation")
     return finetune(
         host,
@@ -89,6 +95,17 @@ def train_sparse(
         stop_after=stop_after,
         batch=batch,
     )
+
+
+def export_adapter(folder: Path, destination: Path = ADAPTER) -> None:
+    """Write the LoRA of the run in `folder` as the embedded model's own, in bf16. Raises OSError."""
+    source = folder / LORA_FILE
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is missing: run `python -m sparse_context.mini sparse` first")
+    with safe_open(source, framework="pt") as file:
+        metadata = file.metadata()
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(source).items()}
+    save_file(weights, destination, metadata)
 
 
 def choose(

@@ -514,6 +514,7 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
     dropping = record["dropping"]
     about = {
         "base": record["base"],
+        "base_weights": record["base_weights"],
         "steps": record["steps"],
         "keep": [dropping["keep_min"], dropping["keep_max"]],
         "dense": dropping["dense"],

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..generation import load_pipeline
+from ..generation import NO_LORA, load_pipeline
 from ..manifest import read_samples
 from .data import Batches, Cache, open_example
 from .dropping import Dropping
@@ -83,7 +83,7 @@ def launch(
     )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision is {accelerator.mixed_precision!r}: choose no or bf16.")
-    host = find_host(load_pipeline(model, dtype=dtype, device=str(accelerator.device)), config.kv)
+    host = find_host(load_pipeline(model, dtype=dtype, device=str(accelerator.device), lora=NO_LORA), config.kv)
     if report_to:
         accelerator.init_trackers("tensorboard")
 

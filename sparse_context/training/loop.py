@@ -99,7 +99,6 @@ def train(
     log_every: int = 20,
     save_every: int = 200,
     keep_last: int = 2,
-    at_save: Callable[[int, nn.Module], None] | None = None,
     show: Callable[[int, nn.Module], None] | None = None,
     show_every: int = 0,
     log: Callable[[int, dict], None] | None = None,
@@ -112,9 +111,9 @@ def train(
     the loss runs through, as an adapter is: nothing is wrapped, gradients are averaged where they end up. `schedule` is
     a name of `SCHEDULES`. An `ema` of 0 averages nothing and returns `module` itself.
 
-    Continues from the newest checkpoint in `folder`, if there is one. `at_save(step, average)` runs beside every
-    checkpoint, `show(step, average)` every `show_every` steps (0: never), both for sample sheets; `log(step, record)`
-    runs beside every record of the log. `stop_after` is a number of seconds after which the run saves and returns.
+    Continues from the newest checkpoint in `folder`, if there is one. `show(step, average)` runs every
+    `show_every` steps and after the last (0: never), for sample sheets; `log(step, record)` beside every record of the
+    log. `stop_after` is a number of seconds after which the run saves and returns.
     Raises OSError, in one sentence, where a file cannot be written; what was written before stays whole.
     """
     main = accelerator is None or accelerator.is_main_process
@@ -165,11 +164,10 @@ def train(
             for group, rate in zip((g for o in optimisers for g in o.param_groups), base_rates, strict=True):
                 group["lr"] = rate
             _save(folder, step + 1, module, average, optimisers, keep_last)
-            if at_save is not None:
-                at_save(step + 1, average)
-        if main and show is not None and show_every and (step + 1) % show_every == 0:
+        shows = show is not None and show_every > 0 and ((step + 1) % show_every == 0 or step + 1 == steps)
+        if main and show is not None and shows:
             show(step + 1, average)
-        if several and ((step + 1) % save_every == 0 or (show_every and (step + 1) % show_every == 0)):
+        if several and ((step + 1) % save_every == 0 or shows):
             accelerator.wait_for_everyone()
         if out_of_time:
             break
