@@ -236,11 +236,103 @@ def training_speed() -> str:
     )
 
 
+CURVE_SCORES = {"subjects": "psnr_in_mask", "edits": "psnr_in_mask", "global edits": "psnr"}
+CURVE_LINES = {"random": "random", "uniform": "uniform", "edges": "edges", "edges, coverage 0.1": "edges, 10 % spread",
+               "saliency": "saliency", "mask": "mask"}  # fmt: skip
+CURVE_TASKS = {"subjects": "saliency", "edits": "edges, coverage 0.1", "global edits": "uniform"}  # what a task takes
+
+
+def _curve_cells(result: dict) -> dict[str, dict[float, str]]:
+    """The cells of each line of the curves: {line: {keep: cell}}."""
+    lines: dict[str, dict[float, str]] = {}
+    for name, cell in result["config"]["cells"].items():
+        if name != "dense":
+            line = cell["selector"] + (f", coverage {cell['coverage']:g}" if cell["coverage"] else "")
+            lines.setdefault(line, {})[cell["keep"]] = name
+    return lines
+
+
+def _difference(cells: dict, name: str, score: str, interval: bool = True) -> str:
+    entry = cells[name]["scores"][score]
+    low, high = entry["difference_interval"]
+    return f"{entry['difference']:+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if interval else "")
+
+
+def _curves(name: str, against: str) -> str:
+    if not (ROOT / "results" / f"{name}.json").exists():
+        return "Not measured yet: `runs/mini_curves.py`."
+    result = _read(name)
+    lines, parts = _curve_cells(result), []
+    keeps = sorted({keep for cells in lines.values() for keep in cells}, reverse=True)
+    for group, score in CURVE_SCORES.items():
+        cells = result["figures"][against][group]
+        dense = cells["dense"]["scores"][score]
+        part = [f"**{group.capitalize()}**, {dense['n']} scenes; the dense base: {dense['mean']:.1f} dB", ""]
+        part += ["| tokens kept | " + " | ".join(CURVE_LINES[line] for line in lines) + " |"]
+        part += ["|---|" + "---|" * len(lines)]
+        if "all tokens" in cells:
+            part.append(f"| all | {_difference(cells, 'all tokens', score)} |" + " |" * (len(lines) - 1))
+        for keep in keeps:
+            row = [_difference(cells, kept[keep], score) for kept in lines.values()]
+            part.append(f"| {keep:g} | " + " | ".join(row) + " |")
+        parts.append("\n".join(part))
+    config = result["config"]
+    few = min(cell["limit"] for cell in config["cells"].values())
+    return "\n\n".join(parts) + (
+        f"\n\nDecibels of PSNR gained or lost against the dense base with all tokens, and the 95 % interval of that: "
+        f"scenes of the {config['split']} split, at some keeps only the first of them, {few} of all groups together. "
+        f"Measured on {_machine(result)} (`runs/mini_curves.py`)."
+    )
+
+
+def curves_base() -> str:
+    return _curves("mini_curves_base", "groups")
+
+
+def curves() -> str:
+    return _curves("mini_curves", "to the dense base")
+
+
+def curves_short() -> str:
+    if not all((ROOT / "results" / f"{name}.json").exists() for name in ("mini_curves", "mini_curves_base")):
+        return "Not measured yet: `runs/mini_curves.py`."
+    before, after = _read("mini_curves_base"), _read("mini_curves")
+    lines = _curve_cells(after)
+    rows = [
+        "| task | selector | dense base | training-free, keep 0.2 | fine-tuned, all | 0.2 | 0.1 | 0.1 at random |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for group, score in CURVE_SCORES.items():
+        old, new = before["figures"]["groups"][group], after["figures"]["to the dense base"][group]
+        kept = lines[CURVE_TASKS[group]]
+        cells = [
+            CURVE_LINES[CURVE_TASKS[group]],
+            f"{old['dense']['scores'][score]['mean']:.1f} dB",
+            _difference(old, kept[0.2], score, interval=False),
+            _difference(new, "all tokens", score, interval=False),
+            *(_difference(new, kept[keep], score, interval=False) for keep in (0.2, 0.1)),
+            _difference(new, lines["random"][0.1], score, interval=False),
+        ]
+        rows.append(f"| {group} | " + " | ".join(cells) + " |")
+    scenes = after["figures"]["groups"]["all"]["dense"]["samples"]
+    return "\n".join(rows) + (
+        f"\n\nDecibels of PSNR against the dense base with all tokens (subjects and edits: inside the object), on the "
+        f"same noise: the embedded model, {scenes} scenes of the {after['config']['split']} split, on "
+        f"{_machine(after)} (`runs/mini_curves.py`). [docs/quality.md](docs/quality.md) has every keep and selector, "
+        f"intervals, curves and pictures."
+    )
+
+
 BENCHMARKS = {"flops": flops, "parts": parts, "bench_mini": bench_mini, "bench_klein_9b_blocks": bench_klein_9b_blocks,
               "bench_gpu": bench_gpu, "training_speed": training_speed}  # fmt: skip
 TABLES = {"pipelines": pipelines, "core_speed": core_speed, "bench_mini": bench_mini, "base_quality": base_quality,
-          "selection": selection}  # fmt: skip
-PAGES = {"README.md": TABLES, "docs/adding-a-pipeline.md": {"lines": lines}, "docs/performance.md": BENCHMARKS}
+          "curves_short": curves_short, "selection": selection}  # fmt: skip
+PAGES = {
+    "README.md": TABLES,
+    "docs/quality.md": {"curves_base": curves_base, "curves": curves},
+    "docs/adding-a-pipeline.md": {"lines": lines},
+    "docs/performance.md": BENCHMARKS,
+}
 
 
 def render(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
