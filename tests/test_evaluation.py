@@ -402,9 +402,7 @@ def test_a_line_is_a_selector_and_what_else_differs():
     assert lines_of(cells) == {"edges": ["edges-0.5", "edges-0.1", "edges-auto"],
                                "auto": ["auto-0.5", "auto-0.1", "auto-auto"]}  # fmt: skip
     spread = {n: c.to_dict() for n, c in grid([0.5], ["edges"], coverages=[0.3]).items()}
-    assert list(lines_of(cells | spread)) == [
-        "edges, coverage None", "auto, coverage None", "edges, coverage 0.3"
-    ]  # fmt: skip
+    assert list(lines_of(cells | spread)) == ["edges", "auto", "edges, coverage 0.3"]
 
 
 def test_curves_and_sheets_are_drawn(finished, samples):
@@ -419,6 +417,12 @@ def test_curves_and_sheets_are_drawn(finished, samples):
     colours = {colour for _, colour in curves.getcolors(2**24)}
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line for each of two selectors, in matplotlib's colours
     assert (44, 160, 44) not in colours
+    alone, twice = draw_curves(result, "psnr"), draw_curves(result, "psnr", before=result)
+    assert np.array_equal(alone, curves) and alone.size == twice.size
+    few = {"figures": {"all": result["figures"]["all"]}}  # a result of other groups: what is not there is not drawn
+    panel = np.array(curves).shape[1] // 3
+    changed = np.any(np.array(draw_curves(result, "psnr", before=few)) != alone, axis=(0, 2))
+    assert not changed[panel + 20 :].any()
     with pytest.raises(ValueError, match="The result has no score 'beauty'"):
         draw_curves(result, "beauty")
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
+from safetensors import safe_open
 from transformers import Qwen2Tokenizer
 
 from sparse_context import SparseContextConfig
 from sparse_context.generation import generate, load_pipeline
-from sparse_context.mini import WEIGHTS, read_call_settings
+from sparse_context.mini import ADAPTER, WEIGHTS, read_call_settings
 from sparse_context.mini.data import Assets, _misses_a_link, _square, split_of
 from sparse_context.mini.demo import read_examples, run_demo
 from sparse_context.mini.model import make_tokenizer, make_vae
@@ -32,6 +33,7 @@ from sparse_context.mini.recipe import (
 )
 from sparse_context.mini.samples import scene_samples, tasks_of
 from sparse_context.mini.scenes import COLOURS, PLACES, SHOWS, SUBJECTS, TASKS, TOKEN, draw_scene, make_scene
+from sparse_context.training.data import fingerprint
 from sparse_context.training.loop import load_average
 
 
@@ -50,6 +52,13 @@ def assets():
 
 @pytest.fixture(scope="module")
 def pipe():
+    """The dense base."""
+    return load_pipeline(device="cpu", lora="none")
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    """The model as it is used: the base with its adapter."""
     return load_pipeline(device="cpu")
 
 
@@ -324,13 +333,30 @@ def test_plain_diffusers_loads_what_is_shipped(pipe):
     assert sum(f.stat().st_size for f in WEIGHTS.rglob("*")) < 34 * 2**20
 
 
+def test_the_adapter_is_the_default_and_belongs_to_the_base(pipe, tuned):
+    """Folded into the weights it says what plain diffusers makes of the file, and it was trained on this very base."""
+    with safe_open(ADAPTER, "pt") as file:
+        about = json.loads(file.metadata()["sparse_context"])
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    assert about["base_weights"] == fingerprint(pipe.transformer)
+    plain = Flux2KleinPipeline.from_pretrained(WEIGHTS)
+    plain.load_lora_weights(ADAPTER.parent, weight_name=ADAPTER.name, use_safetensors=True)
+    assert not getattr(tuned.transformer, "peft_config", None)  # no layers beside the layers, which would take time
+    calls = dict(hidden_states=torch.rand(1, 40, 32), encoder_hidden_states=torch.rand(1, 8, 128),
+                 timestep=torch.tensor([0.7]), img_ids=position_ids(5, 8, 0), txt_ids=torch.zeros(8, 4))  # fmt: skip
+    with torch.no_grad():
+        base, folded, beside = (p.transformer(**calls, return_dict=False)[0] for p in (pipe, tuned, plain))
+    torch.testing.assert_close(folded, beside, rtol=1e-3, atol=1e-4)
+    assert (folded - base).abs().max() > 0.01
+
+
 def slopes(picture):
     """The differences of neighbouring grey levels, across and down: outlines and detail, whatever the colours."""
     grey = np.asarray(picture, float).mean(-1)
     return np.concatenate([np.diff(grey, axis=0).ravel(), np.diff(grey, axis=1).ravel()])
 
 
-def test_aligned_edits_of_unseen_objects_show_the_object_and_its_detail(pipe):
+def test_aligned_edits_of_unseen_objects_show_the_object_and_its_detail(tuned):
     """Dense outputs follow the outlines and the detail of their own truth, and of no other scene's.
 
     A flat or blurred patch of the right colour has next to no slopes to agree with, and fails.
@@ -338,16 +364,16 @@ def test_aligned_edits_of_unseen_objects_show_the_object_and_its_detail(pipe):
     examples = [e for e in read_examples() if e["task"].startswith("edit")]
     assert {"edit_background", "edit_negative", "edit_grey"} <= {e["task"] for e in examples}
     for example in examples:
-        made = slopes(generate(pipe, example["references"], example["prompt"], SparseContextConfig(keep=1.0)).image)
+        made = slopes(generate(tuned, example["references"], example["prompt"], SparseContextConfig(keep=1.0)).image)
         assert np.corrcoef(made, slopes(example["truth"]))[0, 1] > 0.6, example["name"]
         others = [e for e in read_examples() if not np.array_equal(e["references"][0], example["references"][0])]
         assert max(np.corrcoef(made, slopes(other["truth"]))[0, 1] for other in others) < 0.3, example["name"]
 
 
-def test_four_references_at_a_fraction_of_the_tokens(pipe):
+def test_four_references_at_a_fraction_of_the_tokens(tuned):
     example = next(e for e in read_examples() if len(e["references"]) == 4)
     config = SparseContextConfig(keep=0.15, task="subject")
-    made = generate(pipe, example["references"], example["prompt"], config)
+    made = generate(tuned, example["references"], example["prompt"], config)
     assert made.selection.total == 4 * 576 and made.selection.kept == round(0.15 * 4 * 576)
     assert made.image.size == (128, 128)
 

@@ -18,14 +18,15 @@ GROUPS_A_ROW = 3
 def lines_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """The cells but the dense one, by what they share beside keep: {line: [cell, ...]}, most tokens first.
 
-    cells: `config["cells"]` of a result. A line goes by its selector, and by task and coverage where these differ.
+    cells: `config["cells"]` of a result. A line goes by its selector, and by task and coverage where
+    these differ and were set.
     """
     fields = ("selector", "task", "coverage", "share", "floor")
     settings = {name: tuple(str(cell.get(f)) for f in fields) for name, cell in cells.items() if name != DENSE}
     telling = [i for i in range(len(fields)) if i == 0 or len({s[i] for s in settings.values()}) > 1]
     lines: dict[str, list[str]] = {}
     for name, setting in settings.items():
-        text = ", ".join(setting[i] if i == 0 else f"{fields[i]} {setting[i]}" for i in telling)
+        text = ", ".join(setting[i] if i == 0 else f"{fields[i]} {setting[i]}" for i in telling if setting[i] != "None")
         lines.setdefault(text, []).append(name)
     return {line: sorted(names, key=lambda n: _sort_key(cells[n]["keep"])) for line, names in lines.items()}
 

@@ -31,6 +31,14 @@ def vae(folder: Folder = Path("checkpoints"), stop_after: Seconds = None) -> Non
 
 
 @app.command()
+def decoder(folder: Folder = Path("checkpoints"), stop_after: Seconds = None) -> None:
+    """Train the VAE's decoder further, which leaves the base as good as it was."""
+    from .recipe import train_decoder
+
+    train_decoder(folder, stop_after=stop_after)
+
+
+@app.command()
 def restore(folder: Folder = Path("checkpoints"), weights: Path = Path(__file__).parent / "weights") -> None:
     """Put exported weights into the working folder, so that `base` trains them further."""
     from .recipe import restore

@@ -61,7 +61,7 @@ def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _crops(assets: Assets, config: VaeConfig, step: int) -> torch.Tensor:
+def _crops(assets: Assets, config: "VaeConfig | DecoderConfig", step: int) -> torch.Tensor:
     rng = np.random.default_rng([config.seed, 1, step])
     crops = []
     for _ in range(config.batch):
@@ -74,7 +74,7 @@ def _crops(assets: Assets, config: VaeConfig, step: int) -> torch.Tensor:
 
 
 def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float | None = None) -> None:
-    """Train the VAE for reconstruction: L1, L2 and L2 of gradients on pixels; noise and a faint L2 on the latents.
+    """Train the VAE by `reconstruction_loss`, with noise and a faint L2 on the latents.
 
     The noise makes the decoder forgive what the sampler leaves behind; there is no adversarial or perceptual loss.
     At the end the statistics of `bn`, which the pipeline normalises latents with, are measured on 512 pictures.
@@ -91,9 +91,7 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
             posterior = vae.encode(pictures).latent_dist
             latents = posterior.mean + 0.06 * torch.randn(posterior.mean.shape, generator=noise).to(device)
             decoded = vae.decode(latents).sample.float()
-        error = decoded - pictures
-        edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
-        return error.abs().mean() + 2 * error.square().mean() + 2 * edges + 1e-3 * posterior.mean.square().mean()
+        return reconstruction_loss(decoded, pictures) + 1e-3 * posterior.mean.square().mean()
 
     optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     average = train(vae, [optimiser], loss, folder / "vae", steps=config.steps, warmup=100, ema=0.995,
@@ -101,6 +99,53 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     if (folder / "vae" / f"step-{config.steps:07d}").is_dir():  # all steps were taken, so the base may rely on it
         measure_latents(average, assets)
         average.save_pretrained(folder / "vae" / "final")
+
+
+def reconstruction_loss(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """L1, L2 and L2 of gradients, on pixels (B, 3, H, W)."""
+    error = decoded - pictures
+    edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 2 * edges
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """As `VaeConfig`, of the decoder alone; `noise` is the standard deviation of what the latents are moved by."""
+
+    steps: int = 2000
+    batch: int = 16
+    crop: int = 64
+    lr: float = 1e-3
+    noise: float = 0.03
+    seed: int = 1
+
+
+def train_decoder(folder: Path, config: DecoderConfig = DecoderConfig(), stop_after: float | None = None) -> None:
+    """Train the decoder of the VAE further, in place; run again when it is done, it does so once more.
+
+    Latents stay what they are, so a base that knows them stays as good.
+    """
+    assets = load_assets(folder / "assets.safetensors").split("train")
+    device = default_device()
+    vae = load_vae(folder).to(device)
+    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
+
+    def loss(step: int) -> torch.Tensor:
+        pictures = _crops(assets, config, step).to(device)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                latents = vae.encode(pictures).latent_dist.mode()
+            noise = torch.randn(latents.shape, generator=generator).to(device)
+            return reconstruction_loss(vae.decode(latents + config.noise * noise).sample.float(), pictures)
+
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    average = train(decoder, [optimiser], loss, folder / "decoder", steps=config.steps, warmup=100, ema=0.995,
+                    save_every=400, stop_after=stop_after)  # fmt: skip
+    if (folder / "decoder" / f"step-{config.steps:07d}").is_dir():
+        decoder.load_state_dict(average.state_dict())
+        vae.save_pretrained(folder / "vae" / "final")
+        shutil.rmtree(folder / "decoder")
 
 
 @torch.no_grad()
