@@ -37,7 +37,7 @@ from sparse_context.result import write_result
 ROOT = Path(__file__).resolve().parents[1]
 SELECTORS = ("random", "uniform", "edges", "saliency", "mask")
 MANY, FEW = (1.0, 0.2, 0.1), (0.5, 0.3, 0.15, 0.05)
-SHEET = ("saliency-0.2", "edges-0.2-coverage=0.1", "uniform-0.2", "saliency-0.1")
+SHEET = ("saliency-0.5", "saliency-0.2", "saliency-0.1")
 
 
 def working_folder(output: Path, split: str) -> Path:

@@ -274,7 +274,7 @@ def test_the_references_of_a_batch_have_one_shape_and_batches_cost_the_same(asse
         assert len(scenes) == max(4, round(16 * 544 / tokens))
         seen.append(({scene.task for scene in scenes}, len(shape), max(rows for rows, _, _ in shape)))
     assert {count for _, count, _ in seen[:20]} == {1} and {1, 2, 4} <= {count for _, count, _ in seen[20:]}
-    assert {side for _, _, side in seen[:50]} == {128} and {side for _, _, side in seen[50:]} == {128, 192}
+    assert {side for _, _, side in seen[:50]} == {128} and {side for _, _, side in seen[50:]} == {96, 128, 192}
     assert all({"edit_background", "subject_place"} & tasks for tasks, count, side in seen if (count, side) == (1, 128))
     assert all(len(tasks) == 1 for tasks, count, _ in seen if count > 1)
 

@@ -163,16 +163,20 @@ def measure_latents(vae: nn.Module, assets: Assets, pictures: int = 512) -> None
     vae.bn.running_var.copy_(values.var(1))
 
 
+SIDES = (96, SIZE, REFERENCE)  # of a subject's references, in pixels
+
+
 @dataclass(frozen=True)
 class BaseConfig:
     """The dense base: `steps` batches of samples whose references have the same number and sizes.
 
     `mix` holds the share of each task; until `alone_until` of the run only the tasks with one reference are drawn, and
-    until `small_until` the references of subjects have 128 pixels; afterwards every second batch has 192. Objects move
-    by one token at most until the first of `reach`, then farther by the same factor each step, and as far as they like
-    from the second: copying is learned in place first. A batch has `batch` samples where there is one reference of 128
-    pixels, and fewer with more tokens, so that steps cost the same. An output token inside an object counts `1 + focus`
-    times; `teach` is the weight of the `correspondence_loss`.
+    until `small_until` the references of subjects have 128 pixels, afterwards one of `SIDES`: small ones leave room for
+    more samples, from which it is learned sooner which reference is meant; large ones are what the model is for.
+    Objects move by one token at most until the first of `reach`, then farther by the same factor each step, and as far
+    as they like from the second: copying is learned in place first. A batch has `batch` samples where there is one
+    reference of 128 pixels, and fewer with more tokens, so that steps cost the same. An output token inside an object
+    counts `1 + focus` times; `teach` is the weight of the `correspondence_loss`.
     """
 
     steps: int = 3800
@@ -214,7 +218,7 @@ def batch_scenes(assets: Assets, config: BaseConfig, step: int) -> list[Scene]:
         weights[[name in ("subject_pair", "subject_scene", "subject_quarters") for name in names]] = 0
     begin, end = (share * config.steps for share in config.reach)
     reach = round(FAR ** np.interp(step, (begin, end), (0, 1)))
-    side = REFERENCE if step >= config.small_until * config.steps and rng.random() < 0.5 else SIZE
+    side = int(rng.choice(SIDES)) if step >= config.small_until * config.steps else SIZE
 
     def draw(task: str | None = None) -> Scene:
         task = task or names[rng.choice(len(names), p=weights / weights.sum())]
