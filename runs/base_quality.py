@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sparse_context import SparseContextConfig
 from sparse_context.evaluation.metrics import decoys, features, nearest_of, psnr
-from sparse_context.generation import call_settings, generate, load_pipeline
+from sparse_context.generation import NO_LORA, call_settings, generate, load_pipeline
 from sparse_context.images import save_picture
 from sparse_context.mini.data import SPLITS, Assets, load_assets
 from sparse_context.mini.recipe import to_tensor
@@ -85,7 +85,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     assets = load_assets(arguments.assets).split(arguments.split)
-    pipe = load_pipeline(arguments.model, device="cpu", dtype="float32", lora="none")
+    pipe = load_pipeline(arguments.model, device="cpu", dtype="float32", lora=NO_LORA)
     pipe.set_progress_bar_config(disable=True)
     values: dict[str, dict[str, list[float]]] = {"vae": {"psnr": []}} | {task: {} for task in TASKS}
     shown = {task: [] for task in TASKS}

@@ -5,11 +5,11 @@ tenth of the tokens spread evenly; `mask` knows where the object is, which makes
 base_quality.py: the share of a scene's objects that are nearest to themselves among 64 candidates. Stopped at any
 point, it goes on there. Settings are chosen on "validation"; "test" is run once for the published table.
 
-    python runs/mini_curves.py --lora none --output results/mini_curves_base.json
-    python runs/mini_curves.py --base results/mini_curves_base.json
+    python runs/mini_curves.py --split test --lora none --output results/mini_curves_base.json
+    python runs/mini_curves.py --split test --base results/mini_curves_base.json
 
-The first line is the dense base, training-free. The second is the model as it is shipped, fine-tuned with dropping;
-with `--base` its figures are also compared with the base's outputs with all tokens, pair by pair.
+The first line is the dense base, training-free. The second is the model as it is shipped, fine-tuned with dropping: its
+figures are also compared with the base's outputs with all tokens, pair by pair, and drawn beside the base's.
 
 It needs the scenes' objects, `checkpoints/assets.safetensors`: `python -m sparse_context.mini data` makes that file.
 """
@@ -17,6 +17,7 @@ It needs the scenes' objects, `checkpoints/assets.safetensors`: `python -m spars
 import argparse
 import json
 import math
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from PIL import Image
 from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise, table
 from sparse_context.evaluation.metrics import Metric, decoys, features, find_metrics, nearest_of
 from sparse_context.evaluation.plots import draw_curves, draw_sheet
-from sparse_context.generation import call_settings, load_pipeline
+from sparse_context.generation import NO_LORA, call_settings, load_pipeline
 from sparse_context.images import save_picture
+from sparse_context.mini import ADAPTER
 from sparse_context.mini.data import SPLITS, load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
@@ -50,11 +52,27 @@ def rows(folder: Path, cell: str) -> list[dict]:
     return json.loads((folder / "cells" / f"{cell}.json").read_text())["figures"]["samples"]
 
 
+def read_base(path: Path, about: dict, names: list[str]) -> dict:
+    """The result of the dense base, as `evaluate` returns it. Ends the script where it is none for these scenes."""
+    base = json.loads(path.read_text())
+    config, folder = base["config"], working_folder(path, about["split"])
+    differs = [key for key in ("split", "steps", "call") if config[key] != about[key]]
+    if config["lora"] != NO_LORA or config["weights"] == about["weights"] or differs:
+        sys.exit(
+            f"mini_curves: {path} is no result of the dense base with the same settings ({differs or 'its LoRA'})."
+        )
+    if not (folder / "cells").is_dir() or [row["name"] for row in rows(folder, DENSE)] != names:
+        sys.exit(f"mini_curves: {folder} has no figures of the dense base for these {len(names)} scenes: run it first.")
+    return base | {"figures": base["figures"]["groups"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality against the tokens kept.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
     parser.add_argument("--model", help="a folder; the weights in the package without it")
-    parser.add_argument("--lora", help="an adapter for it, as safetensors, or none; the package's own without it")
+    parser.add_argument(
+        "--lora", help="an adapter for it, as safetensors, or the word none; the package's own without both"
+    )
     parser.add_argument("--scenes", type=int, default=256, help=f"at keep {MANY}")
     parser.add_argument("--few", type=int, default=64, help=f"at keep {FEW}")
     parser.add_argument("--base", type=Path, help="the result of another run on the same scenes, of the dense base")
@@ -64,13 +82,11 @@ def main() -> None:
         "--folder", type=Path, help="working folder; checkpoints/NAME-SPLIT of the output's NAME without it"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "mini_curves.json")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "docs", help="a folder")
+    parser.add_argument(
+        "--pictures", type=Path, help="a folder; docs/ for the package's own adapter, else the working one"
+    )
     arguments = parser.parse_args()
 
-    base = None
-    if arguments.base is not None:
-        base = json.loads(arguments.base.read_text())
-        base = base | {"figures": base["figures"]["groups"]}
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
     of_truth = {scene.target.tobytes(): (scene, kind, seed) for scene, kind, seed in scenes.values()}
@@ -99,8 +115,15 @@ def main() -> None:
     limits = dict.fromkeys(MANY, arguments.scenes) | dict.fromkeys(FEW, arguments.few)
     keeps = sorted(limits, reverse=True)
     cells = grid(keeps, SELECTORS, limits=limits) | grid(keeps, ["edges"], coverages=[0.1], limits=limits)
-    about = {"split": arguments.split, "model": arguments.model or "embedded", "lora": arguments.lora,
-             "weights": fingerprint(pipe), "steps": arguments.steps, "call": call_settings(pipe)}  # fmt: skip
+    own = arguments.model is None and arguments.lora is None
+    if own and not ADAPTER.is_file():
+        sys.exit(
+            f"mini_curves: {ADAPTER} is not there, so this would measure the dense base: pass --lora none for that."
+        )
+    about = {"split": arguments.split, "model": arguments.model or "embedded",
+             "lora": "the package's own" if own else arguments.lora or NO_LORA, "weights": fingerprint(pipe),
+             "steps": arguments.steps, "call": call_settings(pipe)}  # fmt: skip
+    base = None if arguments.base is None else read_base(arguments.base, about, [sample.name for sample in samples])
     folder = arguments.folder or working_folder(arguments.output, arguments.split)
     result = evaluate(make, samples, cells, metrics, folder, about=about)
     figures = {"groups": result["figures"]}
@@ -111,17 +134,14 @@ def main() -> None:
         )
     write_result(arguments.output, arguments.output.stem, result["config"], figures)
 
-    arguments.pictures.mkdir(parents=True, exist_ok=True)
+    pictures = arguments.pictures or (ROOT / "docs" if own else folder)
+    pictures.mkdir(parents=True, exist_ok=True)
     for score in ("psnr", "psnr_in_mask"):
-        save_picture(draw_curves(result, score, base), arguments.pictures / f"{arguments.output.stem}-{score}.webp")
-    save_picture(
-        draw_sheet(folder, samples[: arguments.few], SHEET), arguments.pictures / f"{arguments.output.stem}-sheet.webp"
-    )
+        save_picture(draw_curves(result, score, base), pictures / f"{arguments.output.stem}-{score}.webp")
+    save_picture(draw_sheet(folder, samples[: arguments.few], SHEET), pictures / f"{arguments.output.stem}-sheet.webp")
     print(table(result))
     dense = result["figures"]["all"][DENSE]
-    print(
-        f"{dense['samples']} scenes of {arguments.split}; wrote {arguments.output} and pictures in {arguments.pictures}"
-    )
+    print(f"{dense['samples']} scenes of {arguments.split}; wrote {arguments.output} and pictures in {pictures}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sparse_context.families import FAMILIES, Family
+from sparse_context.selection import task_defaults
 from sparse_context.speed.flops import Tokens, call_flops
 from sparse_context.speed.shapes import SHAPES
 
@@ -119,7 +120,7 @@ def base_quality() -> str:
         )
     config, vae = result["config"], result["figures"]["vae"]["psnr"]
     return "\n".join(lines) + (
-        f"\n\nThe embedded model with all tokens against the truth, {config['split']} split, "
+        f"\n\nThe dense base with all tokens (`--lora none`) against the truth, {config['split']} split, "
         f"{config['num_inference_steps']} steps, trained for {config['training_steps']:,} batches: PSNR, and how often "
         f"the object is nearest to itself among {config['candidates']} candidates by EfficientNet features; beside it "
         f"how often its flat colour and a blur of it pass. The VAE alone: {vae['mean']:.1f} dB over {vae['number']} "
@@ -236,10 +237,16 @@ def training_speed() -> str:
     )
 
 
-CURVE_SCORES = {"subjects": "psnr_in_mask", "edits": "psnr_in_mask", "global edits": "psnr"}
-CURVE_LINES = {"random": "random", "uniform": "uniform", "edges": "edges", "edges, coverage 0.1": "edges, 10 % spread",
-               "saliency": "saliency", "mask": "mask"}  # fmt: skip
-CURVE_TASKS = {"subjects": "saliency", "edits": "edges, coverage 0.1", "global edits": "uniform"}  # what a task takes
+CURVES = {
+    "subjects": ("psnr_in_mask", "subject"),
+    "edits": ("psnr_in_mask", "edit"),
+    "global edits": ("psnr", "global"),
+}
+"""The groups of runs/mini_curves.py: the score that counts there, and the task whose own choice is shown."""
+
+
+def _line(selector: str, coverage: float | None) -> str:
+    return selector + (f", {coverage:.0%} spread".replace("%", " %") if coverage else "")
 
 
 def _curve_cells(result: dict) -> dict[str, dict[float, str]]:
@@ -247,35 +254,36 @@ def _curve_cells(result: dict) -> dict[str, dict[float, str]]:
     lines: dict[str, dict[float, str]] = {}
     for name, cell in result["config"]["cells"].items():
         if name != "dense":
-            line = cell["selector"] + (f", coverage {cell['coverage']:g}" if cell["coverage"] else "")
-            lines.setdefault(line, {})[cell["keep"]] = name
+            lines.setdefault(_line(cell["selector"], cell["coverage"]), {})[cell["keep"]] = name
     return lines
 
 
 def _difference(cells: dict, name: str, score: str, interval: bool = True) -> str:
-    entry = cells[name]["scores"][score]
-    low, high = entry["difference_interval"]
-    return f"{entry['difference']:+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if interval else "")
+    """What a setting gains or loses; empty where no sample has it."""
+    entry = cells.get(name, {}).get("scores", {}).get(score, {})
+    if "difference" not in entry:
+        return ""
+    low, high = entry["difference_interval"] or (None, None)
+    return f"{entry['difference']:+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if interval and low is not None else "")
 
 
 def _curves(name: str, against: str) -> str:
-    if not (ROOT / "results" / f"{name}.json").exists():
+    result = _read(name) if (ROOT / "results" / f"{name}.json").exists() else {"figures": {}}
+    if against not in result["figures"]:
         return "Not measured yet: `runs/mini_curves.py`."
-    result = _read(name)
     lines, parts = _curve_cells(result), []
     keeps = sorted({keep for cells in lines.values() for keep in cells}, reverse=True)
-    for group, score in CURVE_SCORES.items():
+    for group, (score, _) in CURVES.items():
         cells = result["figures"][against][group]
         dense = cells["dense"]["scores"][score]
-        part = [f"**{group.capitalize()}**, {dense['n']} scenes; the dense base: {dense['mean']:.1f} dB", ""]
-        part += ["| tokens kept | " + " | ".join(CURVE_LINES[line] for line in lines) + " |"]
-        part += ["|---|" + "---|" * len(lines)]
-        if "all tokens" in cells:
-            part.append(f"| all | {_difference(cells, 'all tokens', score)} |" + " |" * (len(lines) - 1))
+        head = f"**{group.capitalize()}**, {dense['n']} scenes. The dense base has {dense['mean']:.1f} dB"
+        full = _difference(cells, "all tokens", score)
+        head += f"; fine-tuned, with all tokens: {full}." if full else "."
+        table = ["| tokens kept | " + " | ".join(lines) + " |", "|---|" + "---|" * len(lines)]
         for keep in keeps:
-            row = [_difference(cells, kept[keep], score) for kept in lines.values()]
-            part.append(f"| {keep:g} | " + " | ".join(row) + " |")
-        parts.append("\n".join(part))
+            row = [_difference(cells, kept.get(keep, ""), score) for kept in lines.values()]
+            table.append(f"| {keep:g} | " + " | ".join(row) + " |")
+        parts.append(head + "\n\n" + "\n".join(table))
     config = result["config"]
     few = min(cell["limit"] for cell in config["cells"].values())
     return "\n\n".join(parts) + (
@@ -302,15 +310,15 @@ def curves_short() -> str:
         "| task | selector | dense base | training-free, keep 0.2 | fine-tuned, all | 0.2 | 0.1 | 0.1 at random |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for group, score in CURVE_SCORES.items():
+    for group, (score, task) in CURVES.items():
         old, new = before["figures"]["groups"][group], after["figures"]["to the dense base"][group]
-        kept = lines[CURVE_TASKS[group]]
+        line = _line(*task_defaults(task, 1))
         cells = [
-            CURVE_LINES[CURVE_TASKS[group]],
+            line,
             f"{old['dense']['scores'][score]['mean']:.1f} dB",
-            _difference(old, kept[0.2], score, interval=False),
+            _difference(old, lines[line][0.2], score, interval=False),
             _difference(new, "all tokens", score, interval=False),
-            *(_difference(new, kept[keep], score, interval=False) for keep in (0.2, 0.1)),
+            *(_difference(new, lines[line][keep], score, interval=False) for keep in (0.2, 0.1)),
             _difference(new, lines["random"][0.1], score, interval=False),
         ]
         rows.append(f"| {group} | " + " | ".join(cells) + " |")

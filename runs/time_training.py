@@ -19,7 +19,7 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from sparse_context.generation import load_pipeline
+from sparse_context.generation import NO_LORA, load_pipeline
 from sparse_context.mini.demo import read_examples
 from sparse_context.mini.sparse import LORA
 from sparse_context.result import write_result
@@ -44,7 +44,7 @@ def main() -> None:
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     example = Example(scene["prompt"], tuple(scene["references"]), scene["truth"], (None,) * 4)
-    host = find_host(load_pipeline(dtype="float32", device="cpu", lora="none"))
+    host = find_host(load_pipeline(dtype="float32", device="cpu", lora=NO_LORA))
     trained = prepare(host, LORA)
     optimiser = torch.optim.AdamW(trained.parameters(), lr=1e-5)
 

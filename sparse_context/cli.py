@@ -48,7 +48,9 @@ Coverage = Annotated[float | None, typer.Option(help="Share of the kept tokens s
 Share = Annotated[str, typer.Option(help="joint: references compete for the budget. equal: they do not.")]
 Lora = Annotated[
     str | None,
-    typer.Option(help="A LoRA for this model, as safetensors, or none.", show_default="the embedded model's own"),
+    typer.Option(
+        help="A LoRA for this model, as safetensors, or the word none.", show_default="the embedded model's own"
+    ),
 ]
 Floor = Annotated[int, typer.Option(help="Fewest tokens of each reference.")]
 
@@ -245,7 +247,9 @@ def train(
     checkpoints_total_limit: Annotated[int, typer.Option(help="Checkpoints that are kept.")] = 2,
     resume: Annotated[str | None, typer.Option(help="latest: continue the run in --output-dir.")] = None,
     validation_data: Annotated[str | None, typer.Option(help="As --data; its first samples are drawn.")] = None,
-    validation_steps: Annotated[int, typer.Option(help="Updates between validation pictures.")] = 500,
+    validation_steps: Annotated[
+        int, typer.Option(help="Updates between validation pictures; the last has one too.")
+    ] = 500,
     validation_keep: Annotated[float, typer.Option(help="Keep ratio of the sparse one of them.")] = 0.2,
     num_validation_images: Annotated[int, typer.Option(help="How many samples are drawn.")] = 4,
     cache_latents: Annotated[bool, typer.Option("--cache-latents", help="Keep latents on disk.")] = False,

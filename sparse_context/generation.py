@@ -61,8 +61,8 @@ def load_pipeline(
 
     dtype: a name of `DTYPES`, or "auto": float32 for the embedded model on a CPU, else bfloat16.
     device: a torch device; None takes an accelerator if there is one. cpu_offload: "model" or "group".
-    lora: a safetensors file for this model, or "none". None is the adapter that a model brings with it: the embedded
-    one has one for dropped tokens, folded into its weights; others bring none.
+    lora: a safetensors file for this model, or "none". None is the same as "none", but that the embedded model then has
+    its own adapter, for dropped tokens, folded into its weights.
     Only safetensors are read, and nothing is fetched but a hub id that was named.
     """
     where = find_device(device)

@@ -335,15 +335,15 @@ def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
 
 
 def test_validation_draws_dense_beside_sparse_and_leaves_the_training_alone(tmp_path):
-    config = {**SMALL, "max_train_steps": 2}
+    config = {**SMALL, "max_train_steps": 3}
     plain = finetune(klein(), batches, tmp_path / "plain", FinetuneConfig(**config), base="tiny", data="x")
     host = klein()
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
     (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 2, **host._settings}))
-    shown = finetune(host, batches, tmp_path / "shown", FinetuneConfig(**config, validation_steps=1), base="tiny",
+    shown = finetune(host, batches, tmp_path / "shown", FinetuneConfig(**config, validation_steps=2), base="tiny",
                      data="x", validation=[example()])  # fmt: skip
     sheets = sorted((tmp_path / "shown" / "validation").iterdir())
-    assert [s.name for s in sheets] == ["step-0000001.webp", "step-0000002.webp"]
+    assert [s.name for s in sheets] == ["step-0000002.webp", "step-0000003.webp"]  # and after the last
     assert open_picture(sheets[0]).width == 64 + 96 + 3 * 64 + 4 * 8
     one, other = load_file(plain), load_file(shown)
     assert all(torch.equal(one[name], other[name]) for name in one)

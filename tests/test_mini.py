@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from transformers import Qwen2Tokenizer
 
 from sparse_context import SparseContextConfig
@@ -19,16 +21,22 @@ from sparse_context.mini.demo import read_examples, run_demo
 from sparse_context.mini.model import make_tokenizer, make_vae
 from sparse_context.mini.recipe import (
     COPYING,
+    SIDES,
     BaseConfig,
+    DecoderConfig,
     batch_scenes,
     correspondence_loss,
     encode_pictures,
     encode_text,
+    export,
     flow_matching_loss,
+    load_vae,
     position_ids,
     restore,
     shifted_sigmas,
     to_tensor,
+    train_base,
+    train_decoder,
     watched_heads,
 )
 from sparse_context.mini.samples import scene_samples, tasks_of
@@ -81,7 +89,7 @@ def test_the_size_of_a_subject_s_references_is_a_choice_and_a_background_s_is_no
     assert [r.shape[0] for r in make_scene(assets, "edit_global", 1, side=160).references] == [128]
 
 
-@pytest.mark.parametrize("side", [128, 192])
+@pytest.mark.parametrize("side", SIDES)
 def test_subjects_move_by_whole_tokens(assets, side):
     """Where the object is in the output, a crop of the reference at a whole number of tokens has the same pixels."""
     for seed in range(6):
@@ -113,7 +121,7 @@ def cut(picture):
     return cells.reshape(rows * columns, TOKEN, TOKEN, *picture.shape[2:])
 
 
-@pytest.mark.parametrize("side", [128, 192])
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("task", [t for t in SUBJECTS if t != "subject_scale"] + ["edit_background"])
 def test_the_source_of_a_token_shows_the_same(assets, task, side):
     """Tokens wholly inside objects equal their sources; those with little or nothing of an object have none."""
@@ -127,8 +135,8 @@ def test_the_source_of_a_token_shows_the_same(assets, task, side):
         difference = np.abs(target[full].astype(int) - references[source[full]])
         assert difference.max(initial=0) <= 1
         compared += full.sum()
-        bare = covered.mean((1, 2)) < SHOWS
-        if task == "subject_scene":  # what the object does not cover is the second reference, where it was
+        bare = covered.mean((1, 2)) < (0.5 if task == "subject_scene" else SHOWS)
+        if task == "subject_scene":  # what the object covers less than half of is the second reference, where it was
             assert np.array_equal(source[bare], (side // TOKEN) ** 2 + np.flatnonzero(bare))
         else:
             assert (source[bare] == -1).all()
@@ -138,9 +146,7 @@ def test_the_source_of_a_token_shows_the_same(assets, task, side):
 def test_edits_of_the_picture_have_each_token_s_source_in_its_place(assets):
     for task in ("edit_object", "edit_global"):
         assert np.array_equal(make_scene(assets, task, 2).source.ravel(), np.arange(256))
-    scene = make_scene(assets, "edit_remove", 2)
-    bare = cut(scene.mask).mean((1, 2)) < SHOWS
-    assert np.array_equal(scene.source.ravel(), np.where(bare, np.arange(256), -1))
+    assert (make_scene(assets, "edit_remove", 2).source == -1).all()  # what fills the gap may come from anywhere
     assert (make_scene(assets, "subject_scale", 2).source == -1).all()  # at another scale no token is the same
 
 
@@ -205,6 +211,46 @@ def test_what_is_shipped_can_be_trained_further(pipe, tmp_path):
     )
     with pytest.raises(FileExistsError, match="is there already: move it away"):
         restore(WEIGHTS, tmp_path)
+
+
+def save_assets(assets, folder):
+    tensors = {"objects": assets.objects, "photos": assets.photos, "object_split": assets.object_split,
+               "photo_split": assets.photo_split}  # fmt: skip
+    save_file(tensors, folder / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
+
+
+# Under autocast torch says once that RMS norm, whose weights stay float32, is not fused
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_the_decoder_is_trained_and_latents_stay(assets, pipe, tmp_path):
+    save_assets(assets, tmp_path)
+    restore(WEIGHTS, tmp_path)
+    train_decoder(tmp_path, DecoderConfig(steps=2, batch=2))
+    assert sorted(path.name for path in (tmp_path / "vae").iterdir()) == ["final"]
+    vae = load_vae(tmp_path)
+    changed = {name.split(".")[0] for name, weight in vae.state_dict().items()
+               if not torch.equal(weight, pipe.vae.state_dict()[name])}  # fmt: skip
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_a_restored_base_trains_and_is_exported_without_the_adapter_of_the_old_one(assets, tmp_path):
+    save_assets(assets, tmp_path)
+    restore(WEIGHTS, tmp_path)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(ADAPTER, weights)
+    export(tmp_path, weights)
+    assert (weights / ADAPTER.name).is_file()  # these are the weights that it was trained on
+    before = read_call_settings(WEIGHTS)["training_steps"]
+    assert read_call_settings(weights)["training_steps"] == before
+    train_base(tmp_path, BaseConfig(steps=1, batch=1))
+    record = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert (record["seed"], record["alone_until"], record["small_until"]) == (before, 0, 0)
+    with pytest.raises(ValueError, match="begun with steps 1, not 2: continue it with its own"):
+        train_base(tmp_path, BaseConfig(steps=2, batch=1))
+    export(tmp_path, weights)
+    assert not (weights / ADAPTER.name).exists()
+    assert read_call_settings(weights)["training_steps"] == before + 1
 
 
 def test_global_edits_are_functions_of_the_reference(assets):

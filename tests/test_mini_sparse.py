@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
 
+from sparse_context.mini import adapter_record
 from sparse_context.mini.data import Assets
 from sparse_context.mini.scenes import TASKS, make_scene
-from sparse_context.mini.sparse import LORA, choose, scene_batches, to_example, train_sparse
+from sparse_context.mini.sparse import LORA, choose, export_adapter, scene_batches, to_example, train_sparse
 from sparse_context.training.dropping import Dropping
 
 
@@ -77,4 +80,15 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
         config = choose(False, False, steps, 2, None, 0.0, False, None, False, 0)
         result = train_sparse(tmp_path, config, batch=1, validation=())
     assert result.is_file()
+    export_adapter(tmp_path / "sparse", tmp_path / "own.safetensors")
+    assert not list(tmp_path.glob("*.partial"))
+    about = adapter_record(result)
+    assert adapter_record(tmp_path / "own.safetensors") == about and about["steps"] == 2
+    narrow, wide = load_file(tmp_path / "own.safetensors"), load_file(result)
+    assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
+    for change, says in (({"base_weights": "another"}, "other weights than the package holds"), ({"kv": True}, "KV")):
+        save_torch(wide, result, {"sparse_context": json.dumps(about | change)})
+        with pytest.raises(ValueError, match=says):
+            export_adapter(tmp_path / "sparse", tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
     assert sorted(p.name for p in result.parent.glob("step-*")) == ["step-0000001", "step-0000002"]

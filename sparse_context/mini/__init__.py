@@ -12,6 +12,14 @@ ADAPTER = WEIGHTS / "pytorch_lora_weights.safetensors"
 """The LoRA that the embedded model was fine-tuned with for dropped reference tokens: its default."""
 
 
+def adapter_record(path: Path = ADAPTER) -> dict:
+    """What an adapter's file says of its training: base and its fingerprint, steps, keep range, drop mix, KV mode."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("sparse_context", "{}"))
+
+
 def read_call_settings(path: Path) -> dict | None:
     """What the model in folder `path` wants of a call, from its `call.json`; None where there is no such file.
 

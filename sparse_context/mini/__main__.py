@@ -31,11 +31,11 @@ def vae(folder: Folder = Path("checkpoints"), stop_after: Seconds = None) -> Non
 
 
 @app.command()
-def decoder(folder: Folder = Path("checkpoints"), stop_after: Seconds = None) -> None:
+def decoder(folder: Folder = Path("checkpoints"), stop_after: Seconds = None, seed: int = 1) -> None:
     """Train the VAE's decoder further, which leaves the base as good as it was."""
-    from .recipe import train_decoder
+    from .recipe import DecoderConfig, train_decoder
 
-    train_decoder(folder, stop_after=stop_after)
+    train_decoder(folder, DecoderConfig(seed=seed), stop_after=stop_after)
 
 
 @app.command()
@@ -51,7 +51,9 @@ def base(
     folder: Folder = Path("checkpoints"),
     stop_after: Seconds = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that compose scenes ahead of the steps.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's own number.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the recipe's own number; again when it continues.")
+    ] = None,
 ) -> None:
     """Train the transformer and the text encoder, on all reference tokens."""
     from .recipe import BaseConfig, train_base
@@ -115,7 +117,8 @@ def saliency(
 
 @app.command()
 def export(folder: Folder = Path("checkpoints"), destination: Path = Path(__file__).parent / "weights") -> None:
-    """Write the averaged weights as a bf16 pipeline in the diffusers layout."""
+    """Write the averaged weights as a bf16 pipeline in the diffusers layout. An adapter of other weights is removed
+    there: run `sparse` and `adapter` again."""
     from .recipe import export
 
     export(folder, destination)

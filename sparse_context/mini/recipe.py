@@ -23,8 +23,9 @@ from transformers import Qwen2Tokenizer
 
 from ..generation import load_pipeline
 from ..training.attention import MatmulAttention
-from ..training.loop import load_average, make_optimisers, start_from, train
-from . import ADAPTER
+from ..training.data import fingerprint
+from ..training.loop import load_average, make_optimisers, newest_step, start_from, train
+from . import ADAPTER, adapter_record
 from .data import Assets, load_assets
 from .model import (
     TEXT_LAYERS,
@@ -79,6 +80,9 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     The noise makes the decoder forgive what the sampler leaves behind; there is no adversarial or perceptual loss.
     At the end the statistics of `bn`, which the pipeline normalises latents with, are measured on 512 pictures.
     """
+    done = folder / "vae" / f"step-{config.steps:07d}"
+    if done.is_dir() and (folder / "vae" / "final").is_dir():
+        return  # with a decoder that may have been trained further
     assets = load_assets(folder / "assets.safetensors").split("train")
     device = default_device()
     torch.manual_seed(config.seed)
@@ -96,9 +100,17 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     average = train(vae, [optimiser], loss, folder / "vae", steps=config.steps, warmup=100, ema=0.995,
                     save_every=400, stop_after=stop_after)  # fmt: skip
-    if (folder / "vae" / f"step-{config.steps:07d}").is_dir():  # all steps were taken, so the base may rely on it
+    if done.is_dir():  # all steps were taken, so the base may rely on it
         measure_latents(average, assets)
-        average.save_pretrained(folder / "vae" / "final")
+        _save_vae(average, folder)
+
+
+def _save_vae(vae: nn.Module, folder: Path) -> None:
+    final, partial = folder / "vae" / "final", folder / "vae" / "final.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    vae.save_pretrained(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
 
 
 def reconstruction_loss(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
@@ -144,7 +156,7 @@ def train_decoder(folder: Path, config: DecoderConfig = DecoderConfig(), stop_af
                     save_every=400, stop_after=stop_after)  # fmt: skip
     if (folder / "decoder" / f"step-{config.steps:07d}").is_dir():
         decoder.load_state_dict(average.state_dict())
-        vae.save_pretrained(folder / "vae" / "final")
+        _save_vae(vae, folder)
         shutil.rmtree(folder / "decoder")
 
 
@@ -175,8 +187,8 @@ class BaseConfig:
     more samples, from which it is learned sooner which reference is meant; large ones are what the model is for.
     Objects move by one token at most until the first of `reach`, then farther by the same factor each step, and as far
     as they like from the second: copying is learned in place first. A batch has `batch` samples where there is one
-    reference of 128 pixels, and fewer with more tokens, so that steps cost the same. An output token inside an object
-    counts `1 + focus` times; `teach` is the weight of the `correspondence_loss`.
+    reference of 128 pixels, more or fewer with other tokens, so that steps cost the same, but no fewer than four. An
+    output token inside an object counts `1 + focus` times; `teach` is the weight of the `correspondence_loss`.
     """
 
     steps: int = 3800
@@ -204,8 +216,8 @@ class BaseConfig:
     )
 
     @property
-    def resumed(self) -> "BaseConfig":
-        """Without the easy part at the beginning, for a model that has learned to copy already."""
+    def without_easy_part(self) -> "BaseConfig":
+        """For a model that has learned to copy already."""
         return replace(self, alone_until=0.0, small_until=0.0, reach=(-1.0, 0.0))
 
 
@@ -231,7 +243,7 @@ def batch_scenes(assets: Assets, config: BaseConfig, step: int) -> list[Scene]:
     alike = None if len(scenes[0].references) == 1 else scenes[0].task
     tokens = [TEXT_LENGTH + sum(rows * columns for rows, columns, _ in pictures) // TOKEN**2
               for pictures in ([scenes[0].target.shape] * 2, [scenes[0].target.shape, *shapes(scenes[0])])]  # fmt: skip
-    while len(scenes) < max(4, round(config.batch * tokens[0] / tokens[1])):
+    while len(scenes) < max(min(4, config.batch), round(config.batch * tokens[0] / tokens[1])):
         scene = draw(alike)
         if shapes(scene) == shapes(scenes[0]):
             scenes.append(scene)
@@ -296,8 +308,8 @@ def correspondence_loss(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rota
 
     pairs: what `watched_heads` saw; rotary: the cosines and sines of all tokens; source: int64 (B, output tokens), on
     the CPU so that no device is waited for. -1 is a token that shows nothing of a reference: it should look at anything
-    but references, so that clutter beside an object stays behind. Samples of -1 alone teach nothing; else the tokens of
-    both kinds weigh the same. Found from the pictures alone, an object that moves costs several times as many samples:
+    but references, so that clutter beside an object stays behind. Samples of -1 alone teach nothing; else the two kinds
+    of tokens weigh the same. Found from the pictures alone, an object that moves costs several times as many samples:
     nothing pulls a head to the right token until it already looks there.
     """
     from diffusers.models.embeddings import apply_rotary_emb
@@ -312,7 +324,7 @@ def correspondence_loss(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rota
         query, key = (apply_rotary_emb(t[:, :, None], rotary, sequence_dim=1)[:, :, 0] for t in (query, key))
         scores = torch.bmm(query[:, text_tokens:own], key.transpose(1, 2)) * query.shape[-1] ** -0.5
         looks = scores.float().log_softmax(-1)
-        losses.append(-looks[which, where, truth.to(looks.device)].mean())
+        losses.append(-looks[which, where, truth].mean())
         if len(bare[0]):
             losses[-1] = losses[-1] - looks[bare][:, :own].logsumexp(-1).mean()
     return torch.stack(losses).mean()
@@ -363,11 +375,21 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
                workers: int = 0) -> None:  # fmt: skip
     """Train transformer and text encoder together on all reference tokens; the VAE has to be there already.
 
-    `workers` processes compose the scenes ahead of the steps; 0 composes them within each step. What was restored goes
-    on with `config.resumed`.
+    `workers` processes compose the scenes ahead of the steps; 0 composes them within each step. What was restored
+    goes on without the easy part, and with other scenes than before. Raises ValueError where a run of another config
+    is in the folder.
     """
-    if (folder / "base" / BEFORE).is_file():
-        config = config.resumed
+    before = _steps_before(folder)
+    if before:
+        config = replace(config.without_easy_part, seed=config.seed + before)
+    record = json.loads(json.dumps(asdict(config)))
+    if newest_step(folder / "base") and (folder / "base" / "config.json").is_file():
+        begun = json.loads((folder / "base" / "config.json").read_text())
+        changed = [name for name in record if begun.get(name) != record[name]]
+        if changed:
+            name = changed[0]
+            raise ValueError(f"The run in {folder / 'base'} was begun with {name} {begun.get(name)!r}, not "
+                             f"{record[name]!r}: continue it with its own, or move it away.")  # fmt: skip
     everything = load_assets(folder / "assets.safetensors")
     assets = everything.split("train")
     device = default_device()
@@ -408,13 +430,19 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
         sheet.save(folder / "base" / f"sheet-{step:07d}.png")
 
     (folder / "base").mkdir(parents=True, exist_ok=True)
-    (folder / "base" / "config.json").write_text(json.dumps(asdict(config), indent=2))
+    (folder / "base" / "config.json").write_text(json.dumps(record, indent=2))
     train(modules, optimisers, loss, folder / "base", steps=config.steps, warmup=config.warmup, save_every=100,
           show=show, show_every=500, stop_after=stop_after)  # fmt: skip
 
 
 BEFORE = "before.json"
 """In the folder of a base that was restored: the call settings of the weights that it goes on from."""
+
+
+def _steps_before(folder: Path) -> int:
+    """The steps that the base's weights had seen when they were restored; 0 for a base from nothing."""
+    before = folder / "base" / BEFORE
+    return json.loads(before.read_text())["training_steps"] if before.is_file() else 0
 
 
 def restore(weights: Path, folder: Path) -> None:
@@ -478,17 +506,17 @@ def generate(pipe, scene: Scene, seed: int = 0, steps: int = 8) -> np.ndarray:
 def export(folder: Path, destination: Path) -> None:
     """Write the averaged weights as a bf16 pipeline in the diffusers layout, with the call settings beside it.
 
-    An adapter that lies there is removed, since it belongs to the weights that were there.
+    An adapter that lies there and was trained on other weights is removed.
     """
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
-    step = load_average(folder / "base", modules)
-    before = folder / "base" / BEFORE
-    if before.is_file():
-        step += json.loads(before.read_text())["training_steps"]
+    step = load_average(folder / "base", modules) + _steps_before(folder)
     pipe = make_pipeline(load_vae(folder), modules["transformer"], modules["text_encoder"], tokenizer)
     pipe.to(dtype=torch.bfloat16)
-    (destination / ADAPTER.name).unlink(missing_ok=True)
+    adapter = destination / ADAPTER.name
+    if adapter.is_file() and adapter_record(adapter).get("base_weights") != fingerprint(pipe.transformer.float()):
+        adapter.unlink()
+    pipe.to(dtype=torch.bfloat16)
     pipe.save_pretrained(destination, safe_serialization=True)
     # Loaded without a dtype, diffusers makes its parts float32, and transformers what this says: they have to agree
     config = destination / "text_encoder" / "config.json"

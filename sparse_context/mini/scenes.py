@@ -21,7 +21,7 @@ SIZE = 128  # side of outputs and of an edit's reference, in pixels
 REFERENCE = 192  # side of a subject's reference
 TOKEN = 8  # side of what one token stands for
 FAR = REFERENCE // TOKEN  # tokens: no object can move farther
-SHOWS = 0.02  # share of a token from which on it shows an object
+SHOWS = 0.02  # share of a token from which on it shows an object: what is there of an outline counts
 OBJECT = 72  # side of an object placed alone
 PAIR = 56  # side of each of two objects placed side by side, and of those in quarters
 
@@ -45,8 +45,8 @@ class Scene:
     target: uint8 (128, 128, 3), the truth.
     mask: float32 (128, 128) in [0, 1], where the objects are in the target.
     reference_masks: the same, in each reference.
-    source: int64 (16, 16), for each token of the target the reference token that shows the same, counted through all
-        references row by row; -1 where there is none.
+    source: int64 (16, 16), for each token of the target the reference token that shows the same, or the same part of
+        an object, counted through all references row by row; -1 where there is none.
     """
 
     task: str
@@ -208,8 +208,8 @@ def _subject(
     from there, across and down.
     """
     rgba = draw_object(assets, rng)
-    size *= np.exp(rng.uniform(-spread, spread))
-    margin = min(size / 2 + 2, side / 2)
+    size = min(size * np.exp(rng.uniform(-spread, spread)), side - 4)
+    margin = size / 2 + 2
     centre, moves = rng.uniform(margin, side - margin, 2), None
     if not spread:
         least = np.maximum(np.ceil((margin - np.array(target)) / TOKEN), -reach)
@@ -289,12 +289,15 @@ def edit_global(assets: Assets, rng: np.random.Generator) -> Scene:
 
 
 def edit_remove(assets: Assets, rng: np.random.Generator) -> Scene:
-    """The object disappears. What was behind it can only be guessed, so this is looked at and not scored."""
+    """The object disappears. What was behind it can only be guessed, so this is looked at and not scored.
+
+    No token is named as the source of another: what fills the gap may come from anywhere around it.
+    """
     rgba, canvas = draw_object(assets, rng), background(assets, rng)
     target = _picture(canvas)
     mask = place(canvas, rgba, tuple(rng.uniform(40, SIZE - 40, 2)), rng.uniform(40, 80), rng.uniform(0, 0.5))
     prompt = _say(rng, "Remove the object.", "Take the object away.", "Leave only the background.")
-    return Scene("edit_remove", prompt, (_picture(canvas),), target, mask, (mask,), _aligned(_tokens(mask) < SHOWS))
+    return Scene("edit_remove", prompt, (_picture(canvas),), target, mask, (mask,), np.full_like(_aligned(), -1))
 
 
 def subject_place(
@@ -344,7 +347,7 @@ def subject_scene(assets: Assets, rng: np.random.Generator, side: int = REFERENC
     prompt = _say(rng, "The object of image 1 in front of image 2.", "Put the object of image 1 into image 2.",
                   "Image 2 with the object of image 1 in its centre.")  # fmt: skip
     source = _moved(mask, moves, side)
-    source = np.where(source < 0, _aligned(_tokens(mask) < SHOWS, (side // TOKEN) ** 2), source)
+    source = np.where(_tokens(mask) < 0.5, _aligned(first=(side // TOKEN) ** 2), source)  # that which covers more
     return Scene("subject_scene", prompt, (_picture(canvas), _picture(scene)), _picture(target), mask,
                  (reference_mask, np.ones((SIZE, SIZE), np.float32)), source)  # fmt: skip
 

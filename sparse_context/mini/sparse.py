@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..generation import NO_LORA, load_pipeline
-from ..training.data import Example
+from ..training.data import Example, fingerprint
 from ..training.dropping import Dropping
 from ..training.finetune import EMBEDDED, LORA_FILE, FinetuneConfig, finetune
 from ..training.hosts import find_host
-from . import ADAPTER
+from ..training.loop import writing
+from . import ADAPTER, adapter_record
 from .data import Assets, load_assets
 from .recipe import BaseConfig, batch_scenes, default_device
 from .scenes import Scene, make_scene
@@ -52,7 +53,7 @@ def to_example(scene: Scene) -> Example:
 
 def scene_batches(assets: Assets, batch: int, seed: int):
     """`batches(number)` for the trainer: the scenes of the base's recipe, of all tasks and sizes from the start."""
-    config = replace(BaseConfig().resumed, batch=batch, seed=seed + 1_000)
+    config = replace(BaseConfig().without_easy_part, batch=batch, seed=seed + 1_000)
 
     def batches(number: int) -> list[Example]:
         return [to_example(scene) for scene in batch_scenes(assets, config, number)]
@@ -72,7 +73,7 @@ def train_sparse(
 ) -> Path:
     """Fine-tune, or continue, the run `folder/name`; returns the path of the result.
 
-    batch: samples where there is one reference of 128 pixels (fewer with more tokens). model: a folder to start from
+    batch: as `BaseConfig` has it. model: a folder to start from
     instead of the shipped weights. Raises ValueError and OSError in one sentence.
     """
     from accelerate import Accelerator
@@ -98,14 +99,26 @@ def train_sparse(
 
 
 def export_adapter(folder: Path, destination: Path = ADAPTER) -> None:
-    """Write the LoRA of the run in `folder` as the embedded model's own, in bf16. Raises OSError."""
+    """Write the LoRA of the run in `folder` as the embedded model's own, in bf16, whole or not at all.
+
+    Raises ValueError for one of other base weights or for KV mode, and OSError.
+    """
     source = folder / LORA_FILE
     if not source.is_file():
         raise FileNotFoundError(f"{source} is missing: run `python -m sparse_context.mini sparse` first")
+    about = adapter_record(source)
+    if about["kv"]:
+        raise ValueError(f"{source} is for KV mode, which the embedded model is not called in: name another run.")
+    base = load_pipeline(dtype="float32", device="cpu", lora=NO_LORA)
+    if about["base_weights"] != fingerprint(base.transformer):
+        raise ValueError(f"{source} was trained on other weights than the package holds: train it on these.")
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata()
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(source).items()}
-    save_file(weights, destination, metadata)
+    partial = destination.with_suffix(".partial")
+    with writing(destination):
+        save_file(weights, partial, metadata)
+        partial.replace(destination)
 
 
 def choose(

@@ -153,7 +153,7 @@ def train(
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
             record = {"step": step + 1, "loss": mean, "norm": norm.item(), "seconds": time.monotonic() - started}
             if main:
-                with _writing(folder / "log.jsonl"), (folder / "log.jsonl").open("a") as f:
+                with writing(folder / "log.jsonl"), (folder / "log.jsonl").open("a") as f:
                     f.write(json.dumps(record) + "\n")
                 if log is not None:
                     log(step + 1, {**record, "learning rate": base_rates[0] * factor})
@@ -228,13 +228,13 @@ def _tidy(folder: Path, first: int) -> None:
         for line in log.read_text(errors="replace").splitlines(keepends=True):
             with contextlib.suppress(ValueError):  # half a line
                 kept += [line] if line.endswith("\n") and json.loads(line)["step"] <= first else []
-        with _writing(log):
+        with writing(log):
             log.with_suffix(".partial").write_text("".join(kept))
             log.with_suffix(".partial").replace(log)
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """What goes wrong while `path` is written, as one sentence."""
     try:
         yield
@@ -249,7 +249,7 @@ def _save(folder: Path, step: int, module: nn.Module, average: nn.Module, optimi
     whole = folder / f"step-{step:07d}"
     partial = whole.with_suffix(".partial")
     try:
-        with _writing(whole):
+        with writing(whole):
             partial.mkdir()
             save_file(_own(module.state_dict()), partial / "weights.safetensors")
             save_file(_own(average.state_dict()), partial / "average.safetensors")
