@@ -458,6 +458,6 @@ def test_scenes_are_samples_that_lose_nothing(assets):
         assert np.abs(np.asarray(sample.open_mask()) / 255 - again.mask).max() <= 0.5 / 255 + 1e-6
         assert len(sample.open_reference_masks()) == len(again.references)
     by_kind = {kind: scene for scene, kind, _ in scenes.values()}
-    assert tasks_of(by_kind["edit_object"]) == ["edit"]
+    assert tasks_of(by_kind["edit_object"]) == ["edit"] and tasks_of(by_kind["edit_global"]) == ["global"]
     assert tasks_of(by_kind["subject_place"]) == ["subject"]
     assert tasks_of(by_kind["subject_scene"]) == ["subject", "edit"]
