@@ -302,31 +302,28 @@ def curves() -> str:
 
 
 def curves_short() -> str:
-    if not all((ROOT / "results" / f"{name}.json").exists() for name in ("mini_curves", "mini_curves_base")):
+    """What each task's own choice of tokens costs: training-free, and fine-tuned where that was measured."""
+    if not (ROOT / "results" / "mini_curves_base.json").exists():
         return "Not measured yet: `runs/mini_curves.py`."
-    before, after = _read("mini_curves_base"), _read("mini_curves")
-    lines = _curve_cells(after)
-    rows = [
-        "| task | selector | dense base | training-free, keep 0.2 | fine-tuned, all | 0.2 | 0.1 | 0.1 at random |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for group, (score, task) in CURVES.items():
-        old, new = before["figures"]["groups"][group], after["figures"]["to the dense base"][group]
-        line = _line(*task_defaults(task, 1))
-        cells = [
-            line,
-            f"{old['dense']['scores'][score]['mean']:.1f} dB",
-            _difference(old, lines[line][0.2], score, interval=False),
-            _difference(new, "all tokens", score, interval=False),
-            *(_difference(new, lines[line][keep], score, interval=False) for keep in (0.2, 0.1)),
-            _difference(new, lines["random"][0.1], score, interval=False),
-        ]
-        rows.append(f"| {group} | " + " | ".join(cells) + " |")
-    scenes = after["figures"]["groups"]["all"]["dense"]["samples"]
+    before = _read("mini_curves_base")
+    arms = {"training-free": before["figures"]["groups"]}
+    if (ROOT / "results" / "mini_curves.json").exists():
+        arms["fine-tuned"] = _read("mini_curves")["figures"]["to the dense base"]
+    lines = _curve_cells(before)
+    rows = ["| weights | task | by | all tokens | keep 0.5 | 0.2 | 0.1 | 0.1, at random |", "|" + "---|" * 8]
+    for arm, groups in arms.items():
+        for group, (score, task) in CURVES.items():
+            line, cells = _line(*task_defaults(task, 1)), groups[group]
+            full = f"{cells['dense']['scores'][score]['mean']:.1f} dB"
+            kept = [lines[line][0.5], lines[line][0.2], lines[line][0.1], lines["random"][0.1]]
+            row = [arm, group, line, _difference(cells, "all tokens", score, interval=False) or full]
+            row += [_difference(cells, name, score, interval=False) for name in kept]
+            rows.append("| " + " | ".join(row) + " |")
+    scenes = before["figures"]["groups"]["all"]["dense"]["samples"]
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR against the dense base with all tokens (subjects and edits: inside the object), on the "
-        f"same noise: the embedded model, {scenes} scenes of the {after['config']['split']} split, on "
-        f"{_machine(after)} (`runs/mini_curves.py`). [docs/quality.md](docs/quality.md) has every keep and selector, "
+        f"same noise: the embedded model, {scenes} scenes of the {before['config']['split']} split, on "
+        f"{_machine(before)} (`runs/mini_curves.py`). [docs/quality.md](docs/quality.md) has every keep and selector, "
         f"intervals, curves and pictures."
     )
 

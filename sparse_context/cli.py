@@ -49,7 +49,7 @@ Share = Annotated[str, typer.Option(help="joint: references compete for the budg
 Lora = Annotated[
     str | None,
     typer.Option(
-        help="A LoRA for this model, as safetensors, or the word none.", show_default="the embedded model's own"
+        help="A LoRA for this model, as safetensors, or the word none.", show_default="the model's own, if it has one"
     ),
 ]
 Floor = Annotated[int, typer.Option(help="Fewest tokens of each reference.")]

@@ -62,7 +62,7 @@ def load_pipeline(
     dtype: a name of `DTYPES`, or "auto": float32 for the embedded model on a CPU, else bfloat16.
     device: a torch device; None takes an accelerator if there is one. cpu_offload: "model" or "group".
     lora: a safetensors file for this model, or "none". None is the same as "none", but that the embedded model then has
-    its own adapter, for dropped tokens, folded into its weights.
+    its own adapter, for dropped tokens, folded into its weights, where the package holds one.
     Only safetensors are read, and nothing is fetched but a hub id that was named.
     """
     where = find_device(device)
@@ -70,7 +70,7 @@ def load_pipeline(
         raise ValueError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}.")
     if cpu_offload not in (None, "model", "group"):
         raise ValueError(f"cpu-offload is {cpu_offload!r}: choose model or group.")
-    own = lora is None and model is None and ADAPTER.is_file()  # it is not while a new one is trained
+    own = lora is None and model is None and ADAPTER.is_file()
     if lora == NO_LORA:
         lora = None
     if lora is not None:

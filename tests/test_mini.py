@@ -2,15 +2,14 @@
 
 import json
 import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
-from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 from transformers import Qwen2Tokenizer
 
 from sparse_context import SparseContextConfig
@@ -62,12 +61,6 @@ def assets():
 def pipe():
     """The dense base."""
     return load_pipeline(device="cpu", lora="none")
-
-
-@pytest.fixture(scope="module")
-def tuned():
-    """The model as it is used: the base with its adapter."""
-    return load_pipeline(device="cpu")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -233,21 +226,22 @@ def test_the_decoder_is_trained_and_latents_stay(assets, pipe, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-def test_a_restored_base_trains_and_is_exported_without_the_adapter_of_the_old_one(assets, tmp_path):
+def test_a_restored_base_trains_and_is_exported_without_the_adapter_of_the_old_one(assets, pipe, tmp_path):
     save_assets(assets, tmp_path)
     restore(WEIGHTS, tmp_path)
     weights = tmp_path / "weights"
     weights.mkdir()
-    shutil.copy(ADAPTER, weights)
+    about = {"base_weights": fingerprint(pipe.transformer)}
+    save_torch({"weight": torch.ones(1)}, weights / ADAPTER.name, {"sparse_context": json.dumps(about)})
     export(tmp_path, weights)
     assert (weights / ADAPTER.name).is_file()  # these are the weights that it was trained on
     before = read_call_settings(WEIGHTS)["training_steps"]
     assert read_call_settings(weights)["training_steps"] == before
-    train_base(tmp_path, BaseConfig(steps=1, batch=1))
+    train_base(tmp_path, BaseConfig(steps=2, batch=1), stop_after=0)  # one step
     record = json.loads((tmp_path / "base" / "config.json").read_text())
     assert (record["seed"], record["alone_until"], record["small_until"]) == (before, 0, 0)
-    with pytest.raises(ValueError, match="begun with steps 1, not 2: continue it with its own"):
-        train_base(tmp_path, BaseConfig(steps=2, batch=1))
+    with pytest.raises(ValueError, match="begun with steps 2, not 3: continue it with its own"):
+        train_base(tmp_path, BaseConfig(steps=3, batch=1))
     export(tmp_path, weights)
     assert not (weights / ADAPTER.name).exists()
     assert read_call_settings(weights)["training_steps"] == before + 1
@@ -379,21 +373,35 @@ def test_plain_diffusers_loads_what_is_shipped(pipe):
     assert sum(f.stat().st_size for f in WEIGHTS.rglob("*")) < 34 * 2**20
 
 
-def test_the_adapter_is_the_default_and_belongs_to_the_base(pipe, tuned):
-    """Folded into the weights it says what plain diffusers makes of the file, and it was trained on this very base."""
-    with safe_open(ADAPTER, "pt") as file:
-        about = json.loads(file.metadata()["sparse_context"])
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
-    assert about["base_weights"] == fingerprint(pipe.transformer)
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, pipe):
+    """A LoRA of the base, as training leaves it, with weights by chance."""
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    transformer = load_pipeline(device="cpu", lora="none").transformer
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "to_qkv_mlp_proj"]))
+    layers = {name: 0.1 * torch.randn_like(weight) for name, weight in get_peft_model_state_dict(transformer).items()}
+    folder = tmp_path_factory.mktemp("adapter")
+    Flux2KleinPipeline.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=ADAPTER.name)
+    return folder / ADAPTER.name
+
+
+def test_an_adapter_in_the_package_is_the_default(pipe, adapter, monkeypatch):
+    """Folded into the weights it says what plain diffusers makes of the file."""
+    monkeypatch.setattr("sparse_context.generation.ADAPTER", adapter)
+    tuned, base = load_pipeline(device="cpu"), load_pipeline(device="cpu", lora="none")
     plain = Flux2KleinPipeline.from_pretrained(WEIGHTS)
-    plain.load_lora_weights(ADAPTER.parent, weight_name=ADAPTER.name, use_safetensors=True)
+    plain.load_lora_weights(adapter.parent, weight_name=adapter.name, use_safetensors=True)
     assert not getattr(tuned.transformer, "peft_config", None)  # no layers beside the layers, which would take time
-    calls = dict(hidden_states=torch.rand(1, 40, 32), encoder_hidden_states=torch.rand(1, 8, 128),
-                 timestep=torch.tensor([0.7]), img_ids=position_ids(5, 8, 0), txt_ids=torch.zeros(8, 4))  # fmt: skip
+    call = dict(hidden_states=torch.rand(1, 40, 32), encoder_hidden_states=torch.rand(1, 8, 128),
+                timestep=torch.tensor([0.7]), img_ids=position_ids(5, 8, 0), txt_ids=torch.zeros(8, 4))  # fmt: skip
     with torch.no_grad():
-        base, folded, beside = (p.transformer(**calls, return_dict=False)[0] for p in (pipe, tuned, plain))
+        dense, none, folded, beside = (
+            each.transformer(**call, return_dict=False)[0] for each in (pipe, base, tuned, plain)
+        )
     torch.testing.assert_close(folded, beside, rtol=1e-3, atol=1e-4)
-    assert (folded - base).abs().max() > 0.01
+    assert torch.equal(dense, none) and (folded - dense).abs().max() > 0.01
 
 
 def slopes(picture):
@@ -402,7 +410,7 @@ def slopes(picture):
     return np.concatenate([np.diff(grey, axis=0).ravel(), np.diff(grey, axis=1).ravel()])
 
 
-def test_aligned_edits_of_unseen_objects_show_the_object_and_its_detail(tuned):
+def test_aligned_edits_of_unseen_objects_show_the_object_and_its_detail(pipe):
     """Dense outputs follow the outlines and the detail of their own truth, and of no other scene's.
 
     A flat or blurred patch of the right colour has next to no slopes to agree with, and fails.
@@ -410,16 +418,16 @@ def test_aligned_edits_of_unseen_objects_show_the_object_and_its_detail(tuned):
     examples = [e for e in read_examples() if e["task"].startswith("edit")]
     assert {"edit_background", "edit_negative", "edit_grey"} <= {e["task"] for e in examples}
     for example in examples:
-        made = slopes(generate(tuned, example["references"], example["prompt"], SparseContextConfig(keep=1.0)).image)
+        made = slopes(generate(pipe, example["references"], example["prompt"], SparseContextConfig(keep=1.0)).image)
         assert np.corrcoef(made, slopes(example["truth"]))[0, 1] > 0.6, example["name"]
         others = [e for e in read_examples() if not np.array_equal(e["references"][0], example["references"][0])]
         assert max(np.corrcoef(made, slopes(other["truth"]))[0, 1] for other in others) < 0.3, example["name"]
 
 
-def test_four_references_at_a_fraction_of_the_tokens(tuned):
+def test_four_references_at_a_fraction_of_the_tokens(pipe):
     example = next(e for e in read_examples() if len(e["references"]) == 4)
     config = SparseContextConfig(keep=0.15, task="subject")
-    made = generate(tuned, example["references"], example["prompt"], config)
+    made = generate(pipe, example["references"], example["prompt"], config)
     assert made.selection.total == 4 * 576 and made.selection.kept == round(0.15 * 4 * 576)
     assert made.image.size == (128, 128)
 

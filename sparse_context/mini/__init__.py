@@ -9,7 +9,7 @@ from pathlib import Path
 WEIGHTS = Path(__file__).parent / "weights"
 CALL_FILE = "call.json"
 ADAPTER = WEIGHTS / "pytorch_lora_weights.safetensors"
-"""The LoRA that the embedded model was fine-tuned with for dropped reference tokens: its default."""
+"""The embedded model's own LoRA for dropped reference tokens: its default, where there is one."""
 
 
 def adapter_record(path: Path = ADAPTER) -> dict:
