@@ -62,7 +62,7 @@ def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _crops(assets: Assets, config: "VaeConfig | DecoderConfig", step: int) -> torch.Tensor:
+def _crops(assets: Assets, config: VaeConfig, step: int) -> torch.Tensor:
     rng = np.random.default_rng([config.seed, 1, step])
     crops = []
     for _ in range(config.batch):
@@ -121,15 +121,13 @@ def reconstruction_loss(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """As `VaeConfig`, of the decoder alone; `noise` is the standard deviation of what the latents are moved by."""
+class DecoderConfig(VaeConfig):
+    """The same for the decoder alone; `noise` is the standard deviation of what the latents are moved by."""
 
     steps: int = 2000
-    batch: int = 16
-    crop: int = 64
     lr: float = 1e-3
-    noise: float = 0.03
     seed: int = 1
+    noise: float = 0.03
 
 
 def train_decoder(folder: Path, config: DecoderConfig = DecoderConfig(), stop_after: float | None = None) -> None:
