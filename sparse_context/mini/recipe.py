@@ -511,7 +511,7 @@ def export(folder: Path, destination: Path) -> None:
     step = load_average(folder / "base", modules) + _steps_before(folder)
     pipe = make_pipeline(load_vae(folder), modules["transformer"], modules["text_encoder"], tokenizer)
     pipe.to(dtype=torch.bfloat16)
-    adapter = destination / ADAPTER.name
+    adapter = destination / ADAPTER.name  # it was trained on these values as they are in bf16
     if adapter.is_file() and adapter_record(adapter).get("base_weights") != fingerprint(pipe.transformer.float()):
         adapter.unlink()
     pipe.to(dtype=torch.bfloat16)
