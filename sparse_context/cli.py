@@ -220,6 +220,7 @@ def train(
     ] = None,
     caption_dropout: Annotated[float, typer.Option(help="Share of prompts that are emptied.")] = 0.0,
     distillation: Annotated[float, typer.Option(help="Share of the loss against the dense base's answer.")] = 0.0,
+    focus: Annotated[float, typer.Option(help="Extra weight of what lies inside a sample's mask.")] = 0.0,
     weighting_scheme: Annotated[str, typer.Option(help="Noise levels: logit_normal or none.")] = "logit_normal",
     shift: Annotated[
         float | None, typer.Option(help="Of noise levels towards noise.", show_default="the scheduler's")
@@ -303,6 +304,7 @@ def train(
         kv=kv,
         caption_dropout=caption_dropout,
         distillation=distillation,
+        focus=focus,
         weighting_scheme=weighting_scheme,
         shift=shift,
         max_train_steps=max_train_steps,

@@ -1,7 +1,7 @@
 """Fine-tuning: the loss, LoRA through plain diffusers, KV mode, caches, and what a run writes."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from sparse_context.images import open_picture
 from sparse_context.manifest import read_samples
 from sparse_context.sparsify import apply_sparse_context, last_selection
 from sparse_context.tokens import ReferenceTokens
-from sparse_context.training.data import Ahead, Batches, Cache, Example, alike
+from sparse_context.training.data import Ahead, Batches, Cache, Example, alike, open_example
 from sparse_context.training.dropping import Dropping
 from sparse_context.training.finetune import (
     EMBEDDED,
@@ -124,6 +124,35 @@ def test_distillation_meets_the_dense_answer_without_the_adapter():
     assert loss.item() > 0
     plain, mixed = (flow_matching_loss(host, encoded, index, sigma, noise, share) for share in (0.0, 0.25))
     assert torch.allclose(mixed, 0.75 * plain + 0.25 * loss, rtol=1e-5)
+
+
+def test_the_focus_weighs_the_tokens_inside_the_mask():
+    host = klein()
+    encoded, sigma, noise = parts(host)
+    index = everything(encoded)
+    assert encoded.mask.shape == (1, 64) and (encoded.mask == 0).all()
+    plain = flow_matching_loss(host, encoded, index, sigma, noise)
+    assert flow_matching_loss(host, encoded, index, sigma, noise, focus=2.0).item() == plain.item()
+    inside, outside = torch.zeros(1, 64), torch.ones(1, 64)
+    inside[:, 10:20], outside[:, 10:20] = 1, 0
+    error_inside, error_outside = (
+        flow_matching_loss(host, replace(encoded, mask=mask), index, sigma, noise, focus=1e9)
+        for mask in (inside, outside)
+    )  # so much weight that the rest does not count
+    assert error_inside != error_outside
+    weighed = flow_matching_loss(host, replace(encoded, mask=inside), index, sigma, noise, focus=2.0)
+    assert torch.allclose(weighed, (30 * error_inside + 54 * error_outside) / 84, rtol=1e-4)
+
+
+def test_masks_are_encoded_as_the_share_of_each_output_token():
+    host = klein()
+    plain = example(0)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:8, :4], mask[8:16] = 255, 255
+    encoded = encode(host, [replace(plain, mask=Image.fromarray(mask)), plain], ["a", "b"])
+    share = encoded.mask[0].reshape(8, 8)
+    assert torch.allclose(share[0], torch.tensor([0.5] + [0.0] * 7)) and (share[1] == 1).all() and (share[2:] == 0).all()
+    assert (encoded.mask[1] == 0).all()
 
 
 def test_noise_levels():
@@ -380,7 +409,7 @@ def test_a_validation_picture_that_the_format_does_not_hold_is_scaled_down(monke
 def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_machine(tmp_path):
     record = {"data": str(tmp_path), "full": False, "kv": True, "steps": 3, "gradient_accumulation_steps": 1,
               "processes": 1, "rank": 4, "lora_alpha": 4, "learning_rate": 1e-4, "lr_scheduler": "constant",
-              "distillation": 0.0, "version": "0", "dropping": asdict(Dropping())}  # fmt: skip
+              "distillation": 0.0, "focus": 2.0, "version": "0", "dropping": asdict(Dropping())}  # fmt: skip
     pipe = build_flux2(Flux2KleinKVPipeline)
     own = model_card({**record, "base": EMBEDDED}, pipe, pipe.transformer)
     assert "from_pretrained(WEIGHTS, " in own and "import WEIGHTS" in own and "base_model" not in own
@@ -398,6 +427,7 @@ def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_mac
         ({"max_train_steps": -1}, "max_train_steps is -1"),
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ({"distillation": -0.1}, "distillation is -0.1"),
+        ({"focus": -1.0}, "focus is -1.0"),
         ({"full": True, "distillation": 0.5}, "leave one of the two out"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
@@ -448,13 +478,30 @@ def test_a_batch_of_several_sizes_is_cropped_to_its_first(samples):
     assert alike(batch) == batch
 
 
+def test_the_mask_of_an_image_goes_with_it(tmp_path):
+    mask = np.zeros((300, 400), np.uint8)
+    mask[:, :200] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    for name, size in (("large", (400, 300)), ("small", (96, 64))):
+        picture(*size).save(tmp_path / f"{name}.png")
+    rows = [{"references": ["small.png"], "image": f"{name}.png", "prompt": ""} for name in ("small", "large")]
+    rows[1]["mask"] = "mask.png"
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small, large = (open_example(sample, 200, 200) for sample in read_samples(tmp_path / "m.jsonl"))
+    assert small.mask is None and large.mask.size == large.image.size == (231, 173)
+    _, cropped = alike([small, large])
+    assert cropped.mask.size == cropped.image.size == (96, 64)
+    covered = np.asarray(cropped.mask)
+    assert (covered[:, :45] == 255).all() and (covered[:, 51:] == 0).all()
+
+
 def test_larger_pictures_are_scaled_down_to_the_resolution_and_no_other(tmp_path):
     for name, size in (("large", (400, 300)), ("small", (96, 64)), ("tiny", (40, 80))):
         picture(*size).save(tmp_path / f"{name}.png")
     row = {"references": ["large.png", "small.png", "tiny.png"], "image": "large.png", "prompt": ""}
     (tmp_path / "m.jsonl").write_text(json.dumps(row))
     (made,) = Batches(read_samples(tmp_path / "m.jsonl"), 1, 0, 200, 100)(0)
-    assert made.image.size == (231, 173)  # 200 * 200 pixels, 4 : 3
+    assert made.image.size == (231, 173) and made.mask is None  # 200 * 200 pixels, 4 : 3
     assert [r.size for r in made.references] == [(115, 87), (96, 64), (64, 128)]
 
 

@@ -40,7 +40,7 @@ def assets():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_scene_becomes_an_example_with_the_masks_of_its_references(assets, task):
+def test_a_scene_becomes_an_example_with_its_masks(assets, task):
     scene = make_scene(assets.split("train"), task, 3)
     example = to_example(scene)
     assert np.array_equal(example.image, scene.target) and example.prompt == scene.prompt
@@ -48,6 +48,10 @@ def test_a_scene_becomes_an_example_with_the_masks_of_its_references(assets, tas
     assert [m.size for m in example.masks] == [r.size for r in example.references]
     assert all(np.abs(np.asarray(a) / 255 - b).max() < 0.01 for a, b in zip(example.masks, scene.reference_masks,
                                                                            strict=True))  # fmt: skip
+    if scene.focus.any():
+        assert np.abs(np.asarray(example.mask) / 255 - scene.mask).max() < 0.01
+    else:
+        assert example.mask is None and task == "edit_global"
 
 
 def test_batches_follow_from_their_number_and_share_shapes(assets):

@@ -45,10 +45,12 @@ VALIDATION = (("edit_background", 100), ("edit_object", 100), ("subject_place", 
 
 
 def to_example(scene: Scene) -> Example:
-    """A scene as the trainer takes it, with the masks of its references."""
-    masks = [Image.fromarray((np.clip(mask, 0, 1) * 255).astype(np.uint8)) for mask in scene.reference_masks]
+    """A scene as the trainer takes it, with the masks of its references, and of its objects if not all is edited."""
+    masks = [Image.fromarray((np.clip(mask, 0, 1) * 255).astype(np.uint8))
+             for mask in (*scene.reference_masks, scene.mask)]  # fmt: skip
     references = tuple(Image.fromarray(reference) for reference in scene.references)
-    return Example(scene.prompt, references, Image.fromarray(scene.target), tuple(masks))
+    mask = masks.pop() if scene.focus.any() else None
+    return Example(scene.prompt, references, Image.fromarray(scene.target), tuple(masks[: len(references)]), mask)
 
 
 def scene_batches(assets: Assets, batch: int, seed: int):

@@ -28,12 +28,14 @@ class Example:
     """A sample with its pictures open, RGB, in the sizes that they are trained at.
 
     masks: mode L, of the size of its reference, white on the object; one for each reference, None where there is none.
+    mask: the same of the image to be made.
     """
 
     prompt: str
     references: tuple[Image.Image, ...]
     image: Image.Image
     masks: tuple[Image.Image | None, ...]
+    mask: Image.Image | None = None
 
 
 def open_example(sample: Sample, resolution: int, reference_resolution: int) -> Example:
@@ -43,7 +45,7 @@ def open_example(sample: Sample, resolution: int, reference_resolution: int) -> 
     the pipelines do it, whatever `reference_resolution` allows.) Raises `ManifestError` that names the sample.
     """
     try:
-        image = sample.open_image()
+        image, mask = sample.open_image(), sample.open_mask()
         references, masks = sample.open_references(), sample.open_reference_masks()
     except PictureError as error:
         raise ManifestError(f"The sample {sample.name} cannot be used: {error}.") from error
@@ -54,7 +56,8 @@ def open_example(sample: Sample, resolution: int, reference_resolution: int) -> 
         sample.prompt,
         tuple(_fit(reference, reference_resolution) for reference in references),
         _fit(image, resolution),
-        tuple(None if mask is None else _fit(mask, reference_resolution) for mask in masks),
+        tuple(None if one is None else _fit(one, reference_resolution) for one in masks),
+        None if mask is None else _fit(mask, resolution),
     )
 
 
@@ -77,6 +80,7 @@ def alike(examples: Sequence[Example]) -> list[Example]:
             references=tuple(_crop(reference, model.size) for reference, _, model in pairs),
             image=_crop(example.image, first.image.size),
             masks=tuple(None if mask is None else _crop(mask, model.size) for _, mask, model in pairs),
+            mask=None if example.mask is None else _crop(example.mask, first.image.size),
         )
 
     return [first, *map(crop, examples[1:])]

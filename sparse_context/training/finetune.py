@@ -52,7 +52,8 @@ class FinetuneConfig:
 
     The loss: `dropping` says which tokens batches keep; `caption_dropout` is the share of prompts that are emptied;
     `distillation` in [0, 1] is the share of the loss that compares with the dense prediction of the same weights
-    without LoRA. Noise levels are logit-normal (Esser et al. 2024) or, with weighting_scheme "none", uniform, moved by
+    without LoRA; an output token inside a sample's `mask` counts 1 + `focus` times, as it did where the base was
+    trained so, or else the loss takes from the object what it gives to the background. Noise levels are logit-normal (Esser et al. 2024) or, with weighting_scheme "none", uniform, moved by
     `shift` (None: the scheduler's own).
 
     The optimiser: AdamW; `lr_scheduler` is a name of `loop.SCHEDULES`; `ema` is the decay of the weights' average, of
@@ -67,6 +68,7 @@ class FinetuneConfig:
     dropping: Dropping = field(default_factory=Dropping)
     caption_dropout: float = 0.0
     distillation: float = 0.0
+    focus: float = 0.0
     weighting_scheme: str = "logit_normal"
     shift: float | None = None
     max_train_steps: int = 1000
@@ -91,7 +93,7 @@ class FinetuneConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a whole number, 1 or more.")
         if not self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}: pass a whole number below 2**63.")
-        for name in ("lr_warmup_steps", "adam_weight_decay", "validation_steps", "seed"):
+        for name in ("focus", "lr_warmup_steps", "adam_weight_decay", "validation_steps", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a number of 0 or more.")
         for name in ("caption_dropout", "distillation"):
@@ -124,12 +126,14 @@ class Encoded:
 
     target: latents (B, C, rows, columns). references: the same for each reference, of any sizes. pictures: for each
     reference, one array uint8 (H, W, 3 or 4) for each sample, as selectors want them. text: what the host made of it.
+    mask: the object's share of each output token, (B, tokens) in [0, 1]; 0 in samples without a mask.
     """
 
     target: torch.Tensor
     references: list[torch.Tensor]
     pictures: list[list[np.ndarray]]
     text: Text
+    mask: torch.Tensor
 
 
 def encode(
@@ -175,11 +179,16 @@ def encode(
                 text_cache.get(key, lambda p=prompt, e=example: host.encode_text([p], [e.references]))  # type: ignore[misc]
             )
         text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    target = latents([host.pixels(example.image) for example in examples])
+    covers = [torch.zeros(1, 1, *target.shape[-2:]) if example.mask is None
+              else nn.functional.adaptive_avg_pool2d(host.pixels(example.mask.convert("RGB"))[:, :1] / 2 + 0.5,
+                                                     target.shape[-2:]) for example in examples]  # fmt: skip
     return Encoded(
-        latents([host.pixels(example.image) for example in examples]),
+        target,
         [latents(pixels) for pixels in seen],
         pictures,
         {name: tensor.to(device) for name, tensor in text.items()},
+        torch.cat(covers).flatten(1).to(device),
     )
 
 
@@ -200,11 +209,12 @@ def flow_matching_loss(
     sigma: torch.Tensor,
     noise: torch.Tensor,
     distillation: float = 0.0,
+    focus: float = 0.0,
 ) -> torch.Tensor:
     """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others.
 
     sigma: (B,). noise: as `encoded.target`. The velocity to be met is noise - target; a share `distillation` of the
-    loss meets the dense prediction without the adapter instead.
+    loss meets the dense prediction without the adapter instead. A token counts 1 + `focus` * its `encoded.mask` times.
     """
     level = sigma.view(-1, 1, 1, 1)
     noisy = host.target_tokens((1 - level) * encoded.target + level * noise)
@@ -215,10 +225,11 @@ def flow_matching_loss(
         with torch.no_grad(), without_adapter(host.transformer):
             teacher = host.velocity(noisy, sigma, encoded.text, references, teacher=True).float()
     velocity = host.velocity(noisy, sigma, encoded.text, references.keep(index)).float()
-    loss = (velocity - wanted).square().mean()
+    error = (velocity - wanted).square().mean(-1)
     if teacher is not None:
-        loss = (1 - distillation) * loss + distillation * (velocity - teacher).square().mean()
-    return loss
+        error = (1 - distillation) * error + distillation * (velocity - teacher).square().mean(-1)
+    weights = 1 + focus * encoded.mask
+    return (error * weights).sum() / weights.sum()
 
 
 @contextlib.contextmanager
@@ -261,7 +272,8 @@ def make_loss(
         sigma = noise_levels(u, config.weighting_scheme, shift).to(encoded.target.device)
         noise = torch.randn(encoded.target.shape, generator=generator).to(encoded.target.device)
         with autocast(), contextlib.nullcontext() if config.gradient_checkpointing else MatmulAttention():
-            return flow_matching_loss(host, encoded, selection.index, sigma, noise, config.distillation)
+            return flow_matching_loss(host, encoded, selection.index, sigma, noise, config.distillation,
+                                      config.focus)
 
     return loss
 
@@ -609,7 +621,8 @@ apply_sparse_context(pipe, keep=0.2)
 | drop mix | {mix} |
 | evenly spread share | one of {", ".join(f"{c:g}" for c in dropping["coverage"])} |
 | learning rate | {record["learning_rate"]:g}, {record["lr_scheduler"]} |
-| distillation | {record["distillation"]:g} |{kv}
+| distillation | {record["distillation"]:g} |
+| weight of the object | {1 + record["focus"]:g} times |{kv}
 
 Made with sparse-context {record["version"]}. Quality was not measured by this training; see `sparse-context evaluate`.
 The base model's licence applies.
