@@ -151,7 +151,8 @@ def test_masks_are_encoded_as_the_share_of_each_output_token():
     mask[:8, :4], mask[8:16] = 255, 255
     encoded = encode(host, [replace(plain, mask=Image.fromarray(mask)), plain], ["a", "b"])
     share = encoded.mask[0].reshape(8, 8)
-    assert torch.allclose(share[0], torch.tensor([0.5] + [0.0] * 7)) and (share[1] == 1).all() and (share[2:] == 0).all()
+    assert torch.allclose(share[0], torch.tensor([0.5] + [0.0] * 7))
+    assert (share[1] == 1).all() and (share[2:] == 0).all()
     assert (encoded.mask[1] == 0).all()
 
 

@@ -52,9 +52,9 @@ class FinetuneConfig:
 
     The loss: `dropping` says which tokens batches keep; `caption_dropout` is the share of prompts that are emptied;
     `distillation` in [0, 1] is the share of the loss that compares with the dense prediction of the same weights
-    without LoRA; an output token inside a sample's `mask` counts 1 + `focus` times, as it did where the base was
-    trained so, or else the loss takes from the object what it gives to the background. Noise levels are logit-normal (Esser et al. 2024) or, with weighting_scheme "none", uniform, moved by
-    `shift` (None: the scheduler's own).
+    without LoRA. An output token inside a sample's `mask` counts 1 + `focus` times: as much as it did where the base
+    was trained, or else the object loses what the background gains. Noise levels are logit-normal (Esser et al. 2024)
+    or, with weighting_scheme "none", uniform, moved by `shift` (None: the scheduler's own).
 
     The optimiser: AdamW; `lr_scheduler` is a name of `loop.SCHEDULES`; `ema` is the decay of the weights' average, of
     which the result is made (0: of the last weights). A step is `gradient_accumulation_steps` batches.
@@ -272,8 +272,7 @@ def make_loss(
         sigma = noise_levels(u, config.weighting_scheme, shift).to(encoded.target.device)
         noise = torch.randn(encoded.target.shape, generator=generator).to(encoded.target.device)
         with autocast(), contextlib.nullcontext() if config.gradient_checkpointing else MatmulAttention():
-            return flow_matching_loss(host, encoded, selection.index, sigma, noise, config.distillation,
-                                      config.focus)
+            return flow_matching_loss(host, encoded, selection.index, sigma, noise, config.distillation, config.focus)
 
     return loss
 
