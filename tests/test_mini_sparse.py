@@ -87,9 +87,16 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
     export_adapter(tmp_path / "sparse", tmp_path / "own.safetensors")
     assert not list(tmp_path.glob("*.partial"))
     about = adapter_record(result)
-    assert adapter_record(tmp_path / "own.safetensors") == about and about["steps"] == 2
+    assert adapter_record(tmp_path / "own.safetensors") == about | {"scale": 1.0} and about["steps"] == 2
     narrow, wide = load_file(tmp_path / "own.safetensors"), load_file(result)
     assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
+    export_adapter(tmp_path / "sparse", tmp_path / "half.safetensors", scale=0.5)
+    half = load_file(tmp_path / "half.safetensors")
+    assert sum(".lora_B." in name for name in wide) == len(wide) / 2
+    assert all(torch.equal(half[name], narrow[name] * (0.5 if ".lora_B." in name else 1)) for name in wide)
+    assert adapter_record(tmp_path / "half.safetensors")["scale"] == 0.5
+    with pytest.raises(ValueError, match="scale is 0"):
+        export_adapter(tmp_path / "sparse", tmp_path / "none.safetensors", scale=0)
     for change, says in (({"base_weights": "another"}, "other weights than the package holds"), ({"kv": True}, "KV")):
         save_torch(wide, result, {"sparse_context": json.dumps(about | change)})
         with pytest.raises(ValueError, match=says):

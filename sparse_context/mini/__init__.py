@@ -13,7 +13,10 @@ ADAPTER = WEIGHTS / "pytorch_lora_weights.safetensors"
 
 
 def adapter_record(path: Path = ADAPTER) -> dict:
-    """What an adapter's file says of its training: base and its fingerprint, steps, keep range, drop mix, KV mode."""
+    """What an adapter's file says of its training: base and its fingerprint, steps, keep range, drop mix, KV mode.
+
+    Of the embedded model's own also `scale`, the share of what was learned that it takes.
+    """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:

@@ -91,11 +91,12 @@ def sparse(
 def adapter(
     folder: Folder = Path("checkpoints"),
     name: Annotated[str, typer.Option(help="Of the run, as in `sparse`.")] = "sparse",
+    scale: Annotated[float, typer.Option(help="Share of what it changes that is taken, above 0 and up to 1.")] = 1.0,
 ) -> None:
     """Make the LoRA of a run of `sparse` the embedded model's own."""
     from .sparse import export_adapter
 
-    export_adapter(folder / name)
+    export_adapter(folder / name, scale=scale)
 
 
 @app.command()

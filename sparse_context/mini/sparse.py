@@ -4,6 +4,7 @@ Takes the shipped weights and the assets of the working folder; writes the run, 
 `export_adapter` writes what is shipped.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,11 @@ from .recipe import BaseConfig, batch_scenes, default_device
 from .scenes import Scene, make_scene
 
 LORA = FinetuneConfig(
-    rank=32,
-    lora_alpha=32,
+    rank=64,
+    lora_alpha=64,
+    dropping=Dropping(dense=0.3),
+    focus=BaseConfig().focus,
+    weighting_scheme="none",
     learning_rate=1e-3,
     lr_scheduler="trapezoid",
     lr_warmup_steps=50,
@@ -35,9 +39,10 @@ LORA = FinetuneConfig(
     gradient_accumulation_steps=4,
     max_train_steps=1000,
     checkpointing_steps=100,
-    validation_steps=200,
+    validation_steps=500,
 )
-"""Steps of four batches, since a batch shares one set of kept tokens: sixteen samples see four sets."""
+"""Steps of four batches, since a batch shares one set of kept tokens: sixteen samples see four sets. Noise levels are
+spread as the sampler's steps are, for the first of them decide the colours."""
 
 FULL = replace(LORA, full=True, learning_rate=2e-4)
 
@@ -100,11 +105,15 @@ def train_sparse(
     )
 
 
-def export_adapter(folder: Path, destination: Path = ADAPTER) -> None:
+def export_adapter(folder: Path, destination: Path = ADAPTER, scale: float = 1.0) -> None:
     """Write the LoRA of the run in `folder` as the embedded model's own, in bf16, whole or not at all.
 
-    Raises ValueError for one of other base weights or for KV mode, and OSError.
+    scale: the share of its change of the weights that is taken, above 0 and up to 1. On the way from the base to the
+    end of the training most of the gain comes early and most of the harm late (Wortsman et al. 2022). Raises ValueError
+    for another scale, for a LoRA of other base weights or for KV mode, and OSError.
     """
+    if not 0 < scale <= 1:
+        raise ValueError(f"scale is {scale!r}: pass a share above 0 and up to 1.")
     source = folder / LORA_FILE
     if not source.is_file():
         raise FileNotFoundError(f"{source} is missing: run `python -m sparse_context.mini sparse` first")
@@ -115,8 +124,9 @@ def export_adapter(folder: Path, destination: Path = ADAPTER) -> None:
     if about["base_weights"] != fingerprint(base.transformer):
         raise ValueError(f"{source} was trained on other weights than the package holds: train it on these.")
     with safe_open(source, framework="pt") as file:
-        metadata = file.metadata()
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(source).items()}
+        metadata = file.metadata() | {"sparse_context": json.dumps(about | {"scale": scale})}
+    weights = {name: (scale * tensor if ".lora_B." in name else tensor).to(torch.bfloat16)
+               for name, tensor in load_file(source).items()}  # fmt: skip
     partial = destination.with_suffix(".partial")
     with writing(destination):
         save_file(weights, partial, metadata)
@@ -130,9 +140,9 @@ def choose(
     """A config from the few settings that the experiments vary; None leaves the recipe's own."""
     config = FULL if full else LORA
     dropping = Dropping(
-        mix={"random": 1.0} if random_only else Dropping().mix,
-        coverage=tuple(coverage) if coverage else Dropping().coverage,
-        dense=1.0 if dense else Dropping().dense,
+        mix={"random": 1.0} if random_only else config.dropping.mix,
+        coverage=tuple(coverage) if coverage else config.dropping.coverage,
+        dense=1.0 if dense else config.dropping.dense,
     )
     return replace(
         config,
