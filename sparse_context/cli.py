@@ -52,6 +52,7 @@ Lora = Annotated[
         help="A LoRA for this model, as safetensors, or the word none.", show_default="the model's own, if it has one"
     ),
 ]
+LoraScale = Annotated[float, typer.Option(help="How much of the LoRA to take: 0.5 takes half of what it changes.")]
 Floor = Annotated[int, typer.Option(help="Fewest tokens of each reference.")]
 
 
@@ -76,6 +77,7 @@ def generate(
         Path | None, typer.Option(help="For inpainting models: a mask of the first picture, white where to paint.")
     ] = None,
     lora: Lora = None,
+    lora_scale: LoraScale = 1.0,
     seed: Annotated[int, typer.Option(help="Of the image noise.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option(help="Of the output, in pixels.", show_default="the model's")] = None,
@@ -109,7 +111,7 @@ def generate(
     from .selection import SparseContextConfig
 
     check_references(model, len(references), inpaint is not None)
-    pipe = load_pipeline(model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora)
+    pipe = load_pipeline(model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora, lora_scale=lora_scale)
 
     def run(config: SparseContextConfig, steps: int | None = steps):
         return generate(
@@ -350,6 +352,7 @@ def evaluate(
     floor: Floor = 1,
     limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
     lora: Lora = None,
+    lora_scale: LoraScale = 1.0,
     seed: Annotated[int, typer.Option(help="Of the image noise; sample i has seed + i.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.", show_default="the model's")] = None,
     guidance_scale: Annotated[float | None, typer.Option(show_default="the model's")] = None,
@@ -386,10 +389,10 @@ def evaluate(
 
     for count in sorted({len(sample.references) for sample in samples}):
         check_references(model, count, inpaint=False)
-    pipe = load_pipeline(model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora)
+    pipe = load_pipeline(model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora, lora_scale=lora_scale)
     pipe.set_progress_bar_config(disable=True)
     about = {"data": str(manifest or pie_bench), "model": model or "embedded", "lora": lora,
-             "weights": fingerprint(pipe), "steps": steps, "guidance_scale": guidance_scale,
+             "lora_scale": lora_scale, "weights": fingerprint(pipe), "steps": steps, "guidance_scale": guidance_scale,
              "dtype": dtype}  # fmt: skip
     make = maker(pipe, steps=steps, guidance_scale=guidance_scale)
     result = evaluate(make, samples, cells, metrics, output, seed=seed, about=about)

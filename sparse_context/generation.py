@@ -56,13 +56,15 @@ def load_pipeline(
     device: str | None = None,
     cpu_offload: str | None = None,
     lora: str | None = None,
+    lora_scale: float = 1.0,
 ) -> Any:
     """A supported pipeline from a hub id or a folder in the diffusers layout; the embedded model without `model`.
 
     dtype: a name of `DTYPES`, or "auto": float32 for the embedded model on a CPU, else bfloat16.
     device: a torch device; None takes an accelerator if there is one. cpu_offload: "model" or "group".
     lora: a safetensors file for this model, or "none". None is the same as "none", but that the embedded model then has
-    its own adapter, for dropped tokens, folded into its weights, where the package holds one.
+    its own adapter, for dropped tokens, folded into its weights, where the package holds one. lora_scale: how much of
+    the file's change of the weights is taken, 0 or more; another than 1 without a file is refused.
     Only safetensors are read, and nothing is fetched but a hub id that was named.
     """
     where = find_device(device)
@@ -73,8 +75,12 @@ def load_pipeline(
     own = lora is None and model is None and ADAPTER.is_file()
     if lora == NO_LORA:
         lora = None
+    if not 0 <= lora_scale < math.inf:
+        raise ValueError(f"lora-scale is {lora_scale!r}: pass a number of 0 or more.")
     if lora is not None:
         _check_lora_file(lora)
+    elif lora_scale != 1:
+        raise ValueError(f"lora-scale is {lora_scale:g}, but no LoRA's file was named: pass --lora, or leave it out.")
     path = str(WEIGHTS) if model is None else model
     modular = FAMILIES[_class_name(path)].modular
     if modular and cpu_offload == "model":
@@ -95,6 +101,8 @@ def load_pipeline(
         pipe.unload_lora_weights()  # what was fused stays
     elif lora is not None:
         _load_lora(pipe, lora)
+        if lora_scale != 1:
+            pipe.set_adapters(pipe.get_active_adapters(), lora_scale)
     if cpu_offload == "model":
         pipe.enable_model_cpu_offload(device=where)
     elif cpu_offload == "group" and modular:

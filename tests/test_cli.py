@@ -691,6 +691,34 @@ def test_a_lora_changes_the_picture_as_it_does_in_diffusers(generate, loras, tin
     seeded = torch.Generator().manual_seed(0)
     direct = pipe(image=[colourful(0)], prompt="the cat", generator=seeded, guidance_scale=1.0, **call)
     assert np.array_equal(pixels("lora.png"), np.asarray(direct.images[0]))
+    options = ["--image", "{in}/a.png", "--dtype", "float32", "--lora", loras / "fits.safetensors"]
+    generate(*options, "--lora-scale", "0.5", "--output", "half.png")
+    pipe.set_adapters(pipe.get_active_adapters(), 0.5)
+    direct = pipe(image=[colourful(0)], prompt="the cat", generator=seeded.manual_seed(0), guidance_scale=1.0, **call)
+    assert np.array_equal(pixels("half.png"), np.asarray(direct.images[0]))
+    assert not np.array_equal(pixels("half.png"), pixels("lora.png"))
+    generate(*options, "--lora-scale", "0", "--output", "none.png")
+    assert np.array_equal(pixels("none.png"), pixels("plain.png"))
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--lora-scale", "0.5"], "lora-scale is 0.5, but no LoRA's file was named"),
+        (["--lora", "none", "--lora-scale", "0.5"], "lora-scale is 0.5, but no LoRA's file was named"),
+        (
+            ["--lora", "{loras}/fits.safetensors", "--lora-scale", "-1"],
+            "lora-scale is -1.0: pass a number of 0 or more",
+        ),
+        (
+            ["--lora", "{loras}/fits.safetensors", "--lora-scale", "nan"],
+            "lora-scale is nan: pass a number of 0 or more",
+        ),
+    ],
+)
+def test_a_scale_without_a_lora_or_out_of_range_is_refused(refused, loras, options, says):
+    options = [option.format(loras=loras) for option in options]
+    assert says in refused("generate", "-m", "{model}", "--image", "{in}/a.png", "--prompt", "x", *options)
 
 
 def test_loras_of_other_tools(generate, loras):
