@@ -328,13 +328,56 @@ def curves_short() -> str:
     )
 
 
+def ablations() -> str:
+    """What variants of the fine-tuning, and shares of them, gain and lose."""
+    if not (ROOT / "results" / "ablations.json").exists():
+        return "Not measured yet: `runs/ablations.py`."
+    result = _read("ablations")
+    parts = []
+    for group, (score, _) in CURVES.items():
+        selectors = [name for name in result["config"]["cells"] if name != "dense"]
+        head = " | ".join(name.replace("-", " at ") for name in selectors)
+        rows = [f"| {group} | share | all tokens | {head} |", "|" + "---|" * (len(selectors) + 3)]
+        for run, scales in result["figures"].items():
+            for scale, groups in scales.items():
+                cells = [_difference(groups[group], cell, score, interval=False) for cell in ("all tokens", *selectors)]
+                rows.append(f"| {run} | {scale} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(rows))
+    samples = result["figures"]["base"]["0"]["all"]["dense"]["samples"]
+    steps = ", ".join(f"{run} {record['steps']}" for run, record in result["config"]["runs"].items())
+    return "\n\n".join(parts) + (
+        f"\n\nDecibels of PSNR against the dense base with all tokens: {samples} scenes of all groups together, of the "
+        f"{result['config']['split']} split. Steps of each run: {steps}. Measured on {_machine(result)} "
+        f"(`runs/ablations.py`)."
+    )
+
+
+def peers() -> str:
+    """Quality at equal numbers of tokens."""
+    if not (ROOT / "results" / "peers.json").exists():
+        return "Not measured yet: `runs/peers.py`."
+    result = _read("peers")
+    methods, keeps = result["config"]["methods"], result["config"]["keeps"]
+    rows = ["| task | keep | " + " | ".join(methods) + " |", "|" + "---|" * (len(methods) + 2)]
+    for group, (score, _) in CURVES.items():
+        for keep in keeps:
+            cells = [_difference(result["figures"][group], f"{method} {keep:g}", score) for method in methods]
+            rows.append(f"| {group} | {keep:g} | " + " | ".join(cells) + " |")
+    samples = result["figures"]["all"]["dense"]["samples"]
+    weights = "the dense base" if result["config"]["lora"] == "none" else "the embedded model as it is shipped"
+    return "\n".join(rows) + (
+        f"\n\nDecibels of PSNR against all tokens, and the 95 % interval of that: {weights}, {samples} scenes of the "
+        f"{result['config']['split']} split, on {_machine(result)} (`runs/peers.py`)."
+    )
+
+
 BENCHMARKS = {"flops": flops, "parts": parts, "bench_mini": bench_mini, "bench_klein_9b_blocks": bench_klein_9b_blocks,
               "bench_gpu": bench_gpu, "training_speed": training_speed}  # fmt: skip
 TABLES = {"pipelines": pipelines, "core_speed": core_speed, "bench_mini": bench_mini, "base_quality": base_quality,
           "curves_short": curves_short, "selection": selection}  # fmt: skip
 PAGES = {
     "README.md": TABLES,
-    "docs/quality.md": {"curves_base": curves_base, "curves": curves},
+    "docs/quality.md": {"curves_base": curves_base, "peers": peers, "curves": curves, "ablations": ablations},
     "docs/adding-a-pipeline.md": {"lines": lines},
     "docs/performance.md": BENCHMARKS,
 }

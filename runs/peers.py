@@ -1,0 +1,93 @@
+"""Quality at equal numbers of tokens: sparse against references scaled down and against merged tokens.
+
+    python runs/peers.py [--scenes 40] [--lora none]
+
+The embedded model, on the scenes of runs/mini_curves.py and their noise. `sparse` keeps what each task chooses by
+itself; `downscaled` and `merged` are those of the benchmark (sparse_context/speed/methods.py), so all three have the
+speed that their tokens allow. Differences are to the dense model with all tokens, scene by scene: PSNR inside the
+object or, for global edits, of the whole picture. Stopped at any point, it goes on there.
+
+It needs the scenes' objects: `python -m sparse_context.mini data`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from sparse_context.evaluation.evaluate import DENSE, Maker, evaluate, fingerprint, grid, maker, summarise
+from sparse_context.evaluation.metrics import find_metrics
+from sparse_context.generation import Generation, call_inputs, call_settings, load_pipeline
+from sparse_context.manifest import Sample
+from sparse_context.mini.data import SPLITS, load_assets
+from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.result import write_result
+from sparse_context.selection import SparseContextConfig
+from sparse_context.speed.methods import METHODS, make_hosts
+from sparse_context.speed.timing import timed
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("downscaled", "merged")
+
+
+def peer_maker(pipe, method: str) -> Maker:
+    """How `evaluate` makes a sample by a method of the benchmark; the scenes' pictures have the model's sizes."""
+    hosts = make_hosts(pipe)
+    arguments = {name: value for name, value in call_settings(pipe).items() if name in call_inputs(pipe)}
+
+    def make(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
+        references = [picture.convert("RGB") for picture in sample.open_references()]
+        way = "dense" if config.keep == 1 else method
+        host, pictures = METHODS[way].prepare(hosts, references, config.keep)
+        with timed(host) as times:
+            made = host(image=pictures, prompt=sample.prompt, generator=torch.Generator().manual_seed(seed),
+                        guidance_scale=1.0, **arguments)  # fmt: skip
+        image: Image.Image = made.images[0]
+        return Generation(image, None, times)
+
+    return make
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The embedded model's quality at equal numbers of tokens.")
+    parser.add_argument("--split", choices=SPLITS[1:], default="validation")
+    parser.add_argument("--lora", help="a file or the word none; the package's own without it")
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.1])
+    parser.add_argument("--scenes", type=int, default=40)
+    parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
+    parser.add_argument("--folder", type=Path, help="working folder; checkpoints/NAME-SPLIT of the output without it")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "peers.json")
+    arguments = parser.parse_args()
+
+    assets = load_assets(arguments.assets).split(arguments.split)
+    samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
+    pipe = load_pipeline(lora=arguments.lora)
+    pipe.set_progress_bar_config(disable=True)
+    makers = {"sparse": maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))}
+    makers |= {method: peer_maker(pipe, method) for method in PEERS}
+    cells = grid([1.0, *arguments.keeps])
+    folder = arguments.folder or ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
+    about = {"split": arguments.split, "lora": arguments.lora or "the package's own", "weights": fingerprint(pipe)}
+    rows = {}
+    for method, make in makers.items():
+        evaluate(make, samples, cells, find_metrics(["psnr"]), folder / method, about=about | {"method": method})
+        for cell in cells:
+            file = folder / method / "cells" / f"{cell}.json"
+            rows[method, cell] = json.loads(file.read_text())["figures"]["samples"]
+    compared = {DENSE: rows["sparse", DENSE]}
+    compared |= {f"{method} {cell.removeprefix('auto-')}": rows[method, cell]
+                 for cell in cells if cell != DENSE for method in makers}  # fmt: skip
+    config = about | {"keeps": arguments.keeps, "methods": list(makers)}
+    figures = summarise(compared)
+    write_result(arguments.output, arguments.output.stem, config, figures)
+    for group, settings in figures.items():
+        score = "psnr" if group == "global edits" else "psnr_in_mask"
+        shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items())
+        print(f"{group}: {', '.join(shown)}")
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
