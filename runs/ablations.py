@@ -39,7 +39,7 @@ def main() -> None:
 
     assets = load_assets(arguments.checkpoints / "assets.safetensors").split("validation")
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED["validation"])
-    cells = grid((1.0, arguments.keep), ("random", "uniform", "edges", "saliency", "mask"))
+    cells = grid((1.0, arguments.keep), ("random", "uniform", "edges", "saliency", "mask"), share="joint")
     metrics = find_metrics(["psnr"])
 
     def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:

@@ -65,21 +65,22 @@ def main() -> None:
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
     pipe = load_pipeline(lora=arguments.lora)
     pipe.set_progress_bar_config(disable=True)
-    makers = {"sparse": maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))}
-    makers |= {method: peer_maker(pipe, method) for method in PEERS}
-    cells = grid([1.0, *arguments.keeps])
+    own = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+    ways = {"sparse": (own, "equal"), "sparse, one joint ranking": (own, "joint")}
+    ways |= {method: (peer_maker(pipe, method), "joint") for method in PEERS}  # to which a share means nothing
     folder = arguments.folder or ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
     about = {"split": arguments.split, "lora": arguments.lora or "the package's own", "weights": fingerprint(pipe)}
     rows = {}
-    for method, make in makers.items():
+    for method, (make, share) in ways.items():
+        cells = grid([1.0, *arguments.keeps], share=share)
         evaluate(make, samples, cells, find_metrics(["psnr"]), folder / method, about=about | {"method": method})
         for cell in cells:
             file = folder / method / "cells" / f"{cell}.json"
             rows[method, cell] = json.loads(file.read_text())["figures"]["samples"]
     compared = {DENSE: rows["sparse", DENSE]}
     compared |= {f"{method} {cell.removeprefix('auto-')}": rows[method, cell]
-                 for cell in cells if cell != DENSE for method in makers}  # fmt: skip
-    config = about | {"keeps": arguments.keeps, "methods": list(makers)}
+                 for cell in cells if cell != DENSE for method in ways}  # fmt: skip
+    config = about | {"keeps": arguments.keeps, "methods": list(ways)}
     figures = summarise(compared)
     write_result(arguments.output, arguments.output.stem, config, figures)
     for group, settings in figures.items():

@@ -347,8 +347,8 @@ def ablations() -> str:
     steps = ", ".join(f"{run} {record['steps']}" for run, record in result["config"]["runs"].items())
     return "\n\n".join(parts) + (
         f"\n\nDecibels of PSNR against the dense base with all tokens: {samples} scenes of all groups together, of the "
-        f"{result['config']['split']} split. Steps of each run: {steps}. Measured on {_machine(result)} "
-        f"(`runs/ablations.py`)."
+        f"{result['config']['split']} split; the tokens of all references in one ranking. Steps of each run: {steps}. "
+        f"Measured on {_machine(result)} (`runs/ablations.py`)."
     )
 
 

@@ -74,7 +74,7 @@ def choose_tokens(
     scores: Sequence[np.ndarray],
     keep: float | str | Sequence[float | str],
     *,
-    share: str = "joint",
+    share: str = "equal",
     floor: int = 1,
     coverage: float | Sequence[float] = 0.0,
     multiple_of: int = 1,
@@ -185,7 +185,7 @@ def keeps_all(keep: float | str | Sequence[float | str], sizes: Sequence[int] | 
 
 def check_budget(
     keep: float | str | Sequence[float | str] = 1.0,
-    share: str = "joint",
+    share: str = "equal",
     floor: int = 0,
     coverage: float | Sequence[float] = 0.0,
     multiple_of: int = 1,

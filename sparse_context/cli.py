@@ -45,7 +45,7 @@ Mask = Annotated[
     typer.Option(help="A picture of the reference's size, white where to keep; one per reference, in order."),
 ]
 Coverage = Annotated[float | None, typer.Option(help="Share of the kept tokens spread evenly.", show_default="by task")]
-Share = Annotated[str, typer.Option(help="joint: references compete for the budget. equal: they do not.")]
+Share = Annotated[str, typer.Option(help="equal: the same ratio of each reference. joint: they compete.")]
 Lora = Annotated[
     str | None,
     typer.Option(
@@ -68,7 +68,7 @@ def generate(
     task: Task = "auto",
     mask: Mask = None,
     coverage: Coverage = None,
-    share: Share = "joint",
+    share: Share = "equal",
     floor: Floor = 1,
     output: Annotated[Path, typer.Option(help="Where the picture goes: .png, .jpg or .webp.")] = Path("out.png"),
     show_tokens: Annotated[Path | None, typer.Option(help="Also draw which tokens were kept.")] = None,
@@ -166,7 +166,7 @@ def select(
     task: Task = "auto",
     mask: Mask = None,
     coverage: Coverage = None,
-    share: Share = "joint",
+    share: Share = "equal",
     floor: Floor = 1,
     token: Annotated[int, typer.Option(help="Pixels a side of a token: 16 for FLUX.", min=1, max=256)] = 16,
     output: Annotated[Path, typer.Option(help="Where the drawing goes.")] = Path("tokens.png"),
@@ -348,7 +348,7 @@ def evaluate(
     coverage: Annotated[
         list[float] | None, typer.Option(help="As in generate; repeat it.", show_default="by task")
     ] = None,
-    share: Share = "joint",
+    share: Share = "equal",
     floor: Floor = 1,
     limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
     lora: Lora = None,

@@ -56,7 +56,8 @@ class SparseContextConfig:
 
     - `coverage`: the share of kept tokens, in [0, 1], that is spread evenly over the pictures. None: the task decides;
       but a selector that you name under the task "auto" is taken at its word, with no coverage.
-    - `share`: "joint" (tokens of all references compete) or "equal".
+    - `share`: "equal" (each reference keeps the same ratio) or "joint" (tokens of all references compete: for scores
+      that may be compared, such as those of one selector; else one reference starves the others).
     - `floor`: the least number of tokens of each reference; with 0, one may end up with none.
     - `multiple_of`: round the total up to a multiple, for compilers and context parallelism.
     - `mass`: in (0, 1], for keep="auto".
@@ -70,7 +71,7 @@ class SparseContextConfig:
     task: str | Sequence[str] = "auto"
 
     coverage: float | None = None
-    share: str = "joint"
+    share: str = "equal"
     floor: int = 1
     multiple_of: int = 1
     mass: float = 0.8

@@ -134,7 +134,7 @@ def test_a_ratio_is_exact_jointly_and_equally(scores, ratio, coverage):
     each = [round_half_up(ratio, part.size) for part in scores]
     assert counts(choose_tokens(scores, ratio, share="equal", coverage=coverage)) == each
     total = round_half_up(ratio, total_size(scores))
-    chosen = choose_tokens(scores, ratio, floor=0, coverage=coverage)
+    chosen = choose_tokens(scores, ratio, share="joint", floor=0, coverage=coverage)
     assert sum(counts(chosen)) == total
 
 
@@ -179,8 +179,9 @@ def test_each_reference_has_its_floor(scores, count, floor, coverage, share):
 
 def test_without_a_floor_a_reference_may_end_empty():
     scores = [np.zeros((4, 4), np.float32), np.ones((4, 4), np.float32)]
-    assert counts(choose_tokens(scores, 8)) == [1, 7]
-    assert counts(choose_tokens(scores, 8, floor=0)) == [0, 8]
+    assert counts(choose_tokens(scores, 8)) == [4, 4]
+    assert counts(choose_tokens(scores, 8, share="joint")) == [1, 7]
+    assert counts(choose_tokens(scores, 8, share="joint", floor=0)) == [0, 8]
 
 
 def test_a_floor_beyond_the_budget_takes_turns():

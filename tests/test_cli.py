@@ -617,8 +617,8 @@ def test_each_reference_has_its_own_keep_and_selector(generate):
     ("options", "expected"),
     {
         "--keep 1": {"kept": [64, 64]},
-        "--keep 11 --share equal --selector uniform": {"kept": [6, 5]},
-        "--keep 20 --floor 9 --selector mask=1,random=1 --mask {in}/corner.png --mask {in}/nothing.png": {
+        "--keep 11 --selector uniform": {"kept": [6, 5]},
+        "--keep 20 --share joint --floor 9 --selector mask=1,random=1 --mask {in}/corner.png --mask {in}/nothing.png": {
             "kept": [11, 9]
         },
         "--keep auto --selector uniform": {"kept": [36, 36]},

@@ -100,9 +100,9 @@ def test_the_grid_is_all_tokens_once_and_every_keep_with_every_selector():
     assert cells[DENSE] == Cell(SparseContextConfig(keep=1.0), 9)
     assert cells["edges-0.2"] == Cell(SparseContextConfig(keep=0.2, selector="edges"), 3)
     assert cells["auto-100"] == Cell(SparseContextConfig(keep=100))
-    more = grid([0.2], ["edges"], tasks=["auto", "edit"], coverages=[None, 0.1], share="equal")
+    more = grid([0.2], ["edges"], tasks=["auto", "edit"], coverages=[None, 0.1], share="joint")
     assert list(more) == [DENSE, "edges-0.2", "edges-0.2-coverage=0.1", "edges-0.2-edit", "edges-0.2-edit-coverage=0.1"]
-    last = SparseContextConfig(keep=0.2, selector="edges", task="edit", coverage=0.1, share="equal")
+    last = SparseContextConfig(keep=0.2, selector="edges", task="edit", coverage=0.1, share="joint")
     assert more["edges-0.2-edit-coverage=0.1"] == Cell(last)
     with pytest.raises(ValueError, match="keep"):
         grid([1.2])
@@ -359,8 +359,8 @@ def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finish
         cell["config"]["metrics"] = ["clip_i=one", "psnr"]
         (tmp_path / "cells" / "dense.json").write_text(json.dumps(cell))
         evaluate(maker(pipe), samples, cells, find_metrics(["clip_i=another", "psnr"]), tmp_path, seed=5)
-    with pytest.raises(ValueError, match="is of share 'joint' and not 'equal'"):
-        again(cells=grid([1, 0.5], ["random"], share="equal", limits={0.5: 2}))
+    with pytest.raises(ValueError, match="is of share 'equal' and not 'joint'"):
+        again(cells=grid([1, 0.5], ["random"], share="joint", limits={0.5: 2}))
     for others in (samples[::-1], [replace(samples[0], prompt="a dog"), *samples[1:]],
                    [replace(samples[0], references=samples[2].references), *samples[1:]]):  # fmt: skip
         with pytest.raises(ValueError, match="dense.json has figures of other samples"):

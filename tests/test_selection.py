@@ -113,7 +113,7 @@ def test_a_selection_prints_as_a_short_table():
 def test_a_flat_reference_leaves_the_scores_of_the_first_as_they_are():
     for selector in ("edges", "detail", "saliency"):
         alone = select_tokens([noise()], [GRID], Config(selector=selector))
-        both = select_tokens([noise(), flat()], [GRID] * 2, Config(selector=selector))
+        both = select_tokens([noise(), flat()], [GRID] * 2, Config(selector=selector, share="joint"))
         assert np.array_equal(alone.references[0].scores, both.references[0].scores)
         assert not both.references[1].scores.any()
         assert len(both.references[1].index) == 1  # its floor
@@ -249,7 +249,7 @@ def test_a_config_names_the_bad_field_and_value(setting, message):
         ({"keep": [0.2]}, "keep has 1 values for 2 references"),
         ({"selector": ["edges"] * 3}, "selector has 3 values for 2 references"),
         ({"task": ["edit"] * 3}, "task has 3 values for 2 references"),
-        ({"keep": 0.001}, "makes 1 tokens for 2 references"),
+        ({"keep": 0.001, "share": "joint"}, "makes 1 tokens for 2 references"),
     ],
 )
 def test_values_that_do_not_match_the_references_are_refused(setting, message):

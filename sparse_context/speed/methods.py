@@ -152,7 +152,7 @@ def reference_tokens(method: str, grids: Sequence[Grid], keep: float) -> int:
         return sum(math.prod(downscaled_grid(grid, keep)) for grid in grids)
     if method == "merged":
         return sum(merged_count(grid, keep) for grid in grids)
-    return max(1, math.floor(keep * total + 0.5 + 1e-9))  # as budget.py rounds
+    return sum(max(1, math.floor(keep * rows * columns + 0.5 + 1e-9)) for rows, columns in grids)  # as budget.py rounds
 
 
 @lru_cache
