@@ -63,7 +63,7 @@ def test_it_tells_what_it_kept(references):
     state = built(prompt_embeds=torch.zeros(1, 12, 32), image=references, height=64, width=64, num_inference_steps=1)
     selection = state.get("selection")
     assert [kept.grid for kept in selection.references] == [(8, 8), (9, 12), (15, 8)]
-    assert selection.kept == round(0.2 * (64 + 108 + 120))
+    assert selection.kept == sum(round(0.2 * size) for size in (64, 108, 120))
     assert [tokens for tokens, _ in seen] == [64 + selection.kept]
     state = built(prompt_embeds=torch.zeros(1, 12, 32), height=64, width=64, num_inference_steps=1)
     assert state.get("selection") is None

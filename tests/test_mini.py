@@ -428,7 +428,7 @@ def test_four_references_at_a_fraction_of_the_tokens(pipe):
     example = next(e for e in read_examples() if len(e["references"]) == 4)
     config = SparseContextConfig(keep=0.15, task="subject")
     made = generate(pipe, example["references"], example["prompt"], config)
-    assert made.selection.total == 4 * 576 and made.selection.kept == round(0.15 * 4 * 576)
+    assert made.selection.total == 4 * 576 and made.selection.kept == 4 * round(0.15 * 576)
     assert made.image.size == (128, 128)
 
 
