@@ -108,7 +108,7 @@ def test_a_flat_picture_is_sampled_evenly_and_not_from_its_top():
 
 
 def test_ties_of_several_references_share_by_size():
-    chosen = choose_tokens([np.zeros((8, 8)), np.zeros((16, 8)), np.zeros((8, 8))], 0.25)
+    chosen = choose_tokens([np.zeros((8, 8)), np.zeros((16, 8)), np.zeros((8, 8))], 0.25, share="joint")
     assert counts(chosen) == [16, 32, 16]
 
 
@@ -186,7 +186,8 @@ def test_without_a_floor_a_reference_may_end_empty():
 
 def test_a_floor_beyond_the_budget_takes_turns():
     scores = [np.ones((4, 4), np.float32), np.zeros((4, 4), np.float32), np.zeros((1, 1), np.float32)]
-    assert counts(choose_tokens(scores, 8, floor=6)) == [4, 3, 1]
+    for share in ("joint", "equal"):
+        assert counts(choose_tokens(scores, 8, floor=6, share=share)) == [4, 3, 1]
 
 
 def test_equal_counts_pass_on_what_a_small_reference_cannot_take():
