@@ -1,6 +1,7 @@
 """Fine-tuning: the loss, LoRA through plain diffusers, KV mode, caches, and what a run writes."""
 
 import json
+import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import build_flux2, call_flux2, embeds, picture
 
 from sparse_context.images import open_picture
-from sparse_context.manifest import read_samples
+from sparse_context.manifest import ManifestError, read_samples
 from sparse_context.sparsify import apply_sparse_context, last_selection
 from sparse_context.tokens import ReferenceTokens
 from sparse_context.training.data import Ahead, Batches, Cache, Example, alike, open_example
@@ -31,6 +32,7 @@ from sparse_context.training.finetune import (
     model_card,
     noise_levels,
     prepare,
+    prepare_batch,
     without_adapter,
 )
 from sparse_context.training.hosts import find_host
@@ -56,7 +58,7 @@ def batches(number):
 
 def parts(host, count=1):
     """(encoded batch, noise levels, noise) of `count` samples."""
-    encoded = encode(host, [example(i) for i in range(count)], ["x"] * count)
+    encoded = encode(host, prepare_batch(host, [example(i) for i in range(count)], ["x"] * count))
     generator = torch.Generator().manual_seed(0)
     return encoded, torch.tensor([0.7] * count), torch.randn(encoded.target.shape, generator=generator)
 
@@ -149,7 +151,7 @@ def test_masks_are_encoded_as_the_share_of_each_output_token():
     plain = example(0)
     mask = np.zeros((64, 64), np.uint8)
     mask[:8, :4], mask[8:16] = 255, 255
-    encoded = encode(host, [replace(plain, mask=Image.fromarray(mask)), plain], ["a", "b"])
+    encoded = encode(host, prepare_batch(host, [replace(plain, mask=Image.fromarray(mask)), plain], ["a", "b"]))
     share = encoded.mask[0].reshape(8, 8)
     assert torch.allclose(share[0], torch.tensor([0.5] + [0.0] * 7))
     assert (share[1] == 1).all() and (share[2:] == 0).all()
@@ -515,25 +517,49 @@ def test_above_a_megapixel_outputs_keep_their_size_up_to_the_resolution_and_refe
     assert made.references[0].size == (1254, 836)  # a megapixel, as the pipelines scale it
 
 
-def test_batches_made_ahead_are_the_same():
+def test_what_is_made_ahead_is_the_same():
     made = []
 
-    def batch(number):
+    def make(number):
         made.append(number)
         return [number]
 
-    ahead = Ahead(batch, stride=2)
-    assert [ahead(n) for n in (0, 2, 4, 1)] == [[0], [2], [4], [1]]
-    assert made[:5] == [0, 2, 4, 6, 1]
+    ahead = Ahead(make)
+    assert [ahead(n) for n in (2, 3, 4, 1)] == [[2], [3], [4], [1]]
+    assert made[:5] == [2, 3, 4, 5, 1]
+
+
+def test_processes_make_ahead_what_a_thread_makes():
+    """In the order asked for, from any number on, and what goes wrong there is raised here."""
+
+    def make(number):
+        if number == 9:
+            raise ManifestError("the ninth is missing")
+        return os.getpid(), torch.full((2,), number)
+
+    ahead = Ahead(make, workers=2)
+    found = [ahead(n) for n in (3, 4, 5, 1, 2, 8)]
+    assert [int(tensor[0]) for _, tensor in found] == [3, 4, 5, 1, 2, 8]
+    assert os.getpid() not in {process for process, _ in found}
+    with pytest.raises(ManifestError, match="the ninth is missing"):
+        ahead(9)
+
+
+def test_losses_are_the_same_whoever_prepares():
+    host = klein()
+    config = FinetuneConfig(**SMALL)
+    prepare(host, config)
+    by_thread, by_processes = (make_loss(host, batches, config, workers=workers) for workers in (0, 2))
+    assert [by_thread(n).item() for n in (4, 5)] == [by_processes(n).item() for n in (4, 5)]
 
 
 def test_cached_latents_and_text_are_those_of_the_encoders(tmp_path):
     host = klein()
     caches = [Cache(tmp_path / "latents", host.pipe.vae), Cache(tmp_path / "text", host.pipe.text_encoder)]
-    examples = batches(0)
-    plain = encode(host, examples, ["a", "b"])
+    batch = prepare_batch(host, batches(0), ["a", "b"])
+    plain = encode(host, batch)
     for _ in range(2):
-        cached = encode(host, examples, ["a", "b"], *caches)
+        cached = encode(host, batch, *caches)
         assert torch.allclose(cached.target, plain.target, atol=1e-5)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(cached.references, plain.references, strict=True))
         assert torch.allclose(cached.text["prompt_embeds"], plain.text["prompt_embeds"], atol=1e-5)
@@ -542,7 +568,7 @@ def test_cached_latents_and_text_are_those_of_the_encoders(tmp_path):
     assert len(files) == 6
     files[0].write_bytes(b"half")
     again = klein()
-    assert torch.allclose(encode(again, examples, ["a", "b"], caches[0]).target, plain.target, atol=1e-5)
+    assert torch.allclose(encode(again, batch, caches[0]).target, plain.target, atol=1e-5)
 
 
 def test_trainable_shares_the_parameters():

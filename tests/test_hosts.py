@@ -12,7 +12,14 @@ from whole import save_whole
 from sparse_context import SparseContextConfig
 from sparse_context.generation import generate, load_pipeline
 from sparse_context.training.data import Example
-from sparse_context.training.finetune import LORA_FILE, FinetuneConfig, encode, finetune, flow_matching_loss
+from sparse_context.training.finetune import (
+    LORA_FILE,
+    FinetuneConfig,
+    encode,
+    finetune,
+    flow_matching_loss,
+    prepare_batch,
+)
 from sparse_context.training.hosts import HOSTS, find_host
 
 REFERENCES = {"FluxKontextPipeline": 1, "QwenImageEditPlusPipeline": 2, "Flux3ModularPipeline": 2}
@@ -78,7 +85,7 @@ def test_references_change_the_loss_and_gradients_reach_the_weights(model):
     host = find_host(loaded(folder))
     host.transformer.requires_grad_(True)
     count = REFERENCES[name]
-    encoded = encode(host, [example(count)], ["the cat"])
+    encoded = encode(host, prepare_batch(host, [example(count)], ["the cat"]))
     total = len(host.reference_tokens(encoded.references))
     noise = torch.randn(encoded.target.shape, generator=torch.Generator().manual_seed(0))
     losses = [

@@ -34,6 +34,7 @@ from sparse_context.mini.recipe import (
     restore,
     shifted_sigmas,
     to_tensor,
+    tokenise,
     train_base,
     train_decoder,
     watched_heads,
@@ -340,7 +341,7 @@ def test_the_recipe_sees_what_the_pipeline_sees(pipe):
     text, _ = pipe.encode_prompt(prompts, max_sequence_length=settings["max_sequence_length"],
                                  text_encoder_out_layers=settings["text_encoder_out_layers"])  # fmt: skip
     with torch.no_grad():
-        assert torch.allclose(encode_text(pipe.text_encoder, pipe.tokenizer, prompts), text, atol=1e-5)
+        assert torch.allclose(encode_text(pipe.text_encoder, *tokenise(pipe.tokenizer, prompts)), text, atol=1e-5)
     pictures = to_tensor([np.full((128, 128, 3), 90, np.uint8)])
     with torch.no_grad():
         assert torch.allclose(encode_pictures(pipe.vae, pictures), pipe._encode_vae_image(pictures, None), atol=1e-5)

@@ -2,6 +2,7 @@
 (sparse.py), and the saliency net (saliency_net.py)."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,14 @@ import typer
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Folder = Annotated[Path, typer.Option(help="Where assets, checkpoints, logs and sample sheets are kept.")]
 Seconds = Annotated[float | None, typer.Option(help="Save and stop after this many seconds.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that compose scenes ahead of the steps; 0: a thread.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's own number; again when it continues.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's own; again when it continues.")]
+
+
+def changed(config, **settings):
+    """A recipe's config with those settings that were given."""
+    return replace(config, **{name: value for name, value in settings.items() if value is not None})
 
 
 @app.command()
@@ -23,19 +32,33 @@ def data(folder: Folder = Path("checkpoints")) -> None:
 
 
 @app.command()
-def vae(folder: Folder = Path("checkpoints"), stop_after: Seconds = None) -> None:
-    """Train the VAE."""
-    from .recipe import train_vae
+def vae(
+    folder: Folder = Path("checkpoints"),
+    stop_after: Seconds = None,
+    workers: Workers = 0,
+    steps: Steps = None,
+    batch: Batch = None,
+    crop: Annotated[int | None, typer.Option(min=16, max=128, help="Pixels a side of what it sees.")] = None,
+) -> None:
+    """Train the VAE, or train a restored one further; the base has to follow."""
+    from .recipe import VaeConfig, train_vae
 
-    train_vae(folder, stop_after=stop_after)
+    train_vae(folder, changed(VaeConfig(), steps=steps, batch=batch, crop=crop), stop_after, workers)
 
 
 @app.command()
-def decoder(folder: Folder = Path("checkpoints"), stop_after: Seconds = None, seed: int = 1) -> None:
+def decoder(
+    folder: Folder = Path("checkpoints"),
+    stop_after: Seconds = None,
+    workers: Workers = 0,
+    steps: Steps = None,
+    batch: Batch = None,
+    seed: int = 1,
+) -> None:
     """Train the VAE's decoder further, which leaves the base as good as it was."""
     from .recipe import DecoderConfig, train_decoder
 
-    train_decoder(folder, DecoderConfig(seed=seed), stop_after=stop_after)
+    train_decoder(folder, changed(DecoderConfig(seed=seed), steps=steps, batch=batch), stop_after, workers)
 
 
 @app.command()
@@ -50,15 +73,16 @@ def restore(folder: Folder = Path("checkpoints"), weights: Path = Path(__file__)
 def base(
     folder: Folder = Path("checkpoints"),
     stop_after: Seconds = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that compose scenes ahead of the steps.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Instead of the recipe's own number; again when it continues.")
-    ] = None,
+    workers: Workers = 0,
+    steps: Steps = None,
+    batch: Batch = None,
+    lr: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    muon_lr: Annotated[float | None, typer.Option(help="Of Muon, which takes the blocks' matrices.")] = None,
 ) -> None:
     """Train the transformer and the text encoder, on all reference tokens."""
     from .recipe import BaseConfig, train_base
 
-    config = BaseConfig() if steps is None else BaseConfig(steps=steps)
+    config = changed(BaseConfig(), steps=steps, batch=batch, lr=lr, muon_lr=muon_lr)
     train_base(folder, config, stop_after=stop_after, workers=workers)
 
 
@@ -67,6 +91,7 @@ def sparse(
     folder: Folder = Path("checkpoints"),
     name: Annotated[str, typer.Option(help="Of the run, a folder beside the base's.")] = "sparse",
     stop_after: Seconds = None,
+    workers: Workers = 0,
     full: Annotated[bool, typer.Option("--full", help="All weights of the transformer, no LoRA.")] = False,
     kv: Annotated[bool, typer.Option("--kv", help="For Flux2KleinKVPipeline.")] = False,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
@@ -84,7 +109,7 @@ def sparse(
     from .sparse import choose, train_sparse
 
     config = choose(full, kv, steps, rank, learning_rate, distillation, random_only, coverage, dense, seed)
-    print(f"wrote {train_sparse(folder, config, name=name, batch=batch, model=model, stop_after=stop_after)}")
+    print(f"wrote {train_sparse(folder, config, name=name, batch=batch, model=model, workers=workers, stop_after=stop_after)}")
 
 
 @app.command()

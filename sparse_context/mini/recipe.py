@@ -11,19 +11,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2Tokenizer
 
 from ..generation import load_pipeline
 from ..training.attention import MatmulAttention
-from ..training.data import fingerprint
+from ..training.data import Ahead, fingerprint
 from ..training.loop import load_average, make_optimisers, newest_step, start_from, train
 from . import ADAPTER, adapter_record
 from .data import Assets, load_assets
@@ -38,7 +37,7 @@ from .model import (
     make_vae,
 )
 from .samples import tasks_of
-from .scenes import FAR, REFERENCE, SIZE, TASKS, TOKEN, Scene, draw_scene, make_scene
+from .scenes import EDITS, FAR, REFERENCE, SIZE, TASKS, TOKEN, Scene, draw_scene, make_scene
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,16 @@ def default_device() -> torch.device:
 
 def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
     """uint8 (H, W, 3) pictures -> float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_unit(torch.from_numpy(np.stack(pictures)))
+
+
+def to_unit(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _crops(assets: Assets, config: VaeConfig, step: int) -> torch.Tensor:
+    """uint8 (batch, crop, crop, 3)."""
     rng = np.random.default_rng([config.seed, 1, step])
     crops = []
     for _ in range(config.batch):
@@ -71,14 +76,16 @@ def _crops(assets: Assets, config: VaeConfig, step: int) -> torch.Tensor:
         picture = pictures[rng.integers(len(pictures))]
         top, left = rng.integers(SIZE - config.crop + 1, size=2)
         crops.append(picture[top : top + config.crop, left : left + config.crop])
-    return to_tensor(crops)
+    return torch.from_numpy(np.stack(crops))
 
 
-def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float | None = None) -> None:
-    """Train the VAE by `reconstruction_loss`, with noise and a faint L2 on the latents.
+def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float | None = None,
+              workers: int = 0) -> None:  # fmt: skip
+    """Train the VAE by `reconstruction_loss`, with noise and a faint L2 on the latents; one that was restored goes on.
 
     The noise makes the decoder forgive what the sampler leaves behind; there is no adversarial or perceptual loss.
     At the end the statistics of `bn`, which the pipeline normalises latents with, are measured on 512 pictures.
+    `workers`: as in `train_base`, which has to come after this, for latents change.
     """
     done = folder / "vae" / f"step-{config.steps:07d}"
     if done.is_dir() and (folder / "vae" / "final").is_dir():
@@ -86,10 +93,11 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     assets = load_assets(folder / "assets.safetensors").split("train")
     device = default_device()
     torch.manual_seed(config.seed)
-    vae = make_vae().to(device)
+    vae = (load_vae(folder).requires_grad_(True) if (folder / "vae" / "final").is_dir() else make_vae()).to(device)
+    crops = Ahead(partial(_crops, assets, config), workers)
 
     def loss(step: int) -> torch.Tensor:
-        pictures = _crops(assets, config, step).to(device)
+        pictures = to_unit(crops(step).to(device, non_blocking=True))
         noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(pictures).latent_dist
@@ -130,7 +138,8 @@ class DecoderConfig(VaeConfig):
     noise: float = 0.03
 
 
-def train_decoder(folder: Path, config: DecoderConfig = DecoderConfig(), stop_after: float | None = None) -> None:
+def train_decoder(folder: Path, config: DecoderConfig = DecoderConfig(), stop_after: float | None = None,
+                  workers: int = 0) -> None:  # fmt: skip
     """Train the decoder of the VAE further, in place; run again when it is done, it does so once more.
 
     Latents stay what they are, so a base that knows them stays as good.
@@ -138,10 +147,11 @@ def train_decoder(folder: Path, config: DecoderConfig = DecoderConfig(), stop_af
     assets = load_assets(folder / "assets.safetensors").split("train")
     device = default_device()
     vae = load_vae(folder).to(device)
+    crops = Ahead(partial(_crops, assets, config), workers)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
 
     def loss(step: int) -> torch.Tensor:
-        pictures = _crops(assets, config, step).to(device)
+        pictures = to_unit(crops(step).to(device, non_blocking=True))
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
@@ -174,6 +184,7 @@ def measure_latents(vae: nn.Module, assets: Assets, pictures: int = 512) -> None
 
 
 SIDES = (96, SIZE, REFERENCE)  # of a subject's references, in pixels
+ALONE = (*EDITS, "subject_place", "subject_scale")  # the tasks with one reference
 
 
 @dataclass(frozen=True)
@@ -225,27 +236,52 @@ def batch_scenes(assets: Assets, config: BaseConfig, step: int) -> list[Scene]:
     names, shares = map(list, zip(*config.mix, strict=True))
     weights = np.array(shares)
     if step < config.alone_until * config.steps:
-        weights[[name in ("subject_pair", "subject_scene", "subject_quarters") for name in names]] = 0
+        weights[[name not in ALONE for name in names]] = 0
     begin, end = (share * config.steps for share in config.reach)
     reach = round(FAR ** np.interp(step, (begin, end), (0, 1)))
     side = int(rng.choice(SIDES)) if step >= config.small_until * config.steps else SIZE
 
-    def draw(task: str | None = None) -> Scene:
-        task = task or names[rng.choice(len(names), p=weights / weights.sum())]
-        return draw_scene(assets, task, rng, side, reach)
-
-    def shapes(scene: Scene) -> list[tuple[int, ...]]:
-        return [picture.shape for picture in scene.references]
+    def draw() -> Scene:
+        return draw_scene(assets, names[rng.choice(len(names), p=weights / weights.sum())], rng, side, reach)
 
     scenes = [draw()]
-    alike = None if len(scenes[0].references) == 1 else scenes[0].task
+    shapes = [picture.shape for picture in scenes[0].references]
+    alike = [name for name in ALONE if (name in EDITS) == scenes[0].task.startswith("edit_")]
+    if len(shapes) > 1:
+        alike = [scenes[0].task]
+    elif side == SIZE:
+        alike = [*ALONE]
+    weights[[name not in alike for name in names]] = 0  # others would have other shapes
     tokens = [TEXT_LENGTH + sum(rows * columns for rows, columns, _ in pictures) // TOKEN**2
-              for pictures in ([scenes[0].target.shape] * 2, [scenes[0].target.shape, *shapes(scenes[0])])]  # fmt: skip
+              for pictures in ([scenes[0].target.shape] * 2, [scenes[0].target.shape, *shapes])]  # fmt: skip
     while len(scenes) < max(min(4, config.batch), round(config.batch * tokens[0] / tokens[1])):
-        scene = draw(alike)
-        if shapes(scene) == shapes(scenes[0]):
+        scene = draw()
+        if [picture.shape for picture in scene.references] == shapes:
             scenes.append(scene)
     return scenes
+
+
+class Batch(NamedTuple):
+    """The scenes of a step as tensors. pictures: uint8 (B, S, S, 3), the targets and then each reference; ids, attends:
+    of the prompts, int64 (B, 32); source: int64 (B, 256); focus: float32 (B, 256)."""
+
+    pictures: list[torch.Tensor]
+    ids: torch.Tensor
+    attends: torch.Tensor
+    source: torch.Tensor
+    focus: torch.Tensor
+
+
+def make_batch(assets: Assets, config: BaseConfig, tokenizer: Qwen2Tokenizer, step: int) -> Batch:
+    """The `batch_scenes` of one step, ready for a device."""
+    scenes = batch_scenes(assets, config, step)
+    pictures = zip(*((scene.target, *scene.references) for scene in scenes), strict=True)
+    return Batch(
+        [torch.from_numpy(np.stack(same)) for same in pictures],
+        *tokenise(tokenizer, [scene.prompt for scene in scenes]),
+        torch.from_numpy(np.stack([scene.source for scene in scenes])).flatten(1),
+        torch.from_numpy(np.stack([scene.focus for scene in scenes])).flatten(1),
+    )
 
 
 def position_ids(rows: int, columns: int, t: int) -> torch.Tensor:
@@ -253,14 +289,19 @@ def position_ids(rows: int, columns: int, t: int) -> torch.Tensor:
     return torch.cartesian_prod(torch.tensor([t]), torch.arange(rows), torch.arange(columns), torch.tensor([0]))
 
 
-def encode_text(text_encoder: nn.Module, tokenizer, prompts: list[str]) -> torch.Tensor:
-    """Prompts -> (B, 32, 128), as `Flux2KleinPipeline` makes them, but with gradients."""
+def tokenise(tokenizer: Qwen2Tokenizer, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts -> token ids and which of them count, int64 (B, 32) each, as `Flux2KleinPipeline` makes them."""
     texts = [
         tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
         for p in prompts
     ]
     inputs = tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=TEXT_LENGTH)
-    inputs = inputs.to(text_encoder.device)
+    return inputs["input_ids"], inputs["attention_mask"]
+
+
+def encode_text(text_encoder: nn.Module, ids: torch.Tensor, attends: torch.Tensor) -> torch.Tensor:
+    """What `tokenise` made -> (B, 32, 128), as `Flux2KleinPipeline` makes it, but with gradients."""
+    inputs = {"input_ids": ids, "attention_mask": attends}
     hidden = text_encoder.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     return torch.cat([hidden[layer] for layer in TEXT_LAYERS], dim=-1)
 
@@ -370,12 +411,11 @@ def flow_matching_loss(transformer, text: torch.Tensor, target: torch.Tensor, re
 
 
 def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: float | None = None,
-               workers: int = 0) -> None:  # fmt: skip
+               workers: int = 0, save_every: int = 100, show_every: int = 500) -> None:  # fmt: skip
     """Train transformer and text encoder together on all reference tokens; the VAE has to be there already.
 
-    `workers` processes compose the scenes ahead of the steps; 0 composes them within each step. What was restored
-    goes on without the easy part, and with other scenes than before. Raises ValueError where a run of another config
-    is in the folder.
+    `workers` processes compose the scenes ahead of the steps; with 0 a thread does. What was restored goes on without
+    the easy part, and with other scenes than before. Raises ValueError where a run of another config is in the folder.
     """
     before = _steps_before(folder)
     if before:
@@ -398,27 +438,23 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     modules.to(device)
-    scenes_ahead: Iterator[list[Scene]] | None = None
+    batches = Ahead(partial(make_batch, assets, config, tokenizer), workers)
 
     def loss(step: int) -> torch.Tensor:
-        nonlocal scenes_ahead
-        if scenes_ahead is None:  # not known earlier at which step a run continues
-            compose = partial(batch_scenes, assets, config)
-            steps = cast(Dataset, range(step, config.steps))
-            scenes_ahead = iter(DataLoader(steps, batch_size=None, num_workers=workers, collate_fn=compose))
-        scenes = next(scenes_ahead)
+        batch = batches(step)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        ids, attends, focus = (
+            tensor.to(device, non_blocking=True) for tensor in (batch.ids, batch.attends, batch.focus)
+        )
         with torch.autocast(device.type, torch.bfloat16):
             target, *references = (
-                encode_pictures(vae, to_tensor(list(pictures)).to(device)).float()
-                for pictures in zip(*((s.target, *s.references) for s in scenes), strict=True)
+                encode_pictures(vae, to_unit(pictures.to(device, non_blocking=True))).float()
+                for pictures in batch.pictures
             )
-            text = encode_text(modules["text_encoder"], tokenizer, [s.prompt for s in scenes])
-            source = torch.from_numpy(np.stack([s.source for s in scenes])).flatten(1)
-            weights = torch.from_numpy(np.stack([1 + config.focus * s.focus for s in scenes])).flatten(1).to(device)
-            with MatmulAttention():
-                return flow_matching_loss(modules["transformer"], text, target, references, generator, weights, source,
-                                          config.teach)  # fmt: skip
+            text = encode_text(modules["text_encoder"], ids, attends)
+            with MatmulAttention() if device.type == "cpu" else contextlib.nullcontext():
+                return flow_matching_loss(modules["transformer"], text, target, references, generator,
+                                          1 + config.focus * focus, batch.source, config.teach)  # fmt: skip
 
     blocks = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
     optimisers = make_optimisers(modules, blocks, config.lr, config.muon_lr)
@@ -429,8 +465,8 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
 
     (folder / "base").mkdir(parents=True, exist_ok=True)
     (folder / "base" / "config.json").write_text(json.dumps(record, indent=2))
-    train(modules, optimisers, loss, folder / "base", steps=config.steps, warmup=config.warmup, save_every=100,
-          show=show, show_every=500, stop_after=stop_after)  # fmt: skip
+    train(modules, optimisers, loss, folder / "base", steps=config.steps, warmup=config.warmup, save_every=save_every,
+          show=show, show_every=show_every, stop_after=stop_after)  # fmt: skip
 
 
 BEFORE = "before.json"

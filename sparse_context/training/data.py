@@ -4,19 +4,24 @@ Which samples a batch holds follows from (seed, batch number) alone, so nothing 
 """
 
 import hashlib
+import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from ..images import PictureError
 from ..manifest import ManifestError, Sample
@@ -128,19 +133,38 @@ class Batches:
 
 
 class Ahead:
-    """`batches(number)` from a function, with the next one (`number + stride`) being made in a thread meanwhile."""
+    """`make(number)`, for numbers that follow each other, with the next ones being made meanwhile.
 
-    def __init__(self, batches: Callable[[int], list[Example]], stride: int = 1) -> None:
-        self._batches, self._stride = batches, stride
-        self._pool = ThreadPoolExecutor(1)
-        self._next: tuple[int, Future[list[Example]]] | None = None
+    In a thread, one ahead; or by `workers` processes, two each, for a device that is faster than one thread composes.
+    Then `make` must touch no accelerator, and what it returns is best in tensors, which are shared and not copied.
+    """
 
-    def __call__(self, number: int) -> list[Example]:
-        made = self._next
-        batch = made[1] if made is not None and made[0] == number else self._pool.submit(self._batches, number)
-        examples = batch.result()
-        self._next = number + self._stride, self._pool.submit(self._batches, number + self._stride)
-        return examples
+    def __init__(self, make: Callable[[int], Any], workers: int = 0) -> None:
+        self._make, self._workers = make, workers
+        self._made: Iterator[Any] = iter(())
+        self._next: int | None = None
+
+    def __call__(self, number: int) -> Any:
+        if number != self._next:
+            self._made = self._by_processes(number) if self._workers else self._by_a_thread(number)
+        self._next = None  # should this one fail
+        made = next(self._made)
+        self._next = number + 1
+        return made
+
+    def _by_a_thread(self, first: int) -> Iterator[Any]:
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self._make, first)
+            for number in itertools.count(first + 1):
+                ready, ahead = ahead, pool.submit(self._make, number)
+                yield ready.result()
+
+    def _by_processes(self, first: int) -> Iterator[Any]:
+        # Each has one core; and a thread pool of OpenCV's, which a fork leaves behind, would be waited for without end
+        cv2.setNumThreads(1)
+        numbers = cast(Dataset, range(first, sys.maxsize))
+        return iter(DataLoader(numbers, batch_size=None, num_workers=self._workers, collate_fn=self._make,
+                               multiprocessing_context="fork", pin_memory=torch.cuda.is_available()))  # fmt: skip
 
 
 def fingerprint(module: nn.Module) -> str:

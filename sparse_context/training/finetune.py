@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -120,75 +120,95 @@ class FinetuneConfig:
 # A step ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A batch as the transformer's surroundings see it.
+class Prepared(NamedTuple):
+    """A batch before any encoder saw it: what a thread or process makes ahead of the steps.
 
-    target: latents (B, C, rows, columns). references: the same for each reference, of any sizes. pictures: for each
-    reference, one array uint8 (H, W, 3 or 4) for each sample, as selectors want them. text: what the host made of it.
-    mask: the object's share of each output token, (B, tokens) in [0, 1]; 0 in samples without a mask.
+    prompts, seen: of each sample, what its text encoder gets. target: pixels (B, 3, H, W) in [-1, 1]. references: the
+    same for each reference, of any sizes. pictures: for each reference, one array uint8 (H, W, 3 or 4) for each sample,
+    as selectors want them. mask: the object's share of each output token, (B, tokens) in [0, 1]; 0 without a mask.
     """
 
+    prompts: list[str]
+    seen: list[tuple[Image.Image, ...]]
     target: torch.Tensor
     references: list[torch.Tensor]
     pictures: list[list[np.ndarray]]
-    text: Text
     mask: torch.Tensor
 
+    def grids(self, token: int) -> list[tuple[int, int]]:
+        """Rows and columns of tokens of each reference."""
+        return [(pixels.shape[-2] // token, pixels.shape[-1] // token) for pixels in self.references]
 
-def encode(
-    host: Host,
-    examples: Sequence[Example],
-    prompts: Sequence[str],
-    latent_cache: Cache | None = None,
-    text_cache: Cache | None = None,
-) -> Encoded:
-    """Encode a batch whose pictures have the same sizes. With a cache, one by one, else a batch at a time."""
-    device = next(host.transformer.parameters()).device
 
-    def latents(pixels: list[torch.Tensor]) -> torch.Tensor:
-        if latent_cache is None:
-            return host.encode_pictures(torch.cat(pixels)).to(device).float()
-        made = [
-            latent_cache.get(
-                repr(tuple(one.shape)).encode() + one.numpy().tobytes(),
-                lambda one=one: {"latents": host.encode_pictures(one)},  # type: ignore[misc]
-            )["latents"]
-            for one in pixels
-        ]
-        return torch.cat(made).to(device).float()
-
-    seen = [[host.pixels(example.references[i]) for example in examples] for i in range(len(examples[0].references))]
-    pictures = []
-    for i, pixels in enumerate(seen):
+def prepare_batch(host: Host, examples: Sequence[Example], prompts: Sequence[str]) -> Prepared:
+    """Samples whose pictures have the same sizes, on the CPU. prompts: in the place of their own."""
+    references, pictures = [], []
+    for i in range(len(examples[0].references)):
+        pixels = [host.pixels(example.references[i]) for example in examples]
         masks = [example.masks[i] for example in examples]
         shown = [to_uint8(one)[0] for one in pixels]
         if all(mask is not None for mask in masks):
             covered = [to_uint8(host.pixels(mask.convert("RGB")))[0][..., :1] for mask in masks if mask is not None]
             shown = [np.concatenate(pair, axis=-1) for pair in zip(shown, covered, strict=True)]
+        references.append(torch.cat(pixels))
         pictures.append(shown)
+    target = torch.cat([host.pixels(example.image) for example in examples])
+    grid = target.shape[-2] // host.token, target.shape[-1] // host.token
+    covers = [torch.zeros(1, 1, *grid) if example.mask is None
+              else nn.functional.adaptive_avg_pool2d(host.pixels(example.mask.convert("RGB"))[:, :1] / 2 + 0.5, grid)
+              for example in examples]  # fmt: skip
+    seen = [example.references for example in examples]
+    return Prepared(list(prompts), seen, target, references, pictures, torch.cat(covers).flatten(1))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch as the transformer's surroundings see it.
+
+    target: latents (B, C, rows, columns). references: the same for each reference, of any sizes. text: what the host
+    made of it. mask: as in `Prepared`.
+    """
+
+    target: torch.Tensor
+    references: list[torch.Tensor]
+    text: Text
+    mask: torch.Tensor
+
+
+def encode(
+    host: Host, batch: Prepared, latent_cache: Cache | None = None, text_cache: Cache | None = None
+) -> Encoded:
+    """Encode a batch, on the device of the transformer. With a cache, one by one, else all at once."""
+    device = next(host.transformer.parameters()).device
+
+    def latents(pixels: torch.Tensor) -> torch.Tensor:
+        if latent_cache is None:
+            return host.encode_pictures(pixels).to(device).float()
+        made = [
+            latent_cache.get(
+                repr(tuple(one.shape)).encode() + one.numpy().tobytes(),
+                lambda one=one: {"latents": host.encode_pictures(one)},  # type: ignore[misc]
+            )["latents"]
+            for one in pixels.split(1)
+        ]
+        return torch.cat(made).to(device).float()
 
     if text_cache is None:
-        text = host.encode_text(prompts, [example.references for example in examples])
+        text = host.encode_text(batch.prompts, batch.seen)
     else:
         parts = []
-        for prompt, example in zip(prompts, examples, strict=True):
-            key = "\0".join([prompt, *map(str, (p.size for p in example.references))]).encode()
-            key += b"".join(picture.tobytes() for picture in example.references)
+        for prompt, seen in zip(batch.prompts, batch.seen, strict=True):
+            key = "\0".join([prompt, *map(str, (p.size for p in seen))]).encode()
+            key += b"".join(picture.tobytes() for picture in seen)
             parts.append(
-                text_cache.get(key, lambda p=prompt, e=example: host.encode_text([p], [e.references]))  # type: ignore[misc]
+                text_cache.get(key, lambda p=prompt, s=seen: host.encode_text([p], [s]))  # type: ignore[misc]
             )
         text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    target = latents([host.pixels(example.image) for example in examples])
-    covers = [torch.zeros(1, 1, *target.shape[-2:]) if example.mask is None
-              else nn.functional.adaptive_avg_pool2d(host.pixels(example.mask.convert("RGB"))[:, :1] / 2 + 0.5,
-                                                     target.shape[-2:]) for example in examples]  # fmt: skip
     return Encoded(
-        target,
-        [latents(pixels) for pixels in seen],
-        pictures,
+        latents(batch.target),
+        [latents(pixels) for pixels in batch.references],
         {name: tensor.to(device) for name, tensor in text.items()},
-        torch.cat(covers).flatten(1).to(device),
+        batch.mask.to(device),
     )
 
 
@@ -249,30 +269,41 @@ def make_loss(
     *,
     rank: int = 0,
     ranks: int = 1,
+    workers: int = 0,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     latent_cache: Cache | None = None,
     text_cache: Cache | None = None,
 ) -> Callable[[int], torch.Tensor]:
     """`loss(number)` for loop.py. Batch `number` of process `rank` is batch number * ranks + rank of the data.
 
-    All that is random is drawn from (seed, number, rank), so processes draw different ratios, sets and noise.
+    All that is random is drawn from (seed, number, rank), so processes draw different ratios, sets and noise. What
+    needs no encoder is made ahead, in a thread or by `workers` processes.
     """
     shift = host.shift if config.shift is None else config.shift
 
-    def loss(number: int) -> torch.Tensor:
+    def prepare(number: int) -> tuple[Prepared, np.ndarray, int]:
         examples = batches(number * ranks + rank)
         rng = np.random.default_rng([config.seed, 2, number, rank])
         emptied = rng.random(len(examples)) < config.caption_dropout
         prompts = ["" if empty else example.prompt for empty, example in zip(emptied, examples, strict=True)]
-        encoded = encode(host, examples, prompts, latent_cache, text_cache)
-        grids = [(latents.shape[-2], latents.shape[-1]) for latents in encoded.references]
-        selection = draw_selection(config.dropping, encoded.pictures, grids, [config.seed, 3, number, rank])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        u = torch.rand(len(examples), generator=generator).clamp(1e-4, 1 - 1e-4)
-        sigma = noise_levels(u, config.weighting_scheme, shift).to(encoded.target.device)
-        noise = torch.randn(encoded.target.shape, generator=generator).to(encoded.target.device)
-        with autocast(), contextlib.nullcontext() if config.gradient_checkpointing else MatmulAttention():
-            return flow_matching_loss(host, encoded, selection.index, sigma, noise, config.distillation, config.focus)
+        batch = prepare_batch(host, examples, prompts)
+        seed = [config.seed, 3, number, rank]
+        selection = draw_selection(config.dropping, batch.pictures, batch.grids(host.token), seed)
+        return batch._replace(pictures=[]), selection.index, int(rng.integers(2**62))
+
+    ahead = Ahead(prepare, workers)
+
+    def loss(number: int) -> torch.Tensor:
+        batch, index, seed = ahead(number)
+        encoded = encode(host, batch, latent_cache, text_cache)
+        device = encoded.target.device
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.rand(len(encoded.target), generator=generator).clamp(1e-4, 1 - 1e-4)
+        sigma = noise_levels(u, config.weighting_scheme, shift).to(device)
+        noise = torch.randn(encoded.target.shape, generator=generator).to(device)
+        plain = config.gradient_checkpointing or device.type != "cpu"
+        with autocast(), contextlib.nullcontext() if plain else MatmulAttention():
+            return flow_matching_loss(host, encoded, index, sigma, noise, config.distillation, config.focus)
 
     return loss
 
@@ -358,6 +389,7 @@ def finetune(
     validation: Sequence[Example] = (),
     latent_cache: Cache | None = None,
     text_cache: Cache | None = None,
+    workers: int = 0,
     stop_after: float | None = None,
     log: Callable[[int, dict], None] | None = None,
     log_picture: Callable[[int, Image.Image], None] | None = None,
@@ -367,9 +399,9 @@ def finetune(
     """Train and write the result; returns the path of the LoRA, or of the transformer's folder.
 
     base, data, sampling: for the record; what says how `batches` draws must be the same when resumed. accelerator: an
-    `accelerate.Accelerator`, or None for one plain process. `resume` continues from the newest checkpoint in `output`;
-    without it a folder that holds one is refused, and with it so are other settings and base weights than those of the
-    run. Raises ValueError and OSError in one sentence.
+    `accelerate.Accelerator`, or None for one plain process. workers: as in `make_loss`. `resume` continues from the
+    newest checkpoint in `output`; without it a folder that holds one is refused, and with it so are other settings and
+    base weights than those of the run. Raises ValueError and OSError in one sentence.
     """
     main = accelerator is None or accelerator.is_main_process
     ranks = 1 if accelerator is None else accelerator.num_processes
@@ -396,10 +428,11 @@ def finetune(
 
     loss = make_loss(
         host,
-        Ahead(batches, ranks),
+        batches,
         config,
         rank=0 if accelerator is None else accelerator.process_index,
         ranks=ranks,
+        workers=workers,
         autocast=_autocast(accelerator),
         latent_cache=latent_cache,
         text_cache=text_cache,
