@@ -222,6 +222,9 @@ def train(
     ] = None,
     caption_dropout: Annotated[float, typer.Option(help="Share of prompts that are emptied.")] = 0.0,
     distillation: Annotated[float, typer.Option(help="Share of the loss against the dense base's answer.")] = 0.0,
+    preservation: Annotated[
+        float, typer.Option(help="Times that batches with all tokens count, which then meet the base's answer alone.")
+    ] = 0.0,
     focus: Annotated[float, typer.Option(help="Extra weight of what lies inside a sample's mask.")] = 0.0,
     weighting_scheme: Annotated[str, typer.Option(help="Noise levels: logit_normal or none.")] = "logit_normal",
     shift: Annotated[
@@ -306,6 +309,7 @@ def train(
         kv=kv,
         caption_dropout=caption_dropout,
         distillation=distillation,
+        preservation=preservation,
         focus=focus,
         weighting_scheme=weighting_scheme,
         shift=shift,

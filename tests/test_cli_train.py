@@ -126,6 +126,7 @@ BAD = [
     (["--caption-dropout", "1.1"], "caption_dropout is 1.1"),
     (["--distillation", "2"], "distillation is 2"),
     (["--full", "--distillation", "1"], "leave one of the two out"),
+    (["--preservation", "-1"], "preservation is -1"),
     (["--validation-keep", "0"], "keep is 0.0"),
     (["--max-train-steps", "0"], "max_train_steps is 0"),
     (["--checkpoints-total-limit", "0"], "checkpoints_total_limit is 0"),

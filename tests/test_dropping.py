@@ -57,14 +57,17 @@ def test_kinds_come_in_the_shares_of_the_mix():
     assert abs(labels.count("random") / 1000 - 0.75) < 3 * np.sqrt(0.75 * 0.25 / 1000)
 
 
-def test_a_batch_shares_one_index_from_the_mean_of_its_scores():
+def test_a_batch_shares_the_set_of_one_of_its_samples():
     left, right = (np.dstack([PICTURE, np.zeros(PICTURE.shape[:2], np.uint8)]) for _ in range(2))
     left[:, :64, 3], right[:, 64:, 3] = 255, 255
     fixed = {"mix": {"inside": 1.0}, "dense": 0.0, "keep_min": 0.5, "keep_max": 0.5, "coverage": (0.0,)}
     (alone,) = draws(1, pictures=[left], **fixed)
     assert alone.references[0].mask[:, :8].all() and not alone.references[0].mask[:, 8:].any()
-    (both,) = draws(1, pictures=[[left, right]], **fixed)
-    assert (both.references[0].scores == 0.5).all() and both.kept == 128  # every token is in one object of two
+    halves = [s.references[0].mask[0] for s in draws(40, [GRID] * 2, [[left, right], [left, right]], **fixed)]
+    lefts = sum(mask[:8].all() and not mask[8:].any() for mask in halves)
+    assert lefts + sum(mask[8:].all() and not mask[:8].any() for mask in halves) == 40 and 8 < lefts < 32
+    for both in draws(10, [GRID] * 2, [[left, right], [left, right]], **fixed):  # of the same sample, all references
+        assert np.array_equal(both.references[0].index, both.references[1].index)
 
 
 def test_outside_is_the_complement_of_the_object():

@@ -128,6 +128,21 @@ def test_distillation_meets_the_dense_answer_without_the_adapter():
     assert torch.allclose(mixed, 0.75 * plain + 0.25 * loss, rtol=1e-5)
 
 
+def test_preservation_holds_dense_batches_to_the_base_and_leaves_the_others():
+    host = klein()
+    encoded, sigma, noise = parts(host)
+    index = everything(encoded)
+    prepare(host, FinetuneConfig(**SMALL))
+
+    def loss(index, **settings):
+        return flow_matching_loss(host, encoded, index, sigma, noise, **settings).item()
+
+    assert loss(index, preservation=3.0) == 0  # a fresh adapter is the base
+    randomise(host.transformer)
+    assert loss(index[::4], preservation=3.0, focus=2.0) == loss(index[::4], focus=2.0)
+    assert loss(index, preservation=3.0, focus=2.0) == pytest.approx(3 * loss(index, distillation=1.0), rel=1e-5)
+
+
 def test_the_focus_weighs_the_tokens_inside_the_mask():
     host = klein()
     encoded, sigma, noise = parts(host)
@@ -412,7 +427,8 @@ def test_a_validation_picture_that_the_format_does_not_hold_is_scaled_down(monke
 def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_machine(tmp_path):
     record = {"data": str(tmp_path), "full": False, "kv": True, "steps": 3, "gradient_accumulation_steps": 1,
               "processes": 1, "rank": 4, "lora_alpha": 4, "learning_rate": 1e-4, "lr_scheduler": "constant",
-              "distillation": 0.0, "focus": 2.0, "version": "0", "dropping": asdict(Dropping())}  # fmt: skip
+              "distillation": 0.0, "preservation": 0.0, "focus": 2.0, "version": "0",
+              "dropping": asdict(Dropping())}  # fmt: skip
     pipe = build_flux2(Flux2KleinKVPipeline)
     own = model_card({**record, "base": EMBEDDED}, pipe, pipe.transformer)
     assert "from_pretrained(WEIGHTS, " in own and "import WEIGHTS" in own and "base_model" not in own
@@ -431,7 +447,9 @@ def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_mac
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ({"distillation": -0.1}, "distillation is -0.1"),
         ({"focus": -1.0}, "focus is -1.0"),
-        ({"full": True, "distillation": 0.5}, "leave one of the two out"),
+        ({"full": True, "distillation": 0.5}, "distillation takes .* leave one of the two out"),
+        ({"full": True, "preservation": 1.0}, "preservation takes .* leave one of the two out"),
+        ({"preservation": -1.0}, "preservation is -1.0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"ema": 1.0}, "ema is 1.0"),

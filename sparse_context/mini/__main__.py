@@ -99,6 +99,7 @@ def sparse(
     rank: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
     distillation: Annotated[float, typer.Option()] = 0.0,
+    preservation: Annotated[float | None, typer.Option(min=0)] = None,
     random_only: Annotated[bool, typer.Option("--random-only", help="No clustered sets in the drop mix.")] = False,
     coverage: Annotated[list[float] | None, typer.Option(help="Repeat it; batches draw one.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="The control: every batch keeps all tokens.")] = False,
@@ -108,8 +109,11 @@ def sparse(
     """Fine-tune the embedded model with dropped reference tokens; run again, it continues."""
     from .sparse import choose, train_sparse
 
-    config = choose(full, kv, steps, rank, learning_rate, distillation, random_only, coverage, dense, seed)
-    print(f"wrote {train_sparse(folder, config, name=name, batch=batch, model=model, workers=workers, stop_after=stop_after)}")
+    config = choose(
+        full, kv, steps, rank, learning_rate, distillation, random_only, coverage, dense, seed, preservation
+    )
+    result = train_sparse(folder, config, name=name, batch=batch, model=model, workers=workers, stop_after=stop_after)
+    print(f"wrote {result}")
 
 
 @app.command()

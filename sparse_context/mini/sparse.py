@@ -30,9 +30,10 @@ LORA = FinetuneConfig(
     rank=64,
     lora_alpha=64,
     dropping=Dropping(dense=0.3),
+    preservation=30.0,
     focus=BaseConfig().focus,
     weighting_scheme="none",
-    learning_rate=1e-3,
+    learning_rate=5e-4,
     lr_scheduler="trapezoid",
     lr_warmup_steps=50,
     ema=0.99,
@@ -44,7 +45,7 @@ LORA = FinetuneConfig(
 """Steps of four batches, since a batch shares one set of kept tokens: sixteen samples see four sets. Noise levels are
 spread as the sampler's steps are, for the first of them decide the colours."""
 
-FULL = replace(LORA, full=True, learning_rate=2e-4)
+FULL = replace(LORA, full=True, preservation=0.0, learning_rate=2e-4)
 
 VALIDATION = (("edit_background", 100), ("edit_object", 100), ("subject_place", 100), ("subject_pair", 100))
 
@@ -137,10 +138,11 @@ def export_adapter(folder: Path, destination: Path = ADAPTER, scale: float = 1.0
 
 def choose(
     full: bool, kv: bool, steps: int | None, rank: int | None, learning_rate: float | None, distillation: float,
-    random_only: bool, coverage: Sequence[float] | None, dense: bool, seed: int,
+    random_only: bool, coverage: Sequence[float] | None, dense: bool, seed: int, preservation: float | None = None,
 ) -> FinetuneConfig:  # fmt: skip
     """A config from the few settings that the experiments vary; None leaves the recipe's own."""
     config = FULL if full else LORA
+    own = 0.0 if dense else config.preservation  # the control trains on what the others only preserve
     dropping = Dropping(
         mix={"random": 1.0} if random_only else config.dropping.mix,
         coverage=tuple(coverage) if coverage else config.dropping.coverage,
@@ -151,6 +153,7 @@ def choose(
         kv=kv,
         dropping=dropping,
         distillation=distillation,
+        preservation=own if preservation is None else preservation,
         seed=seed,
         rank=rank or config.rank,
         lora_alpha=rank or config.lora_alpha,

@@ -123,8 +123,9 @@ def draw_selection(
 ) -> Selection:
     """The tokens that one batch keeps of its references.
 
-    pictures, grids: as `selection.select_tokens` takes them; where the items of a batch have different pictures, the
-    scores are their mean, for the index is shared. seed: whatever tells this batch from others, such as (seed, batch
+    pictures, grids: as `selection.select_tokens` takes them; where the items of a batch have different pictures, one of
+    the items is drawn, and the set, which all share, is what the selector says of that one: the mean of many would be a
+    blot in the middle, whatever the kind. seed: whatever tells this batch from others, such as (seed, batch
     number, rank); equal seeds draw equal sets.
     """
     rng = np.random.default_rng(list(seed))
@@ -136,11 +137,14 @@ def draw_selection(
     coverage = float(rng.choice(np.asarray(dropping.coverage, float)))
     low, high = math.log(dropping.keep_min), math.log(dropping.keep_max)
     ratios = np.exp(rng.uniform(low, high, len(grids))).clip(dropping.keep_min, dropping.keep_max)
+    seed_of_selection = int(rng.integers(2**31))
+    drawn = rng.random()
+    pictures = [each[int(drawn * len(each))] if isinstance(each, Sequence) else each for each in pictures]
     config = SparseContextConfig(
         keep=1.0 if dense else [float(ratio) for ratio in ratios],
         selector=_named(kind),
         coverage=0.0 if kind in ("random", "uniform") else coverage,
-        seed=int(rng.integers(2**31)),
+        seed=seed_of_selection,
     )
     return select_tokens(pictures, grids, config)
 

@@ -52,9 +52,11 @@ class FinetuneConfig:
 
     The loss: `dropping` says which tokens batches keep; `caption_dropout` is the share of prompts that are emptied;
     `distillation` in [0, 1] is the share of the loss that compares with the dense prediction of the same weights
-    without LoRA. An output token inside a sample's `mask` counts 1 + `focus` times: as much as it did where the base
-    was trained, or else the object loses what the background gains. Noise levels are logit-normal (Esser et al. 2024)
-    or, with weighting_scheme "none", uniform, moved by `shift` (None: the scheduler's own).
+    without LoRA. With a `preservation` above 0, batches that keep all tokens compare with that alone, and count that
+    many times: a target without noise holds what the model knew, and training on it anew would blur it. An output token
+    inside a sample's `mask` counts 1 + `focus` times: as much as it did where the base was trained, or else the object
+    loses what the background gains. Noise levels are logit-normal (Esser et al. 2024) or, with weighting_scheme "none",
+    uniform, moved by `shift` (None: the scheduler's own).
 
     The optimiser: AdamW; `lr_scheduler` is a name of `loop.SCHEDULES`; `ema` is the decay of the weights' average, of
     which the result is made (0: of the last weights). A step is `gradient_accumulation_steps` batches.
@@ -68,6 +70,7 @@ class FinetuneConfig:
     dropping: Dropping = field(default_factory=Dropping)
     caption_dropout: float = 0.0
     distillation: float = 0.0
+    preservation: float = 0.0
     focus: float = 0.0
     weighting_scheme: str = "logit_normal"
     shift: float | None = None
@@ -93,7 +96,7 @@ class FinetuneConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a whole number, 1 or more.")
         if not self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}: pass a whole number below 2**63.")
-        for name in ("focus", "lr_warmup_steps", "adam_weight_decay", "validation_steps", "seed"):
+        for name in ("preservation", "focus", "lr_warmup_steps", "adam_weight_decay", "validation_steps", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a number of 0 or more.")
         for name in ("caption_dropout", "distillation"):
@@ -109,11 +112,12 @@ class FinetuneConfig:
             raise ValueError(f"lr_scheduler is {self.lr_scheduler!r}: choose one of {', '.join(SCHEDULES)}.")
         if self.weighting_scheme not in ("logit_normal", "none"):
             raise ValueError(f"weighting_scheme is {self.weighting_scheme!r}: choose logit_normal or none.")
-        if self.full and self.distillation:
-            raise ValueError(
-                "Distillation takes the weights without the LoRA as its teacher, and a full fine-tuning keeps no such "
-                "copy: leave one of the two out."
-            )
+        for name in ("distillation", "preservation"):
+            if self.full and getattr(self, name):
+                raise ValueError(
+                    f"{name} takes the weights without the LoRA as its teacher, and a full fine-tuning keeps no such "
+                    "copy: leave one of the two out."
+                )
         SparseContextConfig(keep=self.validation_keep)
 
 
@@ -175,9 +179,7 @@ class Encoded:
     mask: torch.Tensor
 
 
-def encode(
-    host: Host, batch: Prepared, latent_cache: Cache | None = None, text_cache: Cache | None = None
-) -> Encoded:
+def encode(host: Host, batch: Prepared, latent_cache: Cache | None = None, text_cache: Cache | None = None) -> Encoded:
     """Encode a batch, on the device of the transformer. With a cache, one by one, else all at once."""
     device = next(host.transformer.parameters()).device
 
@@ -230,21 +232,27 @@ def flow_matching_loss(
     noise: torch.Tensor,
     distillation: float = 0.0,
     focus: float = 0.0,
+    preservation: float = 0.0,
 ) -> torch.Tensor:
     """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others.
 
     sigma: (B,). noise: as `encoded.target`. The velocity to be met is noise - target; a share `distillation` of the
     loss meets the dense prediction without the adapter instead. A token counts 1 + `focus` * its `encoded.mask` times.
+    Where `index` has all tokens and `preservation` is above 0, the loss is that times the mean squared distance to the
+    dense prediction without the adapter, in which all tokens count the same.
     """
     level = sigma.view(-1, 1, 1, 1)
     noisy = host.target_tokens((1 - level) * encoded.target + level * noise)
     wanted = host.target_tokens(noise - encoded.target).latents
     references = host.reference_tokens(encoded.references)
     teacher = None
-    if distillation:
+    preserves = preservation > 0 and len(index) == len(references)
+    if distillation or preserves:
         with torch.no_grad(), without_adapter(host.transformer):
             teacher = host.velocity(noisy, sigma, encoded.text, references, teacher=True).float()
     velocity = host.velocity(noisy, sigma, encoded.text, references.keep(index)).float()
+    if teacher is not None and preserves:
+        return preservation * (velocity - teacher).square().mean()
     error = (velocity - wanted).square().mean(-1)
     if teacher is not None:
         error = (1 - distillation) * error + distillation * (velocity - teacher).square().mean(-1)
@@ -303,7 +311,8 @@ def make_loss(
         noise = torch.randn(encoded.target.shape, generator=generator).to(device)
         plain = config.gradient_checkpointing or device.type != "cpu"
         with autocast(), contextlib.nullcontext() if plain else MatmulAttention():
-            return flow_matching_loss(host, encoded, index, sigma, noise, config.distillation, config.focus)
+            return flow_matching_loss(host, encoded, index, sigma, noise, config.distillation, config.focus,
+                                      config.preservation)  # fmt: skip
 
     return loss
 
@@ -654,6 +663,7 @@ apply_sparse_context(pipe, keep=0.2)
 | evenly spread share | one of {", ".join(f"{c:g}" for c in dropping["coverage"])} |
 | learning rate | {record["learning_rate"]:g}, {record["lr_scheduler"]} |
 | distillation | {record["distillation"]:g} |
+| preservation | {record["preservation"]:g} |
 | weight of the object | {1 + record["focus"]:g} times |{kv}
 
 Made with sparse-context {record["version"]}. Quality was not measured by this training; see `sparse-context evaluate`.
