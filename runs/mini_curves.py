@@ -1,6 +1,6 @@
 """The embedded model's quality against the tokens kept: subjects, edits and global edits apart, on held-out scenes.
 
-256 scenes at keep 1, 0.2 and 0.1 and the first 64 of them at the other keeps, for five selectors, and for edges with a
+256 scenes at keep 1, 0.2 and 0.1 and the first 64 of them at the other keeps, for six selectors, and for edges with a
 tenth of the tokens spread evenly; `mask` knows where the object is, which makes it the ceiling. `recognised` is that of
 base_quality.py: the share of a scene's objects that are nearest to themselves among 64 candidates. Stopped at any
 point, it goes on there. Settings are chosen on "validation"; "test" is run once for the published table.
@@ -35,9 +35,10 @@ from sparse_context.mini import ADAPTER
 from sparse_context.mini.data import SPLITS, load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
+from sparse_context.selection import task_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
-SELECTORS = ("random", "uniform", "edges", "saliency", "mask")
+SELECTORS = ("random", "uniform", "edges", "saliency", task_defaults("subject", 1)[0], "mask")
 MANY, FEW = (1.0, 0.2, 0.1), (0.5, 0.3, 0.15, 0.05)
 SHEET = ("saliency-0.5", "saliency-0.2", "saliency-0.1")
 

@@ -245,7 +245,10 @@ CURVES = {
 """The groups of runs/mini_curves.py: the score that counts there, and the task whose own choice is shown."""
 
 
-def _line(selector: str, coverage: float | None) -> str:
+def _line(selector: str | Mapping[str, float], coverage: float | None) -> str:
+    """As the cells of a result name their selector; a blend by its weights."""
+    if not isinstance(selector, str):
+        selector = ",".join(f"{part}={share:g}" for part, share in selector.items())
     return selector + (f", {coverage:.0%} spread".replace("%", " %") if coverage else "")
 
 
