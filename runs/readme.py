@@ -189,9 +189,38 @@ def bench_gpu() -> str:
             "\n".join(_bench_rows(shown))
             + f"\n\nTimes faster than dense: the shape of {config['model']}, random weights, "
             f"{largest}x{largest} pixels, {figures['steps']} steps, {config['dtype']}, {figures['turns']} interleaved "
-            f"turns, on {config['device']} (`runs/bench_gpu.sh`)."
+            f"turn{'' if figures['turns'] == 1 else 's'}, on {config['device']} (`runs/bench_gpu.sh`)."
         )
     return "\n\n".join(parts) or "Not measured yet, for want of a GPU: `runs/bench_gpu.sh` stands ready."
+
+
+GPU_SHORT = (("dense", None), ("kv", None), ("downscaled", 0.1), ("merged", 0.1), ("sparse", 0.2), ("sparse", 0.1),
+             ("sparse_cached", 0.1), ("sparse_kv", 0.1), ("no_references", None))  # fmt: skip
+
+
+def bench_gpu_short() -> str:
+    """Whole calls of the klein shapes on a GPU, in seconds: what a user waits for, and what memory denoising takes."""
+    files = sorted((ROOT / "results").glob("bench_gpu_*.json"), reverse=True)
+    if not files:
+        return "Not measured yet, for want of a GPU: `runs/bench_gpu.sh` stands ready."
+    lines = ["| shape | references | method | keep | end to end | denoising | its memory |", "|" + "---|" * 7]
+    for path in files:
+        result = _read(path.stem)
+        for row in result["figures"]["rows"]:
+            if row["size"] != 1024 or row["references"] != 4 or (row["method"], row["keep"]) not in GPU_SHORT:
+                continue
+            cells = [result["config"]["model"], str(row["references"]), row["method"].replace("_", " "),
+                     "" if row["keep"] is None else f"{row['keep']:g}",
+                     *(f"{row['seconds'][phase]['median']:.2f} s, {row['times faster'][phase]['median']:.1f}x"
+                       for phase in ("total", "denoise")),
+                     f"{row['memory']['denoise'] / 2**30:.1f} GiB"]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    config, figures = result["config"], result["figures"]
+    return "\n".join(lines) + (
+        f"\n\nThe shapes of FLUX.2 klein with random weights, 1024x1024 pixels, {figures['steps']} steps, "
+        f"{config['dtype']}, {figures['turns']} {'turn' if figures['turns'] == 1 else 'turns'} after the warm-up, on one "
+        f"{config['device']} (`runs/bench_gpu.sh`); memory is what denoising takes beside the weights."
+    )
 
 
 def flops() -> str:
@@ -376,7 +405,7 @@ def peers() -> str:
 
 BENCHMARKS = {"flops": flops, "parts": parts, "bench_mini": bench_mini, "bench_klein_9b_blocks": bench_klein_9b_blocks,
               "bench_gpu": bench_gpu, "training_speed": training_speed}  # fmt: skip
-TABLES = {"pipelines": pipelines, "core_speed": core_speed, "bench_mini": bench_mini, "base_quality": base_quality,
+TABLES = {"pipelines": pipelines, "bench_gpu_short": bench_gpu_short, "core_speed": core_speed, "bench_mini": bench_mini, "base_quality": base_quality,
           "curves_short": curves_short, "selection": selection}  # fmt: skip
 PAGES = {
     "README.md": TABLES,
