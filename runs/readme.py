@@ -218,7 +218,7 @@ def bench_gpu_short() -> str:
     config, figures = result["config"], result["figures"]
     return "\n".join(lines) + (
         f"\n\nThe shapes of FLUX.2 klein with random weights, 1024x1024 pixels, {figures['steps']} steps, "
-        f"{config['dtype']}, {figures['turns']} {'turn' if figures['turns'] == 1 else 'turns'} after the warm-up, on one "
+        f"{config['dtype']}, {figures['turns']} turn{'' if figures['turns'] == 1 else 's'} after the warm-up, on one "
         f"{config['device']} (`runs/bench_gpu.sh`); memory is what denoising takes beside the weights."
     )
 
@@ -405,7 +405,8 @@ def peers() -> str:
 
 BENCHMARKS = {"flops": flops, "parts": parts, "bench_mini": bench_mini, "bench_klein_9b_blocks": bench_klein_9b_blocks,
               "bench_gpu": bench_gpu, "training_speed": training_speed}  # fmt: skip
-TABLES = {"pipelines": pipelines, "bench_gpu_short": bench_gpu_short, "core_speed": core_speed, "bench_mini": bench_mini, "base_quality": base_quality,
+TABLES = {"pipelines": pipelines, "bench_gpu_short": bench_gpu_short, "core_speed": core_speed,
+          "bench_mini": bench_mini, "base_quality": base_quality,
           "curves_short": curves_short, "selection": selection}  # fmt: skip
 PAGES = {
     "README.md": TABLES,
