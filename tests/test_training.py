@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,23 @@ def test_schedules():
         assert schedule(0, 100, 0) == 1.0
     assert SCHEDULES["linear"](55, 100, 10) == pytest.approx(0.5) == SCHEDULES["cosine"](55, 100, 10)
     assert SCHEDULES["constant"](0, 100, 10) == SCHEDULES["constant_with_warmup"](99, 100, 10) == 1.0
+
+
+def test_by_the_clock_the_last_step_comes_when_the_time_is_up(tmp_path, monkeypatch):
+    module, optimisers, loss = problem()
+    now, rates = [0.0], []
+    monkeypatch.setattr("sparse_context.training.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(step):
+        rates.append(optimisers[0].param_groups[0]["lr"])
+        now[0] += 1.0
+        return loss(step)
+
+    whole = optimisers[0].param_groups[0]["lr"]
+    train(module, optimisers, slow, tmp_path, steps=10**6, warmup=2, seconds=10.0)
+    flat_then_down = [0.5, 1, 1, 1, 1, 1, 1, 1, 0.8, 0.4, 0.0]  # the last quarter of ten seconds
+    assert [rate / whole for rate in rates] == pytest.approx(flat_then_down)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-0000011"]
 
 
 def test_accumulated_batches_equal_one_of_their_size(tmp_path):

@@ -205,6 +205,7 @@ class BaseConfig:
     lr: float = 1e-3
     muon_lr: float = 2e-3
     warmup: int = 100
+    ema: float = 0.999
     alone_until: float = 0.3
     small_until: float = 0.15
     reach: tuple[float, float] = (0.0, 0.2)
@@ -411,11 +412,13 @@ def flow_matching_loss(transformer, text: torch.Tensor, target: torch.Tensor, re
 
 
 def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: float | None = None,
-               workers: int = 0, save_every: int = 100, show_every: int = 500) -> None:  # fmt: skip
+               workers: int = 0, seconds: float | None = None, save_every: int = 100, show_every: int = 500,
+               ) -> None:  # fmt: skip
     """Train transformer and text encoder together on all reference tokens; the VAE has to be there already.
 
-    `workers` processes compose the scenes ahead of the steps; with 0 a thread does. What was restored goes on without
-    the easy part, and with other scenes than before. Raises ValueError where a run of another config is in the folder.
+    `workers` processes compose the scenes ahead of the steps; with 0 a thread does. `seconds` trains by the clock
+    (`loop.train`). What was restored goes on without the easy part, and with other scenes than before. Raises
+    ValueError where a run of another config is in the folder.
     """
     before = _steps_before(folder)
     if before:
@@ -466,7 +469,7 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
     (folder / "base").mkdir(parents=True, exist_ok=True)
     (folder / "base" / "config.json").write_text(json.dumps(record, indent=2))
     train(modules, optimisers, loss, folder / "base", steps=config.steps, warmup=config.warmup, save_every=save_every,
-          show=show, show_every=show_every, stop_after=stop_after)  # fmt: skip
+          ema=config.ema, show=show, show_every=show_every, stop_after=stop_after, seconds=seconds)  # fmt: skip
 
 
 BEFORE = "before.json"

@@ -77,13 +77,15 @@ def train_sparse(
     batch: int = 4,
     model: str | None = None,
     stop_after: float | None = None,
+    seconds: float | None = None,
     workers: int = 0,
     validation: Sequence[tuple[str, int]] = VALIDATION,
 ) -> Path:
     """Fine-tune, or continue, the run `folder/name`; returns the path of the result.
 
     batch: as `BaseConfig` has it. model: a folder to start from instead of the shipped weights. workers: processes that
-    compose scenes ahead of the steps; 0 for a thread. Raises ValueError and OSError in one sentence.
+    compose scenes ahead of the steps; 0 for a thread. stop_after, seconds: as in `loop.train`. Raises ValueError and
+    OSError in one sentence.
     """
     from accelerate import Accelerator
 
@@ -104,6 +106,7 @@ def train_sparse(
         validation=[to_example(make_scene(held_out, task, seed)) for task, seed in validation],
         workers=workers,
         stop_after=stop_after,
+        seconds=seconds,
         batch=batch,
     )
 

@@ -400,6 +400,7 @@ def finetune(
     text_cache: Cache | None = None,
     workers: int = 0,
     stop_after: float | None = None,
+    seconds: float | None = None,
     log: Callable[[int, dict], None] | None = None,
     log_picture: Callable[[int, Image.Image], None] | None = None,
     log_every: int = 10,
@@ -408,9 +409,10 @@ def finetune(
     """Train and write the result; returns the path of the LoRA, or of the transformer's folder.
 
     base, data, sampling: for the record; what says how `batches` draws must be the same when resumed. accelerator: an
-    `accelerate.Accelerator`, or None for one plain process. workers: as in `make_loss`. `resume` continues from the
-    newest checkpoint in `output`; without it a folder that holds one is refused, and with it so are other settings and
-    base weights than those of the run. Raises ValueError and OSError in one sentence.
+    `accelerate.Accelerator`, or None for one plain process. workers: as in `make_loss`. stop_after, seconds: as in
+    `loop.train`. `resume` continues from the newest checkpoint in `output`; without it a folder that holds one is
+    refused, and with it so are other settings and base weights than those of the run. Raises ValueError and OSError in
+    one sentence.
     """
     main = accelerator is None or accelerator.is_main_process
     ranks = 1 if accelerator is None else accelerator.num_processes
@@ -465,6 +467,7 @@ def finetune(
         show_every=config.validation_steps,
         log=log,
         stop_after=stop_after,
+        seconds=seconds,
     )
     result = output / ("transformer" if config.full else LORA_FILE)
     if main:

@@ -59,6 +59,8 @@ def _warm(step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / max(warmup, 1))
 
 
+CLOCK = 10_000  # as many steps a run by the clock has, for its schedule
+
 SCHEDULES: Mapping[str, Callable[[int, int, int], float]] = {
     "constant": constant,
     "constant_with_warmup": constant_with_warmup,
@@ -103,6 +105,7 @@ def train(
     show_every: int = 0,
     log: Callable[[int, dict], None] | None = None,
     stop_after: float | None = None,
+    seconds: float | None = None,
 ) -> nn.Module:
     """Minimise `loss(batch)` over the parameters of `module` and return the averaged (EMA) copy.
 
@@ -113,7 +116,9 @@ def train(
 
     Continues from the newest checkpoint in `folder`, if there is one. `show(step, average)` runs every
     `show_every` steps and after the last (0: never), for sample sheets; `log(step, record)` beside every record of the
-    log. `stop_after` is a number of seconds after which the run saves and returns.
+    log. `stop_after` is a number of seconds after which the run saves and returns. With `seconds` it does so then, and
+    `schedule` goes by the clock, as if the last of `steps` came at that time (warm-up stays in steps): for a machine
+    that is there for so long, and of unknown speed. Resumed, such a run has all its seconds again.
     Raises OSError, in one sentence, where a file cannot be written; what was written before stays whole.
     """
     main = accelerator is None or accelerator.is_main_process
@@ -127,10 +132,14 @@ def train(
         _tidy(folder, first)
     base_rates = [group["lr"] for o in optimisers for group in o.param_groups]
     started, window = time.monotonic(), []
+    stop_after = min((limit for limit in (stop_after, seconds) if limit is not None), default=None)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=folder.name, unit="step", mininterval=5,
                disable=not main)  # fmt: skip
     for step in bar:
         factor = SCHEDULES[schedule](step, steps, warmup)
+        if seconds is not None:
+            passed = min((time.monotonic() - started) / seconds, 1.0)
+            factor = _warm(step, warmup) * SCHEDULES[schedule](round(passed * CLOCK), CLOCK, 0)
         for group, rate in zip((g for o in optimisers for g in o.param_groups), base_rates, strict=True):
             group["lr"] = rate * factor
         for part in range(accumulate):

@@ -1,0 +1,132 @@
+"""The embedded model trained further on a GPU that is there for minutes: VAE, base, LoRA, one after the other.
+
+    python runs/train_mini_gpu.py pack                      # where the assets are: all of training in 20 MB
+    python runs/train_mini_gpu.py train --pack FILE --output FOLDER --vae 850 --base 245 --sparse 130
+
+`pack` writes the training pictures as webp (the objects' colours and the photographs slightly lossy, alpha exact), for
+a machine with little time or no network; `python -m sparse_context.mini data` makes the whole there as well.
+
+`train` goes on from the package's weights: `--vae` steps, then `--base` and `--sparse` seconds by the clock, so that
+nothing has to be known of the machine's speed; 0 leaves one out. It writes the weights into the package, and a copy with
+the logs and the LoRA into the output as soon as each is done. What the numbers were for the shipped weights,
+sparse_context/mini/README.md says.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from sparse_context.mini import WEIGHTS
+from sparse_context.mini.data import load_assets
+from sparse_context.mini.recipe import BaseConfig, VaeConfig, export, restore, train_base, train_vae
+from sparse_context.mini.sparse import LORA, train_sparse
+
+ROOT = Path(__file__).resolve().parents[1]
+FOREVER = 10**6  # steps and checkpoints of a run by the clock
+QUALITY = 93
+MIX = {"edit_background": 0.07, "edit_object": 0.07, "edit_global": 0.07, "edit_remove": 0.01, "subject_place": 0.27,
+       "subject_scale": 0.03, "subject_pair": 0.17, "subject_scene": 0.13, "subject_quarters": 0.18}  # fmt: skip
+
+
+def pack(assets: Path, destination: Path) -> None:
+    """The training split of `assets`, and for the sample sheets some of the validation split, as one small file."""
+    everything = load_assets(assets)
+
+    def files(pictures: np.ndarray, split: np.ndarray, held_out: int) -> dict[str, np.ndarray]:
+        chosen = np.concatenate([np.flatnonzero(split == 0), np.flatnonzero(split == 1)[:held_out]])
+        made = []
+        for picture in pictures[chosen]:
+            file = io.BytesIO()
+            Image.fromarray(picture).save(file, "webp", quality=QUALITY, alpha_quality=100)
+            made.append(np.frombuffer(file.getvalue(), np.uint8))
+        return {"": np.concatenate(made), "_ends": np.cumsum([len(one) for one in made]), "_split": split[chosen]}
+
+    parts = {"object": files(everything.objects, everything.object_split, 60),
+             "photo": files(everything.photos, everything.photo_split, 10)}  # fmt: skip
+    save_file(
+        {f"{name}{part}": array for name, part_of in parts.items() for part, array in part_of.items()}, destination
+    )
+    print(f"wrote {destination}, {destination.stat().st_size / 2**20:.1f} MiB")
+
+
+def unpack(packed: Path, destination: Path) -> None:
+    """Write what `pack` packed as the assets that the recipe reads."""
+    found = load_file(packed)
+
+    def pictures(name: str, mode: str) -> np.ndarray:
+        data = np.split(found[name], found[f"{name}_ends"][:-1])
+        with ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(lambda one: np.asarray(Image.open(io.BytesIO(one)).convert(mode)), data)))
+
+    objects = pictures("object", "RGBA")
+    tensors = {"objects": objects, "photos": pictures("photo", "RGB"), "object_split": found["object_split"],
+               "photo_split": found["photo_split"]}  # fmt: skip
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, destination, metadata={"names": json.dumps([""] * len(objects))})
+
+
+def train(arguments: argparse.Namespace) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in the processes that compose
+    torch.set_float32_matmul_precision("high")
+    folder, output, workers = arguments.folder, arguments.output, arguments.workers
+    output.mkdir(parents=True, exist_ok=True)
+    if arguments.pack is not None:
+        unpack(arguments.pack, folder / "assets.safetensors")
+    restore(WEIGHTS, folder)
+    if arguments.vae:
+        torch.backends.cudnn.benchmark = True  # one shape; the base has many, and each would be tried anew
+        train_vae(
+            folder, VaeConfig(steps=arguments.vae, batch=64, crop=128, lr=1e-3, seed=arguments.seed), workers=workers
+        )
+        torch.backends.cudnn.benchmark = False
+        shutil.copy(folder / "vae" / "log.jsonl", output / "vae.jsonl")
+    if arguments.base:
+        config = BaseConfig(steps=FOREVER, batch=arguments.batch, lr=1.5e-3, muon_lr=3e-3, ema=0.99,
+                            seed=arguments.seed, mix=tuple(MIX.items()))  # fmt: skip
+        train_base(folder, config, workers=workers, seconds=arguments.base, save_every=FOREVER, show_every=FOREVER)
+        shutil.copy(folder / "base" / "log.jsonl", output / "base.jsonl")
+    export(folder, WEIGHTS)
+    shutil.copytree(WEIGHTS, output / "weights", dirs_exist_ok=True)
+    if arguments.sparse:
+        config = replace(LORA, max_train_steps=FOREVER, checkpointing_steps=FOREVER, validation_steps=0, ema=0.97,
+                         seed=arguments.seed)  # fmt: skip
+        made = train_sparse(folder, config, batch=32, workers=workers, seconds=arguments.sparse)
+        shutil.copy(folder / "sparse" / "log.jsonl", output / "sparse.jsonl")
+        shutil.copy(made, output / made.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The embedded model trained further on a GPU.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack")
+    packing.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
+    packing.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "training.safetensors")
+    training = commands.add_parser("train")
+    training.add_argument("--pack", type=Path, help="what `pack` wrote; without it, the folder has the assets")
+    training.add_argument("--folder", type=Path, default=ROOT / "checkpoints" / "gpu")
+    training.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "gpu-results")
+    training.add_argument("--vae", type=int, default=850, help="steps")
+    training.add_argument("--base", type=float, default=245, help="seconds")
+    training.add_argument("--sparse", type=float, default=130, help="seconds")
+    training.add_argument("--batch", type=int, default=192, help="the base's, of samples with one small reference")
+    training.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    training.add_argument("--seed", type=int, default=11, help="another for each run that goes on from the last")
+    arguments = parser.parse_args()
+    if arguments.command == "pack":
+        pack(arguments.assets, arguments.output)
+    else:
+        train(arguments)
+
+
+if __name__ == "__main__":
+    main()
