@@ -7,8 +7,8 @@
 a machine with little time or no network; `python -m sparse_context.mini data` makes the whole there as well.
 
 `train` goes on from the package's weights: `--vae` steps, then `--base` and `--sparse` seconds by the clock, so
-that nothing has to be known of the machine's speed; 0 leaves one out. It writes the weights into the package, and a copy
-with the logs and the LoRA into the output as soon as each is done. What the numbers were for the shipped weights,
+that nothing has to be known of the machine's speed; 0 leaves one out. It writes the weights into the package, and a
+copy with the logs and the LoRA into the output as soon as each is done. What the numbers were for the shipped weights,
 sparse_context/mini/README.md says.
 """
 
