@@ -13,7 +13,7 @@ import hashlib
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from torch.utils.weak import WeakIdRef
 
 from .selection import score_tokens
-from .selectors import SELECTORS, Blend, Mask
+from .selectors import name_of
 
 
 class ReferenceCache:
@@ -84,7 +84,7 @@ class ReferenceCache:
 
     def score(self, selector: Any, image: np.ndarray | None, grid: tuple[int, int], seed: Sequence[int]) -> np.ndarray:
         """`selection.score_tokens`, or a copy of what it gave before. A function of the user's own runs every time."""
-        name = _name_of_selector(selector)
+        name = name_of(selector)
         if name is None:
             return score_tokens(selector, image, grid, seed)
         key = _digest((name, grid, tuple(seed)), b"", image)
@@ -144,20 +144,6 @@ def _name_of(function: Any) -> str:
     """Of a callable, or of the function that a `partial` binds."""
     function = getattr(function, "func", function)
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
-
-
-def _name_of_selector(selector: Any) -> str | None:
-    """A name that means the same scores for the same picture, or None where only the function itself knows."""
-    if isinstance(selector, Mask):
-        return "mask"  # whose pixels are the picture's fourth channel
-    if isinstance(selector, str):
-        own = SELECTORS.get(selector)
-        return selector if getattr(own, "__module__", None) == "sparse_context.selectors" else None
-    if isinstance(selector, (Mapping, Blend)):
-        parts = selector.items() if isinstance(selector, Mapping) else selector.parts
-        names = [(_name_of_selector(part), weight) for part, weight in parts]
-        return None if any(name is None for name, _ in names) else repr(names)
-    return None
 
 
 def _digest(about: tuple, digest: bytes, *contents: torch.Tensor | np.ndarray | None) -> bytes:

@@ -5,15 +5,17 @@ This is the whole idea in one call, without a host: `select_tokens(images, grids
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .budget import check_budget, choose_tokens, keeps_all
-from .selectors import Selector, find_mask, resolve, user_mask
+from .selectors import Selector, find_mask, name_of, resolve, user_mask
 
 TASKS = ("auto", "edit", "global", "subject")
 BELOW_ALL = np.float32(-1e-9)  # a selector's lowest score is 0; this adds nothing to the mass that "auto" measures
@@ -222,23 +224,32 @@ def select_tokens(
     keeps = _per_reference("keep", config.keep, count)
     everything = keeps_all(config.keep, sizes)
     apart = isinstance(config.keep, (list, tuple, np.ndarray)) and config.multiple_of == 1
-    labels, scores, coverages = [], [], []
+    labels, coverages = [], []
+    to_score: list[Any] = []  # the selector of each reference, None where all of it is kept
     for i in range(count):
         selector, coverage = task_defaults(tasks[i], count)
         if selectors[i] is not None:
             selector, coverage = selectors[i], 0.0 if tasks[i] == "auto" else coverage
         coverages.append(coverage if config.coverage is None else float(config.coverage))
-        if everything or (apart and keeps_all(keeps[i], [sizes[i]])):
-            label, part = "all", np.ones(grids[i], np.float32)
-        else:
-            label, _ = resolve(selector)
-            parts = [score(selector, image, grids[i], (config.seed, i)) for image in pictures[i] or [None]]
-            part = np.mean(parts, axis=0, dtype=np.float32) if len(parts) > 1 else parts[0]
-            inside = None if shown is None else shown[i]
-            if inside is not None:
-                part = np.where(inside, part, BELOW_ALL)
-        labels.append(label)
-        scores.append(part)
+        whole = everything or (apart and keeps_all(keeps[i], [sizes[i]]))
+        labels.append("all" if whole else resolve(selector)[0])
+        to_score.append(None if whole else selector)
+
+    def scores_of(i: int) -> np.ndarray:
+        if to_score[i] is None:
+            return np.ones(grids[i], np.float32)
+        parts = [score(to_score[i], image, grids[i], (config.seed, i)) for image in pictures[i] or [None]]
+        part = parts[0] if len(parts) == 1 else np.stack(parts).mean(axis=0, dtype=np.float32)
+        inside = None if shown is None else shown[i]
+        return part if inside is None else np.where(inside, part, BELOW_ALL)
+
+    # Side by side, unless a function of the user's own is asked, which need not be safe for threads
+    scored = [selector for selector in to_score if selector is not None]
+    if len(scored) > 1 and all(name_of(selector) is not None for selector in scored):
+        with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
+            scores = list(pool.map(scores_of, range(count)))
+    else:
+        scores = [scores_of(i) for i in range(count)]
 
     index = choose_tokens(
         scores,

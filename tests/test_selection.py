@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_context.selection import SparseContextConfig, select_tokens, task_defaults
+from sparse_context.selection import SparseContextConfig, score_tokens, select_tokens, task_defaults
 from sparse_context.selectors import SELECTORS, mask, uniform_order
 
 Config = SparseContextConfig
@@ -283,3 +284,26 @@ def test_padding_is_kept_last():
     assert np.array_equal(kept.mask, shown)
     (kept,) = select_tokens([flat], [(8, 8)], config, [None]).references
     assert not np.array_equal(kept.mask, shown)
+
+
+def test_references_are_scored_side_by_side_and_a_user_s_own_function_in_turns():
+    """Threads change nothing of what is kept; a function of the user's own is never asked by two at once."""
+    picture = noise()
+    pictures, grids = [picture, picture[::-1].copy(), picture[:, ::-1].copy()], [(8, 8)] * 3
+    threads = set()
+
+    def own(image, grid, generator):
+        threads.add(threading.get_ident())
+        return SELECTORS["random"](image, grid, generator)
+
+    together = select_tokens(pictures, grids, SparseContextConfig(selector="random", seed=3))
+    in_turns = select_tokens(pictures, grids, SparseContextConfig(selector=own, seed=3))
+    assert np.array_equal(together.index, in_turns.index) and threads == {threading.get_ident()}
+    seen = set()
+
+    def score(selector, *rest):
+        seen.add(threading.get_ident())
+        return score_tokens(selector, *rest)
+
+    select_tokens(pictures, grids, SparseContextConfig(selector="edges"), score=score)
+    assert threading.get_ident() not in seen
