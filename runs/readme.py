@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from check_gpu import check
+
 from sparse_context.families import FAMILIES, Family
 from sparse_context.selection import task_defaults
 from sparse_context.speed.flops import Tokens, call_flops
@@ -185,8 +187,14 @@ def bench_gpu() -> str:
         config, figures = result["config"], result["figures"]
         largest = max(row["size"] for row in figures["rows"])
         shown = {"rows": [row for row in figures["rows"] if row["size"] == largest]}
+        asked = [
+            f"| {name} | {'>=' if more else '<='} {bound:g} | {value:.2f} | {'yes' if reached else '**no**'} |"
+            for name, (value, bound, more, reached) in check(figures).items()
+        ]
         parts.append(
-            "\n".join(_bench_rows(shown))
+            "\n".join(["| asked of it at keep 0.1 | | measured | reached |", "|---|---|---|---|", *asked])
+            + "\n\n"
+            + "\n".join(_bench_rows(shown))
             + f"\n\nTimes faster than dense: the shape of {config['model']}, random weights, "
             f"{largest}x{largest} pixels, {figures['steps']} steps, {config['dtype']}, {figures['turns']} interleaved "
             f"turn{'' if figures['turns'] == 1 else 's'}, on {config['device']} (`runs/bench_gpu.sh`)."
