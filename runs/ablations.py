@@ -15,14 +15,14 @@ import argparse
 import json
 from pathlib import Path
 
-from sparse_context.evaluation.evaluate import DENSE, Cell, evaluate, fingerprint, grid, maker, summarise
+from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.generation import NO_LORA, load_pipeline
 from sparse_context.mini import adapter_record
 from sparse_context.mini.data import load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
-from sparse_context.selection import SparseContextConfig
+from sparse_context.selection import task_defaults
 from sparse_context.training.finetune import LORA_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,8 +40,8 @@ def main() -> None:
 
     assets = load_assets(arguments.checkpoints / "assets.safetensors").split("validation")
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED["validation"])
-    cells = grid((1.0, arguments.keep), ("random", "uniform", "edges", "saliency", "mask"), share="joint")
-    cells[DENSE] = Cell(SparseContextConfig(keep=1.0, share="joint"))  # the share is in the record of every cell
+    selectors = ("random", "uniform", "edges", "saliency", task_defaults("subject", 1)[0], "mask")
+    cells = grid((1.0, arguments.keep), selectors)
     metrics = find_metrics(["psnr"])
 
     def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:

@@ -376,7 +376,7 @@ def ablations() -> str:
     parts = []
     for group, (score, _) in CURVES.items():
         selectors = [name for name in result["config"]["cells"] if name != "dense"]
-        head = " | ".join(name.replace("-", " at ") for name in selectors)
+        head = " | ".join(" at ".join(name.rsplit("-", 1)) for name in selectors)
         rows = [f"| {group} | share | all tokens | {head} |", "|" + "---|" * (len(selectors) + 3)]
         for run, scales in result["figures"].items():
             for scale, groups in scales.items():
@@ -387,7 +387,7 @@ def ablations() -> str:
     steps = ", ".join(f"{run} {record['steps']}" for run, record in result["config"]["runs"].items())
     return "\n\n".join(parts) + (
         f"\n\nDecibels of PSNR against the dense base with all tokens: {samples} scenes of all groups together, of the "
-        f"{result['config']['split']} split; the tokens of all references in one ranking. Steps of each run: {steps}. "
+        f"{result['config']['split']} split. Steps of each run: {steps}. "
         f"Measured on {_machine(result)} (`runs/ablations.py`)."
     )
 
