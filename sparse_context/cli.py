@@ -258,6 +258,9 @@ def train(
     ] = 500,
     validation_keep: Annotated[float, typer.Option(help="Keep ratio of the sparse one of them.")] = 0.2,
     num_validation_images: Annotated[int, typer.Option(help="How many samples are drawn.")] = 4,
+    dataloader_num_workers: Annotated[
+        int, typer.Option(help="Processes that open pictures and choose tokens ahead of the steps; 0: a thread.")
+    ] = 0,
     cache_latents: Annotated[bool, typer.Option("--cache-latents", help="Keep latents on disk.")] = False,
     cache_text: Annotated[bool, typer.Option("--cache-text", help="Keep encoded prompts on disk.")] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where.", show_default="OUTPUT_DIR/cache")] = None,
@@ -298,6 +301,7 @@ def train(
         dtype=dtype,
         validation_data=validation_data,
         num_validation_images=num_validation_images,
+        dataloader_num_workers=dataloader_num_workers,
         cache_latents=cache_latents,
         cache_text=cache_text,
         cache_dir=cache_dir,

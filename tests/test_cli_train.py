@@ -128,6 +128,7 @@ BAD = [
     (["--full", "--distillation", "1"], "leave one of the two out"),
     (["--preservation", "-1"], "preservation is -1"),
     (["--validation-keep", "0"], "keep is 0.0"),
+    (["--dataloader-num-workers", "-1"], "dataloader_num_workers is -1"),
     (["--max-train-steps", "0"], "max_train_steps is 0"),
     (["--checkpoints-total-limit", "0"], "checkpoints_total_limit is 0"),
     (["--seed", "-1"], "seed is -1"),

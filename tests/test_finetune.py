@@ -559,7 +559,7 @@ def test_processes_make_ahead_what_a_thread_makes():
     found = [ahead(n) for n in (3, 4, 5, 1, 2, 8)]
     assert [int(tensor[0]) for _, tensor in found] == [3, 4, 5, 1, 2, 8]
     assert os.getpid() not in {process for process, _ in found}
-    with pytest.raises(ManifestError, match="the ninth is missing"):
+    with pytest.raises(ManifestError, match="^the ninth is missing$"):
         ahead(9)
 
 

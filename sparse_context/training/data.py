@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -149,6 +150,8 @@ class Ahead:
             self._made = self._by_processes(number) if self._workers else self._by_a_thread(number)
         self._next = None  # should this one fail
         made = next(self._made)
+        if isinstance(made, Exception):
+            raise made
         self._next = number + 1
         return made
 
@@ -163,8 +166,17 @@ class Ahead:
         # Each has one core; and a thread pool of OpenCV's, which a fork leaves behind, would be waited for without end
         cv2.setNumThreads(1)
         numbers = cast(Dataset, range(first, sys.maxsize))
-        return iter(DataLoader(numbers, batch_size=None, num_workers=self._workers, collate_fn=self._make,
-                               multiprocessing_context="fork", pin_memory=torch.cuda.is_available()))  # fmt: skip
+        return iter(DataLoader(numbers, batch_size=None, num_workers=self._workers,
+                               collate_fn=partial(_or_error, self._make), multiprocessing_context="fork",
+                               pin_memory=torch.cuda.is_available()))  # fmt: skip
+
+
+def _or_error(make: Callable[[int], Any], number: int) -> Any:
+    """What is made, or what went wrong: the loader would add another process's stack trace to its sentence."""
+    try:
+        return make(number)
+    except Exception as error:
+        return error
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -33,6 +33,7 @@ def launch(
     dtype: str = "auto",
     validation_data: str | None = None,
     num_validation_images: int = 4,
+    dataloader_num_workers: int = 0,
     cache_latents: bool = False,
     cache_text: bool = False,
     cache_dir: Path | None = None,
@@ -63,6 +64,8 @@ def launch(
     for name, count in (("train_batch_size", train_batch_size), ("num_validation_images", num_validation_images)):
         if count < 1:
             raise ValueError(f"{name} is {count}: pass a whole number, 1 or more.")
+    if dataloader_num_workers < 0:
+        raise ValueError(f"dataloader_num_workers is {dataloader_num_workers}: pass a number of processes, or 0.")
     check_folder(output, resume is not None)
     samples = read_samples(data, **source)
     held_out = [] if validation_data is None else read_samples(validation_data, **source)[:num_validation_images]
@@ -101,6 +104,7 @@ def launch(
         data=data,
         accelerator=accelerator,
         resume=resume is not None,
+        workers=dataloader_num_workers,
         validation=shown,
         latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
         text_cache=Cache(folder / "text", host.pipe.text_encoder) if cache_text else None,
