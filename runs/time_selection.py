@@ -58,6 +58,7 @@ def main() -> None:
     image = picture()
     configs = {name: SparseContextConfig(selector=name) for name in SELECTORS}
     configs["edit"] = SparseContextConfig(task="edit")
+    configs["subject"] = SparseContextConfig(task="subject")
     configs["auto"] = SparseContextConfig()
     figures = {}
     print(f"{'selector or task':18}{'median':>10}{'p10':>10}{'p90':>10}   (ms)")
