@@ -1,0 +1,89 @@
+"""Does it help to adapt the budget to the picture? keep="auto" against a fixed ratio that keeps as many tokens.
+
+    python runs/auto_budget.py [--scenes 40] [--lora none]
+
+The embedded model, on the scenes of runs/peers.py and their noise; what is kept is what each task chooses by itself.
+With keep="auto" each reference keeps the fewest tokens that hold the share `mass` of its scores, so that a picture with
+a small subject keeps few. The fixed ratio beside it keeps, in each group of tasks, as many on average: a scene's score
+there lies between those at the nearest ratios that were run, on a line over the logarithm of the ratio. Stopped at any
+point, it goes on there.
+
+It needs the scenes' objects: `python -m sparse_context.mini data`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
+from sparse_context.evaluation.metrics import find_metrics
+from sparse_context.generation import load_pipeline
+from sparse_context.mini.data import SPLITS, load_assets
+from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.result import write_result
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXED = (1.0, 0.5, 0.3, 0.2, 0.1)
+
+
+def between(rows: dict[float, list[dict]], shares: dict[str, float]) -> list[dict]:
+    """What each scene would score at the share of its group, from its scores at fixed ratios."""
+    ratios = sorted(rows)
+    made = []
+    for scenes in zip(*(rows[ratio] for ratio in ratios), strict=True):
+        share = shares[scenes[0]["task"]]
+        scores = {
+            name: float(np.interp(np.log(share), np.log(ratios), [scene["scores"][name] for scene in scenes]))
+            for name, value in scenes[0]["scores"].items()
+            if value is not None
+        }
+        made.append(scenes[0] | {"scores": scores, "kept": round(share * scenes[0]["total"])})
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='keep="auto" against fixed ratios, on the embedded model.')
+    parser.add_argument("--split", choices=SPLITS[1:], default="validation")
+    parser.add_argument("--lora", help="a file or the word none; the package's own without it")
+    parser.add_argument("--masses", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--scenes", type=int, default=40)
+    parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "auto_budget.json")
+    arguments = parser.parse_args()
+
+    assets = load_assets(arguments.assets).split(arguments.split)
+    samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
+    pipe = load_pipeline(lora=arguments.lora)
+    pipe.set_progress_bar_config(disable=True)
+    make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+    folder = ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
+    about = {"split": arguments.split, "lora": arguments.lora or "the package's own", "weights": fingerprint(pipe)}
+
+    def measure(name: str, cells: dict) -> dict[str, list[dict]]:
+        evaluate(make, samples, cells, find_metrics(["psnr"]), folder / name, about=about)
+        files = {cell: folder / name / "cells" / f"{cell}.json" for cell in cells}
+        return {cell: json.loads(file.read_text())["figures"]["samples"] for cell, file in files.items()}
+
+    found = measure("fixed", grid(FIXED))
+    fixed = {1.0 if cell == DENSE else float(cell.removeprefix("auto-")): rows for cell, rows in found.items()}
+    figures = {}
+    for mass in arguments.masses:
+        cells = {name: cell for name, cell in grid([1.0, "auto"], mass=mass).items() if name != DENSE}
+        (adapted,) = measure(f"mass-{mass:g}", cells).values()
+        tasks = {row["task"] for row in adapted}
+        shares = {task: float(np.mean([row["kept"] / row["total"] for row in adapted if row["task"] == task]))
+                  for task in tasks}  # fmt: skip
+        compared = {DENSE: between(fixed, shares), "auto": adapted}  # so that a difference is auto's gain
+        figures[f"{mass:g}"] = summarise(compared)
+        for group, settings in figures[f"{mass:g}"].items():
+            score = "psnr" if group == "global edits" else "psnr_in_mask"
+            entry = settings["auto"]
+            print(f"mass {mass:g}, {group}: keeps {entry['kept']:.3f}, {entry['scores'][score]['difference']:+.2f} dB")
+    write_result(arguments.output, arguments.output.stem, about | {"masses": arguments.masses}, figures)
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
