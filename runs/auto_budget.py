@@ -61,17 +61,16 @@ def main() -> None:
     folder = ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
     about = {"split": arguments.split, "lora": arguments.lora or "the package's own", "weights": fingerprint(pipe)}
 
-    def measure(name: str, cells: dict) -> dict[str, list[dict]]:
-        evaluate(make, samples, cells, find_metrics(["psnr"]), folder / name, about=about)
-        files = {cell: folder / name / "cells" / f"{cell}.json" for cell in cells}
-        return {cell: json.loads(file.read_text())["figures"]["samples"] for cell, file in files.items()}
-
-    found = measure("fixed", grid(FIXED))
-    fixed = {1.0 if cell == DENSE else float(cell.removeprefix("auto-")): rows for cell, rows in found.items()}
+    cells = grid(FIXED)
+    for mass in arguments.masses:
+        cells[f"mass-{mass:g}"] = grid(["auto"], mass=mass)["auto-auto"]
+    evaluate(make, samples, cells, find_metrics(["psnr"]), folder, about=about)
+    files = {cell: folder / "cells" / f"{cell}.json" for cell in cells}
+    found = {cell: json.loads(file.read_text())["figures"]["samples"] for cell, file in files.items()}
+    fixed = {ratio: found[DENSE if ratio == 1 else f"auto-{ratio:g}"] for ratio in FIXED}
     figures = {}
     for mass in arguments.masses:
-        cells = {name: cell for name, cell in grid([1.0, "auto"], mass=mass).items() if name != DENSE}
-        (adapted,) = measure(f"mass-{mass:g}", cells).values()
+        adapted = found[f"mass-{mass:g}"]
         tasks = {row["task"] for row in adapted}
         shares = {task: float(np.mean([row["kept"] / row["total"] for row in adapted if row["task"] == task]))
                   for task in tasks}  # fmt: skip
