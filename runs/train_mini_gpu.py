@@ -8,8 +8,8 @@ a machine with little time or no network; `python -m sparse_context.mini data` m
 
 `train` goes on from the package's weights: `--vae` steps, then `--base` and `--sparse` seconds by the clock, so
 that nothing has to be known of the machine's speed; 0 leaves one out. It writes the weights into the package, and a
-copy with the logs and the LoRA into the output as soon as each is done. What the numbers were for the shipped weights,
-sparse_context/mini/README.md says.
+copy with the logs and the LoRA into the output. It does not resume: what was killed begins anew, in another folder.
+What the numbers were for the shipped weights, sparse_context/mini/README.md says.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -76,13 +77,18 @@ def unpack(packed: Path, destination: Path) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    if arguments.vae and not arguments.base:
+        sys.exit("train_mini_gpu: a VAE that was trained further needs a base that follows: pass --base, or --vae 0.")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in the processes that compose
     torch.set_float32_matmul_precision("high")
     folder, output, workers = arguments.folder, arguments.output, arguments.workers
     output.mkdir(parents=True, exist_ok=True)
+    try:
+        restore(WEIGHTS, folder)
+    except FileExistsError as error:
+        sys.exit(f"train_mini_gpu: {error}, or name another --folder.")
     if arguments.pack is not None:
         unpack(arguments.pack, folder / "assets.safetensors")
-    restore(WEIGHTS, folder)
     if arguments.vae:
         torch.backends.cudnn.benchmark = True  # one shape; the base has many, and each would be tried anew
         train_vae(
@@ -95,8 +101,8 @@ def train(arguments: argparse.Namespace) -> None:
                             seed=arguments.seed, mix=tuple(MIX.items()))  # fmt: skip
         train_base(folder, config, workers=workers, seconds=arguments.base, save_every=FOREVER, show_every=FOREVER)
         shutil.copy(folder / "base" / "log.jsonl", output / "base.jsonl")
-    export(folder, WEIGHTS)
-    shutil.copytree(WEIGHTS, output / "weights", dirs_exist_ok=True)
+        export(folder, WEIGHTS)
+        shutil.copytree(WEIGHTS, output / "weights", dirs_exist_ok=True)
     if arguments.sparse:
         config = replace(LORA, max_train_steps=FOREVER, checkpointing_steps=FOREVER, validation_steps=0, ema=0.97,
                          seed=arguments.seed)  # fmt: skip

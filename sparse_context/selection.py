@@ -198,7 +198,8 @@ def select_tokens(
     the batch shares one index, so their scores are averaged. `grids` has each reference's token grid (rows, columns).
     `shown`, where a host pads, has bool (rows, columns) for each reference, or None for all True: a token that shows
     nothing but padding is scored below all others. Reference i draws its random numbers from the seed and i alone.
-    Where all tokens are kept, nothing is scored. `score` stands for `score_tokens`, for a cache that remembers scores.
+    Where all tokens are kept, nothing is scored. `score` stands for `score_tokens`, for a cache that remembers scores;
+    several threads call it at once, unless a selector is a function of the user's own.
 
     Raises ValueError, in one sentence, for values that do not fit these references.
     """

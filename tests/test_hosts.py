@@ -11,6 +11,7 @@ from whole import save_whole
 
 from sparse_context import SparseContextConfig
 from sparse_context.generation import generate, load_pipeline
+from sparse_context.sparsify import apply_sparse_context
 from sparse_context.training.data import Example
 from sparse_context.training.finetune import (
     LORA_FILE,
@@ -78,6 +79,15 @@ def test_a_host_predicts_what_its_pipeline_predicts(model, keep):
     with torch.no_grad():
         velocity = host.velocity(noisy, kwargs["timestep"], text, references.keep(made.selection.index))
     assert (velocity - predicted[:, : rows * columns]).abs().max() < 1e-5
+
+
+def test_pixels_leave_no_trace_in_a_pipeline_that_is_being_validated(model):
+    """They are asked by a thread ahead of the steps, while validation may be taking notes of the same processor."""
+    host = find_host(loaded(model[1]))
+    before = host.pixels(PICTURES[1])
+    apply_sparse_context(host.pipe, keep=0.5)
+    host.pipe.image_processor.preprocess = host.pipe.image_processor.resize = None
+    assert torch.equal(host.pixels(PICTURES[1]), before)
 
 
 def test_references_change_the_loss_and_gradients_reach_the_weights(model):

@@ -23,6 +23,7 @@ from sparse_context.mini.recipe import (
     SIDES,
     BaseConfig,
     DecoderConfig,
+    VaeConfig,
     batch_scenes,
     correspondence_loss,
     encode_pictures,
@@ -37,6 +38,7 @@ from sparse_context.mini.recipe import (
     tokenise,
     train_base,
     train_decoder,
+    train_vae,
     watched_heads,
 )
 from sparse_context.mini.samples import scene_samples, tasks_of
@@ -211,6 +213,22 @@ def save_assets(assets, folder):
     tensors = {"objects": assets.objects, "photos": assets.photos, "object_split": assets.object_split,
                "photo_split": assets.photo_split}  # fmt: skip
     save_file(tensors, folder / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
+
+
+def test_a_restored_vae_goes_on_and_a_run_of_it_is_never_restored_over(assets, pipe, tmp_path):
+    save_assets(assets, tmp_path)
+    restore(WEIGHTS, tmp_path)
+    train_vae(tmp_path, VaeConfig(steps=2, batch=2, crop=32, lr=1e-6), workers=1)
+    vae, before = load_vae(tmp_path).state_dict(), pipe.vae.state_dict()
+    learned = [name for name in vae if not name.startswith("bn.")]
+    assert any(not torch.equal(vae[name], before[name]) for name in learned)
+    assert all(torch.allclose(vae[name], before[name], atol=1e-4) for name in learned)  # two small steps from there
+    assert not torch.equal(vae["bn.running_mean"], before["bn.running_mean"])  # measured anew, on these pictures
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(FileExistsError, match="vae is there already: move it away"):
+        restore(WEIGHTS, tmp_path)
+    with pytest.raises(ValueError, match="crop is 30: pass a multiple of 4"):
+        VaeConfig(crop=30)
 
 
 # Under autocast torch says once that RMS norm, whose weights stay float32, is not fused

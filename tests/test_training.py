@@ -153,6 +153,11 @@ def test_by_the_clock_the_last_step_comes_when_the_time_is_up(tmp_path, monkeypa
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-0000011"]
 
 
+def test_a_clock_without_time_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="seconds is 0"):
+        run(tmp_path, seconds=0)
+
+
 def test_accumulated_batches_equal_one_of_their_size(tmp_path):
     def final(folder, size, accumulate):
         module, _, _ = problem()

@@ -42,13 +42,17 @@ from .scenes import EDITS, FAR, REFERENCE, SIZE, TASKS, TOKEN, Scene, draw_scene
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """steps of `batch` crops of `crop` pixels; AdamW at `lr`."""
+    """steps of `batch` crops of `crop` pixels, a multiple of 4; AdamW at `lr`. Raises ValueError for another."""
 
     steps: int = 2600
     batch: int = 16
     crop: int = 64
     lr: float = 1.5e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crop % 4:
+            raise ValueError(f"crop is {self.crop!r}: pass a multiple of 4, by which the VAE divides.")
 
 
 def default_device() -> torch.device:
@@ -426,7 +430,8 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
     record = json.loads(json.dumps(asdict(config)))
     if newest_step(folder / "base") and (folder / "base" / "config.json").is_file():
         begun = json.loads((folder / "base" / "config.json").read_text())
-        changed = [name for name in record if begun.get(name) != record[name]]
+        own = json.loads(json.dumps(asdict(BaseConfig())))  # of a run begun before a setting was there
+        changed = [name for name in record if begun.get(name, own[name]) != record[name]]
         if changed:
             name = changed[0]
             raise ValueError(f"The run in {folder / 'base'} was begun with {name} {begun.get(name)!r}, not "
@@ -485,10 +490,11 @@ def _steps_before(folder: Path) -> int:
 def restore(weights: Path, folder: Path) -> None:
     """Put an exported pipeline into the working folder, where `train_base` goes on from it at step 0.
 
-    Raises FileExistsError where the folder holds a base already.
+    Raises FileExistsError where the folder holds a run of the base or of the VAE already.
     """
-    if (folder / "base").exists():
-        raise FileExistsError(f"{folder / 'base'} is there already: move it away to start from {weights}")
+    for name, there in (("base", (folder / "base").exists()), ("vae", newest_step(folder / "vae") > 0)):
+        if there:
+            raise FileExistsError(f"{folder / name} is there already: move it away to start from {weights}")
     pipe = load_pipeline(str(weights), dtype="float32", device="cpu")
     pipe.vae.save_pretrained(folder / "vae" / "final")
     shutil.copytree(weights / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)

@@ -6,6 +6,7 @@ Which samples a batch holds follows from (seed, batch number) alone, so nothing 
 import hashlib
 import itertools
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -138,9 +139,14 @@ class Ahead:
 
     In a thread, one ahead; or by `workers` processes, two each, for a device that is faster than one thread composes.
     Then `make` must touch no accelerator, and what it returns is best in tensors, which are shared and not copied.
+    Raises ValueError for processes where the system cannot fork.
     """
 
     def __init__(self, make: Callable[[int], Any], workers: int = 0) -> None:
+        if workers and "fork" not in multiprocessing.get_all_start_methods():
+            raise ValueError(
+                f"The number of processes is {workers}, which this system cannot fork: pass 0, for a thread."
+            )
         self._make, self._workers = make, workers
         self._made: Iterator[Any] = iter(())
         self._next: int | None = None
@@ -164,18 +170,21 @@ class Ahead:
 
     def _by_processes(self, first: int) -> Iterator[Any]:
         # Each has one core; and a thread pool of OpenCV's, which a fork leaves behind, would be waited for without end
+        before = cv2.getNumThreads()
         cv2.setNumThreads(1)
         numbers = cast(Dataset, range(first, sys.maxsize))
-        return iter(DataLoader(numbers, batch_size=None, num_workers=self._workers,
+        made = iter(DataLoader(numbers, batch_size=None, num_workers=self._workers,
                                collate_fn=partial(_or_error, self._make), multiprocessing_context="fork",
                                pin_memory=torch.cuda.is_available()))  # fmt: skip
+        cv2.setNumThreads(before)
+        return made
 
 
 def _or_error(make: Callable[[int], Any], number: int) -> Any:
-    """What is made, or what went wrong: the loader would add another process's stack trace to its sentence."""
+    """What is made, or what is wrong with the data: the loader would add a stack trace to its sentence."""
     try:
         return make(number)
-    except Exception as error:
+    except (ValueError, OSError) as error:
         return error
 
 

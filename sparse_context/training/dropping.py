@@ -139,7 +139,7 @@ def draw_selection(
     ratios = np.exp(rng.uniform(low, high, len(grids))).clip(dropping.keep_min, dropping.keep_max)
     seed_of_selection = int(rng.integers(2**31))
     drawn = rng.random()
-    pictures = [each[int(drawn * len(each))] if isinstance(each, Sequence) else each for each in pictures]
+    pictures = [each[int(drawn * len(each))] if isinstance(each, Sequence) and each else each for each in pictures]
     config = SparseContextConfig(
         keep=1.0 if dense else [float(ratio) for ratio in ratios],
         selector=_named(kind),

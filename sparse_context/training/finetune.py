@@ -521,7 +521,9 @@ def _check_same(output: Path, record: dict, resume: bool) -> None:
     if not (resume and (output / "config.json").is_file()) or not newest_step(output):
         return
     before = _read_record(output)
-    changed = [name for name in record if name not in FREE and name in before and record[name] != before[name]]
+    defaults = json.loads(json.dumps(asdict(FinetuneConfig())))  # of a run begun before a setting was there
+    before = {name: before.get(name, defaults.get(name, record[name])) for name in record}
+    changed = [name for name in record if name not in FREE and record[name] != before[name]]
     if changed:
         says = "; ".join(f"{name} was {before.get(name)!r} and is now {record[name]!r}" for name in changed)
         raise ValueError(f"The run in {output} was started with other settings: {says}. Resume it with its own.")
@@ -576,6 +578,7 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
         "dense": dropping["dense"],
         "mix": dropping["mix"],
         "coverage": dropping["coverage"],
+        "preservation": record["preservation"],
         "kv": record["kv"],
         "version": record["version"],
     }

@@ -5,6 +5,7 @@ position ids tokens have, and in which order they go in. Everything is done with
 family, write a class with the methods of `Host` and give each of its pipelines a line in `HOSTS`.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -48,7 +49,11 @@ class Host(Protocol):
         """The modules of the transformer that LoRA adapts by default."""
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
-        """A picture as the pipeline hands it to its VAE: float32 (1, 3, H, W) in [-1, 1], resized and cropped by it."""
+        """A picture as the pipeline hands it to its VAE: float32 (1, 3, H, W) in [-1, 1], resized and cropped by it.
+
+        Asked ahead of the steps, by another thread: with a copy of the pipeline's processor, for validation in the
+        meantime takes notes of what passes through the pipeline's own (`families/`).
+        """
 
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) -> latents (B, C, rows, columns), one cell a token, as the transformer wants them."""
@@ -100,6 +105,7 @@ class Flux2:
         self.transformer: Any = pipe.transformer
         self.token = 2 * pipe.vae_scale_factor
         self.shift = float(pipe.scheduler.config.shift)
+        self._processor = copy.copy(pipe.image_processor)
 
     def lora_targets(self) -> list[str]:
         """Those of diffusers' training scripts for FLUX.2: all attention, the single blocks' fused MLPs with it."""
@@ -109,7 +115,7 @@ class Flux2:
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
         width, height = (side // self.token * self.token for side in picture.size)
-        return self.pipe.image_processor.preprocess(picture, height=height, width=width, resize_mode="crop")
+        return self._processor.preprocess(picture, height=height, width=width, resize_mode="crop")
 
     @torch.no_grad()
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -169,6 +175,7 @@ class Kontext:
     def __init__(self, pipe: Any, kv: bool = False) -> None:
         _refuse_kv(pipe, kv)
         self.pipe, self.transformer, self.token = pipe, pipe.transformer, 2 * pipe.vae_scale_factor
+        self._processor = copy.copy(pipe.image_processor)
         self.shift = float(pipe.scheduler.config.shift)
         self._settings = call_settings(pipe)
 
@@ -181,8 +188,8 @@ class Kontext:
         aspect = picture.width / picture.height
         shape = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda shape: abs(aspect - shape[0] / shape[1]))
         width, height = (side // self.token * self.token for side in shape)
-        resized = self.pipe.image_processor.resize(picture, height, width)
-        return self.pipe.image_processor.preprocess(resized, height, width)
+        resized = self._processor.resize(picture, height, width)
+        return self._processor.preprocess(resized, height, width)
 
     @torch.no_grad()
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -246,6 +253,7 @@ class QwenImageEditPlus:
     def __init__(self, pipe: Any, kv: bool = False) -> None:
         _refuse_kv(pipe, kv)
         self.pipe, self.transformer, self.token = pipe, pipe.transformer, 2 * pipe.vae_scale_factor
+        self._processor = copy.copy(pipe.image_processor)
         self.shift = float(pipe.scheduler.config.shift)
         self._shapes: list[tuple[int, int, int]] = []
 
@@ -256,7 +264,7 @@ class QwenImageEditPlus:
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as host
 
         width, height = host.calculate_dimensions(host.VAE_IMAGE_SIZE, picture.width / picture.height)
-        return self.pipe.image_processor.preprocess(picture, height, width)
+        return self._processor.preprocess(picture, height, width)
 
     @torch.no_grad()
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -322,6 +330,7 @@ class Flux3:
     def __init__(self, pipe: Any, kv: bool = False) -> None:
         _refuse_kv(pipe, kv)
         self.pipe, self.transformer, self.token = pipe, pipe.transformer, 2 * pipe.vae_scale_factor
+        self._processor = copy.copy(pipe.image_processor)
         self.shift = float(pipe.scheduler.config.shift)
         self._settings = call_settings(pipe)
 
@@ -329,7 +338,7 @@ class Flux3:
         return ATTENTION
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
-        return self.pipe.image_processor.preprocess(picture, resize_mode="crop")[0]
+        return self._processor.preprocess(picture, resize_mode="crop")[0]
 
     def _run(self, step: Any, **values: Any) -> Any:
         """The state after one of the pipeline's own steps, from these values."""

@@ -132,14 +132,19 @@ def train(
         _tidy(folder, first)
     base_rates = [group["lr"] for o in optimisers for group in o.param_groups]
     started, window = time.monotonic(), []
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds is {seconds!r}: pass a number above 0.")
     stop_after = min((limit for limit in (stop_after, seconds) if limit is not None), default=None)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=folder.name, unit="step", mininterval=5,
                disable=not main)  # fmt: skip
     for step in bar:
         factor = SCHEDULES[schedule](step, steps, warmup)
         if seconds is not None:
-            passed = min((time.monotonic() - started) / seconds, 1.0)
-            factor = _warm(step, warmup) * SCHEDULES[schedule](round(passed * CLOCK), CLOCK, 0)
+            passed = (time.monotonic() - started) / seconds
+            if several:  # one clock for all, or their weights would part
+                passed = accelerator.reduce(torch.tensor(passed, device=accelerator.device), "mean").item()
+            factor = SCHEDULES[schedule](round(min(passed, 1.0) * CLOCK), CLOCK, 0)
+            factor *= 1.0 if schedule == "constant" else _warm(step, warmup)
         for group, rate in zip((g for o in optimisers for g in o.param_groups), base_rates, strict=True):
             group["lr"] = rate * factor
         for part in range(accumulate):
