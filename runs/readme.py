@@ -411,6 +411,24 @@ def peers() -> str:
     )
 
 
+def auto_budget() -> str:
+    """What an adaptive budget gains over a fixed ratio of as many tokens."""
+    if not (ROOT / "results" / "auto_budget.json").exists():
+        return "Not measured yet: `runs/auto_budget.py`."
+    result = _read("auto_budget")
+    rows = ["| task | mass | keeps | auto, against the fixed ratio |", "|---|---|---|---|"]
+    for group, (score, _) in CURVES.items():
+        for mass, groups in result["figures"].items():
+            kept = f"{groups[group]['auto']['kept']:.0%}".replace("%", " %")
+            rows.append(f"| {group} | {mass} | {kept} | {_difference(groups[group], 'auto', score)} |")
+    samples = result["figures"][str(mass)]["all"]["dense"]["samples"]
+    weights = "the dense base" if result["config"]["lora"] == "none" else "the embedded model as it is shipped"
+    return "\n".join(rows) + (
+        f"\n\nDecibels of PSNR, and the 95 % interval of that: {weights}, {samples} scenes of the "
+        f"{result['config']['split']} split, on {_machine(result)} (`runs/auto_budget.py`)."
+    )
+
+
 BENCHMARKS = {"flops": flops, "parts": parts, "bench_mini": bench_mini, "bench_klein_9b_blocks": bench_klein_9b_blocks,
               "bench_gpu": bench_gpu, "training_speed": training_speed}  # fmt: skip
 TABLES = {"pipelines": pipelines, "bench_gpu_short": bench_gpu_short, "core_speed": core_speed,
@@ -418,7 +436,13 @@ TABLES = {"pipelines": pipelines, "bench_gpu_short": bench_gpu_short, "core_spee
           "curves_short": curves_short, "selection": selection}  # fmt: skip
 PAGES = {
     "README.md": TABLES,
-    "docs/quality.md": {"curves_base": curves_base, "peers": peers, "curves": curves, "ablations": ablations},
+    "docs/quality.md": {
+        "curves_base": curves_base,
+        "auto_budget": auto_budget,
+        "peers": peers,
+        "curves": curves,
+        "ablations": ablations,
+    },
     "docs/adding-a-pipeline.md": {"lines": lines},
     "docs/performance.md": BENCHMARKS,
 }
