@@ -34,10 +34,10 @@ def between(rows: dict[float, list[dict]], shares: dict[str, float]) -> list[dic
     made = []
     for scenes in zip(*(rows[ratio] for ratio in ratios), strict=True):
         share = shares[scenes[0]["task"]]
+        known = [{name for name, value in scene["scores"].items() if value is not None} for scene in scenes]
         scores = {
             name: float(np.interp(np.log(share), np.log(ratios), [scene["scores"][name] for scene in scenes]))
-            for name, value in scenes[0]["scores"].items()
-            if value is not None
+            for name in sorted(set.intersection(*known))
         }
         made.append(scenes[0] | {"scores": scores, "kept": round(share * scenes[0]["total"])})
     return made
@@ -74,7 +74,9 @@ def main() -> None:
         tasks = {row["task"] for row in adapted}
         shares = {task: float(np.mean([row["kept"] / row["total"] for row in adapted if row["task"] == task]))
                   for task in tasks}  # fmt: skip
-        compared = {DENSE: between(fixed, shares), "auto": adapted}  # so that a difference is auto's gain
+        compared = {DENSE: between(fixed, shares)}  # so that a difference is auto's gain
+        compared["auto"] = [row | {"scores": {name: row["scores"][name] for name in alike["scores"]}}
+                            for row, alike in zip(adapted, compared[DENSE], strict=True)]  # fmt: skip
         figures[f"{mass:g}"] = summarise(compared)
         for group, settings in figures[f"{mass:g}"].items():
             score = "psnr" if group == "global edits" else "psnr_in_mask"
