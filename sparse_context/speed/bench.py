@@ -379,6 +379,9 @@ def plot(figures: dict[str, Any], path: Path, quality: Sequence[dict[str, Any]] 
     lines = sorted(
         {(row["method"], row["keep"]) for row in rows}, key=lambda each: (list(METHODS).index(each[0]), -(each[1] or 0))
     )
+    colours = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(method for method, _ in lines))}
+    keeps = sorted({keep for _, keep in lines if keep is not None}, reverse=True)
+    styles = {keep: ("-", "--", ":", "-.")[i % 4] for i, keep in enumerate(keeps)} | {None: "-"}
     for axis, size in zip(axes, sizes, strict=False):
         for method, keep in lines:
             of = [r for r in rows if (r["method"], r["keep"], r["size"]) == (method, keep, size)]
@@ -386,7 +389,8 @@ def plot(figures: dict[str, Any], path: Path, quality: Sequence[dict[str, Any]] 
             spread = [[m - row["seconds"][phase]["min"] for m, row in zip(medians, of, strict=True)],
                       [row["seconds"][phase]["max"] - m for m, row in zip(medians, of, strict=True)]]  # fmt: skip
             name = _line(method, keep)
-            axis.errorbar([row["references"] for row in of], medians, spread, label=name, marker="o", capsize=3)
+            axis.errorbar([row["references"] for row in of], medians, spread, label=name, marker="o", capsize=3,
+                          color=colours[method], linestyle=styles[keep])  # fmt: skip
         axis.set(
             xlabel="references",
             ylabel=f"{'call' if phase == 'total' else 'denoising'}, seconds",
