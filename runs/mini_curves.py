@@ -38,9 +38,10 @@ from sparse_context.result import write_result
 from sparse_context.selection import task_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
-SELECTORS = ("random", "uniform", "edges", "saliency", task_defaults("subject", 1)[0], "mask")
+SUBJECTS = task_defaults("subject", 1)[0]
+SELECTORS = ("random", "uniform", "edges", "saliency", SUBJECTS, "mask")
 MANY, FEW = (1.0, 0.2, 0.1), (0.5, 0.3, 0.15, 0.05)
-SHEET = ("saliency-0.5", "saliency-0.2", "saliency-0.1")
+SHEET = tuple(name for name in grid((0.5, 0.2, 0.1), [SUBJECTS]) if name != DENSE)
 
 
 def working_folder(output: Path, split: str) -> Path:
