@@ -197,7 +197,7 @@ def bench_gpu() -> str:
             + "\n".join(_bench_rows(shown))
             + f"\n\nTimes faster than dense: the shape of {config['model']}, random weights, "
             f"{largest}x{largest} pixels, {figures['steps']} steps, {config['dtype']}, {figures['turns']} interleaved "
-            f"turn{'' if figures['turns'] == 1 else 's'}, on {config['device']} (`runs/bench_gpu.sh`)."
+            f"turn{'' if figures['turns'] == 1 else 's'}, on {config['device']} (`sparse-context bench`)."
         )
     return "\n\n".join(parts) or "Not measured yet, for want of a GPU: `runs/bench_gpu.sh` stands ready."
 
@@ -227,7 +227,8 @@ def bench_gpu_short() -> str:
     return "\n".join(lines) + (
         f"\n\nThe shapes of FLUX.2 klein with random weights, 1024x1024 pixels, {figures['steps']} steps, "
         f"{config['dtype']}, {figures['turns']} turn{'' if figures['turns'] == 1 else 's'} after the warm-up, on one "
-        f"{config['device']} (`runs/bench_gpu.sh`); memory is what denoising takes beside the weights."
+        f"{config['device']} (`sparse-context bench --random-weights`); "
+        f"memory is what denoising takes beside the weights."
     )
 
 

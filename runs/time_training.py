@@ -51,7 +51,7 @@ def main() -> None:
     def autocast() -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16)
 
-    losses = {name: make_loss(host, lambda number: [example] * BATCH, replace(LORA, dropping=dropping),
+    losses = {name: make_loss(host, lambda number: [example] * BATCH, replace(LORA, dropping=dropping, preservation=0),
                               autocast=autocast) for name, dropping in KINDS.items()}  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in KINDS}
     for turn in tqdm(range(arguments.turns + 1), desc="turns"):

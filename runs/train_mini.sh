@@ -7,6 +7,7 @@ train() { python -m sparse_context.mini sparse --folder "$FOLDER" --name "$@"; }
 
 train sparse                                # LoRA, the whole mix
 train sparse-random --random-only           # the paper's random dropping alone
+train sparse-free --preservation 0          # batches with all tokens are trained on like the others
 train sparse-full --full                    # all weights
 train dense --dense                         # the control: as many more samples, with all tokens
 train sparse-distilled --distillation 0.5

@@ -9,7 +9,7 @@ a machine with little time or no network; `python -m sparse_context.mini data` m
 `train` goes on from the package's weights: `--vae` steps, then `--base` and `--sparse` seconds by the clock, so
 that nothing has to be known of the machine's speed; 0 leaves one out. It writes the weights into the package, and a
 copy with the logs and the LoRA into the output. It does not resume: what was killed begins anew, in another folder.
-What the numbers were for the shipped weights, sparse_context/mini/README.md says.
+How the shipped weights were made, sparse_context/mini/README.md says.
 """
 
 import argparse
@@ -83,6 +83,11 @@ def train(arguments: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     folder, output, workers = arguments.folder, arguments.output, arguments.workers
     output.mkdir(parents=True, exist_ok=True)
+
+    def copy_log(part: str) -> None:
+        if (folder / part / "log.jsonl").is_file():  # a few steps leave none
+            shutil.copy(folder / part / "log.jsonl", output / f"{part}.jsonl")
+
     try:
         restore(WEIGHTS, folder)
     except FileExistsError as error:
@@ -95,19 +100,19 @@ def train(arguments: argparse.Namespace) -> None:
             folder, VaeConfig(steps=arguments.vae, batch=64, crop=128, lr=1e-3, seed=arguments.seed), workers=workers
         )
         torch.backends.cudnn.benchmark = False
-        shutil.copy(folder / "vae" / "log.jsonl", output / "vae.jsonl")
+        copy_log("vae")
     if arguments.base:
         config = BaseConfig(steps=FOREVER, batch=arguments.batch, lr=1.5e-3, muon_lr=3e-3, ema=0.99,
                             seed=arguments.seed, mix=tuple(MIX.items()))  # fmt: skip
         train_base(folder, config, workers=workers, seconds=arguments.base, save_every=FOREVER, show_every=FOREVER)
-        shutil.copy(folder / "base" / "log.jsonl", output / "base.jsonl")
+        copy_log("base")
         export(folder, WEIGHTS)
         shutil.copytree(WEIGHTS, output / "weights", dirs_exist_ok=True)
     if arguments.sparse:
         config = replace(LORA, max_train_steps=FOREVER, checkpointing_steps=FOREVER, validation_steps=0, ema=0.97,
                          seed=arguments.seed)  # fmt: skip
         made = train_sparse(folder, config, batch=32, workers=workers, seconds=arguments.sparse)
-        shutil.copy(folder / "sparse" / "log.jsonl", output / "sparse.jsonl")
+        copy_log("sparse")
         shutil.copy(made, output / made.name)
 
 
