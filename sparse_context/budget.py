@@ -132,6 +132,51 @@ def choose_tokens(
     return [np.flatnonzero(part) for part in np.split(kept, np.cumsum(sizes)[:-1])]
 
 
+def merge_rest(scores: np.ndarray, count: int, merge: float, coverage: float = 0.0) -> np.ndarray:
+    """Where each token of one reference goes if the rest is averaged instead of dropped: int64 (rows * columns,).
+
+    The result names, for each token, the one of the `count` kept tokens that stands for it: for a token that is kept as
+    it is, itself. `scores` is (rows, columns); one below 0 is of padding, and stands for nothing: -1, as for every
+    token where `count` is 0.
+
+    The grid is divided into about `merge` * `count` blocks of nearly its own shape. The tokens of a block that are not
+    kept become one, at the place of that one of them that is nearest to their middle. As many tokens as the budget then
+    leaves are kept as they are, by their rank (`rank_tokens`): so there are exactly `count`, or fewer where padding
+    leaves no more. With `merge` 1 next to all of them are averages. A block that is kept whole gives its place away.
+    """
+    rows, columns = scores.shape
+    size = scores.size
+    if count == 0:
+        return np.full(size, -1)
+    scale = math.sqrt(merge * count / size)  # blocks per token, along each axis
+    high = min(max(1, round(rows * scale)), count)
+    wide = min(max(1, round(columns * scale)), count // high)
+    block = ((np.arange(rows) * high // rows)[:, None] * wide + np.arange(columns) * wide // columns).ravel()
+
+    order = rank_tokens([scores], coverage)
+    order = order[scores.ravel()[order] >= 0]
+    last = np.zeros(high * wide, np.int64)  # how many tokens have to be kept for the block to be kept whole
+    last[block[order]] = np.arange(1, len(order) + 1)  # of equal indices, numpy takes the last value
+    # Keeping one token more makes one token more in all, or none where it is the last one of its block
+    averages = np.count_nonzero(last) - np.cumsum(np.bincount(last[last > 0], minlength=len(order) + 1))
+    sharp = int(np.searchsorted(np.arange(len(order) + 1) + averages, count, side="right")) - 1
+
+    into = np.full(size, -1)
+    into[order] = order
+    rest = np.sort(order[sharp:])
+    row, column = np.divmod(rest, columns)
+    of = block[rest]
+    members = np.maximum(np.bincount(of, minlength=len(last)), 1)
+    middle = [np.bincount(of, weights=axis, minlength=len(last)) / members for axis in (row, column)]
+    away = (row - middle[0][of]) ** 2 + (column - middle[1][of]) ** 2
+    nearest_first = np.lexsort((rest, away, of))
+    blocks, first = np.unique(of[nearest_first], return_index=True)
+    stands_for = np.zeros(len(last), np.int64)
+    stands_for[blocks] = rest[nearest_first[first]]
+    into[rest] = stands_for[of]
+    return into
+
+
 def _rank_by_progress(
     scores: Sequence[np.ndarray], budgets: np.ndarray, coverage: float | Sequence[float], floor: int
 ) -> np.ndarray:
@@ -190,10 +235,11 @@ def check_budget(
     coverage: float | Sequence[float] = 0.0,
     multiple_of: int = 1,
     mass: float = 1.0,
+    merge: float = 0.0,
     *,
     references: int | None = None,
 ) -> None:
-    """Raise ValueError, naming the argument and its value, unless these make a budget (see `choose_tokens`).
+    """Raise ValueError, naming the argument and its value, unless these make a budget (`choose_tokens`, `merge_rest`).
 
     With `references`, a sequence must have one value for each; without, its length is not judged.
     """
@@ -218,6 +264,8 @@ def check_budget(
         raise ValueError(f"multiple_of is {multiple_of!r}: pass a whole number of tokens, 1 or more.")
     if not _is_within(mass, 0, 1, above=True):
         raise ValueError(f"mass is {mass!r}: pass a share above 0 and up to 1.")
+    if not _is_within(merge, 0, 1):
+        raise ValueError(f"merge is {merge!r}: pass the share of the budget for averages, from 0 to 1.")
 
 
 def _is_within(value: Any, low: float, high: float, above: bool = False) -> bool:

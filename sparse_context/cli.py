@@ -45,6 +45,7 @@ Mask = Annotated[
     typer.Option(help="A picture of the reference's size, white where to keep; one per reference, in order."),
 ]
 Coverage = Annotated[float | None, typer.Option(help="Share of the kept tokens spread evenly.", show_default="by task")]
+Merge = Annotated[float, typer.Option(help="Share of the kept tokens that are averages of the others, 0 to 1.")]
 Share = Annotated[str, typer.Option(help="equal: the same ratio of each reference. joint: they compete.")]
 Lora = Annotated[
     str | None,
@@ -68,6 +69,7 @@ def generate(
     task: Task = "auto",
     mask: Mask = None,
     coverage: Coverage = None,
+    merge: Merge = 0.0,
     share: Share = "equal",
     floor: Floor = 1,
     output: Annotated[Path, typer.Option(help="Where the picture goes: .png, .jpg or .webp.")] = Path("out.png"),
@@ -99,7 +101,7 @@ def generate(
     references = [open_picture(path) for path in image or []]
     if show_tokens is not None and not references:
         raise ValueError("--show-tokens draws on the references, but there are none: pass --image.")
-    config = _config(keep, selector, task, coverage, share, floor, mask, references)
+    config = _config(keep, selector, task, coverage, merge, share, floor, mask, references)
 
     if inpaint is not None and not references:
         raise ValueError("--inpaint says where to paint in the first reference, but there is none: pass --image.")
@@ -166,6 +168,7 @@ def select(
     task: Task = "auto",
     mask: Mask = None,
     coverage: Coverage = None,
+    merge: Merge = 0.0,
     share: Share = "equal",
     floor: Floor = 1,
     token: Annotated[int, typer.Option(help="Pixels a side of a token: 16 for FLUX.", min=1, max=256)] = 16,
@@ -178,7 +181,7 @@ def select(
 
     check_output(output)
     references = [open_picture(path) for path in images]
-    config = _config(keep, selector, task, coverage, share, floor, mask, references)
+    config = _config(keep, selector, task, coverage, merge, share, floor, mask, references)
     selection = select_pictures(references, config, token)
     save_picture(draw_selection(selection), output)
     print(json.dumps(selection.to_dict(), indent=2) if as_json else f"{selection}\nwrote {output}")
@@ -219,6 +222,10 @@ def train(
     coverage: Annotated[
         list[float] | None,
         typer.Option(help="Share spread evenly; repeat it, and batches draw one.", show_default="0 and 0.1"),
+    ] = None,
+    merge: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of averages of the rest; repeat it, and batches draw one.", show_default="0"),
     ] = None,
     caption_dropout: Annotated[float, typer.Option(help="Share of prompts that are emptied.")] = 0.0,
     distillation: Annotated[float, typer.Option(help="Share of the loss against the dense base's answer.")] = 0.0,
@@ -286,6 +293,8 @@ def train(
         dropping["mix"] = _weights("drop-mix", drop_mix, "random=0.5,blobs=0.5")
     if coverage:
         dropping["coverage"] = tuple(coverage)
+    if merge:
+        dropping["merge"] = tuple(merge)
     _hide_loading_bars()
     result = launch(
         model,
@@ -356,6 +365,7 @@ def evaluate(
     coverage: Annotated[
         list[float] | None, typer.Option(help="As in generate; repeat it.", show_default="by task")
     ] = None,
+    merge: Annotated[list[float] | None, typer.Option(help="As in generate; repeat it.", show_default="0")] = None,
     share: Share = "equal",
     floor: Floor = 1,
     limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
@@ -384,7 +394,8 @@ def evaluate(
     usual = METRICS if pie_bench is None else PIE_METRICS
     metrics = find_metrics(metric or [name for name, one in usual.items() if one.model is None], known)
     keeps, selectors = [_number(k) for k in keep.split(",")], [_selector(s) for s in selector or ["auto"]]
-    cells = grid(keeps, selectors, tasks=task or ["auto"], coverages=coverage or [None], share=share, floor=floor)
+    cells = grid(keeps, selectors, tasks=task or ["auto"], coverages=coverage or [None], merges=merge or [0.0],
+                 share=share, floor=floor)  # fmt: skip
     if manifest is not None:
         samples = read_samples(manifest, needs_image=False)[:limit]
     else:
@@ -482,7 +493,7 @@ def bench(
     )
 
 
-def _config(keep, selector, task, coverage, share, floor, mask, references) -> "SparseContextConfig":
+def _config(keep, selector, task, coverage, merge, share, floor, mask, references) -> "SparseContextConfig":
     from .images import open_mask
     from .selection import SparseContextConfig
     from .selectors import mask as masks_of
@@ -505,6 +516,7 @@ def _config(keep, selector, task, coverage, share, floor, mask, references) -> "
         selector=selectors[0] if len(selectors) == 1 else selectors,
         task=task,
         coverage=coverage,
+        merge=merge,
         share=share,
         floor=floor,
     )

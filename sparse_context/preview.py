@@ -66,15 +66,28 @@ def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image
     """A reference with the dropped tokens faded to grey and the kept ones in their own colours.
 
     picture: uint8 (H, W, 3 or 4), the pixels that the selector saw. dim: how far a dropped token fades, 0 to 1.
-    Each kept token gets a thin frame where it borders on a dropped one.
+    Each kept token gets a thin frame where it borders on others. Where a mean of tokens is kept, they show its colour.
     """
     height, width = picture.shape[:2]
     rgb = picture[..., :3].astype(np.float32)
-    mask = cv2.resize(kept.mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)[..., None]
     grey = np.repeat(cv2.cvtColor(picture[..., :3].copy(), cv2.COLOR_RGB2GRAY)[..., None], 3, -1).astype(np.float32)
-    faded = grey * (1 - dim) + 244 * dim
-    drawn = np.where(mask > 0, rgb, faded)
-    if len(kept.index) < kept.mask.size:
+    others = grey * (1 - dim) + 244 * dim
+    sharp = kept.mask
+    if kept.into is not None:
+        rows, columns = kept.grid
+        sharp[np.unravel_index(kept.averages, kept.grid)] = False
+        cells = cv2.resize(rgb, (columns, rows), interpolation=cv2.INTER_AREA).reshape(-1, 3)
+        averaged = np.flatnonzero((kept.into >= 0) & ~sharp.ravel())
+        into = kept.into[averaged]
+        sums = np.stack([np.bincount(into, cells[averaged, c], cells.shape[0]) for c in range(3)], axis=-1)
+        means = sums / np.maximum(np.bincount(into, minlength=len(cells)), 1)[:, None]
+        mosaic, shows = np.zeros((rows, columns, 3), np.float32), np.zeros((rows, columns), np.uint8)
+        mosaic.reshape(-1, 3)[averaged], shows.reshape(-1)[averaged] = means[into], 1
+        mosaic, shows = (cv2.resize(a, (width, height), interpolation=cv2.INTER_NEAREST) for a in (mosaic, shows))
+        others = np.where(shows[..., None] > 0, mosaic, others)
+    mask = cv2.resize(sharp.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)[..., None]
+    drawn = np.where(mask > 0, rgb, others)
+    if not sharp.all():
         outline, _ = cv2.findContours(mask[..., 0], cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
         drawn = np.ascontiguousarray(drawn.astype(np.uint8))
         cv2.drawContours(drawn, outline, -1, (226, 76, 60), max(1, round(max(height, width) / 512)))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .budget import check_budget, choose_tokens, keeps_all
+from .budget import check_budget, choose_tokens, keeps_all, merge_rest
 from .selectors import Selector, find_mask, name_of, resolve, user_mask
 
 TASKS = ("auto", "edit", "global", "subject")
@@ -63,6 +63,8 @@ class SparseContextConfig:
       that may be compared, such as those of one selector; else one reference starves the others).
     - `floor`: the least number of tokens of each reference; with 0, one may end up with none.
     - `multiple_of`: round the total up to a multiple, for compilers and context parallelism.
+    - `merge`: the share of the budget, in [0, 1], that goes to averages of the rest, each over a block of tokens: as
+      many tokens in all, fewer of them sharp, and no region is lost. 0: what is not kept is dropped.
     - `mass`: in (0, 1], for keep="auto".
     - `seed`: of the selectors' own random numbers, which the image's noise never shares.
 
@@ -77,6 +79,7 @@ class SparseContextConfig:
     share: str = "equal"
     floor: int = 1
     multiple_of: int = 1
+    merge: float = 0.0
     mass: float = 0.8
     seed: int = 0
 
@@ -84,7 +87,7 @@ class SparseContextConfig:
         if self.coverage is not None and np.ndim(self.coverage):
             raise ValueError(f"coverage is {self.coverage!r}: pass one share from 0 to 1, or None.")
         coverage = 0.0 if self.coverage is None else self.coverage
-        check_budget(self.keep, self.share, self.floor, coverage, self.multiple_of, self.mass)
+        check_budget(self.keep, self.share, self.floor, coverage, self.multiple_of, self.mass, self.merge)
         for task in self.task if isinstance(self.task, (list, tuple)) else [self.task]:
             if task not in TASKS:
                 raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
@@ -101,6 +104,7 @@ class Kept:
     """What was kept of one reference.
 
     `grid` is (rows, columns). `index` holds the kept tokens, sorted flat int64 indices into the grid, row by row.
+    `into`, where the rest is averaged, names for each token the kept one that stands for it (`budget.merge_rest`).
     `scores` is float32 (rows, columns), all 1 where every token is kept and none was scored. `selector` is its label.
     `picture` is what the selector saw, uint8 (H, W, 3 or 4), or None where the host had only latents.
     """
@@ -110,6 +114,7 @@ class Kept:
     scores: np.ndarray
     selector: str
     picture: np.ndarray | None
+    into: np.ndarray | None = None
 
     @property
     def mask(self) -> np.ndarray:
@@ -117,6 +122,19 @@ class Kept:
         mask = np.zeros(self.scores.size, bool)
         mask[self.index] = True
         return mask.reshape(self.grid)
+
+    @property
+    def averages(self) -> np.ndarray:
+        """Those of `index` that are the mean of several tokens."""
+        places, members = np.unique(self.stands_for, return_counts=True)
+        return places[(members > 1) & (places >= 0)]
+
+    @property
+    def stands_for(self) -> np.ndarray:
+        """Int64 (rows * columns,): `into`, or where the rest is dropped -1 for what is not kept."""
+        if self.into is not None:
+            return self.into
+        return np.where(self.mask.ravel(), np.arange(self.scores.size), -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +155,18 @@ class Selection:
         starts = np.cumsum([0] + [kept.scores.size for kept in self.references])
         parts = [kept.index + start for kept, start in zip(self.references, starts, strict=False)]
         return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    @property
+    def into(self) -> np.ndarray | None:
+        """For each token of all references the kept one that stands for it, as in `Kept`; None: the rest is dropped."""
+        if all(kept.into is None for kept in self.references):
+            return None
+        parts, start = [], 0
+        for kept in self.references:
+            own = kept.stands_for
+            parts.append(np.where(own < 0, -1, own + start))
+            start += kept.scores.size
+        return np.concatenate(parts)
 
     @property
     def kept(self) -> int:
@@ -160,6 +190,7 @@ class Selection:
                     "total": kept.scores.size,
                     "selector": kept.selector,
                     "coverage": coverage,
+                    "averages": len(kept.averages),
                 }
                 for kept, coverage in zip(self.references, self.coverage, strict=True)
             ],
@@ -170,6 +201,7 @@ class Selection:
         for i, (kept, coverage) in enumerate(zip(self.references, self.coverage, strict=True), start=1):
             spread = f", {coverage:.0%} of them spread evenly".replace("%", " %") if coverage else ""
             how = f" by {kept.selector}{spread}" if len(kept.index) < kept.scores.size else ""
+            how += f", {len(kept.averages)} of them averages of the rest" if kept.into is not None else ""
             lines.append(f"reference {i}: {_tokens(len(kept.index), kept.scores.size)}{how}")
         lines.append(f"total: {_tokens(self.kept, self.total)}, task {self.task}, in {1000 * self.seconds:.1f} ms")
         return "\n".join(lines)
@@ -262,7 +294,12 @@ def select_tokens(
         mass=config.mass,
     )
     firsts = [batch[0] if batch else None for batch in pictures]
-    kept = tuple(Kept(*each) for each in zip(grids, index, scores, labels, firsts, strict=True))
+    into: list[np.ndarray | None] = [None] * count
+    for i, part in enumerate(scores):
+        if config.merge and len(index[i]) < part.size:
+            into[i] = own = merge_rest(part, len(index[i]), config.merge, coverages[i])
+            index[i] = np.unique(own[own >= 0])
+    kept = tuple(Kept(*each) for each in zip(grids, index, scores, labels, firsts, into, strict=True))
     task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(tasks))
     return Selection(kept, task, tuple(coverages), time.perf_counter() - start)
 

@@ -19,6 +19,7 @@ from .cache import ReferenceCache
 from .families import find_family
 from .selection import Selection, SparseContextConfig, score_tokens, select_tokens
 from .selectors import user_mask
+from .tokens import ReferenceTokens
 
 ATTRIBUTE = "_sparse_context"
 
@@ -47,24 +48,25 @@ class SparseContext:
             else:
                 delattr(owner, name)
 
-    def select(
+    def keep(
         self,
+        tokens: ReferenceTokens,
         grids: Sequence[tuple[int, int]],
         picture: Callable[[int, np.ndarray | None], Any],
         shown: Sequence[np.ndarray | None] | None = None,
-    ) -> np.ndarray:
-        """Choose the tokens of one call and remember the selection.
+    ) -> ReferenceTokens:
+        """Choose among the reference tokens of one call, return what is kept of them, and remember the selection.
 
         `grids` is one (rows, columns) per reference; `picture(i, mask)` gives the pixels of reference i as selectors
         want them, with the user's mask (or None) carried through the pipeline's own resize and crop. `shown` tells
-        tokens from padding (`select_tokens`). Returns the joint sorted index, int64.
+        tokens from padding (`select_tokens`).
         """
         start = time.perf_counter()
         pictures = [picture(i, user_mask(self.config.selector, i)) for i in range(len(grids))]
         score = score_tokens if self.cache is None else self.cache.score
         selection = select_tokens(pictures, grids, self.config, shown, score)
         self.selection = replace(selection, seconds=time.perf_counter() - start)  # making the pictures takes time too
-        return self.selection.index
+        return tokens.keep(selection.index, selection.into)
 
 
 def apply_sparse_context(

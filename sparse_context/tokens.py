@@ -34,8 +34,11 @@ class ReferenceTokens:
         """N, the number of tokens of one batch item."""
         return self.latents.shape[1]
 
-    def keep(self, index: np.ndarray | torch.Tensor) -> ReferenceTokens:
+    def keep(self, index: np.ndarray | torch.Tensor, into: np.ndarray | None = None) -> ReferenceTokens:
         """Keep the tokens at `index`, in their order, and drop the others.
+
+        With `into`, int64 (N,), a kept token becomes the mean of all that name it there, itself among them, at its own
+        place; a token that names -1 is in no mean.
 
         `index` is 1-D int64 on the CPU (numpy or torch), strictly increasing, within [0, N), and shared by the batch:
         FLUX transformers read the position ids of the first batch item for all. It is checked on the CPU and then
@@ -59,10 +62,41 @@ class ReferenceTokens:
                 f"The index of kept tokens has {after} after {before}: sort it and name each token once, "
                 "for example with np.unique."
             )
+        if into is not None:
+            self._check_into(index, into)
         if len(index) == len(self):
             return self  # strictly increasing and as long as the tokens: it names them all
         # A plain copy to an accelerator would wait for all that is queued there, the text encoder for one
         places = torch.tensor(index)
-        latents = self.latents.index_select(1, places.to(self.latents.device, non_blocking=True))
+        latents = (
+            self._means(index, into)
+            if into is not None
+            else self.latents.index_select(1, places.to(self.latents.device, non_blocking=True))
+        )
         ids = self.ids.index_select(-2, places.to(self.ids.device, non_blocking=True))
         return ReferenceTokens(latents, ids)
+
+    def _check_into(self, index: np.ndarray, into: np.ndarray) -> None:
+        if into.shape != (len(self),) or into.dtype != np.int64:
+            raise ValueError(
+                f"The tokens to average into have shape {into.shape} and type {into.dtype}: pass int64 ({len(self)},)."
+            )
+        named = np.unique(into[into != -1])
+        if not np.array_equal(named, index) or not np.array_equal(into[index], index):
+            raise ValueError(
+                "The tokens to average into are not the kept ones, each of which names itself: pass "
+                "index=np.unique(into[into >= 0])."
+            )
+
+    def _means(self, index: np.ndarray, into: np.ndarray) -> torch.Tensor:
+        """Latents (B, len(index), C): of each kept token, the mean over the tokens that name it in `into`."""
+        device = self.latents.device
+        order = np.argsort(into, kind="stable")[np.count_nonzero(into == -1) :]  # those of one mean side by side
+        lengths = np.bincount(np.searchsorted(index, into[order]), minlength=len(index))
+        members = self.latents.index_select(1, torch.tensor(order).to(device, non_blocking=True))
+        # Unlike a sum by index this adds in the same order every time, and unchecked it waits for nothing
+        means = torch.segment_reduce(
+            members.float().transpose(0, 1).contiguous(), "mean",
+            lengths=torch.tensor(lengths).to(device, non_blocking=True), axis=0, unsafe=True,
+        )  # fmt: skip
+        return means.transpose(0, 1).to(self.latents.dtype)

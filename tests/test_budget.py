@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sparse_context.budget import check_budget, choose_tokens, keeps_all, rank_tokens
+from sparse_context.budget import check_budget, choose_tokens, keeps_all, merge_rest, rank_tokens
 from sparse_context.selectors import uniform_order
 
 grid = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -314,11 +314,17 @@ def test_a_keep_that_cannot_be_is_refused(keep, message):
         ({"multiple_of": True}, "multiple_of is True"),
         ({"mass": 0}, "mass is 0: pass a share above 0"),
         ({"mass": "all"}, "mass is 'all'"),
+        ({"merge": -0.1}, "merge is -0.1: pass the share of the budget for averages, from 0 to 1"),
+        ({"merge": 1.5}, "merge is 1.5"),
+        ({"merge": "half"}, "merge is 'half'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
-        choose_tokens([np.zeros((4, 4))] * 2, 0.5, **setting)
+        check_budget(0.5, **setting, references=2)
+    if "merge" not in setting:
+        with pytest.raises(ValueError, match=message):
+            choose_tokens([np.zeros((4, 4))] * 2, 0.5, **setting)
 
 
 def test_a_budget_below_one_token_each_is_refused():
@@ -340,3 +346,58 @@ def test_check_budget_judges_no_length_without_references():
     check_budget([0.1, 2, "auto"])
     with pytest.raises(ValueError, match="for 2 references"):
         check_budget([0.1, 2, "auto"], references=2)
+
+
+# The rest, averaged
+
+
+@given(references(most=1), st.floats(0, 1), st.floats(0, 1), coverages, st.data())
+def test_merging_keeps_as_many_tokens_and_names_one_for_each(scores, share, merge, coverage, data):
+    (part,) = scores
+    count = round(share * part.size)
+    padding = data.draw(st.lists(st.integers(0, part.size - 1), max_size=part.size, unique=True))
+    part.ravel()[padding] = -1
+    into = merge_rest(part, count, merge, coverage)
+    named = np.unique(into[into >= 0])
+    assert into.dtype == np.int64 and into.shape == (part.size,)
+    assert len(named) == min(count, part.size - len(padding))
+    assert np.array_equal(into[named], named)  # which stand for themselves
+    assert (into[padding] == -1).all()
+    if count:
+        assert (np.delete(into, padding) >= 0).all()
+
+
+@given(references(most=1), st.floats(0, 1), st.floats(0, 1), coverages)
+def test_what_is_averaged_lies_in_one_block_and_scores_below_what_is_kept(scores, share, merge, coverage):
+    (part,) = scores
+    rows, columns = part.shape
+    count = max(1, round(share * part.size))
+    into = merge_rest(part, count, merge, coverage)
+    tokens, members = np.unique(into, return_counts=True)
+    place = np.argsort(rank_tokens([part], coverage))
+    averaged = tokens[members > 1]
+    sharp = np.setdiff1d(tokens, averaged)
+    rest = np.isin(into, averaged)
+    if rest.any():  # the sharp ones are a prefix of the order, but for blocks of which one token is left
+        assert (place[sharp] < place[rest].min()).sum() >= len(sharp) - (place[sharp] > place[rest].min()).sum()
+    scale = math.sqrt(merge * count / part.size)
+    high = min(max(1, round(rows * scale)), count)
+    wide = min(max(1, round(columns * scale)), count // high)
+    for token in averaged:
+        row, column = np.divmod(np.flatnonzero(into == token), columns)
+        assert np.ptp(row * high // rows) == 0 and np.ptp(column * wide // columns) == 0
+
+
+def test_one_reference_is_merged_like_this():
+    """Two tokens stand out of a 4 x 4 grid; of the budget of 6, two thirds are blocks of 2 x 2."""
+    scores = np.zeros((4, 4), np.float32)
+    scores[0, 0], scores[3, 2] = 1, 0.5
+    assert merge_rest(scores, 6, 2 / 3).reshape(4, 4).tolist() == [
+        [0, 5, 2, 2],
+        [5, 5, 2, 2],
+        [8, 8, 11, 11],
+        [8, 8, 14, 11],
+    ]
+    assert merge_rest(scores, 0, 0.5).tolist() == [-1] * 16
+    assert merge_rest(scores, 1, 0.5).tolist() == [5] * 16  # 5, 6, 9 and 10 are as near to the middle
+    assert np.array_equal(merge_rest(scores, 16, 0.5), np.arange(16))

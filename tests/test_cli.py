@@ -246,6 +246,7 @@ CHOICES = {
     "--task paint": "task is 'paint': choose one of auto, edit, global, subject",
     "--coverage 2": "coverage is 2.0: pass a share from 0 to 1",
     "--coverage nan": "coverage is nan",
+    "--merge 2": "merge is 2.0: pass the share of the budget for averages, from 0 to 1",
     "--share mine": "share is 'mine': choose 'joint' or 'equal'",
     "--floor -1": "floor is -1",
     "--mask {in}/band.png": "has 96x64 pixels but its picture has 64x64; resize the mask",
@@ -624,6 +625,7 @@ def test_each_reference_has_its_own_keep_and_selector(generate):
         "--keep auto --selector uniform": {"kept": [36, 36]},
         "--coverage 0.5": {"coverage": [0.5, 0.5], "selector": ["0.8 saliency + 0.2 edges"] * 2},
         "--task edit": {"coverage": [0.1, 0.1], "selector": ["edges"] * 2},
+        "--keep 0.5 --selector uniform --merge 0.25": {"kept": [32, 32], "averages": [9, 9]},
         "--task subject --coverage 0": {"coverage": [0.0, 0.0], "selector": ["0.8 saliency + 0.2 edges"] * 2},
         "--selector saliency=3,edges=1": {"coverage": [0.0, 0.0], "selector": ["0.75 saliency + 0.25 edges"] * 2},
     }.items(),
@@ -660,7 +662,7 @@ def test_a_mask_is_scaled_with_its_picture(generate):
     """wide.png has 96 x 64 pixels and the model is given 96 x 64; 2000 x 20 becomes 512 x 64, padded."""
     report = generate("--image", "{in}/wide.png", "--mask", "{in}/band.png", "--keep", "24")
     assert report["selection"]["references"] == [
-        {"grid": [8, 12], "kept": 24, "total": 96, "selector": "mask", "coverage": 0.0}
+        {"grid": [8, 12], "kept": 24, "total": 96, "selector": "mask", "coverage": 0.0, "averages": 0}
     ]
     picture(2000, 20).save("wide.png")
     half = Image.new("L", (2000, 20))

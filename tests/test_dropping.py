@@ -50,6 +50,18 @@ def test_equal_seeds_draw_equal_sets_and_others_do_not():
     assert draw_selection(dropping, [PICTURE], [GRID], (0, 5, 0)).index.tolist() == index[0, 5, 0]
 
 
+def test_a_batch_draws_one_of_the_shares_of_averages_and_nothing_else_moves():
+    setting = {"dense": 0.0, "keep_max": 0.6}
+    plain, mixed = draws(400, **setting), draws(400, merge=(0.0, 0.5), **setting)
+    merged = [s for s in mixed if s.into is not None]
+    assert abs(len(merged) / 400 - 0.5) < 3 * np.sqrt(0.25 / 400)
+    assert all(0 < len(s.references[0].averages) for s in merged)
+    assert [s.kept for s in mixed] == [s.kept for s in plain]
+    assert all(
+        np.array_equal(a.references[0].scores, b.references[0].scores) for a, b in zip(plain, mixed, strict=True)
+    )
+
+
 def test_kinds_come_in_the_shares_of_the_mix():
     selections = draws(1000, dense=0.0, keep_max=0.6, mix={"random": 3, "edges": 1, "blobs": 0})
     labels = [s.references[0].selector for s in selections]
@@ -120,6 +132,8 @@ def test_bands_are_one_piece():
         ({"mix": {}}, "no share above 0"),
         ({"coverage": ()}, "coverage is"),
         ({"coverage": (2,)}, r"coverage is \[2\]"),
+        ({"merge": ()}, r"merge is \[\]: pass at least one share"),
+        ({"merge": (0, -1)}, r"merge is \[0, -1\]"),
     ],
 )
 def test_settings_out_of_range_are_named(changes, message):

@@ -102,6 +102,7 @@ def test_the_grid_is_all_tokens_once_and_every_keep_with_every_selector():
     assert cells["auto-100"] == Cell(SparseContextConfig(keep=100))
     more = grid([0.2], ["edges"], tasks=["auto", "edit"], coverages=[None, 0.1], share="joint")
     assert list(more) == [DENSE, "edges-0.2", "edges-0.2-coverage=0.1", "edges-0.2-edit", "edges-0.2-edit-coverage=0.1"]
+    assert list(grid([0.2], merges=[0.0, 0.5])) == [DENSE, "auto-0.2", "auto-0.2-merge=0.5"]
     last = SparseContextConfig(keep=0.2, selector="edges", task="edit", coverage=0.1, share="joint")
     assert more["edges-0.2-edit-coverage=0.1"] == Cell(last)
     with pytest.raises(ValueError, match="keep"):

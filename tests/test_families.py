@@ -102,8 +102,8 @@ def test_d_the_order_of_kept_tokens_does_not_matter(case, pipe, monkeypatch):
     ordered = case.call(pipe, case.references())
     keep = ReferenceTokens.keep
 
-    def keep_shuffled(self, index):
-        kept = keep(self, index)
+    def keep_shuffled(self, *index):
+        kept = keep(self, *index)
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
         return ReferenceTokens(kept.latents[:, order], kept.ids[..., order, :])
 
@@ -147,8 +147,8 @@ def test_e_dropping_is_masking_in_every_block(case, pipe):
 def test_e_the_oracle_sees_wrong_position_ids(case, pipe, monkeypatch):
     keep = ReferenceTokens.keep
 
-    def keep_wrong_ids(self, index):
-        kept = keep(self, index)
+    def keep_wrong_ids(self, *index):
+        kept = keep(self, *index)
         return ReferenceTokens(kept.latents, self.ids[..., : len(kept), :])
 
     monkeypatch.setattr(ReferenceTokens, "keep", keep_wrong_ids)
@@ -178,6 +178,40 @@ def test_f_the_transformer_saw_the_tokens_promised(case, pipe, count):
     index = torch.cat([torch.arange(start), start + torch.from_numpy(selection.index),
                        torch.arange(start + selection.total, whole_tokens)])  # fmt: skip
     assert torch.equal(cut_ids[0], whole_ids[0][index])
+
+
+def embedded_references(case, pipe):
+    """A list that fills with the reference tokens that each forward embeds, and their number to be told later."""
+    transformer = pipe.transformer
+    embedders = getattr(transformer, "x_embedders", None)
+    embedder = embedders["image_cond"] if embedders else getattr(transformer, "x_embedder", None) or transformer.img_in
+    seen = []
+    embedder.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    return seen
+
+
+def test_f_with_merge_the_transformer_saw_the_averages_promised(case, pipe):
+    references = case.references()
+    whole = case.build()
+    dense_ids, sparse_ids = seen_by_transformer(case, whole), seen_by_transformer(case, pipe)
+    dense_tokens, sparse_tokens = embedded_references(case, whole), embedded_references(case, pipe)
+    case.call(whole, references)
+    apply_sparse_context(pipe, keep=KEEP, merge=0.6)
+    case.call(pipe, references)
+    selection = last_selection(pipe)
+    assert selection.kept == sum(int(KEEP * size + 0.5) for size in case.tokens(references))
+    assert all(0 < len(kept.averages) < len(kept.index) for kept in selection.references)
+    total, kept = selection.total, selection.kept
+    before, now = dense_tokens[0], sparse_tokens[0]
+    assert before.shape[1] - now.shape[1] == total - kept
+    before, now = (before[:, :total], now[:, :kept]) if case.references_first else (before[:, -total:], now[:, -kept:])
+    for place, token in enumerate(selection.index):
+        members = before[:, torch.from_numpy(selection.into == token)]
+        assert torch.allclose(now[:, place], members.mean(dim=1), atol=1e-6)
+    # Each stands at the place of one of its members
+    (whole_tokens, whole_ids), (_, ids) = dense_ids[0], sparse_ids[0]
+    start = 0 if case.references_first else whole_tokens - total
+    assert torch.equal(ids[0][start : start + kept], whole_ids[0][start + torch.from_numpy(selection.index)])
 
 
 def test_g_two_pipelines_do_not_affect_each_other(case, pipe, dense):
@@ -462,6 +496,7 @@ SETTINGS = {
     "blend": {"selector": {"saliency": 0.7, "detail": 0.3}, "floor": 3},
     "coverage": {"selector": "edges", "coverage": 0.5, "share": "equal"},
     "task": {"task": "edit", "multiple_of": 4},
+    "merge": {"task": "subject", "merge": 0.5},
     "function": {"selector": lambda image, grid, rng: rng.random(grid, dtype=np.float32)},
 }
 

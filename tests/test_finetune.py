@@ -111,6 +111,10 @@ def test_the_loss_is_that_of_the_velocity_on_the_output_tokens():
     assert velocity.shape == wanted.shape == (1, 64, 8) and len(references) == 64 + 96
     expected = (velocity - wanted).square().mean()
     assert torch.allclose(flow_matching_loss(host, encoded, index, sigma, noise), expected, rtol=1e-5)
+    into = index[np.arange(len(references)) // 3]  # each three in the first of them
+    velocity = host.velocity(noisy, sigma, text, references.keep(index, into))
+    averaged = flow_matching_loss(host, encoded, index, sigma, noise, into=into)
+    assert torch.allclose(averaged, (velocity - wanted).square().mean(), rtol=1e-5) and averaged != expected
 
 
 def test_distillation_meets_the_dense_answer_without_the_adapter():
@@ -306,6 +310,7 @@ def test_a_lora_of_a_run_gives_equal_outputs_in_plain_diffusers(tmp_path):
     with safe_open(result, framework="pt") as file:
         about = json.loads(file.metadata()["sparse_context"])
     assert about["base"] == "tiny" and about["steps"] == 3 and about["keep"] == [0.05, 1.0]
+    assert about["merge"] == [0.0]
     assert about["mix"] == Dropping().mix and about["kv"] is False
     card = (result.parent / "README.md").read_text()
     assert "pipeline_tag: image-to-image" in card and 'base_model: "tiny"' in card

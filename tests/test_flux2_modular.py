@@ -43,13 +43,18 @@ def references():
 def test_the_pipeline_takes_keep(cls, references):
     dense = build_flux2_modular(BLOCKS[cls](), cls)
     built = build_flux2_modular(insert_sparse_context(BLOCKS[cls]()), cls)
-    assert {"keep", "selector", "task", "coverage"} <= set(built.blocks.input_names)
+    assert {"keep", "selector", "task", "coverage", "merge"} <= set(built.blocks.input_names)
     whole = call_flux2_modular(dense, references)
     assert torch.equal(call_flux2_modular(built, references, keep=1.0), whole)
     assert torch.equal(call_flux2_modular(built, []), call_flux2_modular(dense, []))
     # What the step keeps is what apply_sparse_context keeps
     applied = build_flux2_modular(BLOCKS[cls](), cls)
-    for settings in ({}, {"keep": 0.3}, {"keep": [4, 5, 6], "selector": "edges", "coverage": 0.2}, {"task": "edit"}):
+    for settings in (
+        {},
+        {"keep": 0.3},
+        {"keep": [4, 5, 6], "selector": "edges", "coverage": 0.2},
+        {"task": "edit", "merge": 0.5},
+    ):
         apply_sparse_context(applied, **settings)
         expected = call_flux2_modular(applied, references)
         assert torch.equal(call_flux2_modular(built, references, **settings), expected)

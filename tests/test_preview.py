@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -130,6 +132,24 @@ def test_a_frame_stays_within_its_token_and_is_not_drawn_between_kept_ones():
     assert framed[8:16, 16:32].sum() == 2 * (16 + 8) - 4
     assert framed.sum() == framed[8:16, 16:32].sum()
     assert not framed[9:15, 17:31].any()
+
+
+def test_where_a_mean_is_kept_its_tokens_show_their_mean_colour():
+    plain = kept([8, 10])
+    plain.picture[:8, :8] = (250, 30, 40)
+    into = np.full(24, -1)
+    into[[0, 1, 2, 10]], into[8] = 10, 8  # one mean of four, and one token as it is
+    drawn = np.asarray(draw_kept(plain.picture, replace(plain, into=into)))
+    mean = (np.array((250, 30, 40)) + 3 * np.array((10, 90, 200))) // 4
+    for token in range(24):
+        row, column = divmod(token, 6)
+        cell = drawn[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8].reshape(-1, 3)
+        if token in (0, 1, 2, 10):
+            assert (cell == mean).all()
+        elif token == 8:
+            assert set(map(tuple, cell.tolist())) == {(10, 90, 200), FRAME}
+        else:
+            assert np.ptp(cell) == 0
 
 
 def test_all_kept_is_the_picture_itself_and_none_kept_has_no_frame():

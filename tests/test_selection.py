@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_context.budget import merge_rest, rank_tokens
 from sparse_context.selection import SparseContextConfig, score_tokens, select_tokens, task_defaults
 from sparse_context.selectors import SELECTORS, mask, uniform_order
 
@@ -100,7 +101,43 @@ def test_a_selection_reports_what_it_kept():
         "total": 32,
         "selector": "detail",
         "coverage": 0.0,
+        "averages": 0,
     }
+
+
+def test_merging_spends_a_share_of_the_budget_on_averages_of_the_rest():
+    images, grids = [noise(), noise(1)[:, :32]], [GRID, (8, 4)]
+    plain = select_tokens(images, grids, Config(keep=0.5, selector="detail"))
+    merged = select_tokens(images, grids, Config(keep=0.5, selector="detail", merge=0.25))
+    assert plain.into is None and all(len(kept.averages) == 0 for kept in plain.references)
+    assert np.array_equal(plain.references[0].stands_for, np.where(plain.references[0].mask.ravel(), np.arange(64), -1))
+    assert [len(kept.index) for kept in merged.references] == [len(kept.index) for kept in plain.references] == [32, 16]
+    for before, after in zip(plain.references, merged.references, strict=True):
+        assert np.array_equal(after.into, merge_rest(after.scores, len(after.index), 0.25))
+        assert np.array_equal(after.index, np.unique(after.into))
+        assert 0 < len(after.averages) < len(after.index)
+        assert np.isin(rank_tokens([after.scores])[:8], after.index).all() and not np.array_equal(
+            after.index, before.index
+        )
+    assert np.array_equal(merged.into, np.concatenate([merged.references[0].into, merged.references[1].into + 64]))
+    assert np.array_equal(np.unique(merged.into), merged.index)
+    first = str(merged).splitlines()[0]
+    averages = len(merged.references[0].averages)
+    assert first == f"reference 1: 32 of 64 tokens (50 %) by detail, {averages} of them averages of the rest"
+    assert merged.to_dict()["references"][0]["averages"] == averages
+
+
+def test_merging_leaves_whole_references_and_padding_alone():
+    shown = [None, np.arange(64).reshape(8, 8) % 8 < 5]
+    selection = select_tokens([noise()] * 2, [GRID] * 2, Config(keep=[1.0, 0.25], merge=0.5), shown)
+    whole, padded = selection.references
+    assert whole.into is None and np.array_equal(whole.index, np.arange(64))
+    assert (padded.into[~shown[1].ravel()] == -1).all() and (padded.into[shown[1].ravel()] >= 0).all()
+    assert np.array_equal(
+        selection.into, np.concatenate([np.arange(64), np.where(padded.into < 0, -1, padded.into + 64)])
+    )
+    none_left = select_tokens([noise(), flat()], [GRID] * 2, Config(keep=2, share="joint", floor=0, merge=1.0))
+    assert none_left.kept == 2
 
 
 def test_a_selection_prints_as_a_short_table():

@@ -38,6 +38,43 @@ def test_gradients_reach_the_kept_latents_only():
     assert latents.grad[0, :, 0].tolist() == [0, 1, 0, 1]
 
 
+def test_tokens_are_averaged_into_the_ones_they_name(tokens):
+    kept = tokens.keep(np.array([1, 2, 5]), np.array([1, 1, 2, 1, -1, 5]))
+    first, second, third = kept.latents.unbind(1)
+    assert torch.equal(first, tokens.latents[:, [0, 1, 3]].mean(dim=1))
+    assert torch.equal(second, tokens.latents[:, 2]) and torch.equal(third, tokens.latents[:, 5])
+    assert torch.equal(kept.ids, tokens.ids[..., [1, 2, 5], :])
+    assert torch.equal(tokens.keep(np.array([3]), np.full(6, 3)).latents[:, 0], tokens.latents.mean(dim=1))
+    plain = tokens.keep(np.array([1, 2]), np.array([-1, 1, 2, -1, -1, -1]))
+    assert torch.equal(plain.latents, tokens.keep(np.array([1, 2])).latents)
+    assert len(tokens.keep(np.zeros(0, np.int64), np.full(6, -1))) == 0
+    assert tokens.keep(np.arange(6), np.arange(6)) is tokens
+
+
+def test_means_are_taken_in_float32_and_keep_the_type_and_the_gradient():
+    latents = torch.tensor([[[256.0], [1.0], [1.0], [1.0]]], dtype=torch.bfloat16, requires_grad=True)
+    kept = ReferenceTokens(latents, torch.zeros(4, 3)).keep(np.array([0, 2]), np.array([0, 0, 2, 0]))
+    assert kept.latents.dtype == torch.bfloat16
+    assert kept.latents.flatten().tolist() == [86.0, 1.0]  # 258 / 3; in bfloat16, 256 + 1 is 256
+    kept.latents.float().sum().backward()
+    assert torch.allclose(latents.grad.flatten().float(), torch.tensor([1 / 3, 1 / 3, 1, 1 / 3]), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("into", "message"),
+    [
+        (np.array([0, 0, 2]), r"have shape \(3,\) and type int64: pass int64 \(6,\)"),
+        (np.zeros(6), "type float64: pass int64"),
+        (np.array([0, 0, 2, 2, 2, 3]), "each of which names itself"),
+        (np.array([0, 0, 2, 2, 0, 0]), "are not the kept ones"),
+        (np.array([3, 0, 2, 0, 2, 2]), "are not the kept ones"),
+    ],
+)
+def test_wrong_tokens_to_average_into_are_refused(tokens, into, message):
+    with pytest.raises(ValueError, match=message):
+        tokens.keep(np.array([0, 2, 3]), into)
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [

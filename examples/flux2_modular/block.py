@@ -6,4 +6,4 @@ from sparse_context.families import flux2_modular
 
 
 class SparseContextStep(flux2_modular.SparseContextStep, ModularPipelineBlocks):
-    """Insert behind `prepare_image_latents`; the pipeline then takes `keep`, `selector`, `task` and `coverage`."""
+    """Insert behind `prepare_image_latents`; then a call takes `keep`, `selector`, `task`, `coverage` and `merge`."""

@@ -18,10 +18,10 @@ GROUPS_A_ROW = 3
 def lines_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """The cells but the dense one, by what they share beside keep: {line: [cell, ...]}, most tokens first.
 
-    cells: `config["cells"]` of a result. A line goes by its selector, and by task and coverage where these
-    differ and were set.
+    cells: `config["cells"]` of a result. A line goes by its selector, and by task, coverage and merge where
+    these differ and were set.
     """
-    fields = ("selector", "task", "coverage", "share", "floor")
+    fields = ("selector", "task", "coverage", "merge", "share", "floor")
     settings = {name: tuple(str(cell.get(f)) for f in fields) for name, cell in cells.items() if name != DENSE}
     telling = [i for i in range(len(fields)) if i == 0 or len({s[i] for s in settings.values()}) > 1]
     lines: dict[str, list[str]] = {}

@@ -53,7 +53,7 @@ def attach(pipe: Any, context: "SparseContext") -> None:
             pixels, rows = seen[i]
             return None if pixels.shape[1] == channels else pictures.show(pixels, mask, i, rows)
 
-        kept = tokens.keep(context.select(grids, picture))
+        kept = context.keep(tokens, grids, picture)
         return kept.latents, kept.ids
 
     context.override(pipe, "check_inputs", start_call)

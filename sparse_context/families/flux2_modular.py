@@ -53,8 +53,8 @@ def insert_sparse_context(blocks: Any) -> Any:
 class SparseContextStep(ModularPipelineBlocks):
     """A block for behind the one that makes `image_latent_ids`: keeps the reference tokens that matter, drops the rest.
 
-    The pipeline then takes `keep`, `selector`, `task` and `coverage` (see `SparseContextConfig`) as inputs, and leaves
-    what was kept in its state as `selection`.
+    A call then takes `keep`, `selector`, `task`, `coverage` and `merge` (see `SparseContextConfig`), and leaves what
+    was kept in the state as `selection`.
     """
 
     model_name = "flux2"
@@ -76,6 +76,7 @@ class SparseContextStep(ModularPipelineBlocks):
                 "task", default=default.task, type_hint=str, description="'edit', 'global', 'subject' or 'auto'."
             ),
             InputParam("coverage", type_hint=float, description="Share of the kept tokens that is spread evenly."),
+            InputParam("merge", default=default.merge, description="Share of the kept tokens that are averages."),
             InputParam("image", description="The references, for masks and alpha channels."),
             InputParam("condition_images", type_hint=list[torch.Tensor], description="Their pixels, preprocessed."),
             InputParam("image_latents", type_hint=torch.Tensor, description="Packed reference tokens (B, N, C)."),
@@ -91,7 +92,7 @@ class SparseContextStep(ModularPipelineBlocks):
         ]
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        given = {name: state.get(name) for name in ("keep", "selector", "task", "coverage")}
+        given = {name: state.get(name) for name in ("keep", "selector", "task", "coverage", "merge")}
         config = SparseContextConfig(**{name: value for name, value in given.items() if value is not None})
         context = SparseContext(config)
         if state.get("image_latent_ids") is not None:
@@ -122,7 +123,7 @@ def _keep_essentials(components: Any, state: PipelineState, context: SparseConte
         Flux2ProcessImagesInputStep()(components, own)  # the same scaling and crop as the picture had
         return np.concatenate([seen, to_uint8(own.condition_images[0])[0, ..., :1]], axis=-1)
 
-    kept = tokens.keep(context.select(_grids(tokens.ids), picture))
+    kept = context.keep(tokens, _grids(tokens.ids), picture)
     state.set("image_latents", kept.latents)
     state.set("image_latent_ids", kept.ids)
 

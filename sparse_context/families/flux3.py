@@ -41,7 +41,7 @@ def attach(pipe: Any, context: "SparseContext") -> None:
             _, canvas = pipe.image_processor.preprocess(images[0], resize_mode=resize_mode)
             shown = [_overlaps(canvas["reference_crop"], grids[0], pixels[0].shape[-2] // grids[0][0])]
         tokens = ReferenceTokens(state.image_cond_hidden_states, state.image_cond_ids)
-        kept = tokens.keep(context.select(grids, picture, shown))
+        kept = context.keep(tokens, grids, picture, shown)
         state.set("image_cond_hidden_states", kept.latents)
         state.set("image_cond_ids", kept.ids)
 

@@ -30,7 +30,7 @@ def attach(pipe: Any, context: "SparseContext") -> None:
         def picture(i: int, mask: np.ndarray | None) -> list[np.ndarray] | None:
             return None if is_latents else pictures.show(image, mask, i)
 
-        kept = ReferenceTokens(latents, ids).keep(context.select([grid], picture))
+        kept = context.keep(ReferenceTokens(latents, ids), [grid], picture)
         return kept.latents, kept.ids
 
     def keep_essentials(*args, **kwargs):

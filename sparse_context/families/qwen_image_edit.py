@@ -49,9 +49,8 @@ def attach(pipe: Any, context: "SparseContext") -> None:
         prepared = prepare_latents(*args, **kwargs)
         side = 2 * pipe.vae_scale_factor
         grids = [(pixels.shape[2] // side, pixels.shape[3] // side) for pixels in seen]
-        index = context.select(grids, lambda i, mask: pictures.show(seen[i], mask, i))
-        rows = torch.arange(prepared[-1].shape[1])[:, None]
-        kept = ReferenceTokens(prepared[-1], rows).keep(index)
+        tokens = ReferenceTokens(prepared[-1], torch.arange(prepared[-1].shape[1])[:, None])
+        kept = context.keep(tokens, grids, lambda i, mask: pictures.show(seen[i], mask, i))
         shapes = [(1, *grid) for grid in grids]
         seen.clear()
         return prepared

@@ -102,6 +102,7 @@ def sparse(
     preservation: Annotated[float | None, typer.Option(min=0)] = None,
     random_only: Annotated[bool, typer.Option("--random-only", help="No clustered sets in the drop mix.")] = False,
     coverage: Annotated[list[float] | None, typer.Option(help="Repeat it; batches draw one.")] = None,
+    merge: Annotated[list[float] | None, typer.Option(help="The same for shares of averages.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="The control: every batch keeps all tokens.")] = False,
     seed: int = 0,
     model: Annotated[str | None, typer.Option(help="Start from this folder, not the shipped weights.")] = None,
@@ -110,7 +111,7 @@ def sparse(
     from .sparse import choose, train_sparse
 
     config = choose(
-        full, kv, steps, rank, learning_rate, distillation, random_only, coverage, dense, seed, preservation
+        full, kv, steps, rank, learning_rate, distillation, random_only, coverage, dense, seed, preservation, merge
     )
     result = train_sparse(folder, config, name=name, batch=batch, model=model, workers=workers, stop_after=stop_after)
     print(f"wrote {result}")

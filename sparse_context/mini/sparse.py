@@ -29,7 +29,7 @@ from .scenes import Scene, make_scene
 LORA = FinetuneConfig(
     rank=64,
     lora_alpha=64,
-    dropping=Dropping(dense=0.3),
+    dropping=Dropping(dense=0.3, merge=(0.0, 0.5)),
     preservation=30.0,
     focus=BaseConfig().focus,
     weighting_scheme="none",
@@ -142,6 +142,7 @@ def export_adapter(folder: Path, destination: Path = ADAPTER, scale: float = 1.0
 def choose(
     full: bool, kv: bool, steps: int | None, rank: int | None, learning_rate: float | None, distillation: float,
     random_only: bool, coverage: Sequence[float] | None, dense: bool, seed: int, preservation: float | None = None,
+    merge: Sequence[float] | None = None,
 ) -> FinetuneConfig:  # fmt: skip
     """A config from the few settings that the experiments vary; None leaves the recipe's own."""
     config = FULL if full else LORA
@@ -149,6 +150,7 @@ def choose(
     dropping = Dropping(
         mix={"random": 1.0} if random_only else config.dropping.mix,
         coverage=tuple(coverage) if coverage else config.dropping.coverage,
+        merge=tuple(merge) if merge else config.dropping.merge,
         dense=1.0 if dense else config.dropping.dense,
     )
     return replace(

@@ -88,6 +88,7 @@ class Dropping:
     keep_min, keep_max: the range of the keep ratio, in (0, 1]; it is log-uniform, and each reference draws its own.
     dense: the share of batches, in [0, 1], that keep all tokens. mix: the share of each kind of `KINDS` among the
     others, any numbers of 0 or more. coverage: shares of evenly spread tokens, in [0, 1], of which a batch draws one.
+    merge: the same for shares of averages, each as in `SparseContextConfig`.
     """
 
     keep_min: float = 0.05
@@ -95,6 +96,7 @@ class Dropping:
     dense: float = 0.1
     mix: Mapping[str, float] = field(default_factory=lambda: dict(MIX))
     coverage: Sequence[float] = (0.0, 0.1)
+    merge: Sequence[float] = (0.0,)
 
     def __post_init__(self) -> None:
         if not 0 < self.keep_min <= self.keep_max <= 1:
@@ -111,8 +113,10 @@ class Dropping:
                 raise ValueError(f"The share of {kind!r} in the drop mix is {share!r}: pass a number of 0 or more.")
         if not sum(self.mix.values()) > 0:
             raise ValueError("The drop mix holds no share above 0: name at least one kind, such as random=1.")
-        if not len(self.coverage) or not all(0 <= share <= 1 for share in self.coverage):
-            raise ValueError(f"coverage is {list(self.coverage)!r}: pass at least one share, each from 0 to 1.")
+        for name in ("coverage", "merge"):
+            shares = getattr(self, name)
+            if not len(shares) or not all(0 <= share <= 1 for share in shares):
+                raise ValueError(f"{name} is {list(shares)!r}: pass at least one share, each from 0 to 1.")
 
 
 def draw_selection(
@@ -139,11 +143,13 @@ def draw_selection(
     ratios = np.exp(rng.uniform(low, high, len(grids))).clip(dropping.keep_min, dropping.keep_max)
     seed_of_selection = int(rng.integers(2**31))
     drawn = rng.random()
+    merge = float(rng.choice(np.asarray(dropping.merge, float)))
     pictures = [each[int(drawn * len(each))] if isinstance(each, Sequence) and each else each for each in pictures]
     config = SparseContextConfig(
         keep=1.0 if dense else [float(ratio) for ratio in ratios],
         selector=_named(kind),
         coverage=0.0 if kind in ("random", "uniform") else coverage,
+        merge=merge,
         seed=seed_of_selection,
     )
     return select_tokens(pictures, grids, config)

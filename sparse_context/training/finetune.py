@@ -233,8 +233,10 @@ def flow_matching_loss(
     distillation: float = 0.0,
     focus: float = 0.0,
     preservation: float = 0.0,
+    into: np.ndarray | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others.
+    `into`: as `ReferenceTokens.keep` takes it.
 
     sigma: (B,). noise: as `encoded.target`. The velocity to be met is noise - target; a share `distillation` of the
     loss meets the dense prediction without the adapter instead. A token counts 1 + `focus` * its `encoded.mask` times.
@@ -250,7 +252,7 @@ def flow_matching_loss(
     if distillation or preserves:
         with torch.no_grad(), without_adapter(host.transformer):
             teacher = host.velocity(noisy, sigma, encoded.text, references, teacher=True).float()
-    velocity = host.velocity(noisy, sigma, encoded.text, references.keep(index)).float()
+    velocity = host.velocity(noisy, sigma, encoded.text, references.keep(index, into)).float()
     if teacher is not None and preserves:
         return preservation * (velocity - teacher).square().mean()
     error = (velocity - wanted).square().mean(-1)
@@ -289,7 +291,7 @@ def make_loss(
     """
     shift = host.shift if config.shift is None else config.shift
 
-    def prepare(number: int) -> tuple[Prepared, np.ndarray, int]:
+    def prepare(number: int) -> tuple[Prepared, np.ndarray, np.ndarray | None, int]:
         examples = batches(number * ranks + rank)
         rng = np.random.default_rng([config.seed, 2, number, rank])
         emptied = rng.random(len(examples)) < config.caption_dropout
@@ -297,12 +299,12 @@ def make_loss(
         batch = prepare_batch(host, examples, prompts)
         seed = [config.seed, 3, number, rank]
         selection = draw_selection(config.dropping, batch.pictures, batch.grids(host.token), seed)
-        return batch._replace(pictures=[]), selection.index, int(rng.integers(2**62))
+        return batch._replace(pictures=[]), selection.index, selection.into, int(rng.integers(2**62))
 
     ahead = Ahead(prepare, workers)
 
     def loss(number: int) -> torch.Tensor:
-        batch, index, seed = ahead(number)
+        batch, index, into, seed = ahead(number)
         encoded = encode(host, batch, latent_cache, text_cache)
         device = encoded.target.device
         generator = torch.Generator().manual_seed(seed)
@@ -312,7 +314,7 @@ def make_loss(
         plain = config.gradient_checkpointing or device.type != "cpu"
         with autocast(), contextlib.nullcontext() if plain else MatmulAttention():
             return flow_matching_loss(host, encoded, index, sigma, noise, config.distillation, config.focus,
-                                      config.preservation)  # fmt: skip
+                                      config.preservation, into)  # fmt: skip
 
     return loss
 
@@ -578,6 +580,7 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
         "dense": dropping["dense"],
         "mix": dropping["mix"],
         "coverage": dropping["coverage"],
+        "merge": dropping["merge"],
         "preservation": record["preservation"],
         "kv": record["kv"],
         "version": record["version"],
@@ -667,6 +670,7 @@ apply_sparse_context(pipe, keep=0.2)
 | batches with all tokens | {dropping["dense"]:g} |
 | drop mix | {mix} |
 | evenly spread share | one of {", ".join(f"{c:g}" for c in dropping["coverage"])} |
+| share of averages | one of {", ".join(f"{c:g}" for c in dropping["merge"])} |
 | learning rate | {record["learning_rate"]:g}, {record["lr_scheduler"]} |
 | distillation | {record["distillation"]:g} |
 | preservation | {record["preservation"]:g} |
