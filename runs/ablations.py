@@ -22,7 +22,6 @@ from sparse_context.mini import adapter_record
 from sparse_context.mini.data import load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
-from sparse_context.selection import task_defaults
 from sparse_context.training.finetune import LORA_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,8 +39,8 @@ def main() -> None:
 
     assets = load_assets(arguments.checkpoints / "assets.safetensors").split("validation")
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED["validation"])
-    selectors = ("random", "uniform", "edges", "saliency", task_defaults("subject", 1)[0], "mask")
-    cells = grid((1.0, arguments.keep), selectors)
+    cells = grid((1.0, arguments.keep), ("random", "uniform", "edges", "saliency", "mask"))
+    cells |= grid((1.0, arguments.keep), merges=(0.0, 0.3, 0.5))  # what the tasks choose themselves
     metrics = find_metrics(["psnr"])
 
     def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:

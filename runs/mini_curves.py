@@ -1,9 +1,10 @@
 """The embedded model's quality against the tokens kept: subjects, edits and global edits apart, on held-out scenes.
 
-256 scenes at keep 1, 0.2 and 0.1 and the first 64 of them at the other keeps, for six selectors, and for edges with a
-tenth of the tokens spread evenly; `mask` knows where the object is, which makes it the ceiling. `recognised` is that of
-base_quality.py: the share of a scene's objects that are nearest to themselves among 64 candidates. Stopped at any
-point, it goes on there. Settings are chosen on "validation"; "test" is run once for the published table.
+256 scenes at keep 1, 0.2 and 0.1 and the first 64 of them at the other keeps, for five selectors, for what each task
+chooses itself, and for that with half of the budget spent on averages of the rest; `mask` knows where the object is,
+which makes it the ceiling. `recognised` is that of base_quality.py: the share of a scene's objects that are nearest to
+themselves among 64 candidates. Stopped at any point, it goes on there. Settings are chosen on "validation"; "test" is
+run once for the published table.
 
     python runs/mini_curves.py --split test --lora none --output results/mini_curves_base.json
     python runs/mini_curves.py --split test --base results/mini_curves_base.json
@@ -35,13 +36,12 @@ from sparse_context.mini import ADAPTER
 from sparse_context.mini.data import SPLITS, load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
-from sparse_context.selection import task_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
-SUBJECTS = task_defaults("subject", 1)[0]
-SELECTORS = ("random", "uniform", "edges", "saliency", SUBJECTS, "mask")
+SELECTORS = ("random", "uniform", "edges", "saliency", "mask")
+MERGES = (0.0, 0.5)  # beside what the tasks choose themselves
 MANY, FEW = (1.0, 0.2, 0.1), (0.5, 0.3, 0.15, 0.05)
-SHEET = tuple(name for name in grid((0.5, 0.2, 0.1), [SUBJECTS]) if name != DENSE)
+SHEET = tuple(name for name in grid((0.5, 0.2, 0.1), merges=MERGES[1:]) if name != DENSE)
 
 
 def working_folder(output: Path, split: str) -> Path:
@@ -116,7 +116,7 @@ def main() -> None:
     make = maker(pipe, steps=arguments.steps, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
     limits = dict.fromkeys(MANY, arguments.scenes) | dict.fromkeys(FEW, arguments.few)
     keeps = sorted(limits, reverse=True)
-    cells = grid(keeps, SELECTORS, limits=limits) | grid(keeps, ["edges"], coverages=[0.1], limits=limits)
+    cells = grid(keeps, SELECTORS, limits=limits) | grid(keeps, merges=MERGES, limits=limits)
     own = arguments.model is None and arguments.lora is None
     if own and not ADAPTER.is_file():
         sys.exit(

@@ -66,13 +66,15 @@ def main() -> None:
     pipe = load_pipeline(lora=arguments.lora)
     pipe.set_progress_bar_config(disable=True)
     own = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
-    ways = {"sparse": (own, "equal"), "sparse, one joint ranking": (own, "joint")}
-    ways |= {method: (peer_maker(pipe, method), "joint") for method in PEERS}  # to which a share means nothing
+    ways = {"sparse": (own, "equal", 0.0), "sparse, half averages": (own, "equal", 0.5)}
+    ways |= {"sparse, one joint ranking": (own, "joint", 0.0)}
+    ways |= {method: (peer_maker(pipe, method), "joint", 0.0) for method in PEERS}  # to which these mean nothing
     folder = arguments.folder or ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
     about = {"split": arguments.split, "lora": arguments.lora or "the package's own", "weights": fingerprint(pipe)}
     rows = {}
-    for method, (make, share) in ways.items():
-        cells = grid([1.0, *arguments.keeps], share=share)
+    for method, (make, share, merge) in ways.items():
+        cells = {name.removesuffix(f"-merge={merge:g}"): cell
+                 for name, cell in grid([1.0, *arguments.keeps], merges=[merge], share=share).items()}  # fmt: skip
         evaluate(make, samples, cells, find_metrics(["psnr"]), folder / method, about=about | {"method": method})
         for cell in cells:
             file = folder / method / "cells" / f"{cell}.json"

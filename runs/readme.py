@@ -283,11 +283,11 @@ CURVES = {
 """The groups of runs/mini_curves.py: the score that counts there, and the task whose own choice is shown."""
 
 
-def _line(selector: str | Mapping[str, float], coverage: float | None) -> str:
-    """As the cells of a result name their selector; a blend by its weights."""
-    if not isinstance(selector, str):
-        selector = ",".join(f"{part}={share:g}" for part, share in selector.items())
-    return selector + (f", {coverage:.0%} spread".replace("%", " %") if coverage else "")
+def _line(cell: dict) -> str:
+    """What a cell of a result has in common with those of other keeps."""
+    name = "the task's own" if cell["selector"] == "auto" else cell["selector"]
+    name += f", {cell['coverage']:.0%} spread".replace("%", " %") if cell["coverage"] else ""
+    return name + (f", {cell['merge']:.0%} averages".replace("%", " %") if cell.get("merge") else "")
 
 
 def _curve_cells(result: dict) -> dict[str, dict[float, str]]:
@@ -295,7 +295,7 @@ def _curve_cells(result: dict) -> dict[str, dict[float, str]]:
     lines: dict[str, dict[float, str]] = {}
     for name, cell in result["config"]["cells"].items():
         if name != "dense":
-            lines.setdefault(_line(cell["selector"], cell["coverage"]), {})[cell["keep"]] = name
+            lines.setdefault(_line(cell), {})[cell["keep"]] = name
     return lines
 
 

@@ -6,6 +6,7 @@ FOLDER=${FOLDER:-checkpoints}
 train() { python -m sparse_context.mini sparse --folder "$FOLDER" --name "$@"; }
 
 train sparse                                # LoRA, the whole mix
+train sparse-dropped --merge 0              # no averages among the kept tokens
 train sparse-random --random-only           # the paper's random dropping alone
 train sparse-free --preservation 0          # batches with all tokens are trained on like the others
 train sparse-full --full                    # all weights

@@ -66,14 +66,12 @@ class ReferenceTokens:
             self._check_into(index, into)
         if len(index) == len(self):
             return self  # strictly increasing and as long as the tokens: it names them all
-        # A plain copy to an accelerator would wait for all that is queued there, the text encoder for one
-        places = torch.tensor(index)
-        latents = (
-            self._means(index, into)
-            if into is not None
-            else self.latents.index_select(1, places.to(self.latents.device, non_blocking=True))
-        )
-        ids = self.ids.index_select(-2, places.to(self.ids.device, non_blocking=True))
+        latents = self.latents.index_select(1, self._there(index))
+        if into is not None:
+            averages = np.flatnonzero(np.bincount(into[into >= 0], minlength=len(self))[index] > 1)
+            if len(averages):
+                latents = latents.index_copy(1, self._there(averages), self._means(index[averages], into))
+        ids = self.ids.index_select(-2, torch.tensor(index).to(self.ids.device, non_blocking=True))
         return ReferenceTokens(latents, ids)
 
     def _check_into(self, index: np.ndarray, into: np.ndarray) -> None:
@@ -88,15 +86,21 @@ class ReferenceTokens:
                 "index=np.unique(into[into >= 0])."
             )
 
-    def _means(self, index: np.ndarray, into: np.ndarray) -> torch.Tensor:
-        """Latents (B, len(index), C): of each kept token, the mean over the tokens that name it in `into`."""
-        device = self.latents.device
-        order = np.argsort(into, kind="stable")[np.count_nonzero(into == -1) :]  # those of one mean side by side
-        lengths = np.bincount(np.searchsorted(index, into[order]), minlength=len(index))
-        members = self.latents.index_select(1, torch.tensor(order).to(device, non_blocking=True))
-        # Unlike a sum by index this adds in the same order every time, and unchecked it waits for nothing
-        means = torch.segment_reduce(
-            members.float().transpose(0, 1).contiguous(), "mean",
-            lengths=torch.tensor(lengths).to(device, non_blocking=True), axis=0, unsafe=True,
-        )  # fmt: skip
-        return means.transpose(0, 1).to(self.latents.dtype)
+    def _means(self, tokens: np.ndarray, into: np.ndarray) -> torch.Tensor:
+        """Latents (B, len(tokens), C): of each of `tokens` the mean over all that name it in `into`.
+
+        By a table of members, which adds in the same order every time: a sum by index does not, on an accelerator.
+        """
+        members = np.flatnonzero(np.isin(into, tokens))
+        members = members[np.argsort(into[members], kind="stable")]  # those of one mean side by side
+        counts = np.bincount(np.searchsorted(tokens, into[members]), minlength=len(tokens))
+        real = np.arange(counts.max()) < counts[:, None]
+        table = np.zeros(real.shape, np.int64)
+        table[real] = members
+        values = self.latents.index_select(1, self._there(table.ravel())).float()
+        values = values.unflatten(1, table.shape) * self._there(real)[..., None]
+        return (values.sum(2) / self._there(counts)[:, None]).to(self.latents.dtype)
+
+    def _there(self, array: np.ndarray) -> torch.Tensor:
+        """On the device of the latents; a plain copy would wait for all that is queued there, such as text encoding."""
+        return torch.tensor(array).to(self.latents.device, non_blocking=True)
