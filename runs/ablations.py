@@ -39,8 +39,8 @@ def main() -> None:
 
     assets = load_assets(arguments.checkpoints / "assets.safetensors").split("validation")
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED["validation"])
-    cells = grid((1.0, arguments.keep), ("random", "uniform", "edges", "saliency", "mask"))
-    cells |= grid((1.0, arguments.keep), merges=(0.0, 0.3, 0.5))  # what the tasks choose themselves
+    cells = grid((1.0, arguments.keep), ("random", "uniform", "edges", "saliency", "subject", "mask"))
+    cells |= grid((1.0, arguments.keep), merges=(0.0, 0.3))  # what the tasks choose themselves
     metrics = find_metrics(["psnr"])
 
     def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:

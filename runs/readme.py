@@ -283,9 +283,13 @@ CURVES = {
 """The groups of runs/mini_curves.py: the score that counts there, and the task whose own choice is shown."""
 
 
+OWN = "the task's own"
+OWN_MERGED = OWN + ", 50 % averages"
+
+
 def _line(cell: dict) -> str:
     """What a cell of a result has in common with those of other keeps."""
-    name = "the task's own" if cell["selector"] == "auto" else cell["selector"]
+    name = OWN if cell["selector"] == "auto" else cell["selector"]
     name += f", {cell['coverage']:.0%} spread".replace("%", " %") if cell["coverage"] else ""
     return name + (f", {cell['merge']:.0%} averages".replace("%", " %") if cell.get("merge") else "")
 
@@ -351,15 +355,19 @@ def curves_short() -> str:
     if (ROOT / "results" / "mini_curves.json").exists():
         arms["fine-tuned"] = _read("mini_curves")["figures"]["to the dense base"]
     lines = _curve_cells(before)
-    rows = ["| weights | task | by | all tokens | keep 0.5 | 0.2 | 0.1 | 0.1, at random |", "|" + "---|" * 8]
+    rows = ["| weights | task | by | the rest | all tokens | keep 0.5 | 0.2 | 0.1 | 0.1, at random |", "|" + "---|" * 9]
     for arm, groups in arms.items():
         for group, (score, task) in CURVES.items():
-            line, cells = _line(*task_defaults(task, 1)), groups[group]
+            cells = groups[group]
             full = f"{cells['dense']['scores'][score]['mean']:.1f} dB"
-            kept = [lines[line][0.5], lines[line][0.2], lines[line][0.1], lines["random"][0.1]]
-            row = [arm, group, line, _difference(cells, "all tokens", score, interval=False) or full]
-            row += [_difference(cells, name, score, interval=False) for name in kept]
-            rows.append("| " + " | ".join(row) + " |")
+            selector, coverage = task_defaults(task, 1)
+            by = selector if isinstance(selector, str) else ",".join(f"{name}={w:g}" for name, w in selector.items())
+            by += f", {coverage:.0%} spread".replace("%", " %") if coverage else ""
+            for line, rest in ((OWN, "dropped"), (OWN_MERGED, "averaged")):
+                kept = [lines[line][0.5], lines[line][0.2], lines[line][0.1], lines["random"][0.1]]
+                row = [arm, group, by, rest, _difference(cells, "all tokens", score, interval=False) or full]
+                row += [_difference(cells, name, score, interval=False) for name in kept]
+                rows.append("| " + " | ".join(row) + " |")
     scenes = before["figures"]["groups"]["all"]["dense"]["samples"]
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR against the dense base with all tokens (subjects and edits: inside the object), on the "

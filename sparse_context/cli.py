@@ -34,7 +34,7 @@ Keep = Annotated[
 Selector = Annotated[
     list[str] | None,
     typer.Option(
-        help="auto, a name (random, uniform, edges, detail, saliency, contrast, mask) or a blend "
+        help="auto, a name (random, uniform, edges, detail, saliency, subject, contrast, mask) or a blend "
         "(saliency=0.7,edges=0.3); repeat it for one per reference.",
         show_default="auto",
     ),

@@ -28,8 +28,8 @@ def task_defaults(task: str, references: int) -> tuple[str | dict[str, float], f
       selector alone leaves flat regions blind (the paper's own limitation; arXiv 2606.23682).
     - "global", an edit of the whole picture, such as a colour tone or a style: tokens spread evenly, since every region
       is asked for. No selector knows better, and few tokens break such an edit; keep="auto" keeps more than half.
-    - "subject", a subject put into a new scene: saliency, and nothing for the background. Edges count a fifth: what
-      saliency misses of a subject is often a part with an outline of its own, and what it ranks first is often smooth.
+    - "subject", a subject put into a new scene: the selector of that name, saliency with the subject's outline and rim,
+      and nothing for the background.
     - "auto": several references are taken for subjects. One may be either, so edges and saliency count half each, with
       the coverage of an edit. (The shape of the output cannot tell: by default it is the first reference's.)
     """
@@ -39,7 +39,7 @@ def task_defaults(task: str, references: int) -> tuple[str | dict[str, float], f
         return "uniform", 0.0
     if task == "auto" and references == 1:
         return {"edges": 0.5, "saliency": 0.5}, 0.1
-    return {"saliency": 0.8, "edges": 0.2}, 0.0
+    return "subject", 0.0
 
 
 @dataclass(frozen=True)

@@ -611,7 +611,7 @@ def test_each_reference_has_its_own_keep_and_selector(generate):
     )  # fmt: skip
     references = report["selection"]["references"]
     assert [r["kept"] for r in references] == [32, 7, 64]
-    assert [r["selector"] for r in references] == ["uniform", "0.8 saliency + 0.2 edges", "all"]
+    assert [r["selector"] for r in references] == ["uniform", "subject", "all"]
 
 
 @pytest.mark.parametrize(
@@ -623,10 +623,10 @@ def test_each_reference_has_its_own_keep_and_selector(generate):
             "kept": [11, 9]
         },
         "--keep auto --selector uniform": {"kept": [36, 36]},
-        "--coverage 0.5": {"coverage": [0.5, 0.5], "selector": ["0.8 saliency + 0.2 edges"] * 2},
+        "--coverage 0.5": {"coverage": [0.5, 0.5], "selector": ["subject"] * 2},
         "--task edit": {"coverage": [0.1, 0.1], "selector": ["edges"] * 2},
         "--keep 0.5 --selector uniform --merge 0.25": {"kept": [32, 32], "averages": [9, 9]},
-        "--task subject --coverage 0": {"coverage": [0.0, 0.0], "selector": ["0.8 saliency + 0.2 edges"] * 2},
+        "--task subject --coverage 0": {"coverage": [0.0, 0.0], "selector": ["subject"] * 2},
         "--selector saliency=3,edges=1": {"coverage": [0.0, 0.0], "selector": ["0.75 saliency + 0.25 edges"] * 2},
     }.items(),
 )

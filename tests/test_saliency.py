@@ -51,7 +51,7 @@ def test_the_map_has_the_picture_s_size_and_a_probability_s_range(height, width)
 
 @pytest.mark.parametrize(
     "picture, net",
-    [((1024, 1024), (256, 256)), ((768, 1024), (192, 256)), ((300, 200), (256, 160)), ((16, 640), (32, 256))],
+    [((1024, 1024), (224, 224)), ((768, 1024), (160, 224)), ((300, 200), (224, 160)), ((16, 640), (32, 224))],
 )
 def test_the_net_s_input_keeps_the_aspect(picture, net):
     assert saliency._input_size(*picture) == net
@@ -97,7 +97,7 @@ def test_a_larger_copy_of_a_picture_scores_alike():
     image, _ = scene(256, 256)
     larger = image.repeat(4, axis=0).repeat(4, axis=1)
     scores = [SELECTORS["saliency"](picture, (16, 16), np.random.default_rng()) for picture in (image, larger)]
-    assert scores[1] == pytest.approx(scores[0], abs=1e-4)
+    assert scores[1] == pytest.approx(scores[0], abs=1e-3)
 
 
 def test_the_net_is_read_once_by_many_threads(monkeypatch):

@@ -38,10 +38,10 @@ def refuse(image, grid, generator):
         ("edit", 1, ("edges", 0.1)),
         ("edit", 3, ("edges", 0.1)),
         ("global", 1, ("uniform", 0.0)),
-        ("subject", 1, ({"saliency": 0.8, "edges": 0.2}, 0.0)),
-        ("subject", 3, ({"saliency": 0.8, "edges": 0.2}, 0.0)),
+        ("subject", 1, ("subject", 0.0)),
+        ("subject", 3, ("subject", 0.0)),
         ("auto", 1, ({"edges": 0.5, "saliency": 0.5}, 0.1)),
-        ("auto", 2, ({"saliency": 0.8, "edges": 0.2}, 0.0)),
+        ("auto", 2, ("subject", 0.0)),
     ],
 )
 def test_the_task_decides_selector_and_coverage(task, references, expected):
@@ -52,15 +52,15 @@ def test_the_task_decides_selector_and_coverage(task, references, expected):
     ("setting", "references", "labels", "coverage"),
     [
         ({}, 1, ["0.5 edges + 0.5 saliency"], [0.1]),
-        ({}, 2, ["0.8 saliency + 0.2 edges"] * 2, [0.0] * 2),
+        ({}, 2, ["subject"] * 2, [0.0] * 2),
         ({"task": "edit"}, 2, ["edges"] * 2, [0.1] * 2),
-        ({"task": ["edit", "subject"]}, 2, ["edges", "0.8 saliency + 0.2 edges"], [0.1, 0.0]),
+        ({"task": ["edit", "subject"]}, 2, ["edges", "subject"], [0.1, 0.0]),
         ({"task": "global"}, 1, ["uniform"], [0.0]),
         ({"selector": "random"}, 1, ["random"], [0.0]),
         ({"selector": "random", "task": "edit"}, 1, ["random"], [0.1]),
         ({"selector": "random", "task": "edit", "coverage": 0.3}, 1, ["random"], [0.3]),
         ({"coverage": 0}, 1, ["0.5 edges + 0.5 saliency"], [0.0]),
-        ({"selector": ["detail", None]}, 2, ["detail", "0.8 saliency + 0.2 edges"], [0.0, 0.0]),
+        ({"selector": ["detail", None]}, 2, ["detail", "subject"], [0.0, 0.0]),
     ],
 )
 def test_what_the_user_names_wins_over_the_task(setting, references, labels, coverage):

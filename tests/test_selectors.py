@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -6,7 +7,7 @@ from PIL import Image
 
 from sparse_context.selectors import SELECTORS, Mask, blend, edges, mask, resolve, uniform_order, user_mask
 
-PIXEL_SELECTORS = ["edges", "detail", "saliency", "contrast"]
+PIXEL_SELECTORS = ["edges", "detail", "saliency", "subject", "contrast"]
 grids = st.tuples(st.integers(1, 24), st.integers(1, 24))
 
 
@@ -324,3 +325,36 @@ def test_a_user_s_scores_are_checked(scores, message):
     for selector in (mine, {mine: 1.0, "uniform": 1.0}):
         with pytest.raises(ValueError, match=message):
             resolve(selector)[1](None, (2, 3), rng())
+
+
+# The subject with its rim
+
+
+def best_around(scores, reach):
+    """Of each cell the highest score at most `reach` rows and columns away, one by one."""
+    rows, columns = scores.shape
+    return np.array([[scores[max(0, r - reach) : r + reach + 1, max(0, c - reach) : c + reach + 1].max()
+                      for c in range(columns)] for r in range(rows)])  # fmt: skip
+
+
+def test_subject_is_saliency_with_the_outline_and_the_rim():
+    image = np.full((160, 192, 3), (120, 150, 90), np.uint8)
+    cv2.circle(image, (70, 80), 30, (230, 40, 30), -1)
+    cv2.line(image, (150, 10), (180, 150), (110, 140, 80), 2)  # an edge far from the subject
+    grid = (20, 24)
+    found, edge, scores = (SELECTORS[name](image, grid, None) for name in ("saliency", "edges", "subject"))
+    whole = 0.75 * found + 0.25 * edge * best_around(found, 1)
+    expected = 0.4 * whole + 0.3 * best_around(whole, 1) + 0.3 * best_around(whole, 2)
+    assert np.allclose(scores, expected, atol=1e-6)
+    disc = cv2.circle(np.zeros((160, 192), np.uint8), (70, 80), 30, 1, -1)
+    covered = cv2.resize(disc.astype(np.float32), grid[::-1], interpolation=cv2.INTER_AREA)
+    touched = covered > 0
+    chosen = np.argsort(-scores.ravel(), kind="stable")[: touched.sum()]
+    assert touched.ravel()[chosen].mean() > 0.95  # the tokens of the disc, those that it only touches among them
+    ring = (best_around(covered, 1) > 0) & ~touched
+    far = best_around(covered, 3) == 0
+    assert scores[ring].min() > scores[far].max()
+
+
+def test_a_picture_without_a_subject_has_no_rim():
+    assert not SELECTORS["subject"](np.full((64, 64, 3), 90, np.uint8), (8, 8), None).any()
