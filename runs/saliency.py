@@ -12,8 +12,8 @@ Nothing that is scored here was trained on:
   subject), in which every box corner is a mistake that no selector can avoid. Those of GCompris are of all splits, but
   not among the backdrops of the training composites; the others are from scikit-image. The net was not tuned on them.
   That the selector averages net and contrast, equally, was chosen on every second one: the *chosen on* half. The
-  other half, *not chosen on*, is the one to believe. `subject` is what the task of that name takes, saliency with a
-  fifth of the weight on edges; that share was chosen on the embedded model's scenes and on all of GCompris's here.
+  other half, *not chosen on*, is the one to believe. `subject` is the selector of that name, saliency with outline and rim; its
+  weights were chosen on the embedded model's scenes alone.
 
 *Recall* at a keep ratio: the kept tokens' share of the subject, over the largest share that so many tokens can have. A
 token counts by its covered share. 1 is perfect, and chance is what `uniform` gets.
@@ -45,7 +45,7 @@ from sparse_context.mini.data import load_assets
 from sparse_context.mini.saliency_net import composite, held_out_sources
 from sparse_context.result import write_result
 from sparse_context.saliency import WEIGHTS, load_net, net_map, saliency_map
-from sparse_context.selection import SparseContextConfig, select_tokens, task_defaults
+from sparse_context.selection import SparseContextConfig, select_tokens
 from sparse_context.selectors import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,7 @@ def net(image, grid, generator):
 
 RIVALS = {
     "saliency": "saliency",
-    "subject": task_defaults("subject", 1)[0],
+    "subject": "subject",
     "net": net,
     "contrast": "contrast",
     "edges": "edges",

@@ -1,0 +1,100 @@
+"""KV mode: the embedded model with references that go through it once, before and after it was fine-tuned for that.
+
+    python runs/kv.py [--run sparse-kv] [--scenes 40]
+
+`Flux2KleinKVPipeline` computes the keys and values of the references in the first step, where they look at each other
+alone, and reuses them in all others. Weights that were not trained for it lose by that. `python -m sparse_context.mini
+sparse --kv` trains a LoRA for it, on dropped tokens too, so that both savings come together. Each way is measured with
+all tokens and at a keep, on the scenes of runs/mini_curves.py and their noise; differences are to the plain pipeline on
+the base with all tokens, scene by scene. Stopped at any point, it goes on there.
+
+It needs the scenes' objects, `python -m sparse_context.mini data`, and that run.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sparse_context import apply_sparse_context, last_selection
+from sparse_context.evaluation.evaluate import DENSE, Maker, evaluate, fingerprint, grid, summarise
+from sparse_context.evaluation.metrics import find_metrics
+from sparse_context.generation import NO_LORA, Generation, call_inputs, call_settings, load_pipeline
+from sparse_context.manifest import Sample
+from sparse_context.mini import adapter_record
+from sparse_context.mini.data import SPLITS, load_assets
+from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.result import write_result
+from sparse_context.selection import SparseContextConfig
+from sparse_context.speed.methods import make_hosts
+from sparse_context.speed.timing import timed
+from sparse_context.training.finetune import LORA_FILE
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def host_maker(pipe, kv: bool, scenes) -> Maker:
+    """How `evaluate` makes a sample on the weights of `pipe`, in KV mode or plainly, from pictures of its sizes."""
+    hosts = make_hosts(pipe)
+    host = hosts.kv if kv else hosts.plain
+    arguments = {name: value for name, value in call_settings(pipe).items() if name in call_inputs(host)}
+
+    def make(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
+        references = [picture.convert("RGB") for picture in sample.open_references()]
+        apply_sparse_context(host, replace(config, task=tasks_of(scenes[sample.name][0])))
+        with timed(host) as times:
+            made = host(
+                image=references, prompt=sample.prompt, generator=torch.Generator().manual_seed(seed), **arguments
+            )
+        return Generation(made.images[0], last_selection(host), times)
+
+    return make
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The embedded model in KV mode, before and after fine-tuning.")
+    parser.add_argument("--split", choices=SPLITS[1:], default="validation")
+    parser.add_argument("--run", default="sparse-kv", help="its folder in the working folder")
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--scenes", type=int, default=40)
+    parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="the working folder")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "kv.json")
+    arguments = parser.parse_args()
+
+    assets = load_assets(arguments.checkpoints / "assets.safetensors").split(arguments.split)
+    samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
+    adapter = arguments.checkpoints / arguments.run / LORA_FILE
+    record = adapter_record(adapter)
+    if not record["kv"]:
+        raise SystemExit(f"kv: {adapter} was not trained for KV mode: name a run of `sparse --kv`.")
+    cells = grid([1.0, *arguments.keeps])
+    ways = {"plain": (NO_LORA, False), "KV": (NO_LORA, True), "KV, fine-tuned": (str(adapter), True)}
+    rows = {}
+    for way, (lora, kv) in ways.items():
+        pipe = load_pipeline(lora=lora)
+        pipe.set_progress_bar_config(disable=True)
+        folder = arguments.checkpoints / f"{arguments.output.stem}-{arguments.split}" / way.replace(", ", "-")
+        about = {"split": arguments.split, "weights": fingerprint(pipe), "kv": kv}
+        evaluate(host_maker(pipe, kv, scenes), samples, cells, find_metrics(["psnr"]), folder, about=about)
+        for cell in cells:
+            rows[way, cell] = json.loads((folder / "cells" / f"{cell}.json").read_text())["figures"]["samples"]
+    compared = {DENSE: rows["plain", DENSE]} | {
+        f"{way}, {'all tokens' if cell == DENSE else f'keep {cells[cell].config.keep:g}'}": rows[way, cell]
+        for way, cell in rows if (way, cell) != ("plain", DENSE)
+    }  # fmt: skip
+    config = {"split": arguments.split, "keeps": arguments.keeps, "adapter": record}
+    figures = summarise(compared)
+    write_result(arguments.output, arguments.output.stem, config, figures)
+    for group, settings in figures.items():
+        score = "psnr" if group == "global edits" else "psnr_in_mask"
+        shown = (
+            f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items() if name != DENSE
+        )
+        print(f"{group}: {'; '.join(shown)}")
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
