@@ -3,21 +3,23 @@
     python runs/peers.py [--scenes 40] [--lora none]
 
 The embedded model, on the scenes of runs/mini_curves.py and their noise. `sparse` keeps what each task chooses by
-itself; `downscaled` and `merged` are those of the benchmark (sparse_context/speed/methods.py), so all three have the
-speed that their tokens allow. Differences are to the dense model with all tokens, scene by scene: PSNR inside the
-object or, for global edits, of the whole picture. Stopped at any point, it goes on there.
+itself, and drops the rest or spends three tenths of its budget on averages of that; `downscaled` and `merged` are those
+of the benchmark (sparse_context/speed/methods.py). So all have the speed that their tokens allow. Differences are to
+the dense model with all tokens, scene by scene: PSNR inside the object or, for global edits, of the whole picture.
+Stopped at any point, it goes on there.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from sparse_context.evaluation.evaluate import DENSE, Maker, evaluate, fingerprint, grid, maker, summarise
+from sparse_context.evaluation.evaluate import DENSE, Cell, Maker, evaluate, fingerprint, grid, maker, summarise
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.generation import Generation, call_inputs, call_settings, load_pipeline
 from sparse_context.manifest import Sample
@@ -66,15 +68,15 @@ def main() -> None:
     pipe = load_pipeline(lora=arguments.lora)
     pipe.set_progress_bar_config(disable=True)
     own = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
-    ways = {"sparse": (own, "equal", 0.0), "sparse, half averages": (own, "equal", 0.5)}
+    ways = {"sparse": (own, "equal", 0.0), "sparse, 30 % averages": (own, "equal", 0.3)}
     ways |= {"sparse, one joint ranking": (own, "joint", 0.0)}
     ways |= {method: (peer_maker(pipe, method), "joint", 0.0) for method in PEERS}  # to which these mean nothing
     folder = arguments.folder or ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
     about = {"split": arguments.split, "lora": arguments.lora or "the package's own", "weights": fingerprint(pipe)}
     rows = {}
     for method, (make, share, merge) in ways.items():
-        cells = {name.removesuffix(f"-merge={merge:g}"): cell
-                 for name, cell in grid([1.0, *arguments.keeps], merges=[merge], share=share).items()}  # fmt: skip
+        cells = {name: Cell(replace(cell.config, merge=merge), cell.limit)
+                 for name, cell in grid([1.0, *arguments.keeps], share=share).items()}  # fmt: skip
         evaluate(make, samples, cells, find_metrics(["psnr"]), folder / method, about=about | {"method": method})
         for cell in cells:
             file = folder / method / "cells" / f"{cell}.json"

@@ -284,7 +284,7 @@ CURVES = {
 
 
 OWN = "the task's own"
-OWN_MERGED = OWN + ", 50 % averages"
+OWN_MERGED = OWN + ", 30 % averages"
 
 
 def _line(cell: dict) -> str:

@@ -2,7 +2,8 @@
 
 A budget is a prefix of one total order. All tokens of a call stand in one queue, best first, and a budget is where the
 queue is cut. So a count is exact, a smaller budget keeps a subset of what a larger one keeps, and what is fair (a turn
-for each reference, an even spread) is a matter of who stands where. Nothing here is random: ties break by the evenly
+for each reference, an even spread) is a matter of who stands where. Where the rest is averaged (`merge_rest`), the
+counts stay, and a share of them goes to averages. Nothing here is random: ties break by the evenly
 spread order of selectors.py, so a flat picture is sampled all over and not from its top.
 """
 
@@ -139,18 +140,21 @@ def merge_rest(scores: np.ndarray, count: int, merge: float, coverage: float = 0
     it is, itself. `scores` is (rows, columns); one below 0 is of padding, and stands for nothing: -1, as for every
     token where `count` is 0.
 
-    The grid is divided into about `merge` * `count` blocks of nearly its own shape. The tokens of a block that are not
-    kept become one, at the place of that one of them that is nearest to their middle. As many tokens as the budget then
-    leaves are kept as they are, by their rank (`rank_tokens`): so there are exactly `count`, or fewer where padding
-    leaves no more. With `merge` 1 next to all of them are averages. A block that is kept whole gives its place away.
+    The grid is divided into about `merge` * `count` blocks, at least one, as square as that goes. The tokens of a block
+    that are not kept become one, at the place of that one of them that is nearest to their middle. As many tokens as
+    the budget then leaves are kept as they are, by their rank (`rank_tokens`): so there are exactly `count`, or fewer
+    where padding leaves no more. With `merge` 1 next to all are averages. A block that is kept whole gives its place
+    away.
     """
     rows, columns = scores.shape
     size = scores.size
     if count == 0:
         return np.full(size, -1)
-    scale = math.sqrt(merge * count / size)  # blocks per token, along each axis
-    high = min(max(1, round(rows * scale)), count)
-    wide = min(max(1, round(columns * scale)), count // high)
+    wanted = min(max(1.0, merge * count), float(count))
+    short, long = sorted((rows, columns))
+    few = max(1, round(math.sqrt(wanted * short / long)))
+    many = max(1, min(round(wanted / few), long, count // few))
+    high, wide = (few, many) if rows <= columns else (many, few)
     block = ((np.arange(rows) * high // rows)[:, None] * wide + np.arange(columns) * wide // columns).ravel()
 
     order = rank_tokens([scores], coverage)

@@ -64,7 +64,8 @@ class SparseContextConfig:
     - `floor`: the least number of tokens of each reference; with 0, one may end up with none.
     - `multiple_of`: round the total up to a multiple, for compilers and context parallelism.
     - `merge`: the share of the budget, in [0, 1], that goes to averages of the rest, each over a block of tokens: as
-      many tokens in all, fewer of them sharp, and no region is lost. 0: what is not kept is dropped.
+      many tokens in all, fewer of them sharp, and no region is lost. 0, or a share under half a token: what is not kept
+      is dropped.
     - `mass`: in (0, 1], for keep="auto".
     - `seed`: of the selectors' own random numbers, which the image's noise never shares.
 
@@ -201,7 +202,7 @@ class Selection:
         for i, (kept, coverage) in enumerate(zip(self.references, self.coverage, strict=True), start=1):
             spread = f", {coverage:.0%} of them spread evenly".replace("%", " %") if coverage else ""
             how = f" by {kept.selector}{spread}" if len(kept.index) < kept.scores.size else ""
-            how += f", {len(kept.averages)} of them averages of the rest" if kept.into is not None else ""
+            how += f", {len(kept.averages)} of them averages of the rest" if len(kept.averages) else ""
             lines.append(f"reference {i}: {_tokens(len(kept.index), kept.scores.size)}{how}")
         lines.append(f"total: {_tokens(self.kept, self.total)}, task {self.task}, in {1000 * self.seconds:.1f} ms")
         return "\n".join(lines)
@@ -296,7 +297,8 @@ def select_tokens(
     firsts = [batch[0] if batch else None for batch in pictures]
     into: list[np.ndarray | None] = [None] * count
     for i, part in enumerate(scores):
-        if config.merge and len(index[i]) < part.size:
+        # Half an average is none, and where all that is shown is kept there is nothing to average
+        if round(config.merge * len(index[i])) and len(index[i]) < np.count_nonzero(part >= 0):
             into[i] = own = merge_rest(part, len(index[i]), config.merge, coverages[i])
             index[i] = np.unique(own[own >= 0])
     kept = tuple(Kept(*each) for each in zip(grids, index, scores, labels, firsts, into, strict=True))

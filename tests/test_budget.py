@@ -367,25 +367,39 @@ def test_merging_keeps_as_many_tokens_and_names_one_for_each(scores, share, merg
         assert (np.delete(into, padding) >= 0).all()
 
 
-@given(references(most=1), st.floats(0, 1), st.floats(0, 1), coverages)
-def test_what_is_averaged_lies_in_one_block_and_scores_below_what_is_kept(scores, share, merge, coverage):
-    (part,) = scores
-    rows, columns = part.shape
-    count = max(1, round(share * part.size))
-    into = merge_rest(part, count, merge, coverage)
+@given(st.integers(16, 64), st.integers(0, 99), coverages, st.booleans())
+def test_tokens_are_kept_in_their_order_until_the_budget_is_full(count, seed, coverage, ties):
+    """8 x 8 tokens in 16 blocks of 2 x 2, one token after the other kept as it is, by hand."""
+    rng = np.random.default_rng(seed)
+    scores = (rng.choice([0, 0.5, 1.0], (8, 8)) if ties else rng.random((8, 8))).astype(np.float32)
+    block = np.arange(64) // 16 * 4 + np.arange(64) % 8 // 2
+    order = rank_tokens([scores], coverage).tolist()
+    sharp = []
+    while order and len(sharp) + 1 + len({block[token] for token in order[1:]}) <= count:
+        sharp.append(order.pop(0))
+    into = merge_rest(scores, count, 16 / count, coverage)
+    assert all(into[token] == token for token in sharp)
+    for b in range(16):
+        rest = [token for token in order if block[token] == b]
+        assert len({into[token] for token in rest}) == bool(rest)
+        middle = np.mean([divmod(token, 8) for token in rest], axis=0) if rest else None
+        away = {token: np.sum((np.array(divmod(token, 8)) - middle) ** 2) for token in rest}
+        assert all(away[into[token]] <= min(away.values()) + 1e-9 for token in rest)
+
+
+@pytest.mark.parametrize("grid", [(1, 100), (2, 100), (100, 2), (4, 256), (24, 24), (8, 128), (64, 48)])
+@pytest.mark.parametrize("merge", [0.1, 0.3, 0.5])
+def test_about_the_share_asked_for_are_averages_on_every_grid(grid, merge):
+    scores = np.random.default_rng(0).random(grid).astype(np.float32)
+    count = round(0.2 * scores.size)
+    into = merge_rest(scores, count, merge)
     tokens, members = np.unique(into, return_counts=True)
-    place = np.argsort(rank_tokens([part], coverage))
-    averaged = tokens[members > 1]
-    sharp = np.setdiff1d(tokens, averaged)
-    rest = np.isin(into, averaged)
-    if rest.any():  # the sharp ones are a prefix of the order, but for blocks of which one token is left
-        assert (place[sharp] < place[rest].min()).sum() >= len(sharp) - (place[sharp] > place[rest].min()).sum()
-    scale = math.sqrt(merge * count / part.size)
-    high = min(max(1, round(rows * scale)), count)
-    wide = min(max(1, round(columns * scale)), count // high)
-    for token in averaged:
-        row, column = np.divmod(np.flatnonzero(into == token), columns)
-        assert np.ptp(row * high // rows) == 0 and np.ptp(column * wide // columns) == 0
+    averages = tokens[members > 1]
+    assert abs(len(averages) - merge * count) <= max(1, 0.1 * merge * count)
+    for token in averages:  # each over one compact part of the picture
+        row, column = np.divmod(np.flatnonzero(into == token), grid[1])
+        extent = (np.ptp(row) + 1) * (np.ptp(column) + 1)
+        assert extent <= 2 * scores.size / (merge * count) + max(grid) / min(grid)
 
 
 def test_one_reference_is_merged_like_this():

@@ -29,7 +29,7 @@ from .scenes import Scene, make_scene
 LORA = FinetuneConfig(
     rank=64,
     lora_alpha=64,
-    dropping=Dropping(dense=0.3, merge=(0.0, 0.5)),
+    dropping=Dropping(dense=0.3, merge=(0.0, 0.3)),
     preservation=30.0,
     focus=BaseConfig().focus,
     weighting_scheme="none",
@@ -150,7 +150,7 @@ def choose(
     dropping = Dropping(
         mix={"random": 1.0} if random_only else config.dropping.mix,
         coverage=tuple(coverage) if coverage else config.dropping.coverage,
-        merge=tuple(merge) if merge else config.dropping.merge,
+        merge=tuple(merge) if merge else (0.0,) if random_only else config.dropping.merge,
         dense=1.0 if dense else config.dropping.dense,
     )
     return replace(

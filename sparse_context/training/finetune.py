@@ -236,12 +236,11 @@ def flow_matching_loss(
     into: np.ndarray | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others.
-    `into`: as `ReferenceTokens.keep` takes it.
 
-    sigma: (B,). noise: as `encoded.target`. The velocity to be met is noise - target; a share `distillation` of the
-    loss meets the dense prediction without the adapter instead. A token counts 1 + `focus` * its `encoded.mask` times.
-    Where `index` has all tokens and `preservation` is above 0, the loss is that times the mean squared distance to the
-    dense prediction without the adapter, in which all tokens count the same.
+    sigma: (B,). noise: as `encoded.target`. into: as in `ReferenceTokens.keep`. The velocity to be met is noise -
+    target; a share `distillation` of the loss meets the dense prediction without the adapter instead. A token counts
+    1 + `focus` * its `encoded.mask` times. Where `index` has all tokens and `preservation` is above 0, the loss is that
+    times the mean squared distance to the dense prediction without the adapter, in which all tokens count the same.
     """
     level = sigma.view(-1, 1, 1, 1)
     noisy = host.target_tokens((1 - level) * encoded.target + level * noise)
