@@ -66,9 +66,9 @@ def main() -> None:
     assets = load_assets(arguments.checkpoints / "assets.safetensors").split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
     adapter = arguments.checkpoints / arguments.run / LORA_FILE
-    record = adapter_record(adapter)
-    if not record["kv"]:
-        raise SystemExit(f"kv: {adapter} was not trained for KV mode: name a run of `sparse --kv`.")
+    record = adapter_record(adapter) if adapter.is_file() else {}
+    if not record.get("kv"):
+        raise SystemExit(f"kv: {adapter} is no LoRA for KV mode: name a run of `sparse --kv` that is done.")
     cells = grid([1.0, *arguments.keeps])
     ways = {"plain": (NO_LORA, False), "KV": (NO_LORA, True), "KV, fine-tuned": (str(adapter), True)}
     rows = {}
@@ -79,7 +79,13 @@ def main() -> None:
         about = {"split": arguments.split, "weights": fingerprint(pipe), "kv": kv}
         evaluate(host_maker(pipe, kv, scenes), samples, cells, find_metrics(["psnr"]), folder, about=about)
         for cell in cells:
-            rows[way, cell] = json.loads((folder / "cells" / f"{cell}.json").read_text())["figures"]["samples"]
+            found = json.loads((folder / "cells" / f"{cell}.json").read_text())["figures"]["samples"]
+            # Without the distances to the dense output, which is here that of the same way
+            rows[way, cell] = [
+                row
+                | {"scores": {name: value for name, value in row["scores"].items() if not name.endswith("to_dense")}}
+                for row in found
+            ]
     compared = {DENSE: rows["plain", DENSE]} | {
         f"{way}, {'all tokens' if cell == DENSE else f'keep {cells[cell].config.keep:g}'}": rows[way, cell]
         for way, cell in rows if (way, cell) != ("plain", DENSE)
