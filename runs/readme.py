@@ -385,7 +385,7 @@ def ablations() -> str:
     parts = []
     for group, (score, _) in CURVES.items():
         selectors = [name for name in result["config"]["cells"] if name != "dense"]
-        head = " | ".join(" at ".join(name.rsplit("-", 1)) for name in selectors)
+        head = " | ".join(name.replace("-", " at ", 1).replace("-merge=", ", merge ") for name in selectors)
         rows = [f"| {group} | share | all tokens | {head} |", "|" + "---|" * (len(selectors) + 3)]
         for run, scales in result["figures"].items():
             for scale, groups in scales.items():

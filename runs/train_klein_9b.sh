@@ -31,7 +31,7 @@ sparse-context train \
     --caption-dropout 0.1 \
     --keep-min 0.05 --keep-max 1.0 --dense 0.1 --preservation 30 \
     --drop-mix random=0.4,blobs=0.15,bands=0.05,edges=0.15,saliency=0.15,outside=0.1 \
-    --coverage 0 --coverage 0.1 \
+    --coverage 0 --coverage 0.1 --merge 0 --merge 0.3 \
     --checkpointing-steps 250 --checkpoints-total-limit 3 \
     --validation-data "$DATA/validation.jsonl" --validation-steps 500 --num-validation-images 4 \
     --report-to tensorboard --seed 0 \

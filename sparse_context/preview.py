@@ -66,24 +66,19 @@ def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image
     """A reference with the dropped tokens faded to grey and the kept ones in their own colours.
 
     picture: uint8 (H, W, 3 or 4), the pixels that the selector saw. dim: how far a dropped token fades, 0 to 1.
-    Each kept token gets a thin frame where it borders on others. Where a mean of tokens is kept, they show its colour.
+    A token that is kept as it is gets a thin frame where it borders on others. Where a mean of tokens is kept, they
+    show its colour.
     """
     height, width = picture.shape[:2]
     rgb = picture[..., :3].astype(np.float32)
     grey = np.repeat(cv2.cvtColor(picture[..., :3].copy(), cv2.COLOR_RGB2GRAY)[..., None], 3, -1).astype(np.float32)
     others = grey * (1 - dim) + 244 * dim
     sharp = kept.mask
-    if kept.into is not None:
-        rows, columns = kept.grid
+    if len(kept.averages):
         sharp[np.unravel_index(kept.averages, kept.grid)] = False
-        cells = cv2.resize(rgb, (columns, rows), interpolation=cv2.INTER_AREA).reshape(-1, 3)
-        averaged = np.flatnonzero((kept.into >= 0) & ~sharp.ravel())
-        into = kept.into[averaged]
-        sums = np.stack([np.bincount(into, cells[averaged, c], cells.shape[0]) for c in range(3)], axis=-1)
-        means = sums / np.maximum(np.bincount(into, minlength=len(cells)), 1)[:, None]
-        mosaic, shows = np.zeros((rows, columns, 3), np.float32), np.zeros((rows, columns), np.uint8)
-        mosaic.reshape(-1, 3)[averaged], shows.reshape(-1)[averaged] = means[into], 1
-        mosaic, shows = (cv2.resize(a, (width, height), interpolation=cv2.INTER_NEAREST) for a in (mosaic, shows))
+        mosaic, shows = (
+            cv2.resize(part, (width, height), interpolation=cv2.INTER_NEAREST) for part in _mean_colours(rgb, kept)
+        )
         others = np.where(shows[..., None] > 0, mosaic, others)
     mask = cv2.resize(sharp.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)[..., None]
     drawn = np.where(mask > 0, rgb, others)
@@ -92,6 +87,21 @@ def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image
         drawn = np.ascontiguousarray(drawn.astype(np.uint8))
         cv2.drawContours(drawn, outline, -1, (226, 76, 60), max(1, round(max(height, width) / 512)))
     return Image.fromarray(drawn.astype(np.uint8))
+
+
+def _mean_colours(rgb: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
+    """For each token of which a mean is kept the colour of that mean, float32 (rows, columns, 3), and where, uint8."""
+    rows, columns = kept.grid
+    into = kept.stands_for
+    averaged = np.flatnonzero(np.isin(into, kept.averages))
+    cells = cv2.resize(rgb, (columns, rows), interpolation=cv2.INTER_AREA).reshape(-1, 3)
+    sums = np.zeros(cells.shape)
+    np.add.at(sums, into[averaged], cells[averaged])
+    members = np.bincount(into[averaged], minlength=len(cells))
+    colours, shows = np.zeros((rows * columns, 3), np.float32), np.zeros(rows * columns, np.uint8)
+    colours[averaged] = (sums / np.maximum(members, 1)[:, None])[into[averaged]]
+    shows[averaged] = 1
+    return colours.reshape(rows, columns, 3), shows.reshape(rows, columns)
 
 
 def draw_selection(selection: Selection, height: int = 384) -> Image.Image:

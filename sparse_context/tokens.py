@@ -1,7 +1,7 @@
 """Reference tokens: the latents and the position ids of references, which are cut together or not at all.
 
 A wrong position id runs silently (a transformer takes any), so `ReferenceTokens.keep` is the one place in the package
-where a token is dropped: one index, applied to both tensors.
+where a token is dropped, or averaged into one that is kept: one index, applied to both tensors.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ class ReferenceTokens:
             self._check_into(index, into)
         if len(index) == len(self):
             return self  # strictly increasing and as long as the tokens: it names them all
-        latents = self.latents.index_select(1, self._there(index))
+        latents = self.latents.index_select(1, _to(self.latents, index))
         if into is not None:
             averages = np.flatnonzero(np.bincount(into[into >= 0], minlength=len(self))[index] > 1)
             if len(averages):
-                latents = latents.index_copy(1, self._there(averages), self._means(index[averages], into))
-        ids = self.ids.index_select(-2, torch.tensor(index).to(self.ids.device, non_blocking=True))
+                latents = latents.index_copy(1, _to(self.latents, averages), self._means(index[averages], into))
+        ids = self.ids.index_select(-2, _to(self.ids, index))
         return ReferenceTokens(latents, ids)
 
     def _check_into(self, index: np.ndarray, into: np.ndarray) -> None:
@@ -97,10 +97,11 @@ class ReferenceTokens:
         real = np.arange(counts.max()) < counts[:, None]
         table = np.zeros(real.shape, np.int64)
         table[real] = members
-        values = self.latents.index_select(1, self._there(table.ravel())).float()
-        values = values.unflatten(1, table.shape) * self._there(real)[..., None]
-        return (values.sum(2) / self._there(counts)[:, None]).to(self.latents.dtype)
+        values = self.latents.index_select(1, _to(self.latents, table.ravel())).float()
+        values = values.unflatten(1, table.shape) * _to(self.latents, real)[..., None]
+        return (values.sum(2) / _to(self.latents, counts)[:, None]).to(self.latents.dtype)
 
-    def _there(self, array: np.ndarray) -> torch.Tensor:
-        """On the device of the latents; a plain copy would wait for all that is queued there, such as text encoding."""
-        return torch.tensor(array).to(self.latents.device, non_blocking=True)
+
+def _to(tensor: torch.Tensor, array: np.ndarray) -> torch.Tensor:
+    """`array` where `tensor` is. A plain copy would wait for all that is queued there, the text encoder for one."""
+    return torch.tensor(array).to(tensor.device, non_blocking=True)

@@ -136,8 +136,13 @@ def test_merging_leaves_whole_references_and_padding_alone():
     assert np.array_equal(
         selection.into, np.concatenate([np.arange(64), np.where(padded.into < 0, -1, padded.into + 64)])
     )
-    none_left = select_tokens([noise(), flat()], [GRID] * 2, Config(keep=2, share="joint", floor=0, merge=1.0))
-    assert none_left.kept == 2
+    empty = select_tokens([noise(), flat()], [GRID] * 2, Config(keep=4, share="joint", floor=0, merge=0.5))
+    assert len(empty.references[1].index) == 0 and (empty.into[64:] == -1).all() and len(empty.index) == 4
+    few = select_tokens([noise()], [GRID], Config(keep=3, merge=0.1))  # a share of less than half a token
+    assert few.into is None and len(few.index) == 3
+    some = np.arange(64).reshape(8, 8) < 10
+    all_shown = select_tokens([noise()], [GRID], Config(keep=0.5, multiple_of=16, merge=0.3), [some])
+    assert all_shown.into is None and all_shown.kept == 32
 
 
 def test_a_selection_prints_as_a_short_table():

@@ -22,8 +22,7 @@ def lines_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     these differ and were set.
     """
     fields = ("selector", "task", "coverage", "merge", "share", "floor")
-    plain = {"merge": 0}  # goes without saying
-    settings = {name: tuple(str(None if cell.get(f) == plain.get(f) else cell.get(f)) for f in fields)
+    settings = {name: tuple(str(cell.get(f) or None if f == "merge" else cell.get(f)) for f in fields)
                 for name, cell in cells.items() if name != DENSE}  # fmt: skip
     telling = [i for i in range(len(fields)) if i == 0 or len({s[i] for s in settings.values()}) > 1]
     lines: dict[str, list[str]] = {}

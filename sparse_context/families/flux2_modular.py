@@ -62,7 +62,7 @@ class SparseContextStep(ModularPipelineBlocks):
     @property
     def description(self) -> str:
         return (
-            "Sparse Context: keeps the reference tokens that matter and drops the others, with their position ids. "
+            "Sparse Context: keeps the reference tokens that matter and drops or averages the others. "
             "Insert it behind the step that prepares the image latents."
         )
 
@@ -76,7 +76,9 @@ class SparseContextStep(ModularPipelineBlocks):
                 "task", default=default.task, type_hint=str, description="'edit', 'global', 'subject' or 'auto'."
             ),
             InputParam("coverage", type_hint=float, description="Share of the kept tokens that is spread evenly."),
-            InputParam("merge", default=default.merge, description="Share of the kept tokens that are averages."),
+            InputParam(
+                "merge", default=default.merge, type_hint=float, description="Share of the kept that are averages."
+            ),
             InputParam("image", description="The references, for masks and alpha channels."),
             InputParam("condition_images", type_hint=list[torch.Tensor], description="Their pixels, preprocessed."),
             InputParam("image_latents", type_hint=torch.Tensor, description="Packed reference tokens (B, N, C)."),

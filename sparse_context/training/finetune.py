@@ -524,6 +524,7 @@ def _check_same(output: Path, record: dict, resume: bool) -> None:
     before = _read_record(output)
     defaults = json.loads(json.dumps(asdict(FinetuneConfig())))  # of a run begun before a setting was there
     before = {name: before.get(name, defaults.get(name, record[name])) for name in record}
+    before["dropping"] = defaults["dropping"] | before["dropping"]
     changed = [name for name in record if name not in FREE and record[name] != before[name]]
     if changed:
         says = "; ".join(f"{name} was {before.get(name)!r} and is now {record[name]!r}" for name in changed)
