@@ -420,6 +420,24 @@ def peers() -> str:
     )
 
 
+def kv() -> str:
+    """What KV mode costs, before and after a fine-tuning for it."""
+    if not (ROOT / "results" / "kv.json").exists():
+        return "Not measured yet: `runs/kv.py`."
+    result = _read("kv")
+    ways = [name for name in result["figures"]["all"] if name != "dense"]
+    rows = ["| task | " + " | ".join(ways) + " |", "|" + "---|" * (len(ways) + 1)]
+    for group, (score, _) in CURVES.items():
+        cells = [_difference(result["figures"][group], way, score) for way in ways]
+        rows.append(f"| {group} | " + " | ".join(cells) + " |")
+    samples, adapter = result["figures"]["all"]["dense"]["samples"], result["config"]["adapter"]
+    return "\n".join(rows) + (
+        f"\n\nDecibels of PSNR against the plain pipeline on the dense base with all tokens, and the 95 % interval of "
+        f"that: {samples} scenes of the {result['config']['split']} split; the LoRA was trained for {adapter['steps']} "
+        f"steps. Measured on {_machine(result)} (`runs/kv.py`)."
+    )
+
+
 def auto_budget() -> str:
     """What an adaptive budget gains over a fixed ratio of as many tokens."""
     if not (ROOT / "results" / "auto_budget.json").exists():
@@ -449,6 +467,7 @@ PAGES = {
         "curves_base": curves_base,
         "auto_budget": auto_budget,
         "peers": peers,
+        "kv": kv,
         "curves": curves,
         "ablations": ablations,
     },

@@ -73,6 +73,7 @@ KINDS: dict[str, Selector] = {
     "edges": SELECTORS["edges"],
     "detail": SELECTORS["detail"],
     "saliency": SELECTORS["saliency"],
+    "subject": SELECTORS["subject"],
     "inside": inside,
     "outside": outside,
 }
