@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from check_gpu import check
@@ -401,11 +402,11 @@ def ablations() -> str:
     )
 
 
-def peers() -> str:
+def peers(name: str = "peers") -> str:
     """Quality at equal numbers of tokens."""
-    if not (ROOT / "results" / "peers.json").exists():
+    if not (ROOT / "results" / f"{name}.json").exists():
         return "Not measured yet: `runs/peers.py`."
-    result = _read("peers")
+    result = _read(name)
     methods, keeps = result["config"]["methods"], result["config"]["keeps"]
     rows = ["| task | keep | " + " | ".join(methods) + " |", "|" + "---|" * (len(methods) + 2)]
     for group, (score, _) in CURVES.items():
@@ -467,6 +468,7 @@ PAGES = {
         "curves_base": curves_base,
         "auto_budget": auto_budget,
         "peers": peers,
+        "peers_test": partial(peers, "peers_test"),
         "kv": kv,
         "curves": curves,
         "ablations": ablations,
