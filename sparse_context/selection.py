@@ -24,20 +24,19 @@ BELOW_ALL = np.float32(-1e-9)  # a selector's lowest score is 0; this adds nothi
 def task_defaults(task: str, references: int) -> tuple[str | dict[str, float], float]:
     """The rule by which a task decides (selector, coverage) where the user did not.
 
-    - "edit", an edit that keeps the picture's layout: edges, with a tenth of the tokens spread evenly, because an edge
-      selector alone leaves flat regions blind (the paper's own limitation; arXiv 2606.23682).
+    - "edit", an edit that keeps the picture's layout: edges and saliency, half each, with a tenth of the tokens spread
+      evenly, because flat regions are blind otherwise. (The paper, arXiv 2606.23682, takes edges alone, and names that
+      limitation. Whatever the edit spares is looked at closest where it is salient.)
     - "global", an edit of the whole picture, such as a colour tone or a style: tokens spread evenly, since every region
       is asked for. No selector knows better, and few tokens break such an edit; keep="auto" keeps more than half.
     - "subject", a subject put into a new scene: the selector of that name, saliency with the subject's outline and rim,
       and nothing for the background.
-    - "auto": several references are taken for subjects. One may be either, so edges and saliency count half each, with
-      the coverage of an edit. (The shape of the output cannot tell: by default it is the first reference's.)
+    - "auto": one reference is taken for an edit, several for subjects. (The shape of the output cannot tell: by default
+      it is the first reference's.)
     """
-    if task == "edit":
-        return "edges", 0.1
     if task == "global":
         return "uniform", 0.0
-    if task == "auto" and references == 1:
+    if task == "edit" or (task == "auto" and references == 1):
         return {"edges": 0.5, "saliency": 0.5}, 0.1
     return "subject", 0.0
 

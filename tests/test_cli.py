@@ -624,7 +624,7 @@ def test_each_reference_has_its_own_keep_and_selector(generate):
         },
         "--keep auto --selector uniform": {"kept": [36, 36]},
         "--coverage 0.5": {"coverage": [0.5, 0.5], "selector": ["subject"] * 2},
-        "--task edit": {"coverage": [0.1, 0.1], "selector": ["edges"] * 2},
+        "--task edit": {"coverage": [0.1, 0.1], "selector": ["0.5 edges + 0.5 saliency"] * 2},
         "--keep 0.5 --selector uniform --merge 0.25": {"kept": [32, 32], "averages": [9, 9]},
         "--task subject --coverage 0": {"coverage": [0.0, 0.0], "selector": ["subject"] * 2},
         "--selector saliency=3,edges=1": {"coverage": [0.0, 0.0], "selector": ["0.75 saliency + 0.25 edges"] * 2},

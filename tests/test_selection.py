@@ -35,8 +35,8 @@ def refuse(image, grid, generator):
 @pytest.mark.parametrize(
     ("task", "references", "expected"),
     [
-        ("edit", 1, ("edges", 0.1)),
-        ("edit", 3, ("edges", 0.1)),
+        ("edit", 1, ({"edges": 0.5, "saliency": 0.5}, 0.1)),
+        ("edit", 3, ({"edges": 0.5, "saliency": 0.5}, 0.1)),
         ("global", 1, ("uniform", 0.0)),
         ("subject", 1, ("subject", 0.0)),
         ("subject", 3, ("subject", 0.0)),
@@ -53,8 +53,8 @@ def test_the_task_decides_selector_and_coverage(task, references, expected):
     [
         ({}, 1, ["0.5 edges + 0.5 saliency"], [0.1]),
         ({}, 2, ["subject"] * 2, [0.0] * 2),
-        ({"task": "edit"}, 2, ["edges"] * 2, [0.1] * 2),
-        ({"task": ["edit", "subject"]}, 2, ["edges", "subject"], [0.1, 0.0]),
+        ({"task": "edit"}, 2, ["0.5 edges + 0.5 saliency"] * 2, [0.1] * 2),
+        ({"task": ["edit", "subject"]}, 2, ["0.5 edges + 0.5 saliency", "subject"], [0.1, 0.0]),
         ({"task": "global"}, 1, ["uniform"], [0.0]),
         ({"selector": "random"}, 1, ["random"], [0.0]),
         ({"selector": "random", "task": "edit"}, 1, ["random"], [0.1]),
@@ -148,7 +148,7 @@ def test_merging_leaves_whole_references_and_padding_alone():
 def test_a_selection_prints_as_a_short_table():
     selection = select_tokens([noise(), noise(1)], [GRID] * 2, Config(keep=[16, 1], task="edit"))
     first, second, total = str(selection).splitlines()
-    assert first == "reference 1: 16 of 64 tokens (25 %) by edges, 10 % of them spread evenly"
+    assert first == "reference 1: 16 of 64 tokens (25 %) by 0.5 edges + 0.5 saliency, 10 % of them spread evenly"
     assert second == "reference 2: 64 of 64 tokens (100 %)"
     assert total.startswith("total: 80 of 128 tokens (62 %), task edit, in ") and total.endswith(" ms")
 
