@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SELECTORS = ("random", "uniform", "edges", "saliency", "subject", "mask")
 MERGES = (0.0, 0.3)  # beside what the tasks choose themselves
 MANY, FEW = (1.0, 0.2, 0.1), (0.5, 0.3, 0.15, 0.05)
-SHEET = tuple(name for name in grid((0.5, 0.2, 0.1), merges=MERGES[1:]) if name != DENSE)
+SHEET = tuple(name for name in grid((0.5, 0.2, 0.1)) if name != DENSE)
 
 
 def working_folder(output: Path, split: str) -> Path:
