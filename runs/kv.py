@@ -13,44 +13,19 @@ It needs the scenes' objects, `python -m sparse_context.mini data`, and that run
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from sparse_context import apply_sparse_context, last_selection
-from sparse_context.evaluation.evaluate import DENSE, Maker, evaluate, fingerprint, grid, summarise
+from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
 from sparse_context.evaluation.metrics import find_metrics
-from sparse_context.generation import NO_LORA, Generation, call_inputs, call_settings, load_pipeline
-from sparse_context.manifest import Sample
+from sparse_context.generation import NO_LORA, load_pipeline
 from sparse_context.mini import adapter_record
 from sparse_context.mini.data import SPLITS, load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
-from sparse_context.selection import SparseContextConfig
 from sparse_context.speed.methods import make_hosts
-from sparse_context.speed.timing import timed
 from sparse_context.training.finetune import LORA_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def host_maker(pipe, kv: bool, scenes) -> Maker:
-    """How `evaluate` makes a sample on the weights of `pipe`, in KV mode or plainly, from pictures of its sizes."""
-    hosts = make_hosts(pipe)
-    host = hosts.kv if kv else hosts.plain
-    arguments = {name: value for name, value in call_settings(pipe).items() if name in call_inputs(host)}
-
-    def make(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
-        references = [picture.convert("RGB") for picture in sample.open_references()]
-        apply_sparse_context(host, replace(config, task=tasks_of(scenes[sample.name][0])))
-        with timed(host) as times:
-            made = host(
-                image=references, prompt=sample.prompt, generator=torch.Generator().manual_seed(seed), **arguments
-            )
-        return Generation(made.images[0], last_selection(host), times)
-
-    return make
 
 
 def main() -> None:
@@ -74,10 +49,13 @@ def main() -> None:
     rows = {}
     for way, (lora, kv) in ways.items():
         pipe = load_pipeline(lora=lora)
-        pipe.set_progress_bar_config(disable=True)
+        hosts = make_hosts(pipe)
+        host = hosts.kv if kv else hosts.plain
+        host.register_to_config(_name_or_path=pipe.config._name_or_path)  # whose call settings are the model's
+        make = maker(host, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
         folder = arguments.checkpoints / f"{arguments.output.stem}-{arguments.split}" / way.replace(", ", "-")
         about = {"split": arguments.split, "weights": fingerprint(pipe), "kv": kv}
-        evaluate(host_maker(pipe, kv, scenes), samples, cells, find_metrics(["psnr"]), folder, about=about)
+        evaluate(make, samples, cells, find_metrics(["psnr"]), folder, about=about)
         for cell in cells:
             found = json.loads((folder / "cells" / f"{cell}.json").read_text())["figures"]["samples"]
             # Without the distances to the dense output, which is here that of the same way

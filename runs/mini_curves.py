@@ -2,7 +2,7 @@
 
 256 scenes at keep 1, 0.2 and 0.1 and the first 64 of them at the other keeps, for six selectors, for what each task
 chooses itself, and for that with three tenths of the budget spent on averages of the rest; `mask` knows where the
-object is, which makes it the ceiling. `recognised` is that of base_quality.py: the share of a scene's objects that are
+object is. `recognised` is that of base_quality.py: the share of a scene's objects that are
 nearest to themselves among 64 candidates. Stopped at any point, it goes on there. Settings are chosen on "validation";
 "test" is run once for the published table.
 

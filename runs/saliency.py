@@ -12,9 +12,8 @@ Nothing that is scored here was trained on:
   subject), in which every box corner is a mistake that no selector can avoid. Those of GCompris are of all splits, but
   not among the backdrops of the training composites; the others are from scikit-image. The net was not tuned on them.
   That the selector averages net and contrast, equally, was chosen on every second one: the *chosen on* half. The
-  other half, *not chosen on*, is the one to believe. `subject` is the selector of that
-  name, saliency with outline and rim; its weights were chosen on the embedded model's scenes, with an eye on all of
-  these.
+  other half, *not chosen on*, is the one to believe. `subject` is the selector of that name, saliency with outline and
+  rim; its weights were chosen on the embedded model's scenes, with an eye on all of these.
 
 *Recall* at a keep ratio: the kept tokens' share of the subject, over the largest share that so many tokens can have. A
 token counts by its covered share. 1 is perfect, and chance is what `uniform` gets.

@@ -180,8 +180,8 @@ def test_f_the_transformer_saw_the_tokens_promised(case, pipe, count):
     assert torch.equal(cut_ids[0], whole_ids[0][index])
 
 
-def embedded_references(case, pipe):
-    """A list that fills with the reference tokens that each forward embeds, and their number to be told later."""
+def embedded_tokens(pipe):
+    """A list that fills with the tokens (B, N, C) that each forward embeds together with those of references."""
     transformer = pipe.transformer
     embedders = getattr(transformer, "x_embedders", None)
     embedder = embedders["image_cond"] if embedders else getattr(transformer, "x_embedder", None) or transformer.img_in
@@ -194,7 +194,7 @@ def test_f_with_merge_the_transformer_saw_the_averages_promised(case, pipe):
     references = case.references()
     whole = case.build()
     dense_ids, sparse_ids = seen_by_transformer(case, whole), seen_by_transformer(case, pipe)
-    dense_tokens, sparse_tokens = embedded_references(case, whole), embedded_references(case, pipe)
+    dense_tokens, sparse_tokens = embedded_tokens(whole), embedded_tokens(pipe)
     case.call(whole, references)
     apply_sparse_context(pipe, keep=KEEP, merge=0.6)
     case.call(pipe, references)

@@ -68,6 +68,7 @@ def test_the_experiments_vary_what_they_name():
     assert plain == LORA
     with pytest.raises(ValueError, match="learning_rate is 0.0"):
         choose(False, False, None, None, 0.0, 0.0, False, None, False, 0)
+    assert choose(False, False, None, None, None, 0.0, True, None, False, 0).dropping.merge == (0.0,)
     changed = choose(True, True, 7, 8, 0.1, 0.0, True, [0.3], True, 5, merge=[0.4])
     assert (changed.full, changed.kv, changed.max_train_steps, changed.rank, changed.seed) == (True, True, 7, 8, 5)
     assert changed.dropping == Dropping(mix={"random": 1.0}, coverage=(0.3,), merge=(0.4,), dense=1.0)

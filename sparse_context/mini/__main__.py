@@ -100,7 +100,9 @@ def sparse(
     learning_rate: Annotated[float | None, typer.Option()] = None,
     distillation: Annotated[float, typer.Option()] = 0.0,
     preservation: Annotated[float | None, typer.Option(min=0)] = None,
-    random_only: Annotated[bool, typer.Option("--random-only", help="No clustered sets in the drop mix.")] = False,
+    random_only: Annotated[
+        bool, typer.Option("--random-only", help="As in the paper: no clustered sets, no averages.")
+    ] = False,
     coverage: Annotated[list[float] | None, typer.Option(help="Repeat it; batches draw one.")] = None,
     merge: Annotated[list[float] | None, typer.Option(help="The same for shares of averages.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="The control: every batch keeps all tokens.")] = False,
