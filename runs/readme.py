@@ -372,8 +372,8 @@ def curves_short() -> str:
     scenes = before["figures"]["groups"]["all"]["dense"]["samples"]
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR against the dense base with all tokens (subjects and edits: inside the object), on the "
-        f"same noise: the embedded model, {scenes} scenes of the {before['config']['split']} split, on "
-        f"{_machine(before)} (`runs/mini_curves.py`). [docs/quality.md](docs/quality.md) has every keep and selector, "
+        f"same noise; averaged is `merge=0.3`: the embedded model, {scenes} scenes of the "
+        f"{before['config']['split']} split, on {_machine(before)} (`runs/mini_curves.py`). [docs/quality.md](docs/quality.md) has every keep and selector, "
         f"intervals, curves and pictures."
     )
 
