@@ -373,7 +373,8 @@ def curves_short() -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR against the dense base with all tokens (subjects and edits: inside the object), on the "
         f"same noise; averaged is `merge=0.3`: the embedded model, {scenes} scenes of the "
-        f"{before['config']['split']} split, on {_machine(before)} (`runs/mini_curves.py`). [docs/quality.md](docs/quality.md) has every keep and selector, "
+        f"{before['config']['split']} split, on {_machine(before)} (`runs/mini_curves.py`). "
+        f"[docs/quality.md](docs/quality.md) has every keep and selector, "
         f"intervals, curves and pictures."
     )
 
