@@ -12,16 +12,17 @@ It needs the scenes' objects, `python -m sparse_context.mini data`, and that run
 """
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
-from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
+from sparse_context.evaluation.evaluate import Cell, Maker, evaluate, fingerprint, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.generation import NO_LORA, load_pipeline
 from sparse_context.mini import adapter_record
 from sparse_context.mini.data import SPLITS, load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
+from sparse_context.selection import SparseContextConfig
 from sparse_context.speed.methods import make_hosts
 from sparse_context.training.finetune import LORA_FILE
 
@@ -44,38 +45,33 @@ def main() -> None:
     record = adapter_record(adapter) if adapter.is_file() else {}
     if not record.get("kv"):
         raise SystemExit(f"kv: {adapter} is no LoRA for KV mode: name a run of `sparse --kv` that is done.")
-    cells = grid([1.0, *arguments.keeps])
-    ways = {"plain": (NO_LORA, False), "KV": (NO_LORA, True), "KV, fine-tuned": (str(adapter), True)}
-    rows = {}
-    for way, (lora, kv) in ways.items():
+    hosts = {}  # by name a pipeline has its call settings
+    for lora in (NO_LORA, str(adapter)):
         pipe = load_pipeline(lora=lora)
-        hosts = make_hosts(pipe)
-        host = hosts.kv if kv else hosts.plain
-        host.register_to_config(_name_or_path=pipe.config._name_or_path)  # whose call settings are the model's
-        make = maker(host, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
-        folder = arguments.checkpoints / f"{arguments.output.stem}-{arguments.split}" / way.replace(", ", "-")
-        about = {"split": arguments.split, "weights": fingerprint(pipe), "kv": kv}
-        evaluate(make, samples, cells, find_metrics(["psnr"]), folder, about=about)
-        for cell in cells:
-            found = json.loads((folder / "cells" / f"{cell}.json").read_text())["figures"]["samples"]
-            # Without the distances to the dense output, which is here that of the same way
-            rows[way, cell] = [
-                row
-                | {"scores": {name: value for name, value in row["scores"].items() if not name.endswith("to_dense")}}
-                for row in found
-            ]
-    compared = {DENSE: rows["plain", DENSE]} | {
-        f"{way}, {'all tokens' if cell == DENSE else f'keep {cells[cell].config.keep:g}'}": rows[way, cell]
-        for way, cell in rows if (way, cell) != ("plain", DENSE)
-    }  # fmt: skip
+        hosts[lora] = make_hosts(pipe)
+        hosts[lora].kv.register_to_config(_name_or_path=pipe.config._name_or_path)
+    base, tuned = hosts[NO_LORA], hosts[str(adapter)]
+
+    def make(host: Any) -> Maker:
+        return maker(host, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+
+    about = {"split": arguments.split, "weights": fingerprint(base.plain)}
+    weights = {"weights": fingerprint(tuned.plain)}
+    ways = {"plain": (make(base.plain), {}), "KV": (make(base.kv), {"kv": True})}
+    ways["KV, fine-tuned"] = (make(tuned.kv), {"kv": True, **weights})
+    cells = grid([1.0])
+    for way, (how, of) in ways.items():
+        for keep in [1.0, *arguments.keeps]:
+            if (way, keep) != ("plain", 1.0):
+                name = f"{way}, {'all tokens' if keep == 1 else f'keep {keep:g}'}"
+                cells[name] = Cell(SparseContextConfig(keep=keep), make=how, about=of)
+    folder = arguments.checkpoints / f"{arguments.output.stem}-{arguments.split}"
+    figures = evaluate(make(base.plain), samples, cells, find_metrics(["psnr"]), folder, about=about)["figures"]
     config = {"split": arguments.split, "keeps": arguments.keeps, "adapter": record}
-    figures = summarise(compared)
     write_result(arguments.output, arguments.output.stem, config, figures)
     for group, settings in figures.items():
         score = "psnr" if group == "global edits" else "psnr_in_mask"
-        shown = (
-            f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items() if name != DENSE
-        )
+        shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items())
         print(f"{group}: {'; '.join(shown)}")
     print(f"wrote {arguments.output}")
 

@@ -34,9 +34,10 @@ from sparse_context.evaluation.evaluate import (
 )
 from sparse_context.evaluation.metrics import Metric, find_metrics, psnr
 from sparse_context.evaluation.plots import _level, draw_all, draw_curves, lines_of
-from sparse_context.generation import load_pipeline
+from sparse_context.generation import Generation, load_pipeline
 from sparse_context.images import open_picture
 from sparse_context.manifest import Sample, read_samples
+from sparse_context.speed.timing import Times
 
 METRICS = find_metrics(["psnr", "ssim"])
 
@@ -113,6 +114,27 @@ def test_the_grid_is_all_tokens_once_and_every_keep_with_every_selector():
     assert len(grid([0.2], [one, one])) == 2
     with pytest.raises(ValueError, match="^Two settings are named '_lambda_-0.2'"):
         grid([0.2], [one, other])
+
+
+def test_a_cell_can_be_made_in_a_way_of_its_own_and_compares_with_all_tokens_of_the_others(samples, tmp_path):
+    seen = []
+
+    def grey(level):
+        def make(sample, config, seed):
+            seen.append((level, sample.name, config.keep, seed))
+            return Generation(Image.new("RGB", (32, 32), (level,) * 3), None, Times())
+
+        return make
+
+    cells = grid([1.0]) | {"other": Cell(SparseContextConfig(keep=0.5), 1, grey(9), {"method": "grey"})}
+    assert cells["other"].to_dict()["method"] == "grey"
+    result = evaluate(grey(0), samples, cells, find_metrics(["psnr"]), tmp_path)
+    assert seen == [(0, sample.name, 1.0, i) for i, sample in enumerate(samples)] + [(9, samples[0].name, 0.5, 0)]
+    to_dense = result["figures"]["all"]["other"]["scores"]["psnr_to_dense"]["mean"]
+    assert to_dense == pytest.approx(20 * np.log10(255 / 9), abs=1e-5)
+    changed = grid([1.0]) | {"other": Cell(SparseContextConfig(keep=0.5), 1, grey(9), {"method": "white"})}
+    with pytest.raises(ValueError, match="is of method 'grey' and not 'white'"):
+        evaluate(grey(0), samples, changed, find_metrics(["psnr"]), tmp_path)
 
 
 # What is made ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -51,15 +51,21 @@ Maker = Callable[[Sample, SparseContextConfig, int], Generation]
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of the grid. config: what is kept. limit: of how many samples, from the first; None for all."""
+    """One setting of the grid.
+
+    config: what is kept. limit: of how many samples, from the first; None for all. make: how its samples are made,
+    where not as those of all others; about: what else its figures depend on then. Both as in `evaluate`.
+    """
 
     config: SparseContextConfig
     limit: int | None = None
+    make: Maker | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The setting, for JSON. A selector without a name goes by its label."""
-        values = {field.name: getattr(self.config, field.name) for field in fields(self.config) if field.name != "seed"}
-        return {**values, "selector": _label(self.config), "limit": self.limit}
+        values = {one.name: getattr(self.config, one.name) for one in fields(self.config) if one.name != "seed"}
+        return {**values, "selector": _label(self.config), "limit": self.limit, **self.about}
 
 
 def _label(config: SparseContextConfig) -> str:
@@ -207,10 +213,10 @@ def evaluate(
         for name, cell in cells.items():
             if done[name] is None:
                 bar.set_postfix_str(name)
-                rows = []
+                rows, how = [], cell.make or make
                 for i, sample in enumerate(samples[: counts[name]]):
                     try:
-                        rows.append(_run(make, sample, name, cell.config, metrics, folder, seed + i, shown=i < SHOWN))
+                        rows.append(_run(how, sample, name, cell.config, metrics, folder, seed + i, shown=i < SHOWN))
                     except ValueError as error:
                         raise ValueError(f"Sample {sample.name}, setting {name}: {error}") from error
                     bar.update()

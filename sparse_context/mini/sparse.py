@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ..generation import NO_LORA, load_pipeline
 from ..training.data import Example, fingerprint
-from ..training.dropping import Dropping
+from ..training.dropping import MIX, Dropping
 from ..training.finetune import EMBEDDED, LORA_FILE, FinetuneConfig, finetune
 from ..training.hosts import find_host
 from ..training.loop import writing
@@ -29,7 +29,7 @@ from .scenes import Scene, make_scene
 LORA = FinetuneConfig(
     rank=64,
     lora_alpha=64,
-    dropping=Dropping(dense=0.3, merge=(0.0, 0.3)),
+    dropping=Dropping(mix=MIX | {"subject": 0.3}, dense=0.3, merge=(0.0, 0.3)),
     preservation=30.0,
     focus=BaseConfig().focus,
     weighting_scheme="none",
