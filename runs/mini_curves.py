@@ -32,7 +32,7 @@ from sparse_context.evaluation.metrics import Metric, decoys, features, find_met
 from sparse_context.evaluation.plots import draw_curves, draw_sheet
 from sparse_context.generation import NO_LORA, call_settings, load_pipeline
 from sparse_context.images import save_picture
-from sparse_context.mini import ADAPTER
+from sparse_context.mini import ADAPTERS
 from sparse_context.mini.data import SPLITS, load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
@@ -118,9 +118,10 @@ def main() -> None:
     keeps = sorted(limits, reverse=True)
     cells = grid(keeps, SELECTORS, limits=limits) | grid(keeps, merges=MERGES, limits=limits)
     own = arguments.model is None and arguments.lora is None
-    if own and not ADAPTER.is_file():
+    if own and not ADAPTERS[False].is_file():
         sys.exit(
-            f"mini_curves: {ADAPTER} is not there, so this would measure the dense base: pass --lora none for that."
+            f"mini_curves: {ADAPTERS[False]} is not there, so this would measure the dense base: "
+            "pass --lora none for that."
         )
     about = {"split": arguments.split, "model": arguments.model or "embedded",
              "lora": "the package's own" if own else arguments.lora or NO_LORA, "weights": fingerprint(pipe),

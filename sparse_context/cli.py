@@ -54,6 +54,9 @@ Lora = Annotated[
     ),
 ]
 LoraScale = Annotated[float, typer.Option(help="How much of the LoRA to take: 0.5 takes half of what it changes.")]
+KV = Annotated[
+    bool, typer.Option("--kv", help="References go through the model once (FLUX.2 klein, with a LoRA of train --kv).")
+]
 Floor = Annotated[int, typer.Option(help="Fewest tokens of each reference.")]
 
 
@@ -80,6 +83,7 @@ def generate(
     ] = None,
     lora: Lora = None,
     lora_scale: LoraScale = 1.0,
+    kv: KV = False,
     seed: Annotated[int, typer.Option(help="Of the image noise.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.", show_default="the model's")] = None,
     height: Annotated[int | None, typer.Option(help="Of the output, in pixels.", show_default="the model's")] = None,
@@ -113,7 +117,9 @@ def generate(
     from .selection import SparseContextConfig
 
     check_references(model, len(references), inpaint is not None)
-    pipe = load_pipeline(model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora, lora_scale=lora_scale)
+    pipe = load_pipeline(
+        model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora, lora_scale=lora_scale, kv=kv
+    )
 
     def run(config: SparseContextConfig, steps: int | None = steps):
         return generate(
@@ -371,6 +377,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
     lora: Lora = None,
     lora_scale: LoraScale = 1.0,
+    kv: KV = False,
     seed: Annotated[int, typer.Option(help="Of the image noise; sample i has seed + i.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoise steps.", show_default="the model's")] = None,
     guidance_scale: Annotated[float | None, typer.Option(show_default="the model's")] = None,
@@ -408,11 +415,13 @@ def evaluate(
 
     for count in sorted({len(sample.references) for sample in samples}):
         check_references(model, count, inpaint=False)
-    pipe = load_pipeline(model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora, lora_scale=lora_scale)
+    pipe = load_pipeline(
+        model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora, lora_scale=lora_scale, kv=kv
+    )
     pipe.set_progress_bar_config(disable=True)
     about = {"data": str(manifest or pie_bench), "model": model or "embedded", "lora": lora,
              "lora_scale": lora_scale, "weights": fingerprint(pipe), "steps": steps, "guidance_scale": guidance_scale,
-             "dtype": dtype}  # fmt: skip
+             "dtype": dtype, "kv": kv}  # fmt: skip
     make = maker(pipe, steps=steps, guidance_scale=guidance_scale)
     result = evaluate(make, samples, cells, metrics, output, seed=seed, about=about)
     drawn = draw_all(result, output, samples)

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from .families import FAMILIES, Family, family_of
-from .mini import ADAPTER, CALL_FILE, WEIGHTS, read_call_settings
+from .mini import ADAPTERS, CALL_FILE, WEIGHTS, read_call_settings
 from .preview import fit_reference, reference_mask
 from .selection import Selection, SparseContextConfig
 from .selectors import Blend, Mask
@@ -31,6 +31,7 @@ DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfl
           "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
 INDEXES = ("model_index.json", "modular_model_index.json")
 NO_LORA = "none"
+PLAIN, KV = "Flux2KleinPipeline", "Flux2KleinKVPipeline"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TIMEOUT = 10  # seconds until the hub counts as out of reach
 
@@ -57,6 +58,7 @@ def load_pipeline(
     cpu_offload: str | None = None,
     lora: str | None = None,
     lora_scale: float = 1.0,
+    kv: bool = False,
 ) -> Any:
     """A supported pipeline from a hub id or a folder in the diffusers layout; the embedded model without `model`.
 
@@ -65,6 +67,8 @@ def load_pipeline(
     lora: a safetensors file for this model, or "none". None is the same as "none", but that the embedded model then has
     its own adapter, for dropped tokens, folded into its weights, where the package holds one. lora_scale: how much of
     the file's change of the weights is taken, 0 or more; another than 1 without a file is refused.
+    kv: make a `Flux2KleinPipeline` a `Flux2KleinKVPipeline`, for a LoRA that was trained for that (`train --kv`; the
+    embedded model has one of its own); others are refused.
     Only safetensors are read, and nothing is fetched but a hub id that was named.
     """
     where = find_device(device)
@@ -72,7 +76,7 @@ def load_pipeline(
         raise ValueError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}.")
     if cpu_offload not in (None, "model", "group"):
         raise ValueError(f"cpu-offload is {cpu_offload!r}: choose model or group.")
-    own = lora is None and model is None and ADAPTER.is_file()
+    own = lora is None and model is None and ADAPTERS[kv].is_file()
     if lora == NO_LORA:
         lora = None
     if not 0 <= lora_scale < math.inf:
@@ -82,7 +86,10 @@ def load_pipeline(
     elif lora_scale != 1:
         raise ValueError(f"lora-scale is {lora_scale:g}, but no LoRA's file was named: pass --lora, or leave it out.")
     path = str(WEIGHTS) if model is None else model
-    modular = FAMILIES[_class_name(path)].modular
+    kind = _class_name(path)
+    if kv and kind not in (PLAIN, KV):
+        raise ValueError(f"kv is for {PLAIN}, and {path} is a {kind}: leave it out.")
+    modular = FAMILIES[kind].modular
     if modular and cpu_offload == "model":
         raise ValueError("cpu-offload is 'model', which a modular pipeline does not have: choose group.")
     automatic = torch.float32 if model is None and where.type == "cpu" else torch.bfloat16
@@ -95,8 +102,14 @@ def load_pipeline(
             raise ValueError(f"The model {path} is incomplete: weights of its {name} are missing.")
     if getattr(pipe.tokenizer, "vocab_size", 2) < 2:  # without its file a tokenizer loads too, and knows no word
         raise ValueError(f"The model {path} is incomplete: its tokenizer has no words.")
+    if kv and kind == PLAIN:
+        from diffusers import Flux2KleinKVPipeline
+
+        twin = Flux2KleinKVPipeline(**pipe.components, is_distilled=pipe.config.is_distilled)
+        twin.register_to_config(_name_or_path=pipe.config._name_or_path)  # by which its call settings are found
+        pipe = twin
     if own:
-        _load_lora(pipe, str(ADAPTER))
+        _load_lora(pipe, str(ADAPTERS[kv]))
         pipe.fuse_lora()
         pipe.unload_lora_weights()  # what was fused stays
     elif lora is not None:

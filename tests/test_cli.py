@@ -703,6 +703,30 @@ def test_a_lora_changes_the_picture_as_it_does_in_diffusers(generate, loras, tin
     assert np.array_equal(pixels("none.png"), pixels("plain.png"))
 
 
+def test_kv_is_the_kv_pipeline_on_the_same_weights(generate, loras, tiny_model):
+    from diffusers import Flux2KleinKVPipeline
+
+    from sparse_context import apply_sparse_context
+
+    options = ["--image", "{in}/a.png", "--dtype", "float32", "--lora", loras / "fits.safetensors"]
+    generate(*options, "--output", "plain.png")
+    generate(*options, "--kv", "--output", "kv.png")
+    pipe = Flux2KleinKVPipeline.from_pretrained(tiny_model, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(loras, weight_name="fits.safetensors", use_safetensors=True)
+    apply_sparse_context(pipe)
+    call = {key: value for key, value in CALL.items() if key not in ("reference_size", "max_references")}
+    direct = pipe(image=[colourful(0)], prompt="the cat", generator=torch.Generator().manual_seed(0), **call)
+    assert np.array_equal(pixels("kv.png"), np.asarray(direct.images[0]))
+    assert not np.array_equal(pixels("kv.png"), pixels("plain.png"))
+
+
+def test_kv_is_refused_for_other_pipelines(refused, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxKontextPipeline"}))
+    says = refused("generate", "-m", tmp_path, "--image", "{in}/a.png", "--prompt", "x", "--kv")
+    assert f"kv is for Flux2KleinPipeline, and {tmp_path} is a FluxKontextPipeline: leave it out." in says
+
+
 @pytest.mark.parametrize(
     "options, says",
     [

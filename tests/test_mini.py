@@ -14,7 +14,7 @@ from transformers import Qwen2Tokenizer
 
 from sparse_context import SparseContextConfig
 from sparse_context.generation import generate, load_pipeline
-from sparse_context.mini import ADAPTER, WEIGHTS, read_call_settings
+from sparse_context.mini import ADAPTERS, WEIGHTS, read_call_settings
 from sparse_context.mini.data import Assets, _misses_a_link, _square, split_of
 from sparse_context.mini.demo import read_examples, run_demo
 from sparse_context.mini.model import make_tokenizer, make_vae
@@ -251,9 +251,11 @@ def test_a_restored_base_trains_and_is_exported_without_the_adapter_of_the_old_o
     weights = tmp_path / "weights"
     weights.mkdir()
     about = {"base_weights": fingerprint(pipe.transformer)}
-    save_torch({"weight": torch.ones(1)}, weights / ADAPTER.name, {"sparse_context": json.dumps(about)})
+    adapters = [weights / own.name for own in ADAPTERS.values()]
+    for adapter in adapters:
+        save_torch({"weight": torch.ones(1)}, adapter, {"sparse_context": json.dumps(about)})
     export(tmp_path, weights)
-    assert (weights / ADAPTER.name).is_file()  # these are the weights that it was trained on
+    assert all(adapter.is_file() for adapter in adapters)  # these are the weights that they were trained on
     before = read_call_settings(WEIGHTS)["training_steps"]
     assert read_call_settings(weights)["training_steps"] == before
     train_base(tmp_path, BaseConfig(steps=2, batch=1), stop_after=0)  # one step
@@ -262,7 +264,7 @@ def test_a_restored_base_trains_and_is_exported_without_the_adapter_of_the_old_o
     with pytest.raises(ValueError, match="begun with steps 2, not 3: continue it with its own"):
         train_base(tmp_path, BaseConfig(steps=3, batch=1))
     export(tmp_path, weights)
-    assert not (weights / ADAPTER.name).exists()
+    assert not any(adapter.exists() for adapter in adapters)
     assert read_call_settings(weights)["training_steps"] == before + 1
 
 
@@ -402,14 +404,16 @@ def adapter(tmp_path_factory, pipe):
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "to_qkv_mlp_proj"]))
     layers = {name: 0.1 * torch.randn_like(weight) for name, weight in get_peft_model_state_dict(transformer).items()}
     folder = tmp_path_factory.mktemp("adapter")
-    Flux2KleinPipeline.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=ADAPTER.name)
-    return folder / ADAPTER.name
+    Flux2KleinPipeline.save_lora_weights(folder, transformer_lora_layers=layers, weight_name="a.safetensors")
+    return folder / "a.safetensors"
 
 
-def test_an_adapter_in_the_package_is_the_default(pipe, adapter, monkeypatch):
+@pytest.mark.parametrize("kv", [False, True])
+def test_an_adapter_in_the_package_is_the_default(pipe, adapter, monkeypatch, kv):
     """Folded into the weights it says what plain diffusers makes of the file."""
-    monkeypatch.setattr("sparse_context.generation.ADAPTER", adapter)
-    tuned, base = load_pipeline(device="cpu"), load_pipeline(device="cpu", lora="none")
+    monkeypatch.setattr("sparse_context.generation.ADAPTERS", {kv: adapter, not kv: adapter.with_name("no")})
+    tuned, base = load_pipeline(device="cpu", kv=kv), load_pipeline(device="cpu", lora="none")
+    assert type(tuned).__name__ == ("Flux2KleinKVPipeline" if kv else "Flux2KleinPipeline")
     plain = Flux2KleinPipeline.from_pretrained(WEIGHTS)
     plain.load_lora_weights(adapter.parent, weight_name=adapter.name, use_safetensors=True)
     assert not getattr(tuned.transformer, "peft_config", None)  # no layers beside the layers, which would take time

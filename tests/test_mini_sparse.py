@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 
-from sparse_context.mini import adapter_record
+from sparse_context.mini import ADAPTERS, adapter_record
 from sparse_context.mini.data import Assets
 from sparse_context.mini.scenes import TASKS, make_scene
 from sparse_context.mini.sparse import LORA, choose, export_adapter, scene_batches, to_example, train_sparse
@@ -85,22 +85,25 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
         config = choose(False, False, steps, 2, None, 0.0, False, None, False, 0)
         result = train_sparse(tmp_path, config, batch=1, validation=())
     assert result.is_file()
-    export_adapter(tmp_path / "sparse", tmp_path / "own.safetensors")
-    assert not list(tmp_path.glob("*.partial"))
+    own = export_adapter(tmp_path / "sparse", tmp_path)
+    assert own.parent == tmp_path and own.name == ADAPTERS[False].name and not list(tmp_path.glob("*.partial"))
     about = adapter_record(result)
-    assert adapter_record(tmp_path / "own.safetensors") == about | {"scale": 1.0} and about["steps"] == 2
-    narrow, wide = load_file(tmp_path / "own.safetensors"), load_file(result)
+    assert adapter_record(own) == about | {"scale": 1.0} and about["steps"] == 2
+    narrow, wide = load_file(own), load_file(result)
     assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
-    export_adapter(tmp_path / "sparse", tmp_path / "half.safetensors", scale=0.5)
-    half = load_file(tmp_path / "half.safetensors")
+    export_adapter(tmp_path / "sparse", tmp_path, scale=0.5)
+    half = load_file(own)
     assert sum(".lora_B." in name for name in wide) == len(wide) / 2
     assert all(torch.equal(half[name], narrow[name] * (0.5 if ".lora_B." in name else 1)) for name in wide)
-    assert adapter_record(tmp_path / "half.safetensors")["scale"] == 0.5
+    assert adapter_record(own)["scale"] == 0.5
     with pytest.raises(ValueError, match="scale is 0"):
-        export_adapter(tmp_path / "sparse", tmp_path / "none.safetensors", scale=0)
-    for change, says in (({"base_weights": "another"}, "other weights than the package holds"), ({"kv": True}, "KV")):
-        save_torch(wide, result, {"sparse_context": json.dumps(about | change)})
-        with pytest.raises(ValueError, match=says):
-            export_adapter(tmp_path / "sparse", tmp_path / "none.safetensors")
-    assert not (tmp_path / "none.safetensors").exists()
+        export_adapter(tmp_path / "sparse", tmp_path, scale=0)
+    before = own.read_bytes()
+    save_torch(wide, result, {"sparse_context": json.dumps(about | {"kv": True})})
+    kv = export_adapter(tmp_path / "sparse", tmp_path)
+    assert kv.name == ADAPTERS[True].name and adapter_record(kv)["kv"] and own.read_bytes() == before
+    save_torch(wide, result, {"sparse_context": json.dumps(about | {"base_weights": "another"})})
+    with pytest.raises(ValueError, match="other weights than the package holds"):
+        export_adapter(tmp_path / "sparse", tmp_path)
+    assert own.read_bytes() == before
     assert sorted(p.name for p in result.parent.glob("step-*")) == ["step-0000001", "step-0000002"]

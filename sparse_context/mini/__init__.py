@@ -8,11 +8,11 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 CALL_FILE = "call.json"
-ADAPTER = WEIGHTS / "pytorch_lora_weights.safetensors"
-"""The embedded model's own LoRA for dropped reference tokens: its default, where there is one."""
+ADAPTERS = {False: WEIGHTS / "pytorch_lora_weights.safetensors", True: WEIGHTS / "kv.safetensors"}
+"""By whether it is for KV mode, the embedded model's own LoRA for dropped tokens: its default, where there is one."""
 
 
-def adapter_record(path: Path = ADAPTER) -> dict:
+def adapter_record(path: Path) -> dict:
     """What an adapter's file says of its training: base and its fingerprint, steps, keep range, drop mix, KV mode.
 
     Of the embedded model's own also `scale`, the share of what was learned that it takes.

@@ -125,10 +125,10 @@ def adapter(
     name: Annotated[str, typer.Option(help="Of the run, as in `sparse`.")] = "sparse",
     scale: Annotated[float, typer.Option(help="Share of what it changes that is taken, above 0 and up to 1.")] = 1.0,
 ) -> None:
-    """Make the LoRA of a run of `sparse` the embedded model's own."""
+    """Make the LoRA of a run of `sparse` the embedded model's own, with --kv that for KV mode."""
     from .sparse import export_adapter
 
-    export_adapter(folder / name, scale=scale)
+    print(f"wrote {export_adapter(folder / name, scale=scale)}")
 
 
 @app.command()
@@ -150,7 +150,7 @@ def saliency(
 
 @app.command()
 def export(folder: Folder = Path("checkpoints"), destination: Path = Path(__file__).parent / "weights") -> None:
-    """Write the averaged weights as a bf16 pipeline in the diffusers layout. An adapter of other weights is removed
+    """Write the averaged weights as a bf16 pipeline in the diffusers layout. Adapters of other weights are removed
     there: run `sparse` and `adapter` again."""
     from .recipe import export
 

@@ -24,7 +24,7 @@ from ..generation import load_pipeline
 from ..training.attention import MatmulAttention
 from ..training.data import Ahead, fingerprint
 from ..training.loop import load_average, make_optimisers, newest_step, start_from, train
-from . import ADAPTER, adapter_record
+from . import ADAPTERS, adapter_record
 from .data import Assets, load_assets
 from .model import (
     TEXT_LAYERS,
@@ -549,16 +549,17 @@ def generate(pipe, scene: Scene, seed: int = 0, steps: int = 8) -> np.ndarray:
 def export(folder: Path, destination: Path) -> None:
     """Write the averaged weights as a bf16 pipeline in the diffusers layout, with the call settings beside it.
 
-    An adapter that lies there and was trained on other weights is removed.
+    Adapters that lie there and were trained on other weights are removed.
     """
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     step = load_average(folder / "base", modules) + _steps_before(folder)
     pipe = make_pipeline(load_vae(folder), modules["transformer"], modules["text_encoder"], tokenizer)
     pipe.to(dtype=torch.bfloat16)
-    adapter = destination / ADAPTER.name  # it was trained on these values as they are in bf16
-    if adapter.is_file() and adapter_record(adapter).get("base_weights") != fingerprint(pipe.transformer.float()):
-        adapter.unlink()
+    now = fingerprint(pipe.transformer.float())  # they were trained on these values as they are in bf16
+    for adapter in (destination / own.name for own in ADAPTERS.values()):
+        if adapter.is_file() and adapter_record(adapter).get("base_weights") != now:
+            adapter.unlink()
     pipe.to(dtype=torch.bfloat16)
     pipe.save_pretrained(destination, safe_serialization=True)
     # Loaded without a dtype, diffusers makes its parts float32, and transformers what this says: they have to agree

@@ -21,7 +21,7 @@ from ..training.dropping import MIX, Dropping
 from ..training.finetune import EMBEDDED, LORA_FILE, FinetuneConfig, finetune
 from ..training.hosts import find_host
 from ..training.loop import writing
-from . import ADAPTER, adapter_record
+from . import ADAPTERS, WEIGHTS, adapter_record
 from .data import Assets, load_assets
 from .recipe import BaseConfig, batch_scenes, default_device
 from .scenes import Scene, make_scene
@@ -111,12 +111,13 @@ def train_sparse(
     )
 
 
-def export_adapter(folder: Path, destination: Path = ADAPTER, scale: float = 1.0) -> None:
-    """Write the LoRA of the run in `folder` as the embedded model's own, in bf16, whole or not at all.
+def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0) -> Path:
+    """Write the LoRA of the run in `folder` as the embedded model's own into the folder `destination`, in bf16, whole
+    or not at all; returns the file. That of a run for KV mode is another file than the plain one's.
 
     scale: the share of its change of the weights that is taken, above 0 and up to 1. On the way from the base to the
     end of the training most of the gain comes early and most of the harm late (Wortsman et al. 2022). Raises ValueError
-    for another scale, for a LoRA of other base weights or for KV mode, and OSError.
+    for another scale and for a LoRA of other base weights, and OSError.
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale is {scale!r}: pass a share above 0 and up to 1.")
@@ -124,8 +125,6 @@ def export_adapter(folder: Path, destination: Path = ADAPTER, scale: float = 1.0
     if not source.is_file():
         raise FileNotFoundError(f"{source} is missing: run `python -m sparse_context.mini sparse` first")
     about = adapter_record(source)
-    if about["kv"]:
-        raise ValueError(f"{source} is for KV mode, which the embedded model is not called in: name another run.")
     base = load_pipeline(dtype="float32", device="cpu", lora=NO_LORA)
     if about["base_weights"] != fingerprint(base.transformer):
         raise ValueError(f"{source} was trained on other weights than the package holds: train it on these.")
@@ -133,10 +132,12 @@ def export_adapter(folder: Path, destination: Path = ADAPTER, scale: float = 1.0
         metadata = file.metadata() | {"sparse_context": json.dumps(about | {"scale": scale})}
     weights = {name: (scale * tensor if ".lora_B." in name else tensor).to(torch.bfloat16)
                for name, tensor in load_file(source).items()}  # fmt: skip
-    partial = destination.with_suffix(".partial")
-    with writing(destination):
+    result = destination / ADAPTERS[about["kv"]].name
+    partial = result.with_suffix(".partial")
+    with writing(result):
         save_file(weights, partial, metadata)
-        partial.replace(destination)
+        partial.replace(result)
+    return result
 
 
 def choose(
