@@ -458,6 +458,27 @@ def auto_budget() -> str:
     )
 
 
+def coverage() -> str:
+    """What evenly spread tokens among the kept ones buy, of the picture and of the object."""
+    if not (ROOT / "results" / "coverage.json").exists():
+        return "Not measured yet: `runs/coverage.py`."
+    result = _read("coverage")
+    cells = {name: cell["coverage"] for name, cell in result["config"]["cells"].items() if name != "dense"}
+    shares = [f"{share:.0%}".replace("%", " %") for share in cells.values()]
+    rows = ["| task | PSNR | " + " | ".join(shares) + " |", "|" + "---|" * (len(cells) + 2)]
+    for group in ("subjects", "edits"):
+        for score, where in (("psnr_in_mask", "inside the object"), ("psnr", "of the whole picture")):
+            found = [_difference(result["figures"][group], name, score) for name in cells]
+            rows.append(f"| {group} | {where} | " + " | ".join(found) + " |")
+    samples = result["figures"]["all"]["dense"]["samples"]
+    weights = "the dense base" if result["config"]["lora"] == "none" else "the embedded model as it is shipped"
+    return "\n".join(rows) + (
+        f"\n\nDecibels against all tokens at keep {result['config']['keep']:g}, by the share of the kept tokens that "
+        f"is spread evenly, and the 95 % interval of that: {weights}, {samples} scenes of the "
+        f"{result['config']['split']} split, on {_machine(result)} (`runs/coverage.py`)."
+    )
+
+
 BENCHMARKS = {"flops": flops, "parts": parts, "bench_mini": bench_mini, "bench_klein_9b_blocks": bench_klein_9b_blocks,
               "bench_gpu": bench_gpu, "training_speed": training_speed}  # fmt: skip
 TABLES = {"pipelines": pipelines, "bench_gpu_short": bench_gpu_short, "core_speed": core_speed,
@@ -468,6 +489,7 @@ PAGES = {
     "docs/quality.md": {
         "curves_base": curves_base,
         "auto_budget": auto_budget,
+        "coverage": coverage,
         "peers": peers,
         "peers_test": partial(peers, "peers_test"),
         "kv": kv,

@@ -1,14 +1,15 @@
-"""The embedded model trained further on a GPU that is there for minutes: VAE, base, LoRA, one after the other.
+"""The embedded model trained further on a GPU that is there for minutes: VAE, base, LoRAs, one after the other.
 
     python runs/train_mini_gpu.py pack                      # where the assets are: all of training in 20 MB
-    python runs/train_mini_gpu.py train --pack FILE --output FOLDER --vae 850 --base 245 --sparse 130
+    python runs/train_mini_gpu.py train --pack FILE --output FOLDER --vae 850 --base 245 --sparse 130 --kv 60
 
 `pack` writes the training pictures as webp (the objects' colours and the photographs slightly lossy, alpha exact), for
 a machine with little time or no network; `python -m sparse_context.mini data` makes the whole there as well.
 
-`train` goes on from the package's weights: `--vae` steps, then `--base` and `--sparse` seconds by the clock, so
+`train` goes on from the package's weights: `--vae` steps, then `--base`, `--sparse` and `--kv` seconds by the clock, so
 that nothing has to be known of the machine's speed; 0 leaves one out. It writes the weights into the package, and a
-copy with the logs and the LoRA into the output. It does not resume: what was killed begins anew, in another folder.
+copy with the logs and the LoRAs into the output; `mini adapter` takes a LoRA from its run's folder. It does not resume:
+what was killed begins anew, in another folder.
 How the shipped weights were made, sparse_context/mini/README.md says.
 """
 
@@ -30,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 from sparse_context.mini import WEIGHTS
 from sparse_context.mini.data import load_assets
 from sparse_context.mini.recipe import BaseConfig, VaeConfig, export, restore, train_base, train_vae
-from sparse_context.mini.sparse import LORA, train_sparse
+from sparse_context.mini.sparse import KV, LORA, train_sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 FOREVER = 10**6  # steps and checkpoints of a run by the clock
@@ -108,12 +109,13 @@ def train(arguments: argparse.Namespace) -> None:
         copy_log("base")
         export(folder, WEIGHTS)
         shutil.copytree(WEIGHTS, output / "weights", dirs_exist_ok=True)
-    if arguments.sparse:
-        config = replace(LORA, max_train_steps=FOREVER, checkpointing_steps=FOREVER, validation_steps=0, ema=0.97,
-                         seed=arguments.seed)  # fmt: skip
-        made = train_sparse(folder, config, batch=32, workers=workers, seconds=arguments.sparse)
-        copy_log("sparse")
-        shutil.copy(made, output / made.name)
+    for name, config, seconds in (("sparse", LORA, arguments.sparse), ("sparse-kv", KV, arguments.kv)):
+        if seconds:
+            config = replace(config, max_train_steps=FOREVER, checkpointing_steps=FOREVER, validation_steps=0, ema=0.97,
+                             seed=arguments.seed)  # fmt: skip
+            made = train_sparse(folder, config, name=name, batch=32, workers=workers, seconds=seconds)
+            copy_log(name)
+            shutil.copy(made, output / f"{name}.safetensors")
 
 
 def main() -> None:
@@ -129,6 +131,7 @@ def main() -> None:
     training.add_argument("--vae", type=int, default=850, help="steps")
     training.add_argument("--base", type=float, default=245, help="seconds")
     training.add_argument("--sparse", type=float, default=130, help="seconds")
+    training.add_argument("--kv", type=float, default=60, help="seconds")
     training.add_argument("--batch", type=int, default=192, help="the base's, of samples with one small reference")
     training.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     training.add_argument("--seed", type=int, default=11, help="another for each run that goes on from the last")

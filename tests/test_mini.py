@@ -464,9 +464,11 @@ def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, capsys, monkeypatch
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     kept = report[0]["sparse"]["selection"]
     assert kept["kept"] == round(0.25 * kept["total"])
+    assert report[0]["sparse kv"]["selection"]["kept"] == kept["kept"]
+    assert set(report[0]["times faster"]) == {"sparse", "sparse kv"}
     assert name in capsys.readouterr().out
     with Image.open(tmp_path / "demo" / f"{name}.png") as sheet:
-        assert sheet.width > 3 * 192
+        assert sheet.width > 4 * 192
 
 
 def test_the_demo_refuses_a_bad_keep_before_it_starts(tmp_path):

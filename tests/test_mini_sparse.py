@@ -12,7 +12,7 @@ from safetensors.torch import save_file as save_torch
 from sparse_context.mini import ADAPTERS, adapter_record
 from sparse_context.mini.data import Assets
 from sparse_context.mini.scenes import TASKS, make_scene
-from sparse_context.mini.sparse import LORA, choose, export_adapter, scene_batches, to_example, train_sparse
+from sparse_context.mini.sparse import KV, LORA, choose, export_adapter, scene_batches, to_example, train_sparse
 from sparse_context.training.dropping import Dropping
 
 
@@ -66,6 +66,7 @@ def test_batches_follow_from_their_number_and_share_shapes(assets):
 def test_the_experiments_vary_what_they_name():
     plain = choose(False, False, None, None, None, 0.0, False, None, False, 0)
     assert plain == LORA
+    assert choose(False, True, None, None, None, 0.0, False, None, False, 0) == KV
     with pytest.raises(ValueError, match="learning_rate is 0.0"):
         choose(False, False, None, None, 0.0, 0.0, False, None, False, 0)
     assert choose(False, False, None, None, None, 0.0, True, None, False, 0).dropping.merge == (0.0,)

@@ -1,4 +1,7 @@
-"""The main job on pictures that the embedded model has not seen: kept tokens, dense beside sparse, the times."""
+"""The main job on pictures that the embedded model has not seen: kept tokens, dense beside sparse, the times.
+
+Where the package has an adapter for KV mode, also sparse in that mode.
+"""
 
 import json
 from dataclasses import replace
@@ -9,8 +12,11 @@ from tqdm import tqdm
 
 from ..images import check_output, open_picture, save_picture, save_text
 from ..selection import SparseContextConfig
+from . import ADAPTERS
 
 EXAMPLES = Path(__file__).parent / "examples"
+
+SIDE = 192  # of the pictures on a sheet, in pixels
 
 
 def read_examples(folder: Path = EXAMPLES) -> list[dict]:
@@ -31,7 +37,8 @@ def read_examples(folder: Path = EXAMPLES) -> list[dict]:
 
 
 def run_demo(output: Path, keep: float | int | str = 0.2) -> list[dict]:
-    """Run every example dense and sparse, write a sheet for each and one of all into `output`, and print the times.
+    """Run every example dense, sparse, and sparse in KV mode; write a sheet for each and one of all into `output`, and
+    print the times.
 
     Returns the report that is also written to `output`/report.json. Raises ValueError for a keep out of range and
     PictureError where `output` cannot be written, before any work starts.
@@ -43,35 +50,35 @@ def run_demo(output: Path, keep: float | int | str = 0.2) -> list[dict]:
     from ..generation import generate, load_pipeline
     from ..preview import column, draw_selection, label, side_by_side
 
-    pipe = load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
+    plain = load_pipeline()
+    ways = {"dense": (plain, 1.0), "sparse": (plain, keep)}
+    if ADAPTERS[True].is_file():
+        ways["sparse kv"] = (load_pipeline(kv=True), keep)
     examples = read_examples()
-    for warm_up in (1.0, keep):
-        generate(pipe, examples[-1]["references"], examples[-1]["prompt"], SparseContextConfig(keep=warm_up), steps=2)
+    for pipe, each in ways.values():  # a first call pays for more than itself
+        pipe.set_progress_bar_config(disable=True)
+        generate(pipe, examples[-1]["references"], examples[-1]["prompt"], SparseContextConfig(keep=each), steps=2)
 
     sheets, report = [], []
     for example in tqdm(examples, desc="demo", unit="scene"):
-        dense, sparse = (
-            generate(pipe, example["references"], example["prompt"], replace(config, keep=each, task=example["tasks"]))
-            for each in (1.0, keep)
-        )
-        assert sparse.selection is not None
-        faster = dense.times.total / sparse.times.total
-        side = 192
-        truth, dense_picture, sparse_picture = (
-            p.resize((side, side), Image.Resampling.LANCZOS) for p in (example["truth"], dense.image, sparse.image)
-        )
-        sheet = label(
-            side_by_side(
-                [
-                    draw_selection(sparse.selection, height=side),
-                    label(truth, "truth"),
-                    label(dense_picture, "all tokens"),
-                    label(sparse_picture, f"{sparse.selection.kept} tokens, {faster:.1f}x as fast"),
-                ]
-            ),
-            example["prompt"],
-        )
+        made = {
+            way: generate(pipe, example["references"], example["prompt"],
+                          replace(config, keep=each, task=example["tasks"]))
+            for way, (pipe, each) in ways.items()
+        }  # fmt: skip
+        faster = {way: made["dense"].times.total / one.times.total for way, one in made.items()}
+        selection = made["sparse"].selection
+        assert selection is not None
+        columns = {
+            "truth": example["truth"],
+            "all tokens": made["dense"].image,
+            f"{selection.kept} tokens, {faster['sparse']:.1f}x as fast": made["sparse"].image,
+        }
+        if "sparse kv" in made:
+            columns[f"and KV, {faster['sparse kv']:.1f}x as fast"] = made["sparse kv"].image
+        pictures = [label(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), text)
+                    for text, picture in columns.items()]  # fmt: skip
+        sheet = label(side_by_side([draw_selection(selection, height=SIDE), *pictures]), example["prompt"])
         save_picture(sheet, output / f"{example['name']}.png")
         sheets.append(sheet)
         report.append(
@@ -79,21 +86,21 @@ def run_demo(output: Path, keep: float | int | str = 0.2) -> list[dict]:
                 "name": example["name"],
                 "prompt": example["prompt"],
                 "references": len(example["references"]),
-                "dense": dense.to_dict(),
-                "sparse": sparse.to_dict(),
-                "times faster": faster,
+                **{way: one.to_dict() for way, one in made.items()},
+                "times faster": {way: ratio for way, ratio in faster.items() if way != "dense"},
             }
         )
     save_picture(column(sheets), output / "demo.png")
     save_text(json.dumps(report, indent=2) + "\n", output / "report.json")
 
-    print(f"{'scene':<24}{'references':>11}{'tokens kept':>16}{'dense':>10}{'sparse':>10}{'faster':>9}")
+    print(f"{'scene':<18}{'references':>11}{'tokens kept':>16}{'dense':>10}"
+          + "".join(f"{way:>18}" for way in ways if way != "dense"))  # fmt: skip
     for row in report:
         kept = row["sparse"]["selection"]
-        seconds = [row[which]["seconds"]["total"] for which in ("dense", "sparse")]
-        print(
-            f"{row['name']:<24}{row['references']:>11}{kept['kept']:>8} of {kept['total']:<5}"
-            f"{seconds[0]:>8.2f} s{seconds[1]:>8.2f} s{row['times faster']:>8.2f}x"
-        )
+        line = f"{row['name']:<18}{row['references']:>11}{kept['kept']:>8} of {kept['total']:<5}"
+        line += f"{row['dense']['seconds']['total']:>8.2f} s"
+        for way, ratio in row["times faster"].items():
+            line += f"{row[way]['seconds']['total']:>8.2f} s, {ratio:>4.1f}x "
+        print(line.rstrip())
     print(f"wrote {output / 'demo.png'}, a sheet for each scene and report.json")
     return report

@@ -45,6 +45,17 @@ LORA = FinetuneConfig(
 """Steps of four batches, since a batch shares one set of kept tokens: sixteen samples see four sets. Noise levels are
 spread as the sampler's steps are, for the first of them decide the colours."""
 
+KV = replace(
+    LORA,
+    kv=True,
+    dropping=replace(LORA.dropping, dense=0.7),
+    shift=4.0,
+    gradient_accumulation_steps=2,
+    max_train_steps=2000,
+)
+"""With all tokens there is an answer to be like, that of the plain pipeline, so most batches have them; and what the
+first steps of a call make of the references decides the rest, so that their noise levels come more often."""
+
 FULL = replace(LORA, full=True, preservation=0.0, learning_rate=2e-4)
 
 VALIDATION = (("edit_background", 100), ("edit_object", 100), ("subject_place", 100), ("subject_pair", 100))
@@ -146,7 +157,7 @@ def choose(
     merge: Sequence[float] | None = None,
 ) -> FinetuneConfig:  # fmt: skip
     """A config from the few settings that the experiments vary; None leaves the recipe's own."""
-    config = FULL if full else LORA
+    config = FULL if full else KV if kv else LORA
     own = 0.0 if dense else config.preservation  # the control trains on what the others only preserve
     dropping = Dropping(
         mix={"random": 1.0} if random_only else config.dropping.mix,

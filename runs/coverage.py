@@ -1,0 +1,65 @@
+"""What it buys to spread a part of the kept tokens evenly: the picture around a subject, against the subject itself.
+
+    python runs/coverage.py [--scenes 45] [--lora none]
+
+Where all kept tokens lie on a subject, what surrounds it is unknown and the model makes it up (the paper shows such
+backgrounds). `coverage` spends a share of the budget on evenly spread tokens instead. The embedded model on scenes that
+have a picture to keep around their object: in front of a picture, with another background, the object recoloured; what
+is kept is else what each task chooses by itself. Differences are to the dense model with all tokens, scene by scene.
+Stopped at any point, it goes on there.
+
+It needs the scenes' objects: `python -m sparse_context.mini data`.
+"""
+
+import argparse
+from pathlib import Path
+
+from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker
+from sparse_context.evaluation.metrics import find_metrics
+from sparse_context.evaluation.plots import draw_sheet
+from sparse_context.generation import load_pipeline
+from sparse_context.images import save_picture
+from sparse_context.mini.data import SPLITS, load_assets
+from sparse_context.mini.samples import FIRST_SEED, TURNS, scene_samples, tasks_of
+from sparse_context.result import write_result
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("subject_scene", "edit_background", "edit_object")
+COVERAGES = (0.0, 0.1, 0.3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The embedded model with a share of its tokens spread evenly.")
+    parser.add_argument("--split", choices=SPLITS[1:], default="validation")
+    parser.add_argument("--lora", help="a file or the word none; the package's own without it")
+    parser.add_argument("--keep", type=float, default=0.2)
+    parser.add_argument("--scenes", type=int, default=45)
+    parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs", help="the folder for the sheet")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "coverage.json")
+    arguments = parser.parse_args()
+
+    assets = load_assets(arguments.assets).split(arguments.split)
+    drawn = len(TURNS) * -(-arguments.scenes // len(KINDS))  # each kind comes once a turn
+    found, scenes = scene_samples(assets, drawn, FIRST_SEED[arguments.split])
+    samples = [sample for sample in found if scenes[sample.name][1] in KINDS][: arguments.scenes]
+    pipe = load_pipeline(lora=arguments.lora)
+    pipe.set_progress_bar_config(disable=True)
+    make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+    cells = grid((1.0, arguments.keep), coverages=COVERAGES)
+    folder = ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
+    about = {"split": arguments.split, "lora": arguments.lora or "the package's own", "weights": fingerprint(pipe)}
+    result = evaluate(make, samples, cells, find_metrics(["psnr"]), folder, about=about)
+    write_result(arguments.output, arguments.output.stem, about | {"keep": arguments.keep, "kinds": KINDS,
+                 "cells": result["config"]["cells"]}, result["figures"])  # fmt: skip
+    sheet = draw_sheet(folder, samples[:3], [name for name in cells if name != DENSE])
+    save_picture(sheet, arguments.pictures / f"{arguments.output.stem}.webp")
+    for group, settings in result["figures"].items():
+        for name, entry in settings.items():
+            scores = (f"{score} {entry['scores'][score]['difference']:+.2f}" for score in ("psnr_in_mask", "psnr"))
+            print(f"{group}, {name}: {', '.join(scores)}")
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
