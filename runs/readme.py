@@ -488,6 +488,7 @@ PAGES = {
     "README.md": TABLES,
     "docs/quality.md": {
         "curves_base": curves_base,
+        "curves_base_test": partial(_curves, "mini_curves_base_test", "groups"),
         "auto_budget": auto_budget,
         "coverage": coverage,
         "peers": peers,

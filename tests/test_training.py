@@ -235,12 +235,17 @@ folder, width, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 if limit:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-accelerator, rank, ratios = None, 0, []
+accelerator, rank, ratios, seconds = None, 0, [], None
 if len(sys.argv) > 4:
     from accelerate import Accelerator
     from sparse_context.training.dropping import Dropping, draw_selection
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
+if len(sys.argv) > 5:
+    import time, types
+    from sparse_context.training import loop
+    seconds = float(sys.argv[5])
+    loop.time = types.SimpleNamespace(monotonic=lambda: (1 + 2 * rank) * time.monotonic())  # one clock runs fast
 torch.manual_seed(rank)  # each process begins elsewhere, and takes the first one's weights
 module = nn.Linear(width, width)
 
@@ -253,8 +258,9 @@ def loss(step):
         return x.square().mean()
     return (module(x) - x.flip(1)).square().mean()
 
-average = train(module, [torch.optim.AdamW(module.parameters(), lr=1e-2)], loss, folder, steps=40, warmup=2,
-                save_every=2, log_every=1, accelerator=accelerator)
+average = train(module, [torch.optim.AdamW(module.parameters(), lr=1e-2)], loss, folder,
+                steps=10**6 if seconds else 40, warmup=2, save_every=10**6 if seconds else 2, log_every=1,
+                accelerator=accelerator, seconds=seconds)
 if accelerator is not None:
     torch.manual_seed(0)
     record = {"ratios": ratios, "sum": module.weight.double().sum().item(),
@@ -352,18 +358,29 @@ def test_a_full_disk_leaves_checkpoints_whole_and_says_so(tmp_path):
     assert not list((tmp_path / "full").glob("step-*"))
 
 
-def test_two_processes_draw_their_own_ratios_and_end_at_equal_weights(tmp_path):
-    """Real processes over gloo, as `accelerate launch` starts them."""
+def two_processes(tmp_path, *more):
+    """Real processes over gloo, as `accelerate launch` starts them: what each of them recorded."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    processes = [start(tmp_path, tmp_path / "run", 16, 0, "several", env={**shared, "RANK": r, "LOCAL_RANK": r})
+    processes = [start(tmp_path, tmp_path / "run", 16, 0, "several", *more, env={**shared, "RANK": r, "LOCAL_RANK": r})
                  for r in ("0", "1")]  # fmt: skip
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    records = [json.loads((tmp_path / "run" / f"rank-{r}.json").read_text()) for r in (0, 1)]
+    return [json.loads((tmp_path / "run" / f"rank-{r}.json").read_text()) for r in (0, 1)]
+
+
+def test_two_processes_by_the_clock_have_one_clock(tmp_path):
+    """Where each went by its own, they would take steps of different sizes, and stop at different ones."""
+    first, second = two_processes(tmp_path, "1.5")
+    assert first["sum"] == second["sum"] and first["average"] == second["average"]
+    assert len(first["ratios"]) == len(second["ratios"]) > 1
+
+
+def test_two_processes_draw_their_own_ratios_and_end_at_equal_weights(tmp_path):
+    records = two_processes(tmp_path)
     assert records[0]["sum"] == records[1]["sum"] and records[0]["average"] == records[1]["average"]
     assert len(records[0]["ratios"]) == 40
     assert sum(a != b for a, b in zip(records[0]["ratios"], records[1]["ratios"], strict=True)) > 30
