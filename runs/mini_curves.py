@@ -77,6 +77,12 @@ def main() -> None:
     )
     parser.add_argument("--scenes", type=int, default=256, help=f"at keep {MANY}")
     parser.add_argument("--few", type=int, default=64, help=f"at keep {FEW}")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=["psnr", "ssim", "st_lpips", "identity", "recognised"],
+        help="psnr alone is quickest, and what the tables show",
+    )
     parser.add_argument("--base", type=Path, help="the result of another run on the same scenes, of the dense base")
     parser.add_argument("--steps", type=int, help="denoise steps; the model's own without it")
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
@@ -108,8 +114,9 @@ def main() -> None:
         known = candidates(found[0].target.tobytes())
         return float(np.mean([nearest_of(features([output], m)[0], others) == 0 for m, others in known]))
 
-    metrics = find_metrics(["psnr", "ssim", "st_lpips", "identity"])
-    metrics["recognised"] = Metric(share_recognised)
+    metrics = find_metrics([name for name in arguments.metrics if name != "recognised"])
+    if "recognised" in arguments.metrics:
+        metrics["recognised"] = Metric(share_recognised)
 
     pipe = load_pipeline(arguments.model, lora=arguments.lora)
     pipe.set_progress_bar_config(disable=True)
