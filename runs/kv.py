@@ -23,7 +23,6 @@ from sparse_context.mini.data import SPLITS, load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
 from sparse_context.selection import SparseContextConfig
-from sparse_context.speed.methods import make_hosts
 from sparse_context.training.finetune import LORA_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,20 +44,19 @@ def main() -> None:
     record = adapter_record(adapter) if adapter.is_file() else {}
     if not record.get("kv"):
         raise SystemExit(f"kv: {adapter} is no LoRA for KV mode: name a run of `sparse --kv` that is done.")
-    hosts = {}  # by name a pipeline has its call settings
-    for lora in (NO_LORA, str(adapter)):
-        pipe = load_pipeline(lora=lora)
-        hosts[lora] = make_hosts(pipe)
-        hosts[lora].kv.register_to_config(_name_or_path=pipe.config._name_or_path)
-    base, tuned = hosts[NO_LORA], hosts[str(adapter)]
+    plain, untrained = load_pipeline(lora=NO_LORA), load_pipeline(lora=NO_LORA, kv=True)
+    tuned = load_pipeline(lora=str(adapter), kv=True)
 
-    def make(host: Any) -> Maker:
-        return maker(host, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+    def make(pipe: Any) -> Maker:
+        pipe.set_progress_bar_config(disable=True)
+        return maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
 
-    about = {"split": arguments.split, "weights": fingerprint(base.plain)}
-    weights = {"weights": fingerprint(tuned.plain)}
-    ways = {"plain": (make(base.plain), {}), "KV": (make(base.kv), {"kv": True})}
-    ways["KV, fine-tuned"] = (make(tuned.kv), {"kv": True, **weights})
+    about = {"split": arguments.split, "weights": fingerprint(plain)}
+    ways = {
+        "plain": (make(plain), {}),
+        "KV": (make(untrained), {"kv": True}),
+        "KV, fine-tuned": (make(tuned), {"kv": True, "weights": fingerprint(tuned)}),
+    }
     cells = grid([1.0])
     for way, (how, of) in ways.items():
         for keep in [1.0, *arguments.keeps]:
@@ -66,7 +64,7 @@ def main() -> None:
                 name = f"{way}, {'all tokens' if keep == 1 else f'keep {keep:g}'}"
                 cells[name] = Cell(SparseContextConfig(keep=keep), make=how, about=of)
     folder = arguments.checkpoints / f"{arguments.output.stem}-{arguments.split}"
-    figures = evaluate(make(base.plain), samples, cells, find_metrics(["psnr"]), folder, about=about)["figures"]
+    figures = evaluate(make(plain), samples, cells, find_metrics(["psnr"]), folder, about=about)["figures"]
     config = {"split": arguments.split, "keeps": arguments.keeps, "adapter": record}
     write_result(arguments.output, arguments.output.stem, config, figures)
     for group, settings in figures.items():

@@ -3,7 +3,8 @@
 256 scenes at keep 1, 0.2 and 0.1 and the first 64 of them at the other keeps, for six selectors, for what each task
 chooses itself, and for that with three tenths of the budget spent on averages of the rest; `mask` knows where the
 object is. `recognised` is that of base_quality.py: the share of a scene's objects that are
-nearest to themselves among 64 candidates. Stopped at any point, it goes on there. Settings are chosen on "validation";
+nearest to themselves among 64 candidates. PSNR, which the tables and pictures are made of, is always measured, and
+`--metrics` names what else. Stopped at any point, it goes on there. Settings are chosen on "validation";
 "test" is run once for the published table.
 
     python runs/mini_curves.py --split test --lora none --output results/mini_curves_base.json
@@ -79,9 +80,9 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=64, help=f"at keep {FEW}")
     parser.add_argument(
         "--metrics",
-        nargs="+",
-        default=["psnr", "ssim", "st_lpips", "identity", "recognised"],
-        help="psnr alone is quickest, and what the tables show",
+        nargs="*",
+        default=["ssim", "st_lpips", "identity", "recognised"],
+        help="beside psnr; fewer are quicker",
     )
     parser.add_argument("--base", type=Path, help="the result of another run on the same scenes, of the dense base")
     parser.add_argument("--steps", type=int, help="denoise steps; the model's own without it")
@@ -114,7 +115,7 @@ def main() -> None:
         known = candidates(found[0].target.tobytes())
         return float(np.mean([nearest_of(features([output], m)[0], others) == 0 for m, others in known]))
 
-    metrics = find_metrics([name for name in arguments.metrics if name != "recognised"])
+    metrics = find_metrics(["psnr", *(name for name in arguments.metrics if name != "recognised")])
     if "recognised" in arguments.metrics:
         metrics["recognised"] = Metric(share_recognised)
 
@@ -125,9 +126,9 @@ def main() -> None:
     keeps = sorted(limits, reverse=True)
     cells = grid(keeps, SELECTORS, limits=limits) | grid(keeps, merges=MERGES, limits=limits)
     own = arguments.model is None and arguments.lora is None
-    if own and not ADAPTERS[False].is_file():
+    if own and not ADAPTERS["plain"].is_file():
         sys.exit(
-            f"mini_curves: {ADAPTERS[False]} is not there, so this would measure the dense base: "
+            f"mini_curves: {ADAPTERS['plain']} is not there, so this would measure the dense base: "
             "pass --lora none for that."
         )
     about = {"split": arguments.split, "model": arguments.model or "embedded",

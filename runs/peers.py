@@ -8,10 +8,10 @@ of the benchmark (sparse_context/speed/methods.py). So all have the speed that t
 the dense model with all tokens, scene by scene: PSNR inside the object or, for global edits, of the whole picture.
 Stopped at any point, it goes on there.
 
-`copied and filled` is no method but a bound on what could be had: the model's picture with all tokens where a token
-shows what `sparse` kept, or what the prompt alone tells, and the rest of it filled in from around by OpenCV's `inpaint`
-(Telea 2004). Where `sparse` is below that, it had seen what it got wrong, and fine-tuning may help; how far, the bound
-does not say, for what it copies was made with all tokens in sight.
+`copied and filled` is no method but a yardstick: the model's picture with all tokens, of it the parts that `sparse` has
+a token for or that the prompt alone determines, and the rest filled in from around by OpenCV's `inpaint` (Telea 2004).
+Where `sparse` is below that, it made less of the tokens than copying and smooth filling would, and fine-tuning may
+help; how far, it does not say, for what it copies was made with all tokens in sight.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """

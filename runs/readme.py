@@ -463,19 +463,20 @@ def coverage() -> str:
     if not (ROOT / "results" / "coverage.json").exists():
         return "Not measured yet: `runs/coverage.py`."
     result = _read("coverage")
-    cells = {name: cell["coverage"] for name, cell in result["config"]["cells"].items() if name != "dense"}
-    shares = [f"{share:.0%}".replace("%", " %") for share in cells.values()]
-    rows = ["| task | PSNR | " + " | ".join(shares) + " |", "|" + "---|" * (len(cells) + 2)]
+    config, figures = result["config"], result["figures"]
+    shares = [f"{share:.0%} spread".replace("%", " %") for share in config["coverages"]]
+    rows = ["| task | PSNR | " + " | ".join(shares) + " |", "|" + "---|" * (len(shares) + 2)]
     for group in ("subjects", "edits"):
         for score, where in (("psnr_in_mask", "inside the object"), ("psnr", "of the whole picture")):
-            found = [_difference(result["figures"][group], name, score) for name in cells]
-            rows.append(f"| {group} | {where} | " + " | ".join(found) + " |")
-    samples = result["figures"]["all"]["dense"]["samples"]
-    weights = "the dense base" if result["config"]["lora"] == "none" else "the embedded model as it is shipped"
+            settings = figures[group]
+            found = [_difference(settings, name, score) for name in settings if name != "dense"]
+            without = settings["dense"]["scores"][score]["mean"]
+            rows.append(f"| {group} | {where} | {without:.1f} dB | " + " | ".join(found) + " |")
+    weights = "the dense base" if config["lora"] == "none" else "the embedded model as it is shipped"
     return "\n".join(rows) + (
-        f"\n\nDecibels against all tokens at keep {result['config']['keep']:g}, by the share of the kept tokens that "
-        f"is spread evenly, and the 95 % interval of that: {weights}, {samples} scenes of the "
-        f"{result['config']['split']} split, on {_machine(result)} (`runs/coverage.py`)."
+        f"\n\nDecibels gained or lost against no spread tokens, at keep {config['keep']:g}, and the 95 % interval of "
+        f"that: {weights}, {figures['all']['dense']['samples']} scenes of the {config['split']} split, on "
+        f"{_machine(result)} (`runs/coverage.py`)."
     )
 
 
@@ -488,7 +489,6 @@ PAGES = {
     "README.md": TABLES,
     "docs/quality.md": {
         "curves_base": curves_base,
-        "curves_base_test": partial(_curves, "mini_curves_base_test", "groups"),
         "auto_budget": auto_budget,
         "coverage": coverage,
         "peers": peers,

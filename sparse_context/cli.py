@@ -421,7 +421,7 @@ def evaluate(
     pipe.set_progress_bar_config(disable=True)
     about = {"data": str(manifest or pie_bench), "model": model or "embedded", "lora": lora,
              "lora_scale": lora_scale, "weights": fingerprint(pipe), "steps": steps, "guidance_scale": guidance_scale,
-             "dtype": dtype, "kv": kv}  # fmt: skip
+             "dtype": dtype, **({"kv": True} if kv else {})}  # fmt: skip
     make = maker(pipe, steps=steps, guidance_scale=guidance_scale)
     result = evaluate(make, samples, cells, metrics, output, seed=seed, about=about)
     drawn = draw_all(result, output, samples)

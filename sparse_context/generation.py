@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from .families import FAMILIES, Family, family_of
-from .mini import ADAPTERS, CALL_FILE, WEIGHTS, read_call_settings
+from .mini import ADAPTERS, CALL_FILE, WEIGHTS, adapter_record, read_call_settings
 from .preview import fit_reference, reference_mask
 from .selection import Selection, SparseContextConfig
 from .selectors import Blend, Mask
@@ -31,7 +31,7 @@ DTYPES = {"float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfl
           "float32": torch.float32, "fp32": torch.float32}  # fmt: skip
 INDEXES = ("model_index.json", "modular_model_index.json")
 NO_LORA = "none"
-PLAIN, KV = "Flux2KleinPipeline", "Flux2KleinKVPipeline"
+KLEIN, KLEIN_KV = "Flux2KleinPipeline", "Flux2KleinKVPipeline"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TIMEOUT = 10  # seconds until the hub counts as out of reach
 
@@ -67,8 +67,9 @@ def load_pipeline(
     lora: a safetensors file for this model, or "none". None is the same as "none", but that the embedded model then has
     its own adapter, for dropped tokens, folded into its weights, where the package holds one. lora_scale: how much of
     the file's change of the weights is taken, 0 or more; another than 1 without a file is refused.
-    kv: make a `Flux2KleinPipeline` a `Flux2KleinKVPipeline`, for a LoRA that was trained for that (`train --kv`; the
-    embedded model has one of its own); others are refused.
+    kv: run a klein model as `Flux2KleinKVPipeline`, for a LoRA that was trained for that (`train --kv`). The embedded
+    model then has its adapter for KV mode, where the package holds one. Other pipelines are refused, and klein models
+    that need guidance, which that pipeline has none of.
     Only safetensors are read, and nothing is fetched but a hub id that was named.
     """
     where = find_device(device)
@@ -76,7 +77,8 @@ def load_pipeline(
         raise ValueError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}.")
     if cpu_offload not in (None, "model", "group"):
         raise ValueError(f"cpu-offload is {cpu_offload!r}: choose model or group.")
-    own = lora is None and model is None and ADAPTERS[kv].is_file()
+    adapter = ADAPTERS["kv" if kv else "plain"]
+    own = lora is None and model is None and adapter.is_file()
     if lora == NO_LORA:
         lora = None
     if not 0 <= lora_scale < math.inf:
@@ -87,8 +89,12 @@ def load_pipeline(
         raise ValueError(f"lora-scale is {lora_scale:g}, but no LoRA's file was named: pass --lora, or leave it out.")
     path = str(WEIGHTS) if model is None else model
     kind = _class_name(path)
-    if kv and kind not in (PLAIN, KV):
-        raise ValueError(f"kv is for {PLAIN}, and {path} is a {kind}: leave it out.")
+    if kv and kind not in (KLEIN, KLEIN_KV):
+        raise ValueError(f"kv is for {KLEIN}, and {path} is a {kind}: leave it out.")
+    in_kv_mode = kv or kind == KLEIN_KV
+    if lora is not None and adapter_record(Path(lora)).get("kv", in_kv_mode) != in_kv_mode:
+        does = "was not trained for KV mode: leave kv out" if in_kv_mode else "was trained for KV mode: pass kv"
+        raise ValueError(f"The LoRA {lora} {does}, or name another one.")
     modular = FAMILIES[kind].modular
     if modular and cpu_offload == "model":
         raise ValueError("cpu-offload is 'model', which a modular pipeline does not have: choose group.")
@@ -102,14 +108,16 @@ def load_pipeline(
             raise ValueError(f"The model {path} is incomplete: weights of its {name} are missing.")
     if getattr(pipe.tokenizer, "vocab_size", 2) < 2:  # without its file a tokenizer loads too, and knows no word
         raise ValueError(f"The model {path} is incomplete: its tokenizer has no words.")
-    if kv and kind == PLAIN:
+    if kv and kind == KLEIN:
         from diffusers import Flux2KleinKVPipeline
 
-        twin = Flux2KleinKVPipeline(**pipe.components, is_distilled=pipe.config.is_distilled)
+        if not pipe.config.is_distilled:
+            raise ValueError(f"kv has no guidance, which {path} needs: name its distilled sibling, or leave kv out.")
+        twin = Flux2KleinKVPipeline(**pipe.components)
         twin.register_to_config(_name_or_path=pipe.config._name_or_path)  # by which its call settings are found
         pipe = twin
     if own:
-        _load_lora(pipe, str(ADAPTERS[kv]))
+        _load_lora(pipe, str(adapter))
         pipe.fuse_lora()
         pipe.unload_lora_weights()  # what was fused stays
     elif lora is not None:

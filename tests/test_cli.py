@@ -721,10 +721,39 @@ def test_kv_is_the_kv_pipeline_on_the_same_weights(generate, loras, tiny_model):
     assert not np.array_equal(pixels("kv.png"), pixels("plain.png"))
 
 
-def test_kv_is_refused_for_other_pipelines(refused, tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxKontextPipeline"}))
-    says = refused("generate", "-m", tmp_path, "--image", "{in}/a.png", "--prompt", "x", "--kv")
-    assert f"kv is for Flux2KleinPipeline, and {tmp_path} is a FluxKontextPipeline: leave it out." in says
+def test_kv_is_for_klein_models_without_guidance_and_for_loras_of_that_mode(refused, loras, tiny_model, tmp_path):
+    def says(model, *options):
+        return refused("generate", "-m", model, "--image", "{in}/a.png", "--prompt", "x", *options)
+
+    index = json.loads((tiny_model / "model_index.json").read_text())
+    models = {name: tmp_path / name for name in ("other", "guided", "kv")}
+    changes = ({"_class_name": "FluxKontextPipeline"}, {"is_distilled": False}, {"_class_name": "Flux2KleinKVPipeline"})
+    for folder, change in zip(models.values(), changes, strict=True):
+        shutil.copytree(tiny_model, folder)
+        (folder / "model_index.json").write_text(json.dumps(index | change))
+    other = says(models["other"], "--kv")
+    assert f"kv is for Flux2KleinPipeline, and {models['other']} is a FluxKontextPipeline: leave it out." in other
+    assert f"kv has no guidance, which {models['guided']} needs" in says(models["guided"], "--kv")
+
+    weights = load_file(loras / "fits.safetensors")
+    for_kv, for_plain = tmp_path / "for-kv.safetensors", tmp_path / "for-plain.safetensors"
+    for file in (for_kv, for_plain):
+        save_file(weights, file, metadata={"sparse_context": json.dumps({"kv": file == for_kv})})
+    assert f"The LoRA {for_kv} was trained for KV mode: pass kv" in says("{model}", "--lora", for_kv)
+    for model, options in (("{model}", ["--kv"]), (models["kv"], [])):
+        told = says(model, *options, "--lora", for_plain)
+        assert f"The LoRA {for_plain} was not trained for KV mode: leave kv out" in told
+
+
+def test_a_kv_model_is_what_it_is_with_and_without_kv(generate, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "kv")
+    index = json.loads((tiny_model / "model_index.json").read_text())
+    (tmp_path / "kv" / "model_index.json").write_text(json.dumps(index | {"_class_name": "Flux2KleinKVPipeline"}))
+    options = ["--image", "{in}/a.png", "--dtype", "float32"]
+    generate(*options, "--kv", "--output", "twin.png")
+    for name, more in (("same", []), ("named", ["--kv"]), ("offloaded", ["--kv", "--cpu-offload", "group"])):
+        generate("-m", tmp_path / "kv", *options, *more, "--output", f"{name}.png")
+        assert np.array_equal(pixels(f"{name}.png"), pixels("twin.png"))
 
 
 @pytest.mark.parametrize(

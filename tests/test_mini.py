@@ -411,7 +411,8 @@ def adapter(tmp_path_factory, pipe):
 @pytest.mark.parametrize("kv", [False, True])
 def test_an_adapter_in_the_package_is_the_default(pipe, adapter, monkeypatch, kv):
     """Folded into the weights it says what plain diffusers makes of the file."""
-    monkeypatch.setattr("sparse_context.generation.ADAPTERS", {kv: adapter, not kv: adapter.with_name("no")})
+    files = {mode: adapter if (mode == "kv") == kv else adapter.with_name("no") for mode in ADAPTERS}
+    monkeypatch.setattr("sparse_context.generation.ADAPTERS", files)
     tuned, base = load_pipeline(device="cpu", kv=kv), load_pipeline(device="cpu", lora="none")
     assert type(tuned).__name__ == ("Flux2KleinKVPipeline" if kv else "Flux2KleinPipeline")
     plain = Flux2KleinPipeline.from_pretrained(WEIGHTS)
@@ -468,7 +469,7 @@ def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, capsys, monkeypatch
     assert set(report[0]["times faster"]) == {"sparse", "sparse kv"}
     assert name in capsys.readouterr().out
     with Image.open(tmp_path / "demo" / f"{name}.png") as sheet:
-        assert sheet.width > 4 * 192
+        assert sheet.width == 8 * 192 + 7 * 8  # four references, the truth, three outputs
 
 
 def test_the_demo_refuses_a_bad_keep_before_it_starts(tmp_path):

@@ -87,7 +87,7 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
         result = train_sparse(tmp_path, config, batch=1, validation=())
     assert result.is_file()
     own = export_adapter(tmp_path / "sparse", tmp_path)
-    assert own.parent == tmp_path and own.name == ADAPTERS[False].name and not list(tmp_path.glob("*.partial"))
+    assert own.parent == tmp_path and own.name == ADAPTERS["plain"].name and not list(tmp_path.glob("*.partial"))
     about = adapter_record(result)
     assert adapter_record(own) == about | {"scale": 1.0} and about["steps"] == 2
     narrow, wide = load_file(own), load_file(result)
@@ -102,7 +102,7 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
     before = own.read_bytes()
     save_torch(wide, result, {"sparse_context": json.dumps(about | {"kv": True})})
     kv = export_adapter(tmp_path / "sparse", tmp_path)
-    assert kv.name == ADAPTERS[True].name and adapter_record(kv)["kv"] and own.read_bytes() == before
+    assert kv.name == ADAPTERS["kv"].name and adapter_record(kv)["kv"] and own.read_bytes() == before
     save_torch(wide, result, {"sparse_context": json.dumps(about | {"base_weights": "another"})})
     with pytest.raises(ValueError, match="other weights than the package holds"):
         export_adapter(tmp_path / "sparse", tmp_path)

@@ -53,8 +53,9 @@ Maker = Callable[[Sample, SparseContextConfig, int], Generation]
 class Cell:
     """One setting of the grid.
 
-    config: what is kept. limit: of how many samples, from the first; None for all. make: how its samples are made,
-    where not as those of all others; about: what else its figures depend on then. Both as in `evaluate`.
+    config: what is kept. limit: of how many samples, from the first; None for all. make: how its samples are made;
+    None: as `evaluate` is told. about: what else its figures depend on, such as a name for `make`, which resuming
+    cannot compare; it goes before the `about` of `evaluate`.
     """
 
     config: SparseContextConfig
@@ -176,8 +177,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run every cell over the samples and return the result that is also written to `folder`/result.json.
 
-    make: see `maker`. cells: see `grid`; the first is `DENSE`. metrics: see `metrics.find_metrics`.
-    about: what else the figures depend on (model, adapter, `fingerprint` of their weights, steps ...), for the record.
+    make: see `maker`; a cell may have its own. cells: see `grid`; the first is `DENSE`. metrics: see
+    `metrics.find_metrics`. about: what else the figures depend on (model, adapter, `fingerprint` of their weights,
+    steps ...), for the record.
 
     A cell whose file is there is not run again. Raises ValueError where that file is of other settings, and, before
     anything is made, where a sample lacks what a setting needs or has a picture that cannot be read.

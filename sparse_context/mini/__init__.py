@@ -8,8 +8,8 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 CALL_FILE = "call.json"
-ADAPTERS = {False: WEIGHTS / "pytorch_lora_weights.safetensors", True: WEIGHTS / "kv.safetensors"}
-"""By whether it is for KV mode, the embedded model's own LoRA for dropped tokens: its default, where there is one."""
+ADAPTERS = {"plain": WEIGHTS / "pytorch_lora_weights.safetensors", "kv": WEIGHTS / "kv.safetensors"}
+"""The embedded model's own LoRA for dropped tokens, and that for KV mode: its defaults, where the package has them."""
 
 
 def adapter_record(path: Path) -> dict:

@@ -125,7 +125,7 @@ def adapter(
     name: Annotated[str, typer.Option(help="Of the run, as in `sparse`.")] = "sparse",
     scale: Annotated[float, typer.Option(help="Share of what it changes that is taken, above 0 and up to 1.")] = 1.0,
 ) -> None:
-    """Make the LoRA of a run of `sparse` the embedded model's own, with --kv that for KV mode."""
+    """Make the LoRA of a run of `sparse` the embedded model's own: of a run with --kv its own for KV mode."""
     from .sparse import export_adapter
 
     print(f"wrote {export_adapter(folder / name, scale=scale)}")

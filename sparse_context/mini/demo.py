@@ -37,8 +37,8 @@ def read_examples(folder: Path = EXAMPLES) -> list[dict]:
 
 
 def run_demo(output: Path, keep: float | int | str = 0.2) -> list[dict]:
-    """Run every example dense, sparse, and sparse in KV mode; write a sheet for each and one of all into `output`, and
-    print the times.
+    """Run every example dense, sparse and, where the package has an adapter for it, sparse in KV mode; write a sheet
+    for each and one of all into `output`, and print the times.
 
     Returns the report that is also written to `output`/report.json. Raises ValueError for a keep out of range and
     PictureError where `output` cannot be written, before any work starts.
@@ -52,7 +52,7 @@ def run_demo(output: Path, keep: float | int | str = 0.2) -> list[dict]:
 
     plain = load_pipeline()
     ways = {"dense": (plain, 1.0), "sparse": (plain, keep)}
-    if ADAPTERS[True].is_file():
+    if ADAPTERS["kv"].is_file():
         ways["sparse kv"] = (load_pipeline(kv=True), keep)
     examples = read_examples()
     for pipe, each in ways.values():  # a first call pays for more than itself

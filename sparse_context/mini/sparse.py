@@ -42,8 +42,9 @@ LORA = FinetuneConfig(
     checkpointing_steps=100,
     validation_steps=500,
 )
-"""Steps of four batches, since a batch shares one set of kept tokens: sixteen samples see four sets. Noise levels are
-spread as the sampler's steps are, for the first of them decide the colours."""
+"""Steps of four batches, since a batch shares one set of kept tokens: sixteen samples see four sets. The mix has the
+sets of `subject` too, which the task of that name takes. Noise levels are spread as the sampler's steps are, for the
+first of them decide the colours."""
 
 KV = replace(
     LORA,
@@ -53,8 +54,8 @@ KV = replace(
     gradient_accumulation_steps=2,
     max_train_steps=2000,
 )
-"""With all tokens there is an answer to be like, that of the plain pipeline, so most batches have them; and what the
-first steps of a call make of the references decides the rest, so that their noise levels come more often."""
+"""Most batches keep all tokens: there the plain pipeline's answer is at hand to learn from. `shift` moves the noise
+levels towards noise, for the first steps of a call decide the rest."""
 
 FULL = replace(LORA, full=True, preservation=0.0, learning_rate=2e-4)
 
@@ -143,7 +144,7 @@ def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0
         metadata = file.metadata() | {"sparse_context": json.dumps(about | {"scale": scale})}
     weights = {name: (scale * tensor if ".lora_B." in name else tensor).to(torch.bfloat16)
                for name, tensor in load_file(source).items()}  # fmt: skip
-    result = destination / ADAPTERS[about["kv"]].name
+    result = destination / ADAPTERS["kv" if about["kv"] else "plain"].name
     partial = result.with_suffix(".partial")
     with writing(result):
         save_file(weights, partial, metadata)
