@@ -4,10 +4,12 @@
 
 The figures to reach, on two cores: sparse at least 3 times as fast as dense with references encoded in the call, 3.5
 times with references that were used before, and sooner done than KV alone, downscaled and merged references. Whether
-they were is printed and is part of the record.
+they were is printed and is part of the record. What runs/peers.py and runs/kv.py found of the quality at the same keep
+is drawn against the times.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -15,16 +17,38 @@ import torch
 from sparse_context.generation import load_pipeline
 from sparse_context.mini.demo import read_examples
 from sparse_context.result import write_result
-from sparse_context.speed.bench import BenchConfig, bench, table
+from sparse_context.speed.bench import BenchConfig, bench, plot, table
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = 0.15
+QUALITY = {
+    "dense": ("peers", "dense"),
+    "downscaled": ("peers", f"downscaled {KEEP:g}"),
+    "merged": ("peers", f"merged {KEEP:g}"),
+    "sparse": ("peers", f"sparse {KEEP:g}"),
+    "sparse_cached": ("peers", f"sparse {KEEP:g}"),
+    "kv": ("kv", "KV, fine-tuned, all tokens"),
+    "sparse_kv": ("kv", f"KV, fine-tuned, keep {KEEP:g}"),
+}
+"""Of each method the result that holds its quality, and what it is called there."""
+
+
+def known_quality(group: str = "subjects", score: str = "psnr_in_mask") -> dict[str, dict]:
+    """What is known of the methods' quality at `KEEP`, by method: the entry of `evaluation.evaluate.summarise`."""
+    found = {}
+    for method, (result, setting) in QUALITY.items():
+        file = ROOT / "results" / f"{result}.json"
+        figures = json.loads(file.read_text())["figures"] if file.is_file() else {}
+        if setting in figures.get(group, {}):
+            found[method] = figures[group][setting]["scores"][score]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Every method on the embedded model, end to end.")
     parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "bench_mini.json")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "bench-mini.png")
     arguments = parser.parse_args()
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
@@ -48,6 +72,12 @@ def main() -> None:
     settings = {"keep": KEEP, "references": 4, "dtype": "float32", "threads": torch.get_num_threads(),
                 "scene": scene["name"]}  # fmt: skip
     write_result(arguments.output, "bench_mini", settings, figures)
+    quality = [
+        {"method": name, "keep": rows[name]["keep"], "references": 4, "value": entry["mean"],
+         "metric": "PSNR inside the objects, dB"}
+        for name, entry in known_quality().items()
+    ]  # fmt: skip
+    plot(figures, arguments.plot, quality)
 
 
 if __name__ == "__main__":

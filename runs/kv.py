@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model in KV mode, before and after fine-tuning.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
     parser.add_argument("--run", default="sparse-kv", help="its folder in the working folder")
-    parser.add_argument("--keeps", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.15, 0.1])
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="the working folder")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "kv.json")

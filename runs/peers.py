@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality at equal numbers of tokens.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
     parser.add_argument("--lora", help="a file or the word none; the package's own without it")
-    parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.1])
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.15, 0.1])
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--folder", type=Path, help="working folder; checkpoints/NAME-SPLIT of the output without it")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from bench_mini import known_quality
 from check_gpu import check
 
 from sparse_context.families import FAMILIES, Family
@@ -131,12 +132,12 @@ def base_quality() -> str:
     )
 
 
-def _bench_rows(figures: dict) -> list[str]:
-    """The rows of a benchmark, as sparse_context/speed/bench.py gives them."""
-    lines = [
-        "| references | method | keep | tokens | end to end | denoising | FLOPs allow | of that | of the ceiling |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def _bench_rows(figures: dict, more: Mapping[str, Mapping[str, str]] | None = None) -> list[str]:
+    """The rows of a benchmark, as sparse_context/speed/bench.py gives them. more: columns, of texts by method."""
+    more = more or {}
+    heads = ["references", "method", "keep", "tokens", "end to end", "denoising", "FLOPs allow", "of that",
+             "of the ceiling", *more]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in figures["rows"]:
         faster = row["times faster"]
         cells = [
@@ -148,6 +149,7 @@ def _bench_rows(figures: dict) -> list[str]:
             f"{row['predicted']:.2f}x",
             f"{row['of predicted']:.0%}".replace("%", " %"),
             f"{row['of ceiling']:.0%}".replace("%", " %"),
+            *(texts.get(row["method"], "") for texts in more.values()),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -162,9 +164,16 @@ def bench_mini() -> str:
         return "Not measured yet: `runs/bench_mini.py`."
     result = _read("bench_mini")
     config, figures = result["config"], result["figures"]
-    return "\n".join(_bench_rows(figures)) + (
+    costs = {
+        group: {method: f"{entry['difference']:+.1f} dB" for method, entry in known_quality(group).items()}
+        for group in ("subjects", "edits")
+    }
+    return "\n".join(_bench_rows(figures, costs)) + (
         f"\n\nTimes faster than dense: the embedded model, {figures['steps']} steps, {config['dtype']}, the median of "
-        f"{figures['turns']} interleaved turns and their range, on {_machine(result)} (`runs/bench_mini.py`)."
+        f"{figures['turns']} interleaved turns and their range, on {_machine(result)} (`runs/bench_mini.py`). Beside "
+        f"them what the method costs at that keep, PSNR inside the object, over scenes of the validation split with one "
+        f"to four references (`runs/peers.py`, `runs/kv.py`): KV with the package's LoRA for it, the others "
+        f"training-free."
     )
 
 
