@@ -171,8 +171,8 @@ def bench_mini() -> str:
     return "\n".join(_bench_rows(figures, costs)) + (
         f"\n\nTimes faster than dense: the embedded model, {figures['steps']} steps, {config['dtype']}, the median of "
         f"{figures['turns']} interleaved turns and their range, on {_machine(result)} (`runs/bench_mini.py`). Beside "
-        f"them what the method costs at that keep, PSNR inside the object, over scenes of the validation split with one "
-        f"to four references (`runs/peers.py`, `runs/kv.py`): KV with the package's LoRA for it, the others "
+        f"them what the method costs at that keep, PSNR inside the object, over scenes of the validation split with "
+        f"one to four references (`runs/peers.py`, `runs/kv.py`): KV with the package's LoRA for it, the others "
         f"training-free."
     )
 
