@@ -434,7 +434,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="A folder for the pictures.")] = Path("demo"),
     keep: Annotated[str, typer.Option(help="As in generate.")] = "0.2",
 ) -> None:
-    """Run the embedded model on pictures that it has not seen: kept tokens, dense beside sparse, the times."""
+    """Run the embedded model on pictures that it has not seen: kept tokens, dense, sparse and KV outputs, the times."""
     from .mini.demo import run_demo
 
     _hide_loading_bars()
