@@ -431,16 +431,16 @@ def peers(name: str = "peers") -> str:
     )
 
 
-def kv() -> str:
+def kv(name: str = "kv") -> str:
     """What KV mode costs, before and after a fine-tuning for it."""
-    if not (ROOT / "results" / "kv.json").exists():
+    if not (ROOT / "results" / f"{name}.json").exists():
         return "Not measured yet: `runs/kv.py`."
-    result = _read("kv")
-    ways = [name for name in result["figures"]["all"] if name != "dense"]
-    rows = ["| task | " + " | ".join(ways) + " |", "|" + "---|" * (len(ways) + 1)]
-    for group, (score, _) in CURVES.items():
-        cells = [_difference(result["figures"][group], way, score) for way in ways]
-        rows.append(f"| {group} | " + " | ".join(cells) + " |")
+    result = _read(name)
+    rows = ["| weights and tokens | " + " | ".join(CURVES) + " |", "|" + "---|" * (len(CURVES) + 1)]
+    for way in result["figures"]["all"]:
+        if way != "dense":
+            costs = [_difference(result["figures"][group], way, score) for group, (score, _) in CURVES.items()]
+            rows.append(f"| {way} | " + " | ".join(costs) + " |")
     samples, adapter = result["figures"]["all"]["dense"]["samples"], result["config"]["adapter"]
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR against the plain pipeline on the dense base with all tokens, and the 95 % interval of "
@@ -503,6 +503,7 @@ PAGES = {
         "peers": peers,
         "peers_test": partial(peers, "peers_test"),
         "kv": kv,
+        "kv_test": partial(kv, "kv_test"),
         "curves": curves,
         "ablations": ablations,
     },
