@@ -361,10 +361,11 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def plot(figures: dict[str, Any], path: Path, quality: Sequence[dict[str, Any]] = ()) -> None:
-    """Draw latency against references, a line for each method and keep; and, given `quality`, that against latency.
+    """Draw latency against references, a line for each method and keep; and, given `quality`, that against the speed.
 
-    `quality` has {"method", "keep", "references", "value", "metric"} for each point that is known. Raises ValueError
-    where matplotlib is missing.
+    `quality` has {"method", "keep", "references", "value", "metric"} for each point that is known. With one number of
+    references there is no line to draw, so that quality then stands alone. Raises ValueError where matplotlib is
+    missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -374,6 +375,8 @@ def plot(figures: dict[str, Any], path: Path, quality: Sequence[dict[str, Any]] 
     phase = "total" if "total" in rows[0]["seconds"] else "denoise"
     sizes = sorted({row["size"] for row in rows})
     known = {(q["method"], q["keep"], q["references"]): q for q in quality}
+    counts = sorted({row["references"] for row in rows})
+    sizes = [] if known and len(counts) == 1 else sizes
     figure = Figure(figsize=(6.4 * (len(sizes) + bool(known)), 4.4), layout="constrained")
     axes = figure.subplots(1, len(sizes) + bool(known), squeeze=False)[0]
     lines = sorted(
@@ -396,17 +399,26 @@ def plot(figures: dict[str, Any], path: Path, quality: Sequence[dict[str, Any]] 
             ylabel=f"{'call' if phase == 'total' else 'denoising'}, seconds",
             title=f"{size} x {size} pixels",
             ylim=(0, None),
-            xticks=sorted({row["references"] for row in rows}),
+            xticks=counts,
         )
         axis.legend(fontsize="small")
+    points = [(row, known[key]["value"]) for row in rows
+              if (key := (row["method"], row["keep"], row["references"])) in known]  # fmt: skip
     if known:
-        for row in rows:
-            point = known.get((row["method"], row["keep"], row["references"]))
-            if point is not None:
-                axes[-1].scatter(row["seconds"][phase]["median"], point["value"])
-                axes[-1].annotate(f"{_line(row['method'], row['keep'])}, {row['references']} references",
-                                  (row["seconds"][phase]["median"], point["value"]), fontsize="small")  # fmt: skip
-        axes[-1].set(xlabel="seconds", ylabel=next(iter(known.values()))["metric"], title="quality against latency")
+        compared = all("times faster" in row for row, _ in points)  # with dense, if that was measured
+        for i, (row, value) in enumerate(points):
+            at = row["times faster" if compared else "seconds"][phase]["median"], value
+            name = _line(row["method"], row["keep"])
+            name += "" if len(counts) == 1 else f", {row['references']} references"
+            axes[-1].scatter(*at, color=colours[row["method"]])
+            axes[-1].annotate(name, at, (5, (4, -11)[i % 2]), textcoords="offset points", fontsize="small")
+        axes[-1].margins(y=0.1)
+        axes[-1].set(
+            xlim=(0, 1.35 * axes[-1].dataLim.x1),  # room for the last one's name
+            xlabel="times faster than dense" if compared else "seconds",
+            ylabel=next(iter(known.values()))["metric"],
+            title="quality against speed",
+        )
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
     save_picture(Image.open(drawn).convert("RGB"), path)
