@@ -62,25 +62,35 @@ def _barrier(lab: np.ndarray) -> np.ndarray:
     cost = np.full(lab.shape[:2], np.inf, np.float32)
     cost[0] = cost[-1] = 0
     cost[:, 0] = cost[:, -1] = 0
-    highest, lowest = lab.copy(), lab.copy()
+    colours = np.ascontiguousarray(lab.transpose(0, 2, 1))  # (rows, 3, columns): a row's channels lie side by side
+    highest, lowest = colours.copy(), colours.copy()
     for _ in range(2):
         for turn in (False, True):  # down and up, then (transposed) right and left
-            views = [a.swapaxes(0, 1) if turn else a for a in (lab, cost, highest, lowest)]
+            parts = (colours, highest, lowest)
+            if turn:
+                parts = tuple(np.ascontiguousarray(part.transpose(2, 1, 0)) for part in parts)
+            across = np.ascontiguousarray(cost.T) if turn else cost
             for step in (1, -1):
-                _sweep(*(view[::step] for view in views))
+                _sweep(across[::step], *(part[::step] for part in parts))
+            if turn:
+                cost, highest, lowest = across.T.copy(), *(part.transpose(2, 1, 0).copy() for part in parts[1:])
     return cost / NOISE
 
 
-def _sweep(lab: np.ndarray, cost: np.ndarray, highest: np.ndarray, lowest: np.ndarray) -> None:
-    """Let each row offer its paths to the next one, in place."""
-    for here in range(1, len(lab)):
-        up = np.maximum(highest[here - 1], lab[here])
-        low = np.minimum(lowest[here - 1], lab[here])
-        offer = (up - low).mean(axis=1)
+def _sweep(cost: np.ndarray, colours: np.ndarray, highest: np.ndarray, lowest: np.ndarray) -> None:
+    """Let each row offer its paths to the next one, in place: `cost` is (rows, columns), the others (rows, 3, columns).
+
+    Each call of NumPy here is one of many thousand, for which other threads wait: so there are few of them.
+    """
+    for here in range(1, len(cost)):
+        up = np.maximum(highest[here - 1], colours[here])
+        low = np.minimum(lowest[here - 1], colours[here])
+        offer = np.add.reduce(up - low, axis=0)
+        offer /= 3
         better = offer < cost[here]
-        cost[here] = np.where(better, offer, cost[here])
-        highest[here] = np.where(better[:, None], up, highest[here])
-        lowest[here] = np.where(better[:, None], low, lowest[here])
+        np.copyto(cost[here], offer, where=better)
+        np.copyto(highest[here], up, where=better)
+        np.copyto(lowest[here], low, where=better)
 
 
 def _centre_prior(height: int, width: int) -> np.ndarray:
