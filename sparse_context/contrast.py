@@ -66,14 +66,13 @@ def _barrier(lab: np.ndarray) -> np.ndarray:
     highest, lowest = colours.copy(), colours.copy()
     for _ in range(2):
         for turn in (False, True):  # down and up, then (transposed) right and left
-            parts = (colours, highest, lowest)
+            parts = [cost, colours, highest, lowest]
             if turn:
-                parts = tuple(np.ascontiguousarray(part.transpose(2, 1, 0)) for part in parts)
-            across = np.ascontiguousarray(cost.T) if turn else cost
+                parts = [np.ascontiguousarray(part.T) for part in parts]
             for step in (1, -1):
-                _sweep(across[::step], *(part[::step] for part in parts))
+                _sweep(*(part[::step] for part in parts))
             if turn:
-                cost, highest, lowest = across.T.copy(), *(part.transpose(2, 1, 0).copy() for part in parts[1:])
+                cost, _, highest, lowest = (np.ascontiguousarray(part.T) for part in parts)
     return cost / NOISE
 
 
