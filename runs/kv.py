@@ -1,6 +1,6 @@
 """KV mode: the embedded model with references that go through it once, before and after it was fine-tuned for that.
 
-    python runs/kv.py [--run sparse-kv] [--scenes 40]
+    python runs/kv.py [--lora FILE] [--scenes 40]
 
 `Flux2KleinKVPipeline` computes the keys and values of the references in the first step, where they look at each other
 alone, and reuses them in all others. Weights that were not trained for it lose by that. `python -m sparse_context.mini
@@ -8,7 +8,7 @@ sparse --kv` trains a LoRA for it, on dropped tokens too, so that both savings c
 all tokens and at a keep, on the scenes of runs/mini_curves.py and their noise; differences are to the plain pipeline on
 the base with all tokens, scene by scene. Stopped at any point, it goes on there.
 
-It needs the scenes' objects, `python -m sparse_context.mini data`, and that run.
+It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
 
 import argparse
@@ -18,12 +18,11 @@ from typing import Any
 from sparse_context.evaluation.evaluate import Cell, Maker, evaluate, fingerprint, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.generation import NO_LORA, load_pipeline
-from sparse_context.mini import adapter_record
+from sparse_context.mini import ADAPTERS, adapter_record
 from sparse_context.mini.data import SPLITS, load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
 from sparse_context.selection import SparseContextConfig
-from sparse_context.training.finetune import LORA_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model in KV mode, before and after fine-tuning.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
-    parser.add_argument("--run", default="sparse-kv", help="its folder in the working folder")
+    parser.add_argument("--lora", type=Path, default=ADAPTERS["kv"], help="the package's own without it")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.15, 0.1])
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="the working folder")
@@ -40,12 +39,11 @@ def main() -> None:
 
     assets = load_assets(arguments.checkpoints / "assets.safetensors").split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
-    adapter = arguments.checkpoints / arguments.run / LORA_FILE
-    record = adapter_record(adapter) if adapter.is_file() else {}
+    record = adapter_record(arguments.lora) if arguments.lora.is_file() else {}
     if not record.get("kv"):
-        raise SystemExit(f"kv: {adapter} is no LoRA for KV mode: name a run of `sparse --kv` that is done.")
+        raise SystemExit(f"kv: {arguments.lora} is no LoRA for KV mode: name one that `sparse --kv` made.")
     plain, untrained = load_pipeline(lora=NO_LORA), load_pipeline(lora=NO_LORA, kv=True)
-    tuned = load_pipeline(lora=str(adapter), kv=True)
+    tuned = load_pipeline(lora=str(arguments.lora), kv=True)
 
     def make(pipe: Any) -> Maker:
         pipe.set_progress_bar_config(disable=True)
