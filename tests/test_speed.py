@@ -12,6 +12,7 @@ import tiny
 import torch
 from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, Flux2Pipeline
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -339,6 +340,12 @@ def test_whole_calls(pipe, tmp_path, monkeypatch):
     (tmp_path / "quality.json").write_text(json.dumps([point]))
     bench_module.plot(figures, tmp_path / "plot.png", read_quality(tmp_path / "quality.json"))
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+    alone = figures | {"rows": [row for row in figures["rows"] if row["references"] == 3]}
+    unknown = point | {"keep": 0.1}  # which no row has
+    for of, known, panels in ((figures, point, 2), (figures, unknown, 1), (alone, point, 1), (alone, unknown, 1)):
+        bench_module.plot(of, tmp_path / "plot.png", [known])
+        with Image.open(tmp_path / "plot.png") as drawn:
+            assert drawn.width == panels * 768
 
 
 def test_blocks_alone():

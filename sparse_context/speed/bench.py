@@ -361,11 +361,10 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def plot(figures: dict[str, Any], path: Path, quality: Sequence[dict[str, Any]] = ()) -> None:
-    """Draw latency against references, a line for each method and keep; and, given `quality`, that against the speed.
+    """Draw latency against references, a line for each method and keep; and what `quality` knows, against speed.
 
     `quality` has {"method", "keep", "references", "value", "metric"} for each point that is known. With one number of
-    references there is no line to draw, so that quality then stands alone. Raises ValueError where matplotlib is
-    missing.
+    references there is no line to draw, and quality stands alone. Raises ValueError where matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -375,10 +374,12 @@ def plot(figures: dict[str, Any], path: Path, quality: Sequence[dict[str, Any]] 
     phase = "total" if "total" in rows[0]["seconds"] else "denoise"
     sizes = sorted({row["size"] for row in rows})
     known = {(q["method"], q["keep"], q["references"]): q for q in quality}
+    points = [(row, known[key]["value"]) for row in rows
+              if (key := (row["method"], row["keep"], row["references"])) in known]  # fmt: skip
     counts = sorted({row["references"] for row in rows})
-    sizes = [] if known and len(counts) == 1 else sizes
-    figure = Figure(figsize=(6.4 * (len(sizes) + bool(known)), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(sizes) + bool(known), squeeze=False)[0]
+    sizes = [] if points and len(counts) == 1 else sizes
+    figure = Figure(figsize=(6.4 * (len(sizes) + bool(points)), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(sizes) + bool(points), squeeze=False)[0]
     lines = sorted(
         {(row["method"], row["keep"]) for row in rows}, key=lambda each: (list(METHODS).index(each[0]), -(each[1] or 0))
     )
@@ -402,9 +403,7 @@ def plot(figures: dict[str, Any], path: Path, quality: Sequence[dict[str, Any]] 
             xticks=counts,
         )
         axis.legend(fontsize="small")
-    points = [(row, known[key]["value"]) for row in rows
-              if (key := (row["method"], row["keep"], row["references"])) in known]  # fmt: skip
-    if known:
+    if points:
         compared = all("times faster" in row for row, _ in points)  # with dense, if that was measured
         for i, (row, value) in enumerate(points):
             at = row["times faster" if compared else "seconds"][phase]["median"], value
