@@ -233,6 +233,9 @@ def train(
         list[float] | None,
         typer.Option(help="Share of averages of the rest; repeat it, and batches draw one.", show_default="0"),
     ] = None,
+    subsets: Annotated[
+        int, typer.Option(help="Sets of kept tokens that a batch is trained on in turn, encoded once.")
+    ] = 1,
     caption_dropout: Annotated[float, typer.Option(help="Share of prompts that are emptied.")] = 0.0,
     distillation: Annotated[float, typer.Option(help="Share of the loss against the dense base's answer.")] = 0.0,
     preservation: Annotated[
@@ -327,6 +330,7 @@ def train(
         full=full,
         kv=kv,
         caption_dropout=caption_dropout,
+        subsets=subsets,
         distillation=distillation,
         preservation=preservation,
         focus=focus,

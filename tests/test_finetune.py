@@ -201,6 +201,41 @@ def test_caption_dropout_empties_that_share():
     assert abs(seen.count("") / 120 - 0.3) < 3 * np.sqrt(0.3 * 0.7 / 120)
 
 
+def test_the_subsets_of_a_batch_differ_in_their_tokens_alone_and_encoders_and_teacher_run_once():
+    host = klein()
+    config = FinetuneConfig(subsets=3, distillation=1.0, dropping=Dropping(mix={"random": 1.0}, dense=0.0), **SMALL)
+    prepare(host, config)
+    randomise(host.transformer)
+    calls, velocity, encode_text = [], host.velocity, host.encode_text
+    host.encode_text = lambda *given: (calls.append("text"), encode_text(*given))[1]
+    host.velocity = lambda noisy, sigma, text, references, teacher=False: (
+        calls.append(("teacher" if teacher else "student", noisy.latents, sigma, references.latents)),
+        velocity(noisy, sigma, text, references, teacher),
+    )[1]
+    loss = make_loss(host, batches, config)
+    values = [loss(number).item() for number in range(6)]
+    assert [call if call == "text" else call[0] for call in calls] == ["text", "teacher", *["student"] * 3] * 2
+    (_, noisy, sigma, _), *students = calls[1:5]
+    assert all(torch.equal(call[1], noisy) and torch.equal(call[2], sigma) for call in students)
+    assert len({call[3].numpy().tobytes() for call in students}) == 3
+    assert len(set(values)) == 6
+    assert loss(4).item() == values[4]
+    assert make_loss(host, batches, config)(5).item() == values[5]  # resumed in the middle of a batch
+    once = make_loss(host, batches, replace(config, subsets=1))
+    assert [once(number).item() for number in (0, 1)] == [values[0], values[3]]
+
+
+def test_a_step_averages_its_batches_and_their_subsets(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sparse_context.training.finetune.make_loss",
+                        lambda *given, **settings: lambda number: (seen.append(number), loss())[1])  # fmt: skip
+    host = klein()
+    loss = lambda: next(p for p in host.transformer.parameters() if p.requires_grad).sum()  # noqa: E731
+    finetune(host, batches, tmp_path, FinetuneConfig(subsets=3, gradient_accumulation_steps=2, **SMALL),
+             base="tiny", data="x")  # fmt: skip
+    assert seen == list(range(3 * 2 * 3))
+
+
 def test_processes_and_steps_draw_differently_and_equal_ones_alike():
     losses = {}
     for rank in (0, 1):
@@ -434,7 +469,7 @@ def test_a_validation_picture_that_the_format_does_not_hold_is_scaled_down(monke
 def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_machine(tmp_path):
     record = {"data": str(tmp_path), "full": False, "kv": True, "steps": 3, "gradient_accumulation_steps": 1,
               "processes": 1, "rank": 4, "lora_alpha": 4, "learning_rate": 1e-4, "lr_scheduler": "constant",
-              "distillation": 0.0, "preservation": 0.0, "focus": 2.0, "version": "0",
+              "subsets": 1, "distillation": 0.0, "preservation": 0.0, "focus": 2.0, "version": "0",
               "dropping": asdict(Dropping())}  # fmt: skip
     pipe = build_flux2(Flux2KleinKVPipeline)
     own = model_card({**record, "base": EMBEDDED}, pipe, pipe.transformer)
@@ -452,6 +487,7 @@ def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_mac
         ({"rank": 0}, "rank is 0"),
         ({"max_train_steps": -1}, "max_train_steps is -1"),
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
+        ({"subsets": 0}, "subsets is 0"),
         ({"distillation": -0.1}, "distillation is -0.1"),
         ({"focus": -1.0}, "focus is -1.0"),
         ({"full": True, "distillation": 0.5}, "distillation takes .* leave one of the two out"),

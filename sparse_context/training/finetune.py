@@ -15,6 +15,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from ..images import save_picture, save_text
 from ..preview import column, label, side_by_side
 from ..selection import SparseContextConfig
 from ..sparsify import remove_sparse_context
+from ..tokens import ReferenceTokens
 from .attention import MatmulAttention
 from .data import Ahead, Cache, Example, fingerprint
 from .dropping import Dropping, draw_selection
@@ -50,7 +52,8 @@ class FinetuneConfig:
     What is trained: a LoRA of `rank` and `lora_alpha` on `lora_layers` (module names or their endings; None: the host's
     own), or with `full` all weights of the transformer. `kv`: for pipelines that cache the references (hosts.py).
 
-    The loss: `dropping` says which tokens batches keep; `caption_dropout` is the share of prompts that are emptied;
+    The loss: `dropping` says which tokens batches keep; with `subsets` each batch is taken that many times, from one
+    noise with other tokens; encoders and teacher run once for all. `caption_dropout` is the share of prompts emptied;
     `distillation` in [0, 1] is the share of the loss that compares with the dense prediction of the same weights
     without LoRA. With a `preservation` above 0, batches that keep all tokens compare with that alone, and count that
     many times: a target without noise holds what the model knew, and training on it anew would blur it. An output token
@@ -59,7 +62,8 @@ class FinetuneConfig:
     uniform, moved by `shift` (None: the scheduler's own).
 
     The optimiser: AdamW; `lr_scheduler` is a name of `loop.SCHEDULES`; `ema` is the decay of the weights' average, of
-    which the result is made (0: of the last weights). A step is `gradient_accumulation_steps` batches.
+    which the result is made (0: of the last weights). A step is `gradient_accumulation_steps` batches, with all their
+    subsets.
     """
 
     rank: int = 4
@@ -68,6 +72,7 @@ class FinetuneConfig:
     full: bool = False
     kv: bool = False
     dropping: Dropping = field(default_factory=Dropping)
+    subsets: int = 1
     caption_dropout: float = 0.0
     distillation: float = 0.0
     preservation: float = 0.0
@@ -90,7 +95,7 @@ class FinetuneConfig:
     validation_keep: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("rank", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps",
+        for name in ("rank", "subsets", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps",
                      "checkpoints_total_limit"):  # fmt: skip
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a whole number, 1 or more.")
@@ -120,6 +125,8 @@ class FinetuneConfig:
                 )
         SparseContextConfig(keep=self.validation_keep)
 
+
+Subset = tuple[np.ndarray, np.ndarray | None]  # kept tokens: `index` and `into` of a `Selection`
 
 # A step ---------------------------------------------------------------------------------------------------------------
 
@@ -224,6 +231,21 @@ def noise_levels(u: torch.Tensor, scheme: str, shift: float) -> torch.Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+def add_noise(host: Host, encoded: Encoded, sigma: torch.Tensor, noise: torch.Tensor) -> ReferenceTokens:
+    """The output tokens at the noise levels `sigma`, (B,)."""
+    level = sigma.view(-1, 1, 1, 1)
+    return host.target_tokens((1 - level) * encoded.target + level * noise)
+
+
+@torch.no_grad()
+def dense_answer(host: Host, encoded: Encoded, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """What the model without the adapter says with all reference tokens: the teacher's velocity (B, tokens, C)."""
+    noisy = add_noise(host, encoded, sigma, noise)
+    with without_adapter(host.transformer):
+        references = host.reference_tokens(encoded.references)
+        return host.velocity(noisy, sigma, encoded.text, references, teacher=True).float()
+
+
 def flow_matching_loss(
     host: Host,
     encoded: Encoded,
@@ -234,6 +256,7 @@ def flow_matching_loss(
     focus: float = 0.0,
     preservation: float = 0.0,
     into: np.ndarray | None = None,
+    teacher: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others.
 
@@ -241,21 +264,19 @@ def flow_matching_loss(
     target; a share `distillation` of the loss meets the dense prediction without the adapter instead. A token counts
     1 + `focus` * its `encoded.mask` times. Where `index` has all tokens and `preservation` is above 0, the loss is that
     times the mean squared distance to the dense prediction without the adapter, in which all tokens count the same.
+    teacher: that prediction, `dense_answer`, where it is there already.
     """
-    level = sigma.view(-1, 1, 1, 1)
-    noisy = host.target_tokens((1 - level) * encoded.target + level * noise)
     wanted = host.target_tokens(noise - encoded.target).latents
     references = host.reference_tokens(encoded.references)
-    teacher = None
     preserves = preservation > 0 and len(index) == len(references)
-    if distillation or preserves:
-        with torch.no_grad(), without_adapter(host.transformer):
-            teacher = host.velocity(noisy, sigma, encoded.text, references, teacher=True).float()
-    velocity = host.velocity(noisy, sigma, encoded.text, references.keep(index, into)).float()
+    if teacher is None and (distillation or preserves):
+        teacher = dense_answer(host, encoded, sigma, noise)
+    kept = references.keep(index, into)
+    velocity = host.velocity(add_noise(host, encoded, sigma, noise), sigma, encoded.text, kept).float()
     if teacher is not None and preserves:
         return preservation * (velocity - teacher).square().mean()
     error = (velocity - wanted).square().mean(-1)
-    if teacher is not None:
+    if teacher is not None and distillation:
         error = (1 - distillation) * error + distillation * (velocity - teacher).square().mean(-1)
     weights = 1 + focus * encoded.mask
     return (error * weights).sum() / weights.sum()
@@ -283,37 +304,55 @@ def make_loss(
     latent_cache: Cache | None = None,
     text_cache: Cache | None = None,
 ) -> Callable[[int], torch.Tensor]:
-    """`loss(number)` for loop.py. Batch `number` of process `rank` is batch number * ranks + rank of the data.
+    """`loss(number)` for loop.py: subset number % subsets of batch number // subsets.
 
-    All that is random is drawn from (seed, number, rank), so processes draw different ratios, sets and noise. What
-    needs no encoder is made ahead, in a thread or by `workers` processes.
+    That batch of process `rank` is batch * ranks + rank of the data. All that is random is drawn from (seed, batch,
+    rank), and the sets from the subset as well, so processes draw different ratios, sets and noise. What needs no
+    encoder is made ahead, in a thread or by `workers` processes; what the encoders and the teacher say of a batch is
+    kept until the next one.
     """
     shift = host.shift if config.shift is None else config.shift
+    device = next(host.transformer.parameters()).device
+    fused = config.gradient_checkpointing or device.type != "cpu"
 
-    def prepare(number: int) -> tuple[Prepared, np.ndarray, np.ndarray | None, int]:
+    def prepare(number: int) -> tuple[Prepared, list[Subset], int]:
         examples = batches(number * ranks + rank)
         rng = np.random.default_rng([config.seed, 2, number, rank])
         emptied = rng.random(len(examples)) < config.caption_dropout
         prompts = ["" if empty else example.prompt for empty, example in zip(emptied, examples, strict=True)]
         batch = prepare_batch(host, examples, prompts)
-        seed = [config.seed, 3, number, rank]
-        selection = draw_selection(config.dropping, batch.pictures, batch.grids(host.token), seed)
-        return batch._replace(pictures=[]), selection.index, selection.into, int(rng.integers(2**62))
+        seeds = ([config.seed, 3, number, rank, *([subset] if subset else [])] for subset in range(config.subsets))
+        drawn = [draw_selection(config.dropping, batch.pictures, batch.grids(host.token), seed) for seed in seeds]
+        subsets = [(selection.index, selection.into) for selection in drawn]
+        return batch._replace(pictures=[]), subsets, int(rng.integers(2**62))
 
     ahead = Ahead(prepare, workers)
 
-    def loss(number: int) -> torch.Tensor:
-        batch, index, into, seed = ahead(number)
+    @contextlib.contextmanager
+    def precision() -> Iterator[None]:
+        with autocast(), contextlib.nullcontext() if fused else MatmulAttention():
+            yield
+
+    @lru_cache(maxsize=1)
+    def take(number: int) -> tuple[Encoded, list[Subset], torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        batch, subsets, seed = ahead(number)
         encoded = encode(host, batch, latent_cache, text_cache)
-        device = encoded.target.device
         generator = torch.Generator().manual_seed(seed)
         u = torch.rand(len(encoded.target), generator=generator).clamp(1e-4, 1 - 1e-4)
         sigma = noise_levels(u, config.weighting_scheme, shift).to(device)
         noise = torch.randn(encoded.target.shape, generator=generator).to(device)
-        plain = config.gradient_checkpointing or device.type != "cpu"
-        with autocast(), contextlib.nullcontext() if plain else MatmulAttention():
+        teacher = None
+        if config.distillation:
+            with precision():
+                teacher = dense_answer(host, encoded, sigma, noise)
+        return encoded, subsets, sigma, noise, teacher
+
+    def loss(number: int) -> torch.Tensor:
+        encoded, subsets, sigma, noise, teacher = take(number // config.subsets)
+        index, into = subsets[number % config.subsets]
+        with precision():
             return flow_matching_loss(host, encoded, index, sigma, noise, config.distillation, config.focus,
-                                      config.preservation, into)  # fmt: skip
+                                      config.preservation, into, teacher)  # fmt: skip
 
     return loss
 
@@ -459,7 +498,7 @@ def finetune(
         schedule=config.lr_scheduler,
         ema=config.ema,
         clip=config.max_grad_norm,
-        accumulate=config.gradient_accumulation_steps,
+        accumulate=config.gradient_accumulation_steps * config.subsets,
         accelerator=accelerator,
         log_every=log_every,
         save_every=config.checkpointing_steps,
@@ -668,6 +707,7 @@ apply_sparse_context(pipe, keep=0.2)
 | data | `{Path(data).name if Path(data).exists() else data}` |
 | tokens kept | {dropping["keep_min"]:g} to {dropping["keep_max"]:g} of each reference, log-uniform |
 | batches with all tokens | {dropping["dense"]:g} |
+| sets of tokens for each batch | {record["subsets"]} |
 | drop mix | {mix} |
 | evenly spread share | one of {", ".join(f"{c:g}" for c in dropping["coverage"])} |
 | share of averages | one of {", ".join(f"{c:g}" for c in dropping["merge"])} |
