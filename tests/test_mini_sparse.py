@@ -1,6 +1,7 @@
 """The embedded model's sparse fine-tuning: what its scenes become, and one resumed run on the shipped weights."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from sparse_context.mini import ADAPTERS, adapter_record
 from sparse_context.mini.data import Assets
 from sparse_context.mini.scenes import TASKS, make_scene
 from sparse_context.mini.sparse import KV, LORA, choose, export_adapter, scene_batches, to_example, train_sparse
-from sparse_context.training.dropping import Dropping
 
 
 @pytest.fixture(autouse=True)
@@ -64,15 +64,17 @@ def test_batches_follow_from_their_number_and_share_shapes(assets):
 
 
 def test_the_experiments_vary_what_they_name():
-    plain = choose(False, False, None, None, None, 0.0, False, None, False, 0)
-    assert plain == LORA
-    assert choose(False, True, None, None, None, 0.0, False, None, False, 0) == KV
+    assert choose() == LORA
+    assert choose(kv=True) == KV
     with pytest.raises(ValueError, match="learning_rate is 0.0"):
-        choose(False, False, None, None, 0.0, 0.0, False, None, False, 0)
-    assert choose(False, False, None, None, None, 0.0, True, None, False, 0).dropping.merge == (0.0,)
-    changed = choose(True, True, 7, 8, 0.1, 0.0, True, [0.3], True, 5, merge=[0.4])
+        choose(learning_rate=0.0)
+    assert choose(random_only=True) == replace(LORA, dropping=replace(LORA.dropping, mix={"random": 1.0}))
+    control = choose(dense=True)
+    assert (control.distillation, control.preservation, control.subsets, control.dropping.dense) == (0, 0, 1, 1)
+    changed = choose(full=True, kv=True, steps=7, rank=8, learning_rate=0.1, random_only=True, coverage=[0.3],
+                     dense=True, seed=5, merge=[0.4])  # fmt: skip
     assert (changed.full, changed.kv, changed.max_train_steps, changed.rank, changed.seed) == (True, True, 7, 8, 5)
-    assert changed.dropping == Dropping(mix={"random": 1.0}, coverage=(0.3,), merge=(0.4,), dense=1.0)
+    assert changed.dropping == replace(LORA.dropping, mix={"random": 1.0}, coverage=(0.3,), merge=(0.4,), dense=1.0)
 
 
 # Under autocast torch says once that RMS norm, whose weights stay float32, is not fused
@@ -83,7 +85,7 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
     save_file(tensors, tmp_path / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
     torch.set_num_threads(1)
     for steps in (1, 2):
-        config = choose(False, False, steps, 2, None, 0.0, False, None, False, 0)
+        config = choose(steps=steps, rank=2)
         result = train_sparse(tmp_path, config, batch=1, validation=())
     assert result.is_file()
     own = export_adapter(tmp_path / "sparse", tmp_path)

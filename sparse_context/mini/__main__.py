@@ -98,7 +98,7 @@ def sparse(
     batch: Annotated[int, typer.Option(min=1, help="Samples that share one set of kept tokens.")] = 4,
     rank: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
-    distillation: Annotated[float, typer.Option()] = 0.0,
+    distillation: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     preservation: Annotated[float | None, typer.Option(min=0)] = None,
     random_only: Annotated[
         bool, typer.Option("--random-only", help="As in the paper: no clustered sets, no averages.")
@@ -113,8 +113,9 @@ def sparse(
     from .sparse import choose, train_sparse
 
     config = choose(
-        full, kv, steps, rank, learning_rate, distillation, random_only, coverage, dense, seed, preservation, merge
-    )
+        full=full, kv=kv, steps=steps, rank=rank, learning_rate=learning_rate, distillation=distillation,
+        random_only=random_only, coverage=coverage, dense=dense, seed=seed, preservation=preservation, merge=merge,
+    )  # fmt: skip
     result = train_sparse(folder, config, name=name, batch=batch, model=model, workers=workers, stop_after=stop_after)
     print(f"wrote {result}")
 
