@@ -1,12 +1,13 @@
 """Variants of the fine-tuning, and shares of each: the embedded model's quality on validation scenes.
 
-    python runs/ablations.py [--runs sparse sparse-random dense] [--scales 0.25 0.5 0.75 1]
+    python runs/ablations.py [--runs sparse sparse-random sparse-merged] [--scales 0.25 0.5 0.75 1]
 
 The runs are those of runs/train_mini.sh, by the names of their folders. A share of a LoRA is what `--lora-scale` takes
 of it: with all tokens the harm grows with the square of the share, since the base had its minimum there, while the gain
-with dropped tokens begins with its first power. What is chosen here goes into `adapter --scale`. Stopped at any point,
-it goes on there. The numbers are PSNR against the truth, inside the object or, for global edits, of the whole picture;
-differences are to the dense base with all tokens, scene by scene.
+with dropped tokens begins with its first power. What is chosen here goes into `adapter --scale`. Beside selectors, and
+what the tasks choose by themselves (`auto`), the whole budget is spent on averages (`merge=1`), as merged tokens are.
+Stopped at any point, it goes on there. The numbers are PSNR against the truth, inside the object or, for global edits,
+of the whole picture; differences are to the dense base with all tokens, scene by scene.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality after variants of its fine-tuning.")
     parser.add_argument("--runs", nargs="+", default=["sparse"], help="folders in the working folder")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
-    parser.add_argument("--keep", type=float, default=0.2)
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.1])
     parser.add_argument("--scenes", type=int, default=32)
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="the working folder")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "ablations.json")
@@ -39,8 +40,8 @@ def main() -> None:
 
     assets = load_assets(arguments.checkpoints / "assets.safetensors").split("validation")
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED["validation"])
-    cells = grid((1.0, arguments.keep), ("random", "uniform", "edges", "saliency", "subject", "mask"))
-    cells |= grid((1.0, arguments.keep), merges=(0.0, 0.3))  # what the tasks choose themselves
+    keeps = (1.0, *arguments.keeps)
+    cells = grid(keeps, ("random", "edges", "subject", "mask")) | grid(keeps, merges=(0.0, 1.0))
     metrics = find_metrics(["psnr"])
 
     def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:
@@ -66,7 +67,7 @@ def main() -> None:
                 score = "psnr" if group == "global edits" else "psnr_in_mask"
                 shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items())
                 print(f"{run}, {scale:g} of it, {group}: {', '.join(shown)}", flush=True)
-    config = {"split": "validation", "keep": arguments.keep, "cells": list(cells), "runs": records}
+    config = {"split": "validation", "keeps": arguments.keeps, "cells": list(cells), "runs": records}
     write_result(arguments.output, arguments.output.stem, config, figures)
     print(f"wrote {arguments.output}")
 

@@ -1,12 +1,13 @@
 """Quality at equal numbers of tokens: sparse against references scaled down and against merged tokens.
 
-    python runs/peers.py [--scenes 40] [--lora none]
+    python runs/peers.py [--scenes 40] [--lora FILE]
 
-The embedded model, on the scenes of runs/mini_curves.py and their noise. `sparse` keeps what each task chooses by
-itself, and drops the rest or spends three tenths of its budget on averages of that; `downscaled` and `merged` are those
-of the benchmark (sparse_context/speed/methods.py). So all have the speed that their tokens allow. Differences are to
-the dense model with all tokens, scene by scene: PSNR inside the object or, for global edits, of the whole picture.
-Stopped at any point, it goes on there.
+The embedded model without an adapter, on the scenes of runs/mini_curves.py and their noise. `sparse` keeps what each
+task chooses by itself, and drops the rest or spends three tenths of its budget on averages of that; `sparse,
+fine-tuned` drops it, with the package's adapter or the one named. `downscaled` and `merged` are those of the benchmark
+(sparse_context/speed/methods.py). So all have the speed that their tokens allow. Differences are to the dense model
+without an adapter and with all tokens, scene by scene: PSNR inside the object or, for global edits, of the whole
+picture. Stopped at any point, it goes on there.
 
 `copied and filled` is no method but a yardstick: the model's picture with all tokens, of it the parts that `sparse` has
 a token for or that the prompt alone determines, and the rest filled in from around by OpenCV's `inpaint` (Telea 2004).
@@ -28,8 +29,9 @@ from PIL import Image
 
 from sparse_context.evaluation.evaluate import Cell, Maker, evaluate, fingerprint, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
-from sparse_context.generation import Generation, call_inputs, call_settings, load_pipeline
+from sparse_context.generation import NO_LORA, Generation, call_inputs, call_settings, load_pipeline
 from sparse_context.manifest import Sample
+from sparse_context.mini import ADAPTERS, adapter_record
 from sparse_context.mini.data import SPLITS, load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.mini.scenes import TOKEN, Scene
@@ -40,6 +42,7 @@ from sparse_context.speed.timing import Times, timed
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("downscaled", "merged")
+TUNED = "sparse, fine-tuned"
 
 
 def peer_maker(pipe, method: str) -> Maker:
@@ -85,7 +88,7 @@ def filling_maker(scenes: Mapping[str, Scene], dense: Path) -> Maker:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality at equal numbers of tokens.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
-    parser.add_argument("--lora", help="a file or the word none; the package's own without it")
+    parser.add_argument("--lora", type=Path, default=ADAPTERS["plain"], help="the package's own without it")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.15, 0.1])
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
@@ -95,13 +98,18 @@ def main() -> None:
 
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
-    pipe = load_pipeline(lora=arguments.lora)
-    pipe.set_progress_bar_config(disable=True)
+    record = adapter_record(arguments.lora) if arguments.lora.is_file() else {}
+    if not record or record["kv"]:
+        raise SystemExit(f"peers: {arguments.lora} is no LoRA for dropped tokens: name one that `mini sparse` made.")
+    pipe, tuned = load_pipeline(lora=NO_LORA), load_pipeline(lora=str(arguments.lora))
+    for each in (pipe, tuned):
+        each.set_progress_bar_config(disable=True)
     folder = arguments.folder or ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
-    own = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+    own, own_tuned = (maker(each, task_of=lambda sample: tasks_of(scenes[sample.name][0])) for each in (pipe, tuned))
     filled = filling_maker({name: scene for name, (scene, _, _) in scenes.items()}, folder / "dense")
     ways = {
         "sparse": (own, "equal", 0.0),
+        TUNED: (own_tuned, "equal", 0.0),
         "sparse, 30 % averages": (own, "equal", 0.3),
         "sparse, one joint ranking": (own, "joint", 0.0),
         **{method: (peer_maker(pipe, method), "joint", 0.0) for method in PEERS},  # to which these mean nothing
@@ -111,10 +119,13 @@ def main() -> None:
     for keep in arguments.keeps:
         for method, (make, share, merge) in ways.items():
             config = SparseContextConfig(keep=keep, share=share, merge=merge)
-            cells[f"{method} {keep:g}"] = Cell(config, make=make, about={"method": method})
-    about = {"split": arguments.split, "lora": arguments.lora or "the package's own", "weights": fingerprint(pipe)}
+            of = {"weights": fingerprint(tuned)} if method == TUNED else {}
+            cells[f"{method} {keep:g}"] = Cell(config, make=make, about={"method": method} | of)
+    cells[f"{TUNED}, all tokens"] = Cell(SparseContextConfig(keep=1.0), make=own_tuned,
+                                         about={"weights": fingerprint(tuned)})  # fmt: skip
+    about = {"split": arguments.split, "lora": NO_LORA, "weights": fingerprint(pipe)}
     result = evaluate(own, samples, cells, find_metrics(["psnr"]), folder, about=about)
-    config = about | {"keeps": arguments.keeps, "methods": list(ways)}
+    config = about | {"keeps": arguments.keeps, "methods": list(ways), "adapter": record}
     write_result(arguments.output, arguments.output.stem, config, result["figures"])
     for group, settings in result["figures"].items():
         score = "psnr" if group == "global edits" else "psnr_in_mask"

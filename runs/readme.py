@@ -424,10 +424,13 @@ def peers(name: str = "peers") -> str:
             cells = [_difference(result["figures"][group], f"{method} {keep:g}", score) for method in methods]
             rows.append(f"| {group} | {keep:g} | " + " | ".join(cells) + " |")
     samples = result["figures"]["all"]["dense"]["samples"]
-    weights = "the dense base" if result["config"]["lora"] == "none" else "the embedded model as it is shipped"
+    whole = "sparse, fine-tuned, all tokens"
+    kept = [f"{group} {_difference(result['figures'][group], whole, score)}" for group, (score, _) in CURVES.items()
+            if whole in result["figures"][group]]  # fmt: skip
+    also = f" Fine-tuned and with all tokens: {', '.join(kept)}." if kept else ""
     return "\n".join(rows) + (
-        f"\n\nDecibels of PSNR against all tokens, and the 95 % interval of that: {weights}, {samples} scenes of the "
-        f"{result['config']['split']} split, on {_machine(result)} (`runs/peers.py`)."
+        f"\n\nDecibels of PSNR against the dense base with all tokens, and the 95 % interval of that: {samples} scenes "
+        f"of the {result['config']['split']} split, on {_machine(result)} (`runs/peers.py`).{also}"
     )
 
 

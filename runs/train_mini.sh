@@ -5,12 +5,12 @@ set -euo pipefail
 FOLDER=${FOLDER:-checkpoints}
 train() { python -m sparse_context.mini sparse --folder "$FOLDER" --name "$@"; }
 
-train sparse                                # LoRA, the whole mix
-train sparse-dropped --merge 0              # no averages among the kept tokens
+train sparse                                # LoRA, the whole mix, against the base's answers with all tokens
 train sparse-random --random-only           # the paper's random dropping alone
-train sparse-free --preservation 0          # batches with all tokens are trained on like the others
+train sparse-merged --merge 1               # merged tokens, with the same fine-tuning
+train sparse-truth --distillation 0         # against the truth
+train sparse-free --preservation 0          # batches with all tokens count like the others
 train sparse-full --full                    # all weights
 train dense --dense                         # the control: as many more samples, with all tokens
-train sparse-distilled --distillation 0.5
 train sparse-kv --kv                        # for Flux2KleinKVPipeline
 for coverage in 0 0.1 0.3; do train "sparse-coverage-$coverage" --coverage "$coverage"; done

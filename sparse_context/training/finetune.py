@@ -620,6 +620,8 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
         "mix": dropping["mix"],
         "coverage": dropping["coverage"],
         "merge": dropping["merge"],
+        "subsets": record["subsets"],
+        "distillation": record["distillation"],
         "preservation": record["preservation"],
         "kv": record["kv"],
         "version": record["version"],
