@@ -165,6 +165,33 @@ def test_the_focus_weighs_the_tokens_inside_the_mask():
     assert torch.allclose(weighed, (30 * error_inside + 54 * error_outside) / 84, rtol=1e-4)
 
 
+def test_tokens_whose_source_was_dropped_count_less():
+    host = klein()
+    encoded, sigma, noise = parts(host)
+    index = everything(encoded)[::2]
+    assert encoded.source.shape == (1, 64) and (encoded.source == -1).all()
+
+    def loss(source, unseen):
+        shown = replace(encoded, source=torch.tensor([source]))
+        return flow_matching_loss(host, shown, index, sigma, noise, unseen=unseen).item()
+
+    plain = loss([-1] * 64, 0.0)
+    assert plain == flow_matching_loss(host, encoded, index, sigma, noise).item()
+    assert loss([4] * 64, 0.0) == plain  # kept
+    assert loss([5] * 32 + [4] * 32, 1.0) == plain
+    first, last = loss([4] * 32 + [5] * 32, 0.0), loss([5] * 32 + [-1] * 32, 0.0)
+    assert first != last and plain == pytest.approx((first + last) / 2, rel=1e-5)
+    assert loss([5] * 32 + [4] * 32, 0.25) == pytest.approx((0.25 * first + last) / 1.25, rel=1e-5)
+
+
+def test_sources_are_encoded_for_each_output_token():
+    host = klein()
+    shown = np.arange(64).reshape(8, 8)
+    given = [replace(example(0), source=shown), example(0)]
+    encoded = encode(host, prepare_batch(host, given, ["a", "b"]))
+    assert encoded.source.tolist() == [list(range(64)), [-1] * 64]
+
+
 def test_masks_are_encoded_as_the_share_of_each_output_token():
     host = klein()
     plain = example(0)
@@ -489,6 +516,7 @@ def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_mac
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ({"subsets": 0}, "subsets is 0"),
         ({"distillation": -0.1}, "distillation is -0.1"),
+        ({"unseen": 1.5}, "unseen is 1.5"),
         ({"focus": -1.0}, "focus is -1.0"),
         ({"full": True, "distillation": 0.5}, "distillation takes .* leave one of the two out"),
         ({"full": True, "preservation": 1.0}, "preservation takes .* leave one of the two out"),

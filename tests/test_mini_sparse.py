@@ -44,6 +44,7 @@ def test_a_scene_becomes_an_example_with_its_masks(assets, task):
     scene = make_scene(assets.split("train"), task, 3)
     example = to_example(scene)
     assert np.array_equal(example.image, scene.target) and example.prompt == scene.prompt
+    assert np.array_equal(example.source, scene.source)
     assert all(np.array_equal(a, b) for a, b in zip(example.references, scene.references, strict=True))
     assert [m.size for m in example.masks] == [r.size for r in example.references]
     assert all(np.abs(np.asarray(a) / 255 - b).max() < 0.01 for a, b in zip(example.masks, scene.reference_masks,

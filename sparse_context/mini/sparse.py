@@ -32,12 +32,13 @@ LORA = FinetuneConfig(
     dropping=Dropping(
         keep_max=0.6,
         dense=0.06,
-        mix={"random": 0.2, "uniform": 0.1, "blobs": 0.1, "edges": 0.15, "saliency": 0.15, "subject": 0.3},
+        mix={"random": 0.1, "uniform": 0.15, "edges": 0.2, "saliency": 0.15, "subject": 0.4},
     ),
     subsets=3,
     distillation=1.0,
-    preservation=30.0,
+    preservation=15.0,
     focus=BaseConfig().focus,
+    unseen=0.2,
     weighting_scheme="none",
     shift=6.0,
     learning_rate=7e-4,
@@ -59,6 +60,8 @@ KV = replace(
     dropping=Dropping(dense=0.7, mix=MIX | {"subject": 0.3}, merge=(0.0, 0.3)),
     subsets=1,
     distillation=0.0,
+    preservation=30.0,
+    unseen=1.0,
     shift=4.0,
     learning_rate=5e-4,
     max_train_steps=2000,
@@ -76,7 +79,9 @@ def to_example(scene: Scene) -> Example:
              for mask in (*scene.reference_masks, scene.mask)]  # fmt: skip
     references = tuple(Image.fromarray(reference) for reference in scene.references)
     mask = masks.pop() if scene.focus.any() else None
-    return Example(scene.prompt, references, Image.fromarray(scene.target), tuple(masks[: len(references)]), mask)
+    return Example(
+        scene.prompt, references, Image.fromarray(scene.target), tuple(masks[: len(references)]), mask, scene.source
+    )
 
 
 def scene_batches(assets: Assets, batch: int, seed: int):

@@ -35,7 +35,8 @@ class Example:
     """A sample with its pictures open, RGB, in the sizes that they are trained at.
 
     masks: mode L, of the size of its reference, white on the object; one for each reference, None where there is none.
-    mask: the same of the image to be made.
+    mask: the same of the image to be made. source: where it is known, as in scenes that were composed, the reference
+    token that each of its tokens shows, int64 (rows, columns), counted over all references; -1: none.
     """
 
     prompt: str
@@ -43,6 +44,7 @@ class Example:
     image: Image.Image
     masks: tuple[Image.Image | None, ...]
     mask: Image.Image | None = None
+    source: np.ndarray | None = None
 
 
 def open_example(sample: Sample, resolution: int, reference_resolution: int) -> Example:

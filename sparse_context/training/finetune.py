@@ -58,7 +58,8 @@ class FinetuneConfig:
     without LoRA. With a `preservation` above 0, batches that keep all tokens compare with that alone, and count that
     many times: a target without noise holds what the model knew, and training on it anew would blur it. An output token
     inside a sample's `mask` counts 1 + `focus` times: as much as it did where the base was trained, or else the object
-    loses what the background gains. Noise levels are logit-normal (Esser et al. 2024) or, with weighting_scheme "none",
+    loses what the background gains. One whose `source` is known and dropped counts `unseen` times as much as others,
+    since it can only be guessed. Noise levels are logit-normal (Esser et al. 2024) or, with weighting_scheme "none",
     uniform, moved by `shift` (None: the scheduler's own).
 
     The optimiser: AdamW; `lr_scheduler` is a name of `loop.SCHEDULES`; `ema` is the decay of the weights' average, of
@@ -77,6 +78,7 @@ class FinetuneConfig:
     distillation: float = 0.0
     preservation: float = 0.0
     focus: float = 0.0
+    unseen: float = 1.0
     weighting_scheme: str = "logit_normal"
     shift: float | None = None
     max_train_steps: int = 1000
@@ -104,7 +106,7 @@ class FinetuneConfig:
         for name in ("preservation", "focus", "lr_warmup_steps", "adam_weight_decay", "validation_steps", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a number of 0 or more.")
-        for name in ("caption_dropout", "distillation"):
+        for name in ("caption_dropout", "distillation", "unseen"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a share from 0 to 1.")
         for name in ("learning_rate", "lora_alpha", "max_grad_norm", "shift"):
@@ -137,6 +139,7 @@ class Prepared(NamedTuple):
     prompts, seen: of each sample, what its text encoder gets. target: pixels (B, 3, H, W) in [-1, 1]. references: the
     same for each reference, of any sizes. pictures: for each reference, one array uint8 (H, W, 3 or 4) for each sample,
     as selectors want them. mask: the object's share of each output token, (B, tokens) in [0, 1]; 0 without a mask.
+    source: the reference token that each shows, int64 (B, tokens), as in `Example`; -1 without one.
     """
 
     prompts: list[str]
@@ -145,6 +148,7 @@ class Prepared(NamedTuple):
     references: list[torch.Tensor]
     pictures: list[list[np.ndarray]]
     mask: torch.Tensor
+    source: torch.Tensor
 
     def grids(self, token: int) -> list[tuple[int, int]]:
         """Rows and columns of tokens of each reference."""
@@ -169,7 +173,9 @@ def prepare_batch(host: Host, examples: Sequence[Example], prompts: Sequence[str
               else nn.functional.adaptive_avg_pool2d(host.pixels(example.mask.convert("RGB"))[:, :1] / 2 + 0.5, grid)
               for example in examples]  # fmt: skip
     seen = [example.references for example in examples]
-    return Prepared(list(prompts), seen, target, references, pictures, torch.cat(covers).flatten(1))
+    sources = [np.full(grid, -1) if example.source is None else example.source for example in examples]
+    return Prepared(list(prompts), seen, target, references, pictures, torch.cat(covers).flatten(1),
+                    torch.from_numpy(np.stack(sources)).flatten(1))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,13 +183,14 @@ class Encoded:
     """A batch as the transformer's surroundings see it.
 
     target: latents (B, C, rows, columns). references: the same for each reference, of any sizes. text: what the host
-    made of it. mask: as in `Prepared`.
+    made of it. mask, source: as in `Prepared`.
     """
 
     target: torch.Tensor
     references: list[torch.Tensor]
     text: Text
     mask: torch.Tensor
+    source: torch.Tensor
 
 
 def encode(host: Host, batch: Prepared, latent_cache: Cache | None = None, text_cache: Cache | None = None) -> Encoded:
@@ -218,6 +225,7 @@ def encode(host: Host, batch: Prepared, latent_cache: Cache | None = None, text_
         [latents(pixels) for pixels in batch.references],
         {name: tensor.to(device) for name, tensor in text.items()},
         batch.mask.to(device),
+        batch.source.to(device),
     )
 
 
@@ -257,13 +265,15 @@ def flow_matching_loss(
     preservation: float = 0.0,
     into: np.ndarray | None = None,
     teacher: torch.Tensor | None = None,
+    unseen: float = 1.0,
 ) -> torch.Tensor:
     """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others.
 
     sigma: (B,). noise: as `encoded.target`. into: as in `ReferenceTokens.keep`. The velocity to be met is noise -
     target; a share `distillation` of the loss meets the dense prediction without the adapter instead. A token counts
-    1 + `focus` * its `encoded.mask` times. Where `index` has all tokens and `preservation` is above 0, the loss is that
-    times the mean squared distance to the dense prediction without the adapter, in which all tokens count the same.
+    1 + `focus` * its `encoded.mask` times, and `unseen` times that if its `encoded.source` is not in `index`. Where
+    `index` has all tokens and `preservation` is above 0, the loss is that times the mean squared distance to the dense
+    prediction without the adapter, in which all tokens count the same.
     teacher: that prediction, `dense_answer`, where it is there already.
     """
     wanted = host.target_tokens(noise - encoded.target).latents
@@ -279,6 +289,9 @@ def flow_matching_loss(
     if teacher is not None and distillation:
         error = (1 - distillation) * error + distillation * (velocity - teacher).square().mean(-1)
     weights = 1 + focus * encoded.mask
+    if unseen < 1:
+        dropped = (encoded.source >= 0) & ~torch.isin(encoded.source, torch.from_numpy(index).to(encoded.source.device))
+        weights = weights * torch.where(dropped, unseen, 1.0)
     return (error * weights).sum() / weights.sum()
 
 
@@ -352,7 +365,7 @@ def make_loss(
         index, into = subsets[number % config.subsets]
         with precision():
             return flow_matching_loss(host, encoded, index, sigma, noise, config.distillation, config.focus,
-                                      config.preservation, into, teacher)  # fmt: skip
+                                      config.preservation, into, teacher, config.unseen)  # fmt: skip
 
     return loss
 
@@ -623,6 +636,7 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
         "subsets": record["subsets"],
         "distillation": record["distillation"],
         "preservation": record["preservation"],
+        "unseen": record["unseen"],
         "kv": record["kv"],
         "version": record["version"],
     }
