@@ -88,7 +88,7 @@ def filling_maker(scenes: Mapping[str, Scene], dense: Path) -> Maker:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality at equal numbers of tokens.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
-    parser.add_argument("--lora", type=Path, default=ADAPTERS["plain"], help="the package's own without it")
+    parser.add_argument("--lora", help="a file or the word none; the package's own, if it has one, without it")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.15, 0.1])
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
@@ -98,18 +98,20 @@ def main() -> None:
 
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
-    record = adapter_record(arguments.lora) if arguments.lora.is_file() else {}
-    if not record or record["kv"]:
-        raise SystemExit(f"peers: {arguments.lora} is no LoRA for dropped tokens: name one that `mini sparse` made.")
-    pipe, tuned = load_pipeline(lora=NO_LORA), load_pipeline(lora=str(arguments.lora))
+    lora = arguments.lora or (ADAPTERS["plain"] if ADAPTERS["plain"].is_file() else NO_LORA)
+    record = adapter_record(Path(lora)) if lora != NO_LORA else {}
+    if record.get("kv"):
+        raise SystemExit(f"peers: {lora} is a LoRA for KV mode: name one that `mini sparse` made without --kv.")
+    pipe, tuned = load_pipeline(lora=NO_LORA), load_pipeline(lora=str(lora))
     for each in (pipe, tuned):
         each.set_progress_bar_config(disable=True)
+    weights = {"weights": fingerprint(tuned)}
     folder = arguments.folder or ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
     own, own_tuned = (maker(each, task_of=lambda sample: tasks_of(scenes[sample.name][0])) for each in (pipe, tuned))
     filled = filling_maker({name: scene for name, (scene, _, _) in scenes.items()}, folder / "dense")
     ways = {
         "sparse": (own, "equal", 0.0),
-        TUNED: (own_tuned, "equal", 0.0),
+        **({TUNED: (own_tuned, "equal", 0.0)} if record else {}),
         "sparse, 30 % averages": (own, "equal", 0.3),
         "sparse, one joint ranking": (own, "joint", 0.0),
         **{method: (peer_maker(pipe, method), "joint", 0.0) for method in PEERS},  # to which these mean nothing
@@ -119,10 +121,10 @@ def main() -> None:
     for keep in arguments.keeps:
         for method, (make, share, merge) in ways.items():
             config = SparseContextConfig(keep=keep, share=share, merge=merge)
-            of = {"weights": fingerprint(tuned)} if method == TUNED else {}
-            cells[f"{method} {keep:g}"] = Cell(config, make=make, about={"method": method} | of)
-    cells[f"{TUNED}, all tokens"] = Cell(SparseContextConfig(keep=1.0), make=own_tuned,
-                                         about={"weights": fingerprint(tuned)})  # fmt: skip
+            about = {"method": method} | (weights if method == TUNED else {})
+            cells[f"{method} {keep:g}"] = Cell(config, make=make, about=about)
+    if record:
+        cells[f"{TUNED}, all tokens"] = Cell(SparseContextConfig(keep=1.0), make=own_tuned, about=weights)
     about = {"split": arguments.split, "lora": NO_LORA, "weights": fingerprint(pipe)}
     result = evaluate(own, samples, cells, find_metrics(["psnr"]), folder, about=about)
     config = about | {"keeps": arguments.keeps, "methods": list(ways), "adapter": record}

@@ -6,9 +6,9 @@ FOLDER=${FOLDER:-checkpoints}
 train() { python -m sparse_context.mini sparse --folder "$FOLDER" --name "$@"; }
 
 train sparse                                # LoRA, the whole mix, against the base's answers with all tokens
-train sparse-random --random-only           # the paper's random dropping alone
+train sparse-random --random-only           # random sets alone
 train sparse-merged --merge 1               # merged tokens, with the same fine-tuning
-train sparse-truth --distillation 0         # against the truth
+train sparse-truth --distillation 0         # sets with dropped tokens against the truth
 train sparse-free --preservation 0          # batches with all tokens count like the others
 train sparse-full --full                    # all weights
 train dense --dense                         # the control: as many more samples, with all tokens

@@ -221,7 +221,7 @@ def train(
     kv: Annotated[bool, typer.Option("--kv", help="Train for Flux2KleinKVPipeline.")] = False,
     keep_min: Annotated[float, typer.Option(help="Smallest keep ratio; they are log-uniform.")] = 0.05,
     keep_max: Annotated[float, typer.Option(help="Largest keep ratio.")] = 1.0,
-    dense: Annotated[float, typer.Option(help="Share of batches that keep all tokens.")] = 0.1,
+    dense: Annotated[float, typer.Option(help="Share of sets that keep all tokens.")] = 0.1,
     drop_mix: Annotated[
         str | None, typer.Option(help="Kinds of dropping: random=0.5,blobs=0.5 ...", show_default="see the docs")
     ] = None,
@@ -233,9 +233,7 @@ def train(
         list[float] | None,
         typer.Option(help="Share of averages of the rest; repeat it, and batches draw one.", show_default="0"),
     ] = None,
-    subsets: Annotated[
-        int, typer.Option(help="Sets of kept tokens that a batch is trained on in turn, encoded once.")
-    ] = 1,
+    subsets: Annotated[int, typer.Option(help="Sets of kept tokens for each batch, averaged in one update.")] = 1,
     caption_dropout: Annotated[float, typer.Option(help="Share of prompts that are emptied.")] = 0.0,
     distillation: Annotated[float, typer.Option(help="Share of the loss against the dense base's answer.")] = 0.0,
     preservation: Annotated[

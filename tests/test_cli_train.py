@@ -50,7 +50,7 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
 
     common = ["--data", data / "good.jsonl", "-m", tiny_model, "--dtype", "float32", "--mixed-precision", "no",
               "--checkpointing-steps", 1, "--rank", 2, "--drop-mix", "random=1,blobs=1", "--coverage", 0.1,
-              "--merge", 0.5]  # fmt: skip
+              "--merge", 0.5, "--subsets", 2]  # fmt: skip
     out = tmp_path / "run"
     first = [*common, "--output-dir", out, "--max-train-steps", 2, "--validation-data", data / "good.jsonl",
              "--validation-steps", 2, "--num-validation-images", 1, "--report-to", "tensorboard"]  # fmt: skip
@@ -67,7 +67,7 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
     assert code == 0, errors
     config = json.loads((out / "config.json").read_text())
     assert config["dropping"]["mix"] == {"random": 1.0, "blobs": 1.0} and config["dropping"]["coverage"] == [0.1]
-    assert config["dropping"]["merge"] == [0.5]
+    assert config["dropping"]["merge"] == [0.5] and config["subsets"] == 2
     assert sorted(p.name for p in out.glob("step-*")) == ["step-0000002", "step-0000003"]
     for other, says in (
         (["--mixed-precision", "bf16"], "mixed_precision was 'no' and is now 'bf16'"),
@@ -127,6 +127,7 @@ BAD = [
     (["--coverage", "3"], "coverage is [3.0]"),
     (["--merge", "3"], "merge is [3.0]"),
     (["--caption-dropout", "1.1"], "caption_dropout is 1.1"),
+    (["--subsets", "0"], "subsets is 0"),
     (["--distillation", "2"], "distillation is 2"),
     (["--full", "--distillation", "1"], "leave one of the two out"),
     (["--preservation", "-1"], "preservation is -1"),

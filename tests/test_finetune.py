@@ -18,7 +18,7 @@ from sparse_context.manifest import ManifestError, read_samples
 from sparse_context.sparsify import apply_sparse_context, last_selection
 from sparse_context.tokens import ReferenceTokens
 from sparse_context.training.data import Ahead, Batches, Cache, Example, alike, open_example
-from sparse_context.training.dropping import Dropping
+from sparse_context.training.dropping import Dropping, draw_selection
 from sparse_context.training.finetune import (
     EMBEDDED,
     LORA_FILE,
@@ -173,8 +173,9 @@ def test_tokens_whose_source_was_dropped_count_less():
 
     def loss(source, unseen):
         shown = replace(encoded, source=torch.tensor([source]))
-        return flow_matching_loss(host, shown, index, sigma, noise, unseen=unseen).item()
+        return flow_matching_loss(host, shown, index, sigma, noise, unseen=unseen, into=into).item()
 
+    into = None
     plain = loss([-1] * 64, 0.0)
     assert plain == flow_matching_loss(host, encoded, index, sigma, noise).item()
     assert loss([4] * 64, 0.0) == plain  # kept
@@ -182,6 +183,9 @@ def test_tokens_whose_source_was_dropped_count_less():
     first, last = loss([4] * 32 + [5] * 32, 0.0), loss([5] * 32 + [-1] * 32, 0.0)
     assert first != last and plain == pytest.approx((first + last) / 2, rel=1e-5)
     assert loss([5] * 32 + [4] * 32, 0.25) == pytest.approx((0.25 * first + last) / 1.25, rel=1e-5)
+    into = np.where(np.arange(160) % 2, -1, np.arange(160))
+    into[5] = 4  # a part of its mean
+    assert loss([5] * 32 + [4] * 32, 0.25) == loss([-1] * 64, 0.25) != loss([7] * 32 + [4] * 32, 0.25)
 
 
 def test_sources_are_encoded_for_each_output_token():
@@ -190,6 +194,10 @@ def test_sources_are_encoded_for_each_output_token():
     given = [replace(example(0), source=shown), example(0)]
     encoded = encode(host, prepare_batch(host, given, ["a", "b"]))
     assert encoded.source.tolist() == [list(range(64)), [-1] * 64]
+    with pytest.raises(ValueError, match=r"sources of a sample are \(4, 16\) tokens, and its output has \(8, 8\)"):
+        prepare_batch(host, [replace(example(0), source=shown.reshape(4, 16))], ["a"])
+    smaller = replace(example(1, sizes=((96, 64), (96, 64))), source=shown)
+    assert alike([given[0], smaller])[1].source is None and alike(given[:1] * 2)[1].source is shown
 
 
 def test_masks_are_encoded_as_the_share_of_each_output_token():
@@ -250,9 +258,30 @@ def test_the_subsets_of_a_batch_differ_in_their_tokens_alone_and_encoders_and_te
     assert make_loss(host, batches, config)(5).item() == values[5]  # resumed in the middle of a batch
     once = make_loss(host, batches, replace(config, subsets=1))
     assert [once(number).item() for number in (0, 1)] == [values[0], values[3]]
+    pictures = prepare_batch(host, batches(0), ["x", "x"])
+    first = draw_selection(config.dropping, pictures.pictures, pictures.grids(host.token), [config.seed, 3, 0, 0])
+    assert torch.equal(calls[2][3], host.reference_tokens(encode(host, pictures).references).keep(first.index).latents)
 
 
-def test_a_step_averages_its_batches_and_their_subsets(tmp_path, monkeypatch):
+def test_the_loss_of_a_run_is_that_of_its_settings():
+    host = klein()
+    shown = [replace(example(0), source=np.arange(64).reshape(8, 8), mask=Image.new("L", (64, 64), 255))]
+    config = FinetuneConfig(dropping=Dropping(mix={"random": 1.0}, dense=0.0, keep_max=0.5), **SMALL)
+    prepare(host, config)
+    randomise(host.transformer)
+
+    def loss(**changes):
+        return make_loss(host, lambda number: shown, replace(config, **changes))(0).item()
+
+    half, unseen = loss(distillation=0.5), loss(unseen=0.5)
+    assert len({loss(), half, unseen}) == 3 and loss(focus=2.0) == pytest.approx(loss(), rel=1e-5)
+    assert loss(preservation=9.0) == loss()
+    config = replace(config, dropping=Dropping(dense=1.0))
+    assert loss(preservation=9.0) == pytest.approx(9 * loss(distillation=1.0), rel=1e-5)
+    assert loss(unseen=0.5) == loss()
+
+
+def test_a_step_takes_all_subsets_of_its_batches(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("sparse_context.training.finetune.make_loss",
                         lambda *given, **settings: lambda number: (seen.append(number), loss())[1])  # fmt: skip
@@ -496,7 +525,7 @@ def test_a_validation_picture_that_the_format_does_not_hold_is_scaled_down(monke
 def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_machine(tmp_path):
     record = {"data": str(tmp_path), "full": False, "kv": True, "steps": 3, "gradient_accumulation_steps": 1,
               "processes": 1, "rank": 4, "lora_alpha": 4, "learning_rate": 1e-4, "lr_scheduler": "constant",
-              "subsets": 1, "distillation": 0.0, "preservation": 0.0, "focus": 2.0, "version": "0",
+              "subsets": 1, "distillation": 0.0, "preservation": 0.0, "focus": 2.0, "unseen": 1.0, "version": "0",
               "dropping": asdict(Dropping())}  # fmt: skip
     pipe = build_flux2(Flux2KleinKVPipeline)
     own = model_card({**record, "base": EMBEDDED}, pipe, pipe.transformer)
@@ -516,7 +545,7 @@ def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_mac
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ({"subsets": 0}, "subsets is 0"),
         ({"distillation": -0.1}, "distillation is -0.1"),
-        ({"unseen": 1.5}, "unseen is 1.5"),
+        ({"unseen": 0.0}, "unseen is 0.0"),
         ({"focus": -1.0}, "focus is -1.0"),
         ({"full": True, "distillation": 0.5}, "distillation takes .* leave one of the two out"),
         ({"full": True, "preservation": 1.0}, "preservation takes .* leave one of the two out"),

@@ -13,7 +13,7 @@ from safetensors.torch import save_file as save_torch
 from sparse_context.mini import ADAPTERS, adapter_record
 from sparse_context.mini.data import Assets
 from sparse_context.mini.scenes import TASKS, make_scene
-from sparse_context.mini.sparse import KV, LORA, choose, export_adapter, scene_batches, to_example, train_sparse
+from sparse_context.mini.sparse import FULL, KV, LORA, choose, export_adapter, scene_batches, to_example, train_sparse
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +70,14 @@ def test_the_experiments_vary_what_they_name():
     with pytest.raises(ValueError, match="learning_rate is 0.0"):
         choose(learning_rate=0.0)
     assert choose(random_only=True) == replace(LORA, dropping=replace(LORA.dropping, mix={"random": 1.0}))
+    assert choose(distillation=0.0).distillation == choose(preservation=0.0).preservation == 0
+    assert choose(kv=True, merge=[0.0]).dropping.merge == (0.0,) and choose(full=True) == FULL
     control = choose(dense=True)
     assert (control.distillation, control.preservation, control.subsets, control.dropping.dense) == (0, 0, 1, 1)
     changed = choose(full=True, kv=True, steps=7, rank=8, learning_rate=0.1, random_only=True, coverage=[0.3],
                      dense=True, seed=5, merge=[0.4])  # fmt: skip
     assert (changed.full, changed.kv, changed.max_train_steps, changed.rank, changed.seed) == (True, True, 7, 8, 5)
-    assert changed.dropping == replace(LORA.dropping, mix={"random": 1.0}, coverage=(0.3,), merge=(0.4,), dense=1.0)
+    assert changed.dropping == replace(FULL.dropping, mix={"random": 1.0}, coverage=(0.3,), merge=(0.4,), dense=1.0)
 
 
 # Under autocast torch says once that RMS norm, whose weights stay float32, is not fused

@@ -95,7 +95,7 @@ def sparse(
     full: Annotated[bool, typer.Option("--full", help="All weights of the transformer, no LoRA.")] = False,
     kv: Annotated[bool, typer.Option("--kv", help="For Flux2KleinKVPipeline.")] = False,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples that share one set of kept tokens.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Samples that share their sets of kept tokens.")] = 4,
     rank: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
     distillation: Annotated[float | None, typer.Option(min=0, max=1)] = None,

@@ -90,9 +90,14 @@ def alike(examples: Sequence[Example]) -> list[Example]:
             image=_crop(example.image, first.image.size),
             masks=tuple(None if mask is None else _crop(mask, model.size) for _, mask, model in pairs),
             mask=None if example.mask is None else _crop(example.mask, first.image.size),
+            source=example.source if _sizes(example) == _sizes(first) else None,
         )
 
     return [first, *map(crop, examples[1:])]
+
+
+def _sizes(example: Example) -> list[tuple[int, int]]:
+    return [picture.size for picture in (example.image, *example.references)]
 
 
 def _crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Which reference tokens a training batch keeps: drawn anew for each step, and the same for the whole batch.
+"""Which reference tokens a training batch keeps: drawn anew for each, and the same for all its samples.
 
 Random dropping alone teaches a model to fill every gap from its neighbours, which makes clustered selections worse
 than before. So a batch draws a kind of set from a mix: scattered, in blobs, in bands, along edges, on the salient

@@ -106,9 +106,11 @@ class FinetuneConfig:
         for name in ("preservation", "focus", "lr_warmup_steps", "adam_weight_decay", "validation_steps", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a number of 0 or more.")
-        for name in ("caption_dropout", "distillation", "unseen"):
+        for name in ("caption_dropout", "distillation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a share from 0 to 1.")
+        if not 0 < self.unseen <= 1:
+            raise ValueError(f"unseen is {self.unseen!r}: pass a share above 0 and up to 1.")
         for name in ("learning_rate", "lora_alpha", "max_grad_norm", "shift"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -127,8 +129,6 @@ class FinetuneConfig:
                 )
         SparseContextConfig(keep=self.validation_keep)
 
-
-Subset = tuple[np.ndarray, np.ndarray | None]  # kept tokens: `index` and `into` of a `Selection`
 
 # A step ---------------------------------------------------------------------------------------------------------------
 
@@ -174,6 +174,9 @@ def prepare_batch(host: Host, examples: Sequence[Example], prompts: Sequence[str
               for example in examples]  # fmt: skip
     seen = [example.references for example in examples]
     sources = [np.full(grid, -1) if example.source is None else example.source for example in examples]
+    for source in sources:
+        if source.shape != grid:
+            raise ValueError(f"The sources of a sample are {source.shape} tokens, and its output has {grid}.")
     return Prepared(list(prompts), seen, target, references, pictures, torch.cat(covers).flatten(1),
                     torch.from_numpy(np.stack(sources)).flatten(1))  # fmt: skip
 
@@ -271,11 +274,14 @@ def flow_matching_loss(
 
     sigma: (B,). noise: as `encoded.target`. into: as in `ReferenceTokens.keep`. The velocity to be met is noise -
     target; a share `distillation` of the loss meets the dense prediction without the adapter instead. A token counts
-    1 + `focus` * its `encoded.mask` times, and `unseen` times that if its `encoded.source` is not in `index`. Where
-    `index` has all tokens and `preservation` is above 0, the loss is that times the mean squared distance to the dense
-    prediction without the adapter, in which all tokens count the same.
-    teacher: that prediction, `dense_answer`, where it is there already.
+    1 + `focus` * its `encoded.mask` times, and `unseen` times that if it has an `encoded.source` of which nothing is
+    kept. Where `index` has all tokens and `preservation` is above 0, the loss is that times the mean squared distance
+    to the dense prediction without the adapter, in which all tokens count the same. teacher: that prediction, from
+    `dense_answer`, where it is there already.
     """
+    present = torch.from_numpy(index if into is None else np.flatnonzero(into >= 0)).to(encoded.source.device)
+    seen = (encoded.source < 0) | torch.isin(encoded.source, present)
+    weights = (1 + focus * encoded.mask) * torch.where(seen, 1.0, unseen)
     wanted = host.target_tokens(noise - encoded.target).latents
     references = host.reference_tokens(encoded.references)
     preserves = preservation > 0 and len(index) == len(references)
@@ -288,10 +294,6 @@ def flow_matching_loss(
     error = (velocity - wanted).square().mean(-1)
     if teacher is not None and distillation:
         error = (1 - distillation) * error + distillation * (velocity - teacher).square().mean(-1)
-    weights = 1 + focus * encoded.mask
-    if unseen < 1:
-        dropped = (encoded.source >= 0) & ~torch.isin(encoded.source, torch.from_numpy(index).to(encoded.source.device))
-        weights = weights * torch.where(dropped, unseen, 1.0)
     return (error * weights).sum() / weights.sum()
 
 
@@ -303,6 +305,9 @@ def without_adapter(transformer: Any) -> Iterator[None]:
         yield
     finally:
         transformer.enable_adapters()
+
+
+Subset = tuple[np.ndarray, np.ndarray | None]  # kept tokens: `index` and `into` of a `Selection`
 
 
 def make_loss(
@@ -326,7 +331,7 @@ def make_loss(
     """
     shift = host.shift if config.shift is None else config.shift
     device = next(host.transformer.parameters()).device
-    fused = config.gradient_checkpointing or device.type != "cpu"
+    plain = config.gradient_checkpointing or device.type != "cpu"
 
     def prepare(number: int) -> tuple[Prepared, list[Subset], int]:
         examples = batches(number * ranks + rank)
@@ -334,7 +339,8 @@ def make_loss(
         emptied = rng.random(len(examples)) < config.caption_dropout
         prompts = ["" if empty else example.prompt for empty, example in zip(emptied, examples, strict=True)]
         batch = prepare_batch(host, examples, prompts)
-        seeds = ([config.seed, 3, number, rank, *([subset] if subset else [])] for subset in range(config.subsets))
+        seed = [config.seed, 3, number, rank]
+        seeds = [seed, *([*seed, subset] for subset in range(1, config.subsets))]  # the first is as without others
         drawn = [draw_selection(config.dropping, batch.pictures, batch.grids(host.token), seed) for seed in seeds]
         subsets = [(selection.index, selection.into) for selection in drawn]
         return batch._replace(pictures=[]), subsets, int(rng.integers(2**62))
@@ -342,8 +348,8 @@ def make_loss(
     ahead = Ahead(prepare, workers)
 
     @contextlib.contextmanager
-    def precision() -> Iterator[None]:
-        with autocast(), contextlib.nullcontext() if fused else MatmulAttention():
+    def forward() -> Iterator[None]:
+        with autocast(), contextlib.nullcontext() if plain else MatmulAttention():
             yield
 
     @lru_cache(maxsize=1)
@@ -354,18 +360,22 @@ def make_loss(
         u = torch.rand(len(encoded.target), generator=generator).clamp(1e-4, 1 - 1e-4)
         sigma = noise_levels(u, config.weighting_scheme, shift).to(device)
         noise = torch.randn(encoded.target.shape, generator=generator).to(device)
+        count = sum(rows * columns for rows, columns in batch.grids(host.token))
+        preserves = config.preservation > 0 and any(len(index) == count for index, _ in subsets)
         teacher = None
-        if config.distillation:
-            with precision():
+        if config.distillation or preserves:
+            with forward():
                 teacher = dense_answer(host, encoded, sigma, noise)
         return encoded, subsets, sigma, noise, teacher
 
     def loss(number: int) -> torch.Tensor:
         encoded, subsets, sigma, noise, teacher = take(number // config.subsets)
         index, into = subsets[number % config.subsets]
-        with precision():
-            return flow_matching_loss(host, encoded, index, sigma, noise, config.distillation, config.focus,
-                                      config.preservation, into, teacher, config.unseen)  # fmt: skip
+        with forward():
+            return flow_matching_loss(
+                host, encoded, index, sigma, noise, config.distillation, config.focus, config.preservation, into=into,
+                teacher=teacher, unseen=config.unseen,
+            )  # fmt: skip
 
     return loss
 
@@ -730,7 +740,8 @@ apply_sparse_context(pipe, keep=0.2)
 | learning rate | {record["learning_rate"]:g}, {record["lr_scheduler"]} |
 | distillation | {record["distillation"]:g} |
 | preservation | {record["preservation"]:g} |
-| weight of the object | {1 + record["focus"]:g} times |{kv}
+| weight of the object | {1 + record["focus"]:g} times |
+| weight of what was dropped | {record["unseen"]:g} times, where it is known |{kv}
 
 Made with sparse-context {record["version"]}. Quality was not measured by this training; see `sparse-context evaluate`.
 The base model's licence applies.
