@@ -1,13 +1,12 @@
 """Variants of the fine-tuning, and shares of each: the embedded model's quality on validation scenes.
 
-    python runs/ablations.py [--runs sparse sparse-random sparse-merged] [--scales 0.25 0.5 0.75 1]
+    python runs/ablations.py [--runs sparse sparse-random sparse-truth] [--scales 0.5 1]
 
 The runs are those of runs/train_mini.sh, by the names of their folders. A share of a LoRA is what `--lora-scale` takes
 of it: with all tokens the harm grows with the square of the share, since the base had its minimum there, while the gain
-with dropped tokens begins with its first power. What is chosen here goes into `adapter --scale`. Beside selectors, and
-what the tasks choose by themselves (`auto`), the whole budget is spent on averages (`merge=1`), as merged tokens are.
-Stopped at any point, it goes on there. The numbers are PSNR against the truth, inside the object or, for global edits,
-of the whole picture; differences are to the dense base with all tokens, scene by scene.
+with dropped tokens begins with its first power. What is chosen here goes into `adapter --scale`. `auto` is what the
+tasks choose by themselves. Stopped at any point, it goes on there. The numbers are PSNR against the truth, inside the
+object or, for global edits, of the whole picture; differences are to the dense base with all tokens, scene by scene.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
@@ -31,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality after variants of its fine-tuning.")
     parser.add_argument("--runs", nargs="+", default=["sparse"], help="folders in the working folder")
-    parser.add_argument("--scales", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 1.0])
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.1])
     parser.add_argument("--scenes", type=int, default=32)
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="the working folder")
@@ -41,7 +40,7 @@ def main() -> None:
     assets = load_assets(arguments.checkpoints / "assets.safetensors").split("validation")
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED["validation"])
     keeps = (1.0, *arguments.keeps)
-    cells = grid(keeps, ("random", "edges", "subject", "mask")) | grid(keeps, merges=(0.0, 1.0))
+    cells = grid(keeps, ("random", "edges", "subject", "mask")) | grid(keeps)
     metrics = find_metrics(["psnr"])
 
     def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:

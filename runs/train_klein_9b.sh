@@ -7,7 +7,9 @@
 #   - the base model: black-forest-labs/FLUX.2-klein-base-9B (its own licence: accept it on the hub, then `hf auth login`);
 #   - the data: two sets by hub name, written as one manifest by the first command (some 40 GB are fetched).
 #
-# It is trained on the undistilled base; the LoRA is then loaded into that model, or tried on its distilled sibling.
+# Its target is what the base says with all tokens, as that taught the embedded model more than the truth did
+# (docs/quality.md). It is trained on the undistilled base; the LoRA is then loaded into that model, or tried on its
+# distilled sibling.
 # Several GPUs: put `accelerate launch --multi_gpu -m sparse_context.training` in the place of
 # `sparse-context train`. Run again after a kill, it continues from its last checkpoint.
 set -euo pipefail
@@ -26,10 +28,10 @@ sparse-context train \
     --resolution 512 \
     --rank 64 --lora-alpha 64 \
     --learning-rate 1e-4 --lr-scheduler constant_with_warmup --lr-warmup-steps 200 \
-    --max-train-steps 10000 --train-batch-size 1 --gradient-accumulation-steps 8 --gradient-checkpointing \
+    --max-train-steps 10000 --train-batch-size 1 --gradient-accumulation-steps 4 --gradient-checkpointing \
     --mixed-precision bf16 --ema 0.99 \
     --caption-dropout 0.1 \
-    --keep-min 0.05 --keep-max 1.0 --dense 0.1 --preservation 30 \
+    --keep-min 0.05 --keep-max 1.0 --dense 0.1 --distillation 1 --subsets 3 --preservation 30 \
     --drop-mix random=0.4,blobs=0.15,bands=0.05,edges=0.15,saliency=0.15,outside=0.1 \
     --coverage 0 --coverage 0.1 --merge 0 --merge 0.3 \
     --checkpointing-steps 250 --checkpoints-total-limit 3 \

@@ -7,7 +7,7 @@ train() { python -m sparse_context.mini sparse --folder "$FOLDER" --name "$@"; }
 
 train sparse                                # LoRA, the whole mix, against the base's answers with all tokens
 train sparse-random --random-only           # random sets alone
-train sparse-merged --merge 1               # merged tokens, with the same fine-tuning
+train sparse-averages --merge 0.3           # three tenths of the kept tokens are averages of others
 train sparse-truth --distillation 0         # sets with dropped tokens against the truth
 train sparse-free --preservation 0          # batches with all tokens count like the others
 train sparse-full --full                    # all weights
