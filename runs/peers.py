@@ -99,6 +99,8 @@ def main() -> None:
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
     lora = arguments.lora or (ADAPTERS["plain"] if ADAPTERS["plain"].is_file() else NO_LORA)
+    if lora != NO_LORA and not Path(lora).is_file():
+        raise SystemExit(f"peers: {lora} is no file: name a LoRA, or none.")
     record = adapter_record(Path(lora)) if lora != NO_LORA else {}
     if record.get("kv"):
         raise SystemExit(f"peers: {lora} is a LoRA for KV mode: name one that `mini sparse` made without --kv.")
