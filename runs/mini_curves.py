@@ -7,11 +7,13 @@ nearest to themselves among 64 candidates. PSNR, which the tables and pictures a
 `--metrics` names what else. Stopped at any point, it goes on there. Settings are chosen on "validation";
 "test" is run once for the published table.
 
-    python runs/mini_curves.py --split test --lora none --output results/mini_curves_base.json
-    python runs/mini_curves.py --split test --base results/mini_curves_base.json
+    python runs/mini_curves.py --lora none --output results/mini_curves_base.json
+    python runs/mini_curves.py --split test --lora none --output results/mini_curves_test.json
+    python runs/mini_curves.py --base results/mini_curves_base.json
 
-The first line is the dense base, training-free. The second is the model as it is shipped, fine-tuned with dropping: its
-figures are also compared with the base's outputs with all tokens, pair by pair, and drawn beside the base's.
+The first line is the dense base, training-free, and the second that on the test split. The third is the model as it is
+shipped, fine-tuned with dropping: its figures are also compared with the base's outputs with all tokens, pair by pair,
+and drawn beside the base's.
 
 It needs the scenes' objects, `checkpoints/assets.safetensors`: `python -m sparse_context.mini data` makes that file.
 """

@@ -348,8 +348,8 @@ def _curves(name: str, against: str) -> str:
     )
 
 
-def curves_base() -> str:
-    return _curves("mini_curves_base", "groups")
+def curves_base(name: str = "mini_curves_base") -> str:
+    return _curves(name, "groups")
 
 
 def curves() -> str:
@@ -501,6 +501,7 @@ PAGES = {
     "README.md": TABLES,
     "docs/quality.md": {
         "curves_base": curves_base,
+        "curves_test": partial(curves_base, "mini_curves_test"),
         "auto_budget": auto_budget,
         "coverage": coverage,
         "peers": peers,
