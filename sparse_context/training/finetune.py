@@ -279,9 +279,11 @@ def flow_matching_loss(
     to the dense prediction without the adapter, in which all tokens count the same. teacher: that prediction, from
     `dense_answer`, where it is there already.
     """
-    present = torch.from_numpy(index if into is None else np.flatnonzero(into >= 0)).to(encoded.source.device)
-    seen = (encoded.source < 0) | torch.isin(encoded.source, present)
-    weights = (1 + focus * encoded.mask) * torch.where(seen, 1.0, unseen)
+    weights = 1 + focus * encoded.mask
+    if unseen < 1:  # else no copy to the device, which would wait for it
+        present = torch.from_numpy(index if into is None else np.flatnonzero(into >= 0)).to(encoded.source.device)
+        seen = (encoded.source < 0) | torch.isin(encoded.source, present)
+        weights = weights * torch.where(seen, 1.0, unseen)
     wanted = host.target_tokens(noise - encoded.target).latents
     references = host.reference_tokens(encoded.references)
     preserves = preservation > 0 and len(index) == len(references)
