@@ -1,13 +1,13 @@
 """The embedded model trained further on a GPU that is there for minutes: VAE, base, LoRAs, one after the other.
 
     python runs/train_mini_gpu.py pack                      # where the assets are: all of training in 20 MB
-    python runs/train_mini_gpu.py train --pack FILE --output FOLDER --vae 850 --base 245 --sparse 130 --kv 60
+    python runs/train_mini_gpu.py train --pack FILE --output FOLDER --vae 40 --base 315 --sparse 115 --kv 50
 
 `pack` writes the training pictures as webp (the objects' colours and the photographs slightly lossy, alpha exact), for
 a machine with little time or no network; `python -m sparse_context.mini data` makes the whole there as well.
 
-`train` goes on from the package's weights: `--vae` steps, then `--base`, `--sparse` and `--kv` seconds by the clock, so
-that nothing has to be known of the machine's speed; 0 leaves one out. It writes the weights into the package, and a
+`train` goes on from the package's weights, for `--vae`, `--base`, `--sparse` and `--kv` seconds by the clock, so that
+nothing has to be known of the machine's speed; 0 leaves one out. It writes the weights into the package, and a
 copy with the logs and the LoRAs into the output; `mini adapter` takes a LoRA from its run's folder. It does not resume:
 what was killed begins anew, in another folder.
 How the shipped weights were made, sparse_context/mini/README.md says.
@@ -28,10 +28,10 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from sparse_context.mini import WEIGHTS
+from sparse_context.mini import ADAPTERS, WEIGHTS
 from sparse_context.mini.data import load_assets
 from sparse_context.mini.recipe import BaseConfig, VaeConfig, export, restore, train_base, train_vae
-from sparse_context.mini.sparse import KV, LORA, train_sparse
+from sparse_context.mini.sparse import KV, LORA, start_adapter, train_sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 FOREVER = 10**6  # steps and checkpoints of a run by the clock
@@ -83,12 +83,17 @@ def train(arguments: argparse.Namespace) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in the processes that compose
     torch.set_float32_matmul_precision("high")
     folder, output, workers = arguments.folder, arguments.output, arguments.workers
-    output.mkdir(parents=True, exist_ok=True)
+    for path in (folder, output):
+        path.mkdir(parents=True, exist_ok=True)
 
     def copy_log(part: str) -> None:
         if (folder / part / "log.jsonl").is_file():  # a few steps leave none
             shutil.copy(folder / part / "log.jsonl", output / f"{part}.jsonl")
 
+    adapters = {}
+    for name, own in (("sparse", ADAPTERS["plain"]), ("sparse-kv", ADAPTERS["kv"])):
+        if (WEIGHTS / own.name).is_file():  # the export of another base removes it
+            adapters[name] = shutil.copy(WEIGHTS / own.name, folder / own.name)
     try:
         restore(WEIGHTS, folder)
     except FileExistsError as error:
@@ -97,23 +102,28 @@ def train(arguments: argparse.Namespace) -> None:
         unpack(arguments.pack, folder / "assets.safetensors")
     if arguments.vae:
         torch.backends.cudnn.benchmark = True  # one shape; the base has many, and each would be tried anew
-        train_vae(
-            folder, VaeConfig(steps=arguments.vae, batch=64, crop=128, lr=1e-3, seed=arguments.seed), workers=workers
-        )
+        config = VaeConfig(steps=FOREVER, batch=64, crop=128, lr=1e-3, seed=arguments.seed)
+        train_vae(folder, config, workers=workers, seconds=arguments.vae)
         torch.backends.cudnn.benchmark = False
         copy_log("vae")
     if arguments.base:
-        config = BaseConfig(steps=FOREVER, batch=arguments.batch, lr=1.5e-3, muon_lr=3e-3, ema=0.99,
+        config = BaseConfig(steps=FOREVER, batch=arguments.batch, repeats=2, lr=1.5e-3, muon_lr=3e-3, ema=0.995,
                             seed=arguments.seed, mix=tuple(MIX.items()))  # fmt: skip
-        train_base(folder, config, workers=workers, seconds=arguments.base, save_every=FOREVER, show_every=FOREVER)
+        train_base(folder, config, workers=workers, seconds=arguments.base, save_every=FOREVER, show_every=FOREVER,
+                   compiled=torch.cuda.is_available())  # fmt: skip
         copy_log("base")
         export(folder, WEIGHTS)
         shutil.copytree(WEIGHTS, output / "weights", dirs_exist_ok=True)
     for name, config, seconds in (("sparse", LORA, arguments.sparse), ("sparse-kv", KV, arguments.kv)):
         if seconds:
             config = replace(config, max_train_steps=FOREVER, checkpointing_steps=FOREVER, validation_steps=0, ema=0.97,
+                             gradient_accumulation_steps=1, learning_rate=1.5 * config.learning_rate,
                              seed=arguments.seed)  # fmt: skip
-            made = train_sparse(folder, config, name=name, batch=32, workers=workers, seconds=seconds)
+            if name in adapters:
+                start_adapter(folder / name, adapters[name], config)
+            made = train_sparse(
+                folder, config, name=name, batch=arguments.sparse_batch, workers=workers, seconds=seconds
+            )
             copy_log(name)
             shutil.copy(made, output / f"{name}.safetensors")
 
@@ -128,13 +138,14 @@ def main() -> None:
     training.add_argument("--pack", type=Path, help="what `pack` wrote; without it, the folder has the assets")
     training.add_argument("--folder", type=Path, default=ROOT / "checkpoints" / "gpu")
     training.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "gpu-results")
-    training.add_argument("--vae", type=int, default=850, help="steps")
-    training.add_argument("--base", type=float, default=245, help="seconds")
-    training.add_argument("--sparse", type=float, default=130, help="seconds")
-    training.add_argument("--kv", type=float, default=60, help="seconds")
-    training.add_argument("--batch", type=int, default=192, help="the base's, of samples with one small reference")
+    training.add_argument("--vae", type=float, default=40, help="seconds")
+    training.add_argument("--base", type=float, default=315, help="seconds")
+    training.add_argument("--sparse", type=float, default=115, help="seconds")
+    training.add_argument("--kv", type=float, default=50, help="seconds")
+    training.add_argument("--batch", type=int, default=128, help="the base's, of samples with one small reference")
+    training.add_argument("--sparse-batch", type=int, default=96, help="the same for the LoRAs")
     training.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    training.add_argument("--seed", type=int, default=11, help="another for each run that goes on from the last")
+    training.add_argument("--seed", type=int, default=12, help="another for each run that goes on from the last")
     arguments = parser.parse_args()
     if arguments.command == "pack":
         pack(arguments.assets, arguments.output)

@@ -7,15 +7,16 @@ and sample sheets; `export` writes what is shipped.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
 from PIL import Image
 from torch import nn
 from transformers import Qwen2Tokenizer
@@ -23,6 +24,7 @@ from transformers import Qwen2Tokenizer
 from ..generation import load_pipeline
 from ..training.attention import MatmulAttention
 from ..training.data import Ahead, fingerprint
+from ..training.finetune import noise_levels
 from ..training.loop import load_average, make_optimisers, newest_step, start_from, train
 from . import ADAPTERS, adapter_record
 from .data import Assets, load_assets
@@ -84,12 +86,12 @@ def _crops(assets: Assets, config: VaeConfig, step: int) -> torch.Tensor:
 
 
 def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float | None = None,
-              workers: int = 0) -> None:  # fmt: skip
+              workers: int = 0, seconds: float | None = None) -> None:  # fmt: skip
     """Train the VAE by `reconstruction_loss`, with noise and a faint L2 on the latents; one that was restored goes on.
 
     The noise makes the decoder forgive what the sampler leaves behind; there is no adversarial or perceptual loss.
     At the end the statistics of `bn`, which the pipeline normalises latents with, are measured on 512 pictures.
-    `workers`: as in `train_base`, which has to come after this, for latents change.
+    `workers`, `seconds`: as in `train_base`, which has to come after this, for latents change.
     """
     done = folder / "vae" / f"step-{config.steps:07d}"
     if done.is_dir() and (folder / "vae" / "final").is_dir():
@@ -111,8 +113,8 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
 
     optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     average = train(vae, [optimiser], loss, folder / "vae", steps=config.steps, warmup=100, ema=0.995,
-                    save_every=400, stop_after=stop_after)  # fmt: skip
-    if done.is_dir():  # all steps were taken, so the base may rely on it
+                    save_every=400, stop_after=stop_after, seconds=seconds)  # fmt: skip
+    if done.is_dir() or seconds is not None:  # all steps were taken, so the base may rely on it
         measure_latents(average, assets)
         _save_vae(average, folder)
 
@@ -126,10 +128,11 @@ def _save_vae(vae: nn.Module, folder: Path) -> None:
 
 
 def reconstruction_loss(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """L1, L2 and L2 of gradients, on pixels (B, 3, H, W)."""
-    error = decoded - pictures
-    edges = error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
-    return error.abs().mean() + 2 * error.square().mean() + 2 * edges
+    """The logarithm of each picture's mean squared error, which is what PSNR counts; pixels (B, 3, H, W).
+
+    The factor keeps it in proportion to the penalty on the latents.
+    """
+    return 0.05 * ((decoded - pictures).square().mean((1, 2, 3)) + 1e-5).log().mean()
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,8 @@ def measure_latents(vae: nn.Module, assets: Assets, pictures: int = 512) -> None
     vae.bn.running_var.copy_(values.var(1))
 
 
-SIDES = (96, SIZE, REFERENCE)  # of a subject's references, in pixels
+SIDES = (96, SIZE, REFERENCE, REFERENCE)  # of a subject's references, in pixels; one is drawn
+IN_TURN = 4  # batches, of which one comes again when the others were taken
 ALONE = (*EDITS, "subject_place", "subject_scale")  # the tasks with one reference
 
 
@@ -200,12 +204,15 @@ class BaseConfig:
     more samples, from which it is learned sooner which reference is meant; large ones are what the model is for.
     Objects move by one token at most until the first of `reach`, then farther by the same factor each step, and as far
     as they like from the second: copying is learned in place first. A batch has `batch` samples where there is one
-    reference of 128 pixels, more or fewer with other tokens, so that steps cost the same, but no fewer than four. An
-    output token inside an object counts `1 + focus` times; `teach` is the weight of the `correspondence_loss`.
+    reference of 128 pixels, more or fewer with other tokens, so that steps cost the same, but no fewer than four. Each
+    batch is taken `repeats` times, with other noise, in turns of `IN_TURN`: to compose and to encode one may take as
+    long as the step. An output token inside an object counts `1 + focus` times; `teach` is the weight of the
+    `correspondence_loss`.
     """
 
     steps: int = 3800
     batch: int = 16
+    repeats: int = 1
     lr: float = 1e-3
     muon_lr: float = 2e-3
     warmup: int = 100
@@ -289,6 +296,18 @@ def make_batch(assets: Assets, config: BaseConfig, tokenizer: Qwen2Tokenizer, st
     )
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on `device`, which is not waited for: a copy from memory that may be paged out would be."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def batch_number(step: int, repeats: int) -> int:
+    """Which batch a step takes: of `IN_TURN` that follow each other, one after the other, `repeats` times."""
+    if repeats == 1:
+        return step
+    return step // (IN_TURN * repeats) * IN_TURN + step % IN_TURN
+
+
 def position_ids(rows: int, columns: int, t: int) -> torch.Tensor:
     """(rows * columns, 4) int64: the pipeline's (T, H, W, L) coordinates of one picture."""
     return torch.cartesian_prod(torch.tensor([t]), torch.arange(rows), torch.arange(columns), torch.tensor([0]))
@@ -305,9 +324,14 @@ def tokenise(tokenizer: Qwen2Tokenizer, prompts: list[str]) -> tuple[torch.Tenso
 
 
 def encode_text(text_encoder: nn.Module, ids: torch.Tensor, attends: torch.Tensor) -> torch.Tensor:
-    """What `tokenise` made -> (B, 32, 128), as `Flux2KleinPipeline` makes it, but with gradients."""
-    inputs = {"input_ids": ids, "attention_mask": attends}
-    hidden = text_encoder.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    """What `tokenise` made -> (B, 32, 128), as `Flux2KleinPipeline` makes it, but with gradients.
+
+    `attends` may stay on the CPU: made into a mask here, it is not looked into by the encoder, which would wait for a
+    device.
+    """
+    earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    mask = to_device(earlier & (attends > 0)[:, None, None].cpu(), ids.device)
+    hidden = text_encoder.model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
     return torch.cat([hidden[layer] for layer in TEXT_LAYERS], dim=-1)
 
 
@@ -316,10 +340,31 @@ def prompt_corpus(assets: Assets) -> list[str]:
     return [make_scene(assets, task, seed).prompt for task in TASKS for seed in range(400)]
 
 
-def shifted_sigmas(count: int, generator: torch.Generator, shift: float = 2.0) -> torch.Tensor:
-    """Logit-normal noise levels (Esser et al., 2024), moved towards noise as the scheduler's `shift` moves them."""
-    sigma = torch.sigmoid(torch.randn(count, generator=generator))
-    return shift * sigma / (1 + (shift - 1) * sigma)
+TOWARDS_NOISE = 5.0
+"""The shift of the noise levels in training, uniform ones. A call has more of them near the picture, but what moves is
+found, or not, in its first steps: one step from pure noise, the error on an object to be placed is three times that at
+0.77, where the noisy picture gives its place away, and for an edit in place the two are equal."""
+
+
+def compiled_blocks(transformer) -> Callable[[], contextlib.AbstractContextManager]:
+    """A context within which the transformer's blocks run compiled, for all shapes; they are compiled at first use.
+
+    Outside of it they are what they were, so that a copy of the transformer runs its own weights.
+    """
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    made = [torch.compile(block.forward, dynamic=True) for block in blocks]
+
+    @contextlib.contextmanager
+    def within() -> Iterator[None]:
+        for block, forward in zip(blocks, made, strict=True):
+            block.forward = forward
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    return within
 
 
 COPYING = ((4, 3), (5, 2), (6, 3))
@@ -328,21 +373,27 @@ COPYING = ((4, 3), (5, 2), (6, 3))
 
 @contextlib.contextmanager
 def watched_heads(transformer, heads: Sequence[tuple[int, int]]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Within, a forward pass leaves the normed queries and keys of `heads` in the list: (B, tokens, d) each."""
-    seen: dict[tuple[str, int], torch.Tensor] = {}
+    """Within, a forward pass leaves the normed queries and keys of `heads` in the list: (B, tokens, d) each.
+
+    They come in the order of the blocks, and are made anew from what a block is given: what a block does inside may be
+    compiled, and not to be looked into.
+    """
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(block, _, given: dict[str, torch.Tensor], head: int) -> None:
+        attention = block.attn
+        shift, scale, _ = Flux2Modulation.split(given["temb_mod"], 1)[0]
+        hidden = (1 + scale) * block.norm(given["hidden_states"]) + shift
+        of_query, of_key, *_ = attention.to_qkv_mlp_proj.weight.split(attention.inner_dim)
+        rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+        query, key = (nn.functional.linear(hidden, weight[rows]) for weight in (of_query, of_key))
+        pairs.append((attention.norm_q(query), attention.norm_k(key)))
+
     with contextlib.ExitStack() as hooks:
-        for block in dict(heads):
-            attention = transformer.single_transformer_blocks[block].attn
-            for norm in ("norm_q", "norm_k"):
-                handle = getattr(attention, norm).register_forward_hook(
-                    lambda _, __, output, key=(norm, block): seen.__setitem__(key, output)
-                )
-                hooks.callback(handle.remove)
-        last = transformer.norm_out.register_forward_hook(
-            lambda *_: pairs.extend((seen["norm_q", b][:, :, h], seen["norm_k", b][:, :, h]) for b, h in heads)
-        )
-        hooks.callback(last.remove)
+        for number, head in heads:
+            block = transformer.single_transformer_blocks[number]
+            handle = block.register_forward_pre_hook(partial(look, head=head), with_kwargs=True)
+            hooks.callback(handle.remove)
         yield pairs
 
 
@@ -351,7 +402,7 @@ def correspondence_loss(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rota
     """Cross-entropy of where heads look, against the reference token that each output token shows (`Scene.source`).
 
     pairs: what `watched_heads` saw; rotary: the cosines and sines of all tokens; source: int64 (B, output tokens), on
-    the CPU so that no device is waited for. -1 is a token that shows nothing of a reference: it should look at anything
+    the CPU, where it is looked into. -1 is a token that shows nothing of a reference: it should look at anything
     but references, so that clutter beside an object stays behind. Samples of -1 alone teach nothing; else the two kinds
     of tokens weigh the same. Found from the pictures alone, an object that moves costs several times as many samples:
     nothing pulls a head to the right token until it already looks there.
@@ -361,16 +412,17 @@ def correspondence_loss(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rota
     own = text_tokens + source.shape[1]
     known = (source >= 0).any(1, keepdim=True)
     which, where = (source >= 0).nonzero(as_tuple=True)
-    truth = source[which, where] + own
-    bare = (known & (source < 0)).nonzero(as_tuple=True)
+    device = rotary[0].device
+    shown = [to_device(index, device) for index in (which, where, source[which, where] + own)]
+    bare = [to_device(index, device) for index in (known & (source < 0)).nonzero(as_tuple=True)]
     losses = []
     for query, key in pairs:
         query, key = (apply_rotary_emb(t[:, :, None], rotary, sequence_dim=1)[:, :, 0] for t in (query, key))
         scores = torch.bmm(query[:, text_tokens:own], key.transpose(1, 2)) * query.shape[-1] ** -0.5
         looks = scores.float().log_softmax(-1)
-        losses.append(-looks[which, where, truth].mean())
+        losses.append(-looks[tuple(shown)].mean())
         if len(bare[0]):
-            losses[-1] = losses[-1] - looks[bare][:, :own].logsumexp(-1).mean()
+            losses[-1] = losses[-1] - looks[tuple(bare)][:, :own].logsumexp(-1).mean()
     return torch.stack(losses).mean()
 
 
@@ -387,16 +439,16 @@ def flow_matching_loss(transformer, text: torch.Tensor, target: torch.Tensor, re
     rows, columns = target.shape[-2:]
     clean = target.flatten(2).transpose(1, 2)
     context = [reference.flatten(2).transpose(1, 2) for reference in references]
-    sigma = shifted_sigmas(len(target), generator).to(device)
-    noise = torch.randn(clean.shape, generator=generator).to(device)
+    sigma = to_device(noise_levels(torch.rand(len(target), generator=generator), "none", TOWARDS_NOISE), device)
+    noise = to_device(torch.randn(clean.shape, generator=generator), device)
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
     ids = [position_ids(rows, columns, 0)]
     ids += [
         position_ids(reference.shape[-2], reference.shape[-1], 10 * (i + 1)) for i, reference in enumerate(references)
     ]
-    img_ids = torch.cat(ids).to(device)
+    img_ids = to_device(torch.cat(ids), device)
     txt_ids = torch.zeros(text.shape[1], 4, dtype=torch.int64, device=device)
-    txt_ids[:, 3] = torch.arange(text.shape[1])
+    txt_ids[:, 3] = torch.arange(text.shape[1], device=device)
     teaching = source is not None and teach > 0 and bool((source >= 0).any())
     with watched_heads(transformer, COPYING if teaching else ()) as pairs:
         velocity = transformer(
@@ -417,12 +469,12 @@ def flow_matching_loss(transformer, text: torch.Tensor, target: torch.Tensor, re
 
 def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: float | None = None,
                workers: int = 0, seconds: float | None = None, save_every: int = 100, show_every: int = 500,
-               ) -> None:  # fmt: skip
+               compiled: bool = False) -> None:  # fmt: skip
     """Train transformer and text encoder together on all reference tokens; the VAE has to be there already.
 
     `workers` processes compose the scenes ahead of the steps; with 0 a thread does. `seconds` trains by the clock
-    (`loop.train`). What was restored goes on without the easy part, and with other scenes than before. Raises
-    ValueError where a run of another config is in the folder.
+    (`loop.train`). `compiled`: by `compiled_blocks`, which takes a minute first. What was restored goes on without the
+    easy part, and with other scenes than before. Raises ValueError where a run of another config is in the folder.
     """
     before = _steps_before(folder)
     if before:
@@ -447,23 +499,28 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     modules.to(device)
     batches = Ahead(partial(make_batch, assets, config, tokenizer), workers)
+    in_turn = IN_TURN if config.repeats > 1 else 1
+
+    @lru_cache(maxsize=in_turn)
+    def encoded(number: int) -> tuple[Batch, list[torch.Tensor]]:
+        """A batch, what of it the steps need on the device, and the latents of its pictures."""
+        batch = batches(number)
+        with torch.autocast(device.type, torch.bfloat16):
+            latents = [encode_pictures(vae, to_unit(pictures.to(device, non_blocking=True))).float()
+                       for pictures in batch.pictures]  # fmt: skip
+        there = {name: getattr(batch, name).to(device, non_blocking=True) for name in ("ids", "focus")}
+        return batch._replace(pictures=[], **there), latents
 
     def loss(step: int) -> torch.Tensor:
-        batch = batches(step)
+        batch, (target, *references) = encoded(batch_number(step, config.repeats))
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        ids, attends, focus = (
-            tensor.to(device, non_blocking=True) for tensor in (batch.ids, batch.attends, batch.focus)
-        )
         with torch.autocast(device.type, torch.bfloat16):
-            target, *references = (
-                encode_pictures(vae, to_unit(pictures.to(device, non_blocking=True))).float()
-                for pictures in batch.pictures
-            )
-            text = encode_text(modules["text_encoder"], ids, attends)
-            with MatmulAttention() if device.type == "cpu" else contextlib.nullcontext():
+            text = encode_text(modules["text_encoder"], batch.ids, batch.attends)
+            with MatmulAttention() if device.type == "cpu" else contextlib.nullcontext(), fast():
                 return flow_matching_loss(modules["transformer"], text, target, references, generator,
-                                          1 + config.focus * focus, batch.source, config.teach)  # fmt: skip
+                                          1 + config.focus * batch.focus, batch.source, config.teach)  # fmt: skip
 
+    fast = compiled_blocks(modules["transformer"]) if compiled else contextlib.nullcontext
     blocks = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
     optimisers = make_optimisers(modules, blocks, config.lr, config.muon_lr)
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from ..generation import NO_LORA, load_pipeline
 from ..training.data import Example, fingerprint
 from ..training.dropping import MIX, Dropping
-from ..training.finetune import EMBEDDED, LORA_FILE, FinetuneConfig, finetune
+from ..training.finetune import EMBEDDED, LORA_FILE, FinetuneConfig, finetune, prepare
 from ..training.hosts import find_host
-from ..training.loop import writing
+from ..training.loop import start_from, writing
 from . import ADAPTERS, WEIGHTS, adapter_record
 from .data import Assets, load_assets
 from .recipe import BaseConfig, batch_scenes, default_device
@@ -146,6 +146,22 @@ def train_sparse(
         seconds=seconds,
         batch=batch,
     )
+
+
+def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) -> None:
+    """Write a LoRA that was shipped as step 0 of the run `folder`, from which `train_sparse` goes on with `config`.
+
+    It may be one of another base: what it learned there is nearer than nothing. Raises ValueError for other layers or
+    another rank.
+    """
+    host = find_host(load_pipeline(dtype="float32", device="cpu", lora=NO_LORA), config.kv)
+    trained = prepare(host, config)
+    own = load_file(adapter)
+    named = {name: name.replace("/", ".").replace(".default", "") for name in trained.state_dict()}
+    if sorted(own) != sorted(f"transformer.{name}" for name in named.values()):
+        raise ValueError(f"{adapter} adapts other layers than a LoRA of rank {config.rank} on this model does.")
+    trained.load_state_dict({name: own[f"transformer.{short}"].float() for name, short in named.items()})
+    start_from(trained, folder)
 
 
 def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0) -> Path:

@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from .muon import Muon
+
 # Schedules: (step, steps, warmup) -> the factor on the learning rate -------------------------------------------------
 
 
@@ -73,7 +75,7 @@ SCHEDULES: Mapping[str, Callable[[int, int, int], float]] = {
 def make_optimisers(
     module: nn.Module, matrices: Sequence[str], lr: float, muon_lr: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al., 2024) on the matrices inside the children named by `matrices`, AdamW on everything else."""
+    """Muon on the matrices inside the children named by `matrices`, AdamW on everything else."""
     inside = [
         p for n, p in module.named_parameters() if p.requires_grad and p.ndim == 2 and n.startswith(tuple(matrices))
     ]
@@ -81,7 +83,7 @@ def make_optimisers(
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
     optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
     if inside:
-        optimisers.append(torch.optim.Muon(inside, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        optimisers.append(Muon(inside, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     return optimisers
 
 
@@ -111,8 +113,9 @@ def train(
 
     Step s averages the gradients of `loss(s * accumulate)` to `loss(s * accumulate + accumulate - 1)`, and with an
     `accelerate.Accelerator` those of all its processes; each must draw its own batches. `module` may be a part of what
-    the loss runs through, as an adapter is: nothing is wrapped, gradients are averaged where they end up. `schedule` is
-    a name of `SCHEDULES`. An `ema` of 0 averages nothing and returns `module` itself.
+    the loss runs through, as an adapter is: nothing is wrapped, gradients are averaged where they end up. Where one is
+    not finite, all of that step count as 0. `schedule` is a name of `SCHEDULES`. An `ema` of 0 averages nothing and
+    returns `module` itself.
 
     Continues from the newest checkpoint in `folder`, if there is one. `show(step, average)` runs every
     `show_every` steps and after the last (0: never), for sample sheets; `log(step, record)` beside every record of the
@@ -154,9 +157,14 @@ def train(
         if several:
             _average_gradients(module, accelerator)
         norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
-        if torch.isfinite(norm):
-            for optimiser in optimisers:
-                optimiser.step()
+        finite = torch.isfinite(
+            norm
+        )  # not looked at here: a device that is waited for idles until the next step's work
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad = torch.where(finite, parameter.grad, 0.0)
+        for optimiser in optimisers:
+            optimiser.step()
         module.zero_grad(set_to_none=True)
         if average is not module:
             _follow(average, module, min(ema, (step + 1) / (step + 10)))
@@ -216,8 +224,7 @@ def _agree_on_start(module: nn.Module, average: nn.Module, first: int, accelerat
 
 @torch.no_grad()
 def _follow(average: nn.Module, module: nn.Module, decay: float) -> None:
-    for kept, new in zip(average.parameters(), module.parameters(), strict=True):
-        kept.lerp_(new, 1 - decay)
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
     for kept, new in zip(average.buffers(), module.buffers(), strict=True):
         kept.copy_(new)
 

@@ -1,0 +1,64 @@
+"""Muon that takes all matrices of one shape at once."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon` (Jordan et al., 2024) to the rounding of bfloat16, with its settings and its state.
+
+    torch takes one matrix after the other, and small ones keep a GPU waiting for launches: of a step of the embedded
+    model's training on an H200, 26 of 107 ms.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """One step; `closure` is not called."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes[parameter.shape].append(parameter)
+            for (rows, columns), matrices in shapes.items():
+                gradients = [matrix.grad for matrix in matrices]
+                momenta = [self._momentum(matrix) for matrix in matrices]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+                whitened = orthogonal(
+                    torch.stack(tuple(updates)), group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] * _ratio(group["adjust_lr_fn"], rows, columns)
+                torch._foreach_add_(matrices, list(whitened.to(matrices[0].dtype)), alpha=-rate)
+
+    def _momentum(self, matrix: torch.Tensor) -> torch.Tensor:
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        return state["momentum_buffer"]
+
+
+def _ratio(adjust: str | None, rows: int, columns: int) -> float:
+    """What torch multiplies the learning rate by for a matrix of this shape."""
+    if adjust == "match_rms_adamw":
+        return 0.2 * max(rows, columns) ** 0.5
+    return max(1.0, rows / columns) ** 0.5
+
+
+def orthogonal(
+    matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Matrices (N, rows, columns) with their singular values moved near 1 by the quintic Newton-Schulz iteration, in
+    bfloat16."""
+    a, b, c = coefficients
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.bfloat16()
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
