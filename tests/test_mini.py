@@ -1,7 +1,9 @@
 """The embedded model: its scenes, its recipe's agreement with the pipeline, and what is shipped."""
 
+import copy
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from transformers import Qwen2Tokenizer
 
 from sparse_context import SparseContextConfig
 from sparse_context.generation import generate, load_pipeline
-from sparse_context.mini import ADAPTERS, WEIGHTS, read_call_settings
+from sparse_context.mini import ADAPTERS, WEIGHTS, read_call_settings, recipe
 from sparse_context.mini.data import Assets, _misses_a_link, _square, split_of
 from sparse_context.mini.demo import read_examples, run_demo
 from sparse_context.mini.model import make_tokenizer, make_vae
@@ -24,7 +26,9 @@ from sparse_context.mini.recipe import (
     BaseConfig,
     DecoderConfig,
     VaeConfig,
+    batch_number,
     batch_scenes,
+    compiled_blocks,
     correspondence_loss,
     encode_pictures,
     encode_text,
@@ -43,7 +47,7 @@ from sparse_context.mini.recipe import (
 from sparse_context.mini.samples import scene_samples, tasks_of
 from sparse_context.mini.scenes import COLOURS, PLACES, SHOWS, SUBJECTS, TASKS, TOKEN, draw_scene, make_scene
 from sparse_context.training.data import fingerprint
-from sparse_context.training.loop import load_average
+from sparse_context.training.loop import load_average, newest_step
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +186,18 @@ def test_watched_heads_are_those_that_attend_and_are_let_go(pipe):
         with watched_heads(pipe.transformer, COPYING) as pairs:
             assert call() == alone
         assert [(q.shape, k.shape) for q, k in pairs] == [((1, 32 + 16 + 24, 64),) * 2] * len(COPYING)
-        norms = [pipe.transformer.single_transformer_blocks[b].attn.norm_q for b, _ in COPYING]
-        assert not any(norm._forward_hooks for norm in norms) and not pipe.transformer.norm_out._forward_hooks
+        blocks = [pipe.transformer.single_transformer_blocks[b] for b, _ in COPYING]
+        assert not any(block._forward_pre_hooks for block in blocks)
+        inside = []  # what the blocks' own attention makes of the same call
+        norms = [norm for block in blocks for norm in (block.attn.norm_q, block.attn.norm_k)]
+        hooks = [norm.register_forward_hook(lambda _, __, output: inside.append(output)) for norm in norms]
+        call()
+        for hook in hooks:
+            hook.remove()
+        seen = [tensor for pair in pairs for tensor in pair]
+        heads = [head for _, head in COPYING for _ in range(2)]
+        for watched, made, head in zip(seen, inside, heads, strict=True):
+            assert torch.allclose(watched, made[:, :, head], atol=1e-5)
         source = torch.arange(16)[None]
         ids = torch.cat(
             [torch.tensor([[0, 0, 0, i] for i in range(32)]), position_ids(4, 4, 0), position_ids(4, 6, 10)]
@@ -191,6 +205,53 @@ def test_watched_heads_are_those_that_attend_and_are_let_go(pipe):
         taught = correspondence_loss(pairs, pipe.transformer.pos_embed(ids), source, 32)
         assert call(source=source, teach=0.5).item() == pytest.approx((alone + 0.5 * taught).item(), rel=1e-6)
         assert call(source=torch.full((1, 16), -1), teach=0.5) == alone
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch's compiler, by itself
+def test_compiled_blocks_are_swapped_in_and_out(pipe):
+    block, still = pipe.transformer.single_transformer_blocks[0], torch.ones(1, 3, 256)
+    rotary = torch.ones(3, 64), torch.zeros(3, 64)
+
+    def run(of):
+        with torch.no_grad():
+            return of(hidden_states=still, encoder_hidden_states=None, temb_mod=torch.ones(1, 768),
+                      image_rotary_emb=rotary)  # fmt: skip
+
+    alone, within, plain = run(block), compiled_blocks(pipe.transformer), block.forward
+    with torch.compiler.set_stance("force_eager"), within():
+        assert block.forward != plain and torch.equal(run(block), alone)
+    assert block.forward == plain and "forward" not in vars(block)
+    other = copy.deepcopy(block).requires_grad_(False)
+    other.attn.to_out.weight.zero_()
+    assert torch.equal(run(other), still) and torch.equal(run(block), alone)
+
+
+def test_repeated_batches_come_in_turns():
+    assert [batch_number(step, 1) for step in range(5)] == [0, 1, 2, 3, 4]
+    assert [batch_number(step, 2) for step in range(10)] == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_a_batch_that_is_repeated_is_composed_once(assets, tmp_path, monkeypatch):
+    save_assets(assets, tmp_path)
+    restore(WEIGHTS, tmp_path)
+    composed, noises = [], []
+    make, draw = recipe.make_batch, recipe.flow_matching_loss
+
+    def noted(*given):
+        composed.append(given[-1])
+        return make(*given)
+
+    def drawn(transformer, text, target, references, generator, *rest):
+        noises.append((target.flatten()[0].item(), generator.initial_seed()))
+        return draw(transformer, text, target, references, generator, *rest)
+
+    monkeypatch.setattr(recipe, "make_batch", noted)
+    monkeypatch.setattr(recipe, "flow_matching_loss", drawn)
+    train_base(tmp_path, BaseConfig(steps=6, batch=1, repeats=2), show_every=0)
+    assert composed[:4] == [0, 1, 2, 3] and len(composed) <= 5  # one may be made ahead
+    pictures, seeds = zip(*noises, strict=True)
+    assert pictures[4:] == pictures[:2] and len(set(pictures)) == 4 and len(set(seeds)) == 6
 
 
 def test_what_is_shipped_can_be_trained_further(pipe, tmp_path):
@@ -226,6 +287,9 @@ def test_a_restored_vae_goes_on_and_a_run_of_it_is_never_restored_over(assets, p
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(FileExistsError, match="vae is there already: move it away"):
         restore(WEIGHTS, tmp_path)
+    shutil.rmtree(tmp_path / "vae" / "final")
+    train_vae(tmp_path, VaeConfig(steps=100, batch=2, crop=32), seconds=1e-3)  # by the clock: one step more
+    assert newest_step(tmp_path / "vae") == 3 and (tmp_path / "vae" / "final").is_dir()
     with pytest.raises(ValueError, match="crop is 30: pass a multiple of 4"):
         VaeConfig(crop=30)
 

@@ -13,7 +13,18 @@ from safetensors.torch import save_file as save_torch
 from sparse_context.mini import ADAPTERS, adapter_record
 from sparse_context.mini.data import Assets
 from sparse_context.mini.scenes import TASKS, make_scene
-from sparse_context.mini.sparse import FULL, KV, LORA, choose, export_adapter, scene_batches, to_example, train_sparse
+from sparse_context.mini.sparse import (
+    FULL,
+    KV,
+    LORA,
+    choose,
+    export_adapter,
+    scene_batches,
+    start_adapter,
+    to_example,
+    train_sparse,
+)
+from sparse_context.training.loop import newest_step
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +108,16 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
     assert adapter_record(own) == about | {"scale": 1.0} and about["steps"] == 2
     narrow, wide = load_file(own), load_file(result)
     assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
+    start_adapter(tmp_path / "again", own, config)
+    begun = load_file(tmp_path / "again" / "step-0000000" / "average.safetensors")
+    assert len(begun) == len(narrow) and newest_step(tmp_path / "again") == 0
+    for name, tensor in begun.items():
+        assert torch.equal(tensor, narrow["transformer." + name.replace("/", ".").replace(".default", "")].float())
+    resumed = train_sparse(tmp_path, replace(config, max_train_steps=1, learning_rate=1e-9), name="again", batch=1,
+                           validation=())  # fmt: skip
+    assert all(torch.allclose(tensor, narrow[name].float(), atol=1e-6) for name, tensor in load_file(resumed).items())
+    with pytest.raises(ValueError, match="adapts other layers than a LoRA of rank 3 on this model does"):
+        start_adapter(tmp_path / "other", own, replace(config, rank=3))
     export_adapter(tmp_path / "sparse", tmp_path, scale=0.5)
     half = load_file(own)
     assert sum(".lora_B." in name for name in wide) == len(wide) / 2

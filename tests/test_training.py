@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ from torch import nn
 
 from sparse_context.training.dropping import Dropping, draw_selection
 from sparse_context.training.loop import SCHEDULES, learning_rate, load_average, make_optimisers, newest_step, train
+from sparse_context.training.muon import Muon
 
 
 def problem():
@@ -55,6 +57,40 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     module, (adamw, muon), _ = problem()
     assert [p is module["blocks"].weight for g in muon.param_groups for p in g["params"]] == [True]
     assert sum(len(g["params"]) for g in adamw.param_groups) == 3
+
+
+@pytest.mark.parametrize(
+    "settings", [{"adjust_lr_fn": "match_rms_adamw"}, {"nesterov": False, "weight_decay": 0.3}, {}]
+)
+def test_muon_of_all_matrices_at_once_is_torch_s_one_by_one(settings):
+    """Wide, tall and square matrices, two of one shape, one without a gradient in the second step."""
+    shapes = [(6, 4), (3, 8), (6, 4), (5, 5)]
+    start = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    ends = []
+    for kind in (torch.optim.Muon, Muon):
+        matrices = [nn.Parameter(matrix.clone()) for matrix in start]
+        optimiser = kind(matrices, lr=0.1, **settings)
+        for step in range(3):
+            for i, matrix in enumerate(matrices):
+                drawn = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(10 * step + i))
+                matrix.grad = None if (step, i) == (1, 2) else drawn
+            optimiser.step()
+        momenta = [optimiser.state_dict()["state"][i]["momentum_buffer"] for i in range(len(shapes))]
+        ends.append([*(m.detach() for m in matrices), *momenta])
+    moved = max((end - begin).abs().max() for end, begin in zip(ends[0], start, strict=False))
+    assert moved > 0.05
+    for theirs, ours in zip(*ends, strict=True):
+        assert torch.allclose(theirs, ours, atol=0.03 * moved)  # orthogonalised in bfloat16
+
+
+def test_a_step_whose_gradients_are_not_finite_counts_as_one_of_zeros(tmp_path):
+    ends = []
+    for broken in (math.nan, math.inf, 0.0):
+        module, optimisers, loss = problem()
+        train(module, optimisers, lambda step, loss=loss, by=broken: loss(step) * (by if step == 2 else 1.0),
+              tmp_path / str(broken), steps=5, warmup=1, ema=0.0)  # fmt: skip
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    assert torch.isfinite(ends[0]).all() and torch.equal(ends[0], ends[2]) and torch.equal(ends[1], ends[2])
 
 
 def test_a_killed_run_ends_at_equal_weights(tmp_path):

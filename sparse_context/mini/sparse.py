@@ -156,11 +156,12 @@ def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) ->
     """
     host = find_host(load_pipeline(dtype="float32", device="cpu", lora=NO_LORA), config.kv)
     trained = prepare(host, config)
+    named = {name: "transformer." + name.replace("/", ".").replace(".default", "") for name in trained.state_dict()}
     own = load_file(adapter)
-    named = {name: name.replace("/", ".").replace(".default", "") for name in trained.state_dict()}
-    if sorted(own) != sorted(f"transformer.{name}" for name in named.values()):
+    shapes = {named[name]: tensor.shape for name, tensor in trained.state_dict().items()}
+    if {name: tensor.shape for name, tensor in own.items()} != shapes:
         raise ValueError(f"{adapter} adapts other layers than a LoRA of rank {config.rank} on this model does.")
-    trained.load_state_dict({name: own[f"transformer.{short}"].float() for name, short in named.items()})
+    trained.load_state_dict({name: own[short].float() for name, short in named.items()})
     start_from(trained, folder)
 
 
