@@ -242,6 +242,27 @@ def bench_gpu_short() -> str:
     )
 
 
+def choosing_gpu() -> str:
+    """What choosing takes of calls with four references on a GPU."""
+    result = _read("choosing_gpu")
+    config, figures = result["config"], result["figures"]
+    lines = ["| method | encoding | choosing | denoising | whole call | choosing's share |", "|" + "---|" * 6]
+    for row in figures["rows"]:
+        seconds = {phase: times["median"] for phase, times in row["seconds"].items()}
+        if seconds["selection"]:
+            times = [f"{1000 * seconds[phase]:.0f} ms" for phase in ("encode", "selection", "denoise", "total")]
+            share = seconds["selection"] / seconds["total"]
+            lines.append(
+                f"| {row['method'].replace('_', ' ')} | {' | '.join(times)} | {share:.1%} |".replace("%", " %")
+            )
+    return "\n".join(lines) + (
+        f"\n\nThe shape of {config['model']}, random weights, {config['references'][0]} references of "
+        f"{config['size'][0]}x{config['size'][0]} pixels, keep {config['keep'][0]:g}, {figures['turns']} turn after a "
+        f"warm-up, on {config['device']} beside {result['hardware']['cores']} cores of {result['hardware']['cpu']} "
+        "(`sparse-context bench`, which waits for the device between the parts of a call)."
+    )
+
+
 def flops() -> str:
     """What the FLOPs of klein-9B allow, from the model of speed/flops.py: 1024 x 1024 pixels, four steps."""
     shape, grid = SHAPES["klein-9b"], 64 * 64
@@ -493,7 +514,7 @@ def coverage() -> str:
 
 
 BENCHMARKS = {"flops": flops, "parts": parts, "bench_mini": bench_mini, "bench_klein_9b_blocks": bench_klein_9b_blocks,
-              "bench_gpu": bench_gpu, "training_speed": training_speed}  # fmt: skip
+              "bench_gpu": bench_gpu, "choosing_gpu": choosing_gpu, "training_speed": training_speed}  # fmt: skip
 TABLES = {"pipelines": pipelines, "bench_gpu_short": bench_gpu_short, "core_speed": core_speed,
           "bench_mini": bench_mini, "base_quality": base_quality,
           "curves_short": curves_short, "selection": selection}  # fmt: skip
