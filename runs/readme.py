@@ -257,9 +257,10 @@ def choosing_gpu() -> str:
             )
     return "\n".join(lines) + (
         f"\n\nThe shape of {config['model']}, random weights, {config['references'][0]} references of "
-        f"{config['size'][0]}x{config['size'][0]} pixels, keep {config['keep'][0]:g}, {figures['turns']} turn after a "
-        f"warm-up, on {config['device']} beside {result['hardware']['cores']} cores of {result['hardware']['cpu']} "
-        "(`sparse-context bench`, which waits for the device between the parts of a call)."
+        f"{config['size'][0]}x{config['size'][0]} pixels, keep {config['keep'][0]:g}, {figures['turns']} "
+        f"turn{'' if figures['turns'] == 1 else 's'} after a warm-up, on {config['device']} beside "
+        f"{result['hardware']['cores']} cores of {result['hardware']['cpu']} (`sparse-context bench`, which waits for "
+        "the device between the parts of a call)."
     )
 
 

@@ -8,8 +8,9 @@ a machine with little time or no network; `python -m sparse_context.mini data` m
 
 `train` goes on from the package's weights, for `--vae`, `--base`, `--sparse` and `--kv` seconds by the clock, so that
 nothing has to be known of the machine's speed; 0 leaves one out. It writes the weights into the package, and a
-copy with the logs and the LoRAs into the output; `mini adapter` takes a LoRA from its run's folder. It does not resume:
-what was killed begins anew, in another folder.
+copy with the logs and the LoRAs into the output; `mini adapter` takes a LoRA from its run's folder. LoRAs go on from
+those of the package, which new weights remove from there. It does not resume: what was killed begins anew, in another
+folder, and from the package as it was (`git checkout sparse_context/mini/weights`).
 How the shipped weights were made, sparse_context/mini/README.md says.
 """
 

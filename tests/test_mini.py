@@ -229,17 +229,20 @@ def test_compiled_blocks_are_swapped_in_and_out(pipe):
 def test_repeated_batches_come_in_turns():
     assert [batch_number(step, 1) for step in range(5)] == [0, 1, 2, 3, 4]
     assert [batch_number(step, 2) for step in range(10)] == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="repeats is 0: pass a whole number, 1 or more"):
+        BaseConfig(repeats=0)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_a_batch_that_is_repeated_is_composed_once(assets, tmp_path, monkeypatch):
     save_assets(assets, tmp_path)
     restore(WEIGHTS, tmp_path)
-    composed, noises = [], []
+    composed, noises, shares = [], [], set()
     make, draw = recipe.make_batch, recipe.flow_matching_loss
 
     def noted(*given):
         composed.append(given[-1])
+        shares.add(given[1].steps)
         return make(*given)
 
     def drawn(transformer, text, target, references, generator, *rest):
@@ -249,6 +252,7 @@ def test_a_batch_that_is_repeated_is_composed_once(assets, tmp_path, monkeypatch
     monkeypatch.setattr(recipe, "make_batch", noted)
     monkeypatch.setattr(recipe, "flow_matching_loss", drawn)
     train_base(tmp_path, BaseConfig(steps=6, batch=1, repeats=2), show_every=0)
+    assert shares == {3}  # of the batches, as many as are composed
     assert composed[:4] == [0, 1, 2, 3] and len(composed) <= 5  # one may be made ahead
     pictures, seeds = zip(*noises, strict=True)
     assert pictures[4:] == pictures[:2] and len(set(pictures)) == 4 and len(set(seeds)) == 6
@@ -430,6 +434,17 @@ def test_the_recipe_sees_what_the_pipeline_sees(pipe):
         assert torch.allclose(encode_pictures(pipe.vae, pictures), pipe._encode_vae_image(pictures, None), atol=1e-5)
     ids = pipe._prepare_image_ids([torch.zeros(1, 4, 3, 5)] * 2)[0]
     assert torch.equal(ids, torch.cat([position_ids(3, 5, 10), position_ids(3, 5, 20)]))
+
+
+def test_the_base_learns_at_uniform_noise_levels_moved_towards_noise(pipe):
+    seen = []
+    hook = pipe.transformer.time_guidance_embed.register_forward_pre_hook(lambda _, given: seen.append(given[0] / 1000))
+    with torch.no_grad():
+        flow_matching_loss(pipe.transformer, torch.zeros(2000, 1, 128), torch.zeros(2000, 32, 1, 1), [],
+                           torch.Generator().manual_seed(0))  # fmt: skip
+    hook.remove()
+    uniform = seen[0] / (5 - 4 * seen[0])  # the shift undone
+    assert torch.allclose(uniform.quantile(torch.tensor([0.1, 0.5, 0.9])), torch.tensor([0.1, 0.5, 0.9]), atol=0.03)
 
 
 def test_one_token_is_eight_pixels():

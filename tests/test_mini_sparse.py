@@ -118,6 +118,11 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
     assert all(torch.allclose(tensor, narrow[name].float(), atol=1e-6) for name, tensor in load_file(resumed).items())
     with pytest.raises(ValueError, match="adapts other layers than a LoRA of rank 3 on this model does"):
         start_adapter(tmp_path / "other", own, replace(config, rank=3))
+    with pytest.raises(ValueError, match="differ in whether they are for KV mode"):
+        start_adapter(tmp_path / "other", own, replace(config, kv=True))
+    with pytest.raises(ValueError, match="again holds a run at step 1: name another folder"):
+        start_adapter(tmp_path / "again", own, config)
+    assert not (tmp_path / "other").exists()
     export_adapter(tmp_path / "sparse", tmp_path, scale=0.5)
     half = load_file(own)
     assert sum(".lora_B." in name for name in wide) == len(wide) / 2

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
 from PIL import Image
 from torch import nn
 from transformers import Qwen2Tokenizer
@@ -114,7 +113,7 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     average = train(vae, [optimiser], loss, folder / "vae", steps=config.steps, warmup=100, ema=0.995,
                     save_every=400, stop_after=stop_after, seconds=seconds)  # fmt: skip
-    if done.is_dir() or seconds is not None:  # all steps were taken, so the base may rely on it
+    if done.is_dir() or seconds is not None:  # the steps or the time are over, so the base may rely on it
         measure_latents(average, assets)
         _save_vae(average, folder)
 
@@ -236,6 +235,10 @@ class BaseConfig:
         ("subject_quarters", 0.16),
     )
 
+    def __post_init__(self) -> None:
+        if not self.repeats >= 1:
+            raise ValueError(f"repeats is {self.repeats!r}: pass a whole number, 1 or more.")
+
     @property
     def without_easy_part(self) -> "BaseConfig":
         """For a model that has learned to copy already."""
@@ -296,11 +299,6 @@ def make_batch(assets: Assets, config: BaseConfig, tokenizer: Qwen2Tokenizer, st
     )
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on `device`, which is not waited for: a copy from memory that may be paged out would be."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def batch_number(step: int, repeats: int) -> int:
     """Which batch a step takes: of `IN_TURN` that follow each other, one after the other, `repeats` times."""
     if repeats == 1:
@@ -324,14 +322,9 @@ def tokenise(tokenizer: Qwen2Tokenizer, prompts: list[str]) -> tuple[torch.Tenso
 
 
 def encode_text(text_encoder: nn.Module, ids: torch.Tensor, attends: torch.Tensor) -> torch.Tensor:
-    """What `tokenise` made -> (B, 32, 128), as `Flux2KleinPipeline` makes it, but with gradients.
-
-    `attends` may stay on the CPU: made into a mask here, it is not looked into by the encoder, which would wait for a
-    device.
-    """
-    earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-    mask = to_device(earlier & (attends > 0)[:, None, None].cpu(), ids.device)
-    hidden = text_encoder.model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+    """What `tokenise` made -> (B, 32, 128), as `Flux2KleinPipeline` makes it, but with gradients."""
+    inputs = {"input_ids": ids, "attention_mask": attends}
+    hidden = text_encoder.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     return torch.cat([hidden[layer] for layer in TEXT_LAYERS], dim=-1)
 
 
@@ -342,8 +335,8 @@ def prompt_corpus(assets: Assets) -> list[str]:
 
 TOWARDS_NOISE = 5.0
 """The shift of the noise levels in training, uniform ones. A call has more of them near the picture, but what moves is
-found, or not, in its first steps: one step from pure noise, the error on an object to be placed is three times that at
-0.77, where the noisy picture gives its place away, and for an edit in place the two are equal."""
+found, or not, in its first steps: in one probe the error on an object to be placed was three times as large from pure
+noise as from 0.77, where the noisy picture gives its place away; that on an object that stays was no larger."""
 
 
 def compiled_blocks(transformer) -> Callable[[], contextlib.AbstractContextManager]:
@@ -378,6 +371,8 @@ def watched_heads(transformer, heads: Sequence[tuple[int, int]]) -> Iterator[lis
     They come in the order of the blocks, and are made anew from what a block is given: what a block does inside may be
     compiled, and not to be looked into.
     """
+    from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
+
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def look(block, _, given: dict[str, torch.Tensor], head: int) -> None:
@@ -402,7 +397,7 @@ def correspondence_loss(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rota
     """Cross-entropy of where heads look, against the reference token that each output token shows (`Scene.source`).
 
     pairs: what `watched_heads` saw; rotary: the cosines and sines of all tokens; source: int64 (B, output tokens), on
-    the CPU, where it is looked into. -1 is a token that shows nothing of a reference: it should look at anything
+    the CPU so that no device is waited for. -1 is a token that shows nothing of a reference: it should look at anything
     but references, so that clutter beside an object stays behind. Samples of -1 alone teach nothing; else the two kinds
     of tokens weigh the same. Found from the pictures alone, an object that moves costs several times as many samples:
     nothing pulls a head to the right token until it already looks there.
@@ -412,17 +407,16 @@ def correspondence_loss(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], rota
     own = text_tokens + source.shape[1]
     known = (source >= 0).any(1, keepdim=True)
     which, where = (source >= 0).nonzero(as_tuple=True)
-    device = rotary[0].device
-    shown = [to_device(index, device) for index in (which, where, source[which, where] + own)]
-    bare = [to_device(index, device) for index in (known & (source < 0)).nonzero(as_tuple=True)]
+    truth = source[which, where] + own
+    bare = (known & (source < 0)).nonzero(as_tuple=True)
     losses = []
     for query, key in pairs:
         query, key = (apply_rotary_emb(t[:, :, None], rotary, sequence_dim=1)[:, :, 0] for t in (query, key))
         scores = torch.bmm(query[:, text_tokens:own], key.transpose(1, 2)) * query.shape[-1] ** -0.5
         looks = scores.float().log_softmax(-1)
-        losses.append(-looks[tuple(shown)].mean())
+        losses.append(-looks[which, where, truth].mean())
         if len(bare[0]):
-            losses[-1] = losses[-1] - looks[tuple(bare)][:, :own].logsumexp(-1).mean()
+            losses[-1] = losses[-1] - looks[bare][:, :own].logsumexp(-1).mean()
     return torch.stack(losses).mean()
 
 
@@ -439,16 +433,17 @@ def flow_matching_loss(transformer, text: torch.Tensor, target: torch.Tensor, re
     rows, columns = target.shape[-2:]
     clean = target.flatten(2).transpose(1, 2)
     context = [reference.flatten(2).transpose(1, 2) for reference in references]
-    sigma = to_device(noise_levels(torch.rand(len(target), generator=generator), "none", TOWARDS_NOISE), device)
-    noise = to_device(torch.randn(clean.shape, generator=generator), device)
+    u = torch.rand(len(target), generator=generator).clamp(1e-4, 1 - 1e-4)
+    sigma = noise_levels(u, "none", TOWARDS_NOISE).to(device)
+    noise = torch.randn(clean.shape, generator=generator).to(device)
     noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1))
     ids = [position_ids(rows, columns, 0)]
     ids += [
         position_ids(reference.shape[-2], reference.shape[-1], 10 * (i + 1)) for i, reference in enumerate(references)
     ]
-    img_ids = to_device(torch.cat(ids), device)
+    img_ids = torch.cat(ids).to(device)
     txt_ids = torch.zeros(text.shape[1], 4, dtype=torch.int64, device=device)
-    txt_ids[:, 3] = torch.arange(text.shape[1], device=device)
+    txt_ids[:, 3] = torch.arange(text.shape[1])
     teaching = source is not None and teach > 0 and bool((source >= 0).any())
     with watched_heads(transformer, COPYING if teaching else ()) as pairs:
         velocity = transformer(
@@ -473,8 +468,9 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
     """Train transformer and text encoder together on all reference tokens; the VAE has to be there already.
 
     `workers` processes compose the scenes ahead of the steps; with 0 a thread does. `seconds` trains by the clock
-    (`loop.train`). `compiled`: by `compiled_blocks`, which takes a minute first. What was restored goes on without the
-    easy part, and with other scenes than before. Raises ValueError where a run of another config is in the folder.
+    (`loop.train`). `compiled`: by `compiled_blocks`, for a GPU; it takes a minute or more first. What was restored goes
+    on without the easy part, and with other scenes than before. Raises ValueError where a run of another config is in
+    the folder.
     """
     before = _steps_before(folder)
     if before:
@@ -498,17 +494,18 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     modules.to(device)
-    batches = Ahead(partial(make_batch, assets, config, tokenizer), workers)
-    in_turn = IN_TURN if config.repeats > 1 else 1
+    of_batches = replace(config, steps=max(1, config.steps // config.repeats))  # whose steps its shares are of
+    batches = Ahead(partial(make_batch, assets, of_batches, tokenizer), workers)
+    fast = compiled_blocks(modules["transformer"]) if compiled else contextlib.nullcontext
 
-    @lru_cache(maxsize=in_turn)
+    @lru_cache(maxsize=IN_TURN if config.repeats > 1 else 1)
     def encoded(number: int) -> tuple[Batch, list[torch.Tensor]]:
         """A batch, what of it the steps need on the device, and the latents of its pictures."""
         batch = batches(number)
         with torch.autocast(device.type, torch.bfloat16):
             latents = [encode_pictures(vae, to_unit(pictures.to(device, non_blocking=True))).float()
                        for pictures in batch.pictures]  # fmt: skip
-        there = {name: getattr(batch, name).to(device, non_blocking=True) for name in ("ids", "focus")}
+        there = {name: getattr(batch, name).to(device, non_blocking=True) for name in ("ids", "attends", "focus")}
         return batch._replace(pictures=[], **there), latents
 
     def loss(step: int) -> torch.Tensor:
@@ -520,7 +517,6 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
                 return flow_matching_loss(modules["transformer"], text, target, references, generator,
                                           1 + config.focus * batch.focus, batch.source, config.teach)  # fmt: skip
 
-    fast = compiled_blocks(modules["transformer"]) if compiled else contextlib.nullcontext
     blocks = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
     optimisers = make_optimisers(modules, blocks, config.lr, config.muon_lr)
 

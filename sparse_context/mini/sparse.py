@@ -20,7 +20,7 @@ from ..training.data import Example, fingerprint
 from ..training.dropping import MIX, Dropping
 from ..training.finetune import EMBEDDED, LORA_FILE, FinetuneConfig, finetune, prepare
 from ..training.hosts import find_host
-from ..training.loop import start_from, writing
+from ..training.loop import newest_step, start_from, writing
 from . import ADAPTERS, WEIGHTS, adapter_record
 from .data import Assets, load_assets
 from .recipe import BaseConfig, batch_scenes, default_device
@@ -151,9 +151,13 @@ def train_sparse(
 def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) -> None:
     """Write a LoRA that was shipped as step 0 of the run `folder`, from which `train_sparse` goes on with `config`.
 
-    It may be one of another base: what it learned there is nearer than nothing. Raises ValueError for other layers or
-    another rank.
+    It may be one of another base: what it learned there is nearer than nothing. It is taken at `config.lora_alpha`.
+    Raises ValueError for one of the other mode, of other layers or another rank, and where a run has begun in `folder`.
     """
+    if newest_step(folder):
+        raise ValueError(f"{folder} holds a run at step {newest_step(folder)}: name another folder.")
+    if adapter_record(adapter).get("kv", False) != config.kv:
+        raise ValueError(f"{adapter} and the config differ in whether they are for KV mode: take one for the same.")
     host = find_host(load_pipeline(dtype="float32", device="cpu", lora=NO_LORA), config.kv)
     trained = prepare(host, config)
     named = {name: "transformer." + name.replace("/", ".").replace(".default", "") for name in trained.state_dict()}

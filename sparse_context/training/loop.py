@@ -113,9 +113,9 @@ def train(
 
     Step s averages the gradients of `loss(s * accumulate)` to `loss(s * accumulate + accumulate - 1)`, and with an
     `accelerate.Accelerator` those of all its processes; each must draw its own batches. `module` may be a part of what
-    the loss runs through, as an adapter is: nothing is wrapped, gradients are averaged where they end up. Where one is
-    not finite, all of that step count as 0. `schedule` is a name of `SCHEDULES`. An `ema` of 0 averages nothing and
-    returns `module` itself.
+    the loss runs through, as an adapter is: nothing is wrapped, gradients are averaged where they end up. A step
+    whose gradients are not finite changes nothing. `schedule` is a name of `SCHEDULES`. An `ema` of 0 averages nothing
+    and returns `module` itself.
 
     Continues from the newest checkpoint in `folder`, if there is one. `show(step, average)` runs every
     `show_every` steps and after the last (0: never), for sample sheets; `log(step, record)` beside every record of the
@@ -157,14 +157,9 @@ def train(
         if several:
             _average_gradients(module, accelerator)
         norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
-        finite = torch.isfinite(
-            norm
-        )  # not looked at here: a device that is waited for idles until the next step's work
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                parameter.grad = torch.where(finite, parameter.grad, 0.0)
-        for optimiser in optimisers:
-            optimiser.step()
+        if torch.isfinite(norm):
+            for optimiser in optimisers:
+                optimiser.step()
         module.zero_grad(set_to_none=True)
         if average is not module:
             _follow(average, module, min(ema, (step + 1) / (step + 10)))
