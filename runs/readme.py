@@ -46,6 +46,13 @@ def _machine(result: dict) -> str:
     return f"{hardware['cpu']}, {hardware['cores']} cores"
 
 
+def _of_its_time(weights: str, name: str) -> str:
+    """A sentence where a result is of other weights of the embedded model than what was measured of it last."""
+    newest = _read(name)["config"]
+    same = weights == (newest["weights"] if "weights" in newest else newest["adapter"]["base_weights"])
+    return "" if same else " The embedded model was trained further since, so these are of the weights before."
+
+
 def core_speed() -> str:
     result = _read("core_speed")
     lines = ["| references | tokens kept | end to end | denoising alone |", "|---|---|---|---|"]
@@ -431,6 +438,7 @@ def ablations() -> str:
         f"\n\nDecibels of PSNR against the dense base with all tokens: {samples} scenes of all groups together, of the "
         f"{result['config']['split']} split. Steps of each run: {steps}. "
         f"Measured on {_machine(result)} (`runs/ablations.py`)."
+        + _of_its_time(next(iter(result["config"]["runs"].values()))["base_weights"], "kv")
     )
 
 
@@ -489,6 +497,7 @@ def auto_budget() -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR, and the 95 % interval of that: {weights}, {samples} scenes of the "
         f"{result['config']['split']} split, on {_machine(result)} (`runs/auto_budget.py`)."
+        + _of_its_time(result["config"]["weights"], "mini_curves_base")
     )
 
 
@@ -510,7 +519,7 @@ def coverage() -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels gained or lost against no spread tokens, at keep {config['keep']:g}, and the 95 % interval of "
         f"that: {weights}, {figures['all']['dense']['samples']} scenes of the {config['split']} split, on "
-        f"{_machine(result)} (`runs/coverage.py`)."
+        f"{_machine(result)} (`runs/coverage.py`)." + _of_its_time(config["weights"], "mini_curves_base")
     )
 
 
