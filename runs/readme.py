@@ -46,11 +46,11 @@ def _machine(result: dict) -> str:
     return f"{hardware['cpu']}, {hardware['cores']} cores"
 
 
-def _of_its_time(weights: str, name: str) -> str:
+def _of_its_time(weights: str, newest: str) -> str:
     """A sentence where a result is of other weights of the embedded model than what was measured of it last."""
-    newest = _read(name)["config"]
-    same = weights == (newest["weights"] if "weights" in newest else newest["adapter"]["base_weights"])
-    return "" if same else " The embedded model was trained further since, so these are of the weights before."
+    return (
+        "" if weights == newest else " The embedded model was trained further since: these are of the weights before."
+    )
 
 
 def core_speed() -> str:
@@ -438,7 +438,10 @@ def ablations() -> str:
         f"\n\nDecibels of PSNR against the dense base with all tokens: {samples} scenes of all groups together, of the "
         f"{result['config']['split']} split. Steps of each run: {steps}. "
         f"Measured on {_machine(result)} (`runs/ablations.py`)."
-        + _of_its_time(next(iter(result["config"]["runs"].values()))["base_weights"], "kv")
+        + _of_its_time(
+            next(iter(result["config"]["runs"].values()))["base_weights"],
+            _read("kv")["config"]["adapter"]["base_weights"],
+        )
     )
 
 
@@ -497,7 +500,7 @@ def auto_budget() -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR, and the 95 % interval of that: {weights}, {samples} scenes of the "
         f"{result['config']['split']} split, on {_machine(result)} (`runs/auto_budget.py`)."
-        + _of_its_time(result["config"]["weights"], "mini_curves_base")
+        + _of_its_time(result["config"]["weights"], _read("mini_curves_base")["config"]["weights"])
     )
 
 
@@ -519,7 +522,8 @@ def coverage() -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels gained or lost against no spread tokens, at keep {config['keep']:g}, and the 95 % interval of "
         f"that: {weights}, {figures['all']['dense']['samples']} scenes of the {config['split']} split, on "
-        f"{_machine(result)} (`runs/coverage.py`)." + _of_its_time(config["weights"], "mini_curves_base")
+        f"{_machine(result)} (`runs/coverage.py`)."
+        + _of_its_time(config["weights"], _read("mini_curves_base")["config"]["weights"])
     )
 
 

@@ -7,10 +7,11 @@
 a machine with little time or no network; `python -m sparse_context.mini data` makes the whole there as well.
 
 `train` goes on from the package's weights, for `--vae`, `--base`, `--sparse` and `--kv` seconds by the clock, so that
-nothing has to be known of the machine's speed; 0 leaves one out. It writes the weights into the package, and a
-copy with the logs and the LoRAs into the output; `mini adapter` takes a LoRA from its run's folder. LoRAs go on from
-those of the package, which new weights remove from there. It does not resume: what was killed begins anew, in another
-folder, and from the package as it was (`git checkout sparse_context/mini/weights`).
+nothing has to be known of the machine's speed; 0 leaves one out. LoRAs go on from those of the package, at 1.5 times
+the recipes' learning rate, for their batches are larger and none are accumulated. It writes the weights into the
+package, which removes the LoRAs of the former ones from there, and a copy with the logs and the LoRAs into the output;
+`mini adapter` takes a LoRA from its run's folder. It does not resume: what was killed begins anew, in another folder,
+and from the package as it was (`git checkout sparse_context/mini/weights`).
 How the shipped weights were made, sparse_context/mini/README.md says.
 """
 

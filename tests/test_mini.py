@@ -292,8 +292,11 @@ def test_a_restored_vae_goes_on_and_a_run_of_it_is_never_restored_over(assets, p
     with pytest.raises(FileExistsError, match="vae is there already: move it away"):
         restore(WEIGHTS, tmp_path)
     shutil.rmtree(tmp_path / "vae" / "final")
-    train_vae(tmp_path, VaeConfig(steps=100, batch=2, crop=32), seconds=1e-3)  # by the clock: one step more
-    assert newest_step(tmp_path / "vae") == 3 and (tmp_path / "vae" / "final").is_dir()
+    longer = VaeConfig(steps=100, batch=2, crop=32)
+    train_vae(tmp_path, longer, seconds=60, stop_after=0)  # one step, and time is left
+    assert newest_step(tmp_path / "vae") == 3 and not (tmp_path / "vae" / "final").exists()
+    train_vae(tmp_path, longer, seconds=1e-3)  # by the clock: one step more
+    assert newest_step(tmp_path / "vae") == 4 and (tmp_path / "vae" / "final").is_dir()
     with pytest.raises(ValueError, match="crop is 30: pass a multiple of 4"):
         VaeConfig(crop=30)
 

@@ -113,7 +113,8 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     average = train(vae, [optimiser], loss, folder / "vae", steps=config.steps, warmup=100, ema=0.995,
                     save_every=400, stop_after=stop_after, seconds=seconds)  # fmt: skip
-    if done.is_dir() or seconds is not None:  # the steps or the time are over, so the base may rely on it
+    by_the_clock = seconds is not None and (stop_after is None or stop_after >= seconds)
+    if done.is_dir() or by_the_clock:  # all steps were taken, or the time is up, so the base may rely on it
         measure_latents(average, assets)
         _save_vae(average, folder)
 
