@@ -309,6 +309,7 @@ if accelerator is not None:
     record = {"ratios": ratios, "sum": module.weight.double().sum().item(),
               "average": average.weight.double().sum().item()}
     (folder / f"rank-{rank}.json").write_text(json.dumps(record))
+    accelerator.end_training()  # as launch.py does: gloo's threads may abort a process that leaves them running
 """
 
 
