@@ -21,6 +21,7 @@ from sparse_context import (
     select_tokens,
 )
 from sparse_context.families import FAMILIES
+from sparse_context.families.pictures import to_uint8
 from sparse_context.preview import draw_selection
 from sparse_context.tokens import ReferenceTokens
 
@@ -388,6 +389,16 @@ def test_latents_have_no_pixels_to_look_at(name):
     with pytest.raises(ValueError, match="'edges' needs the picture's pixels"):
         CASES[name].call(pipe, [], **latents[name])
     assert last_selection(pipe) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 3, 16, 12), (2, 4, 5, 7), (3, 1, 1, 1)])
+def test_pixels_are_turned_to_8_bits_by_rounding_and_clipping(shape, dtype):
+    pixels = (1.2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    wanted = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert np.array_equal(to_uint8(pixels), wanted.numpy())
+    every = torch.arange(256, dtype=torch.uint8).expand(1, 3, 4, 256)
+    assert np.array_equal(to_uint8(every / 127.5 - 1), every.permute(0, 2, 3, 1).numpy())
 
 
 @pytest.mark.parametrize("kind", ["array", "tensor"])

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 import PIL.Image
 import torch
@@ -113,9 +114,12 @@ def mask_of(
 
 
 def to_uint8(pixels: torch.Tensor) -> np.ndarray:
-    """(B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C)."""
-    grey = pixels.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)  # in place: a third of the time
-    return grey.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    """(B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C), rounded; what lies outside is clipped."""
+    planes = pixels.detach().float().cpu().numpy()
+    rows = planes.reshape(-1, planes.shape[-1])
+    # OpenCV scales, rounds and clips in one pass, where torch takes five
+    grey = cv2.addWeighted(rows, 127.5, rows, 0.0, 127.5, dtype=cv2.CV_8U).reshape(planes.shape)
+    return np.stack([cv2.merge(list(one)).reshape(*one.shape[1:], -1) for one in grey])
 
 
 def _array_size(original: Any) -> tuple[int, int]:
