@@ -251,6 +251,9 @@ def train(
         False
     ),
     learning_rate: Annotated[float, typer.Option()] = 1e-4,
+    muon_learning_rate: Annotated[
+        float | None, typer.Option(help="Muon's, on the matrices of the blocks.", show_default="AdamW takes those too")
+    ] = None,
     lr_scheduler: Annotated[
         str, typer.Option(help="constant, constant_with_warmup, linear, cosine or trapezoid.")
     ] = "constant",
@@ -337,6 +340,7 @@ def train(
         max_train_steps=max_train_steps,
         gradient_accumulation_steps=gradient_accumulation_steps,
         learning_rate=learning_rate,
+        muon_learning_rate=muon_learning_rate,
         lr_scheduler=lr_scheduler,
         lr_warmup_steps=lr_warmup_steps,
         adam_weight_decay=adam_weight_decay,

@@ -11,6 +11,7 @@ from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, Flux2Pipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
 from tiny import build_flux2, call_flux2, embeds, picture
 
 from sparse_context.images import open_picture
@@ -36,6 +37,7 @@ from sparse_context.training.finetune import (
     without_adapter,
 )
 from sparse_context.training.hosts import find_host
+from sparse_context.training.lora import extract_lora
 
 SMALL = {"rank": 2, "lora_alpha": 2, "max_train_steps": 3, "checkpointing_steps": 10, "learning_rate": 1e-2}
 
@@ -419,6 +421,48 @@ def test_all_weights_are_trained_and_loaded_back(tmp_path):
     assert sum(not torch.equal(p, before[name]) for name, p in saved.named_parameters()) > 0.9 * len(before)
 
 
+def test_a_lora_is_extracted_from_a_full_fine_tuning(tmp_path):
+    base, tuned = klein().pipe, klein().pipe
+    linear = {name for name, layer in base.transformer.named_modules() if isinstance(layer, torch.nn.Linear)}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in linear:
+            weight = tuned.transformer.get_submodule(name).weight
+            thin = [torch.randn(size, 2, generator=generator) for size in weight.shape]
+            weight += 0.05 * thin[0] @ thin[1].T
+    references = [picture(64, 64)]
+    changed = call_flux2(tuned, references)
+    assert not torch.allclose(changed, call_flux2(base, references), atol=1e-2)
+    wide = extract_lora(base.transformer, tuned.transformer, 64)
+    assert {name.rsplit(".", 2)[0] for name in wide} == {f"transformer.{name}" for name in linear}
+    for rank in (2, 64):  # the change has two directions, so two hold it
+        lora = extract_lora(base.transformer, tuned.transformer, rank)
+        assert max(min(tensor.shape) for tensor in lora.values()) <= rank
+        save_torch(lora, tmp_path / LORA_FILE)
+        pipe = klein().pipe
+        pipe.load_lora_weights(tmp_path, weight_name=LORA_FILE, use_safetensors=True)
+        assert torch.allclose(call_flux2(pipe, references), changed, atol=1e-3)
+    one = extract_lora(base.transformer, tuned.transformer, 1)
+    for name in linear:  # the nearest of rank 1: what is left is the second singular value
+        change = tuned.transformer.get_submodule(name).weight - base.transformer.get_submodule(name).weight
+        made = one[f"transformer.{name}.lora_B.weight"] @ one[f"transformer.{name}.lora_A.weight"]
+        left = torch.linalg.matrix_norm(change - made).item()
+        assert left == pytest.approx(torch.linalg.svdvals(change)[1].item(), rel=1e-3)
+    with pytest.raises(ValueError, match="rank is 0"):
+        extract_lora(base.transformer, tuned.transformer, 0)
+    with pytest.raises(ValueError, match="is not the same kind of layer in both models"):
+        extract_lora(base.transformer, torch.nn.Linear(2, 2), 1)
+
+
+def test_muon_takes_the_matrices_of_the_blocks(tmp_path):
+    host = klein()
+    before = {name: p.clone() for name, p in host.transformer.named_parameters()}
+    config = FinetuneConfig(full=True, muon_learning_rate=1e-3, **SMALL | {"learning_rate": 1e-30})
+    finetune(host, batches, tmp_path, config, base="tiny", data="x")
+    moved = {name for name, p in host.transformer.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in before.items() if p.ndim == 2 and "transformer_blocks." in name}
+
+
 def test_checkpoints_hold_the_adapter_and_not_its_base(tmp_path):
     host = klein()
     finetune(host, batches, tmp_path, FinetuneConfig(**SMALL), base="tiny", data="x")
@@ -552,6 +596,7 @@ def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_mac
         ({"preservation": -1.0}, "preservation is -1.0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"muon_learning_rate": 0.0}, "muon_learning_rate is 0.0"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"lr_scheduler": "sine"}, "lr_scheduler is 'sine'"),
         ({"weighting_scheme": "mode"}, "weighting_scheme is 'mode'"),

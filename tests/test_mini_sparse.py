@@ -10,7 +10,8 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 
-from sparse_context.mini import ADAPTERS, adapter_record
+from sparse_context.generation import load_pipeline
+from sparse_context.mini import ADAPTERS, WEIGHTS, adapter_record
 from sparse_context.mini.data import Assets
 from sparse_context.mini.scenes import TASKS, make_scene
 from sparse_context.mini.sparse import (
@@ -135,7 +136,29 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
     kv = export_adapter(tmp_path / "sparse", tmp_path)
     assert kv.name == ADAPTERS["kv"].name and adapter_record(kv)["kv"] and own.read_bytes() == before
     save_torch(wide, result, {"sparse_context": json.dumps(about | {"base_weights": "another"})})
-    with pytest.raises(ValueError, match="other weights than the package holds"):
+    with pytest.raises(ValueError, match="began from other weights than the package holds"):
         export_adapter(tmp_path / "sparse", tmp_path)
     assert own.read_bytes() == before
     assert sorted(p.name for p in result.parent.glob("step-*")) == ["step-0000001", "step-0000002"]
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_a_run_of_all_weights_is_exported_as_a_lora(assets, tmp_path):
+    tensors = {"objects": assets.objects, "photos": assets.photos, "object_split": assets.object_split,
+               "photo_split": assets.photo_split}  # fmt: skip
+    save_file(tensors, tmp_path / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
+    torch.set_num_threads(1)
+    config = replace(choose(full=True, steps=1), gradient_accumulation_steps=1, subsets=1)
+    tuned = train_sparse(tmp_path, config, name="all", batch=1, validation=())
+    own = export_adapter(tmp_path / "all", tmp_path, rank=8)
+    about = adapter_record(own)
+    assert (about["rank"], about["steps"], about["kv"], about["distillation"]) == (8, 1, False, 0)
+    base, lora = load_file(WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"), load_file(own)
+    changed = load_file(tuned / "diffusion_pytorch_model.safetensors")
+    name = "single_transformer_blocks.3.attn.to_out"
+    change = changed[f"{name}.weight"] - base[f"{name}.weight"].float()
+    made = lora[f"transformer.{name}.lora_B.weight"].float() @ lora[f"transformer.{name}.lora_A.weight"].float()
+    assert torch.linalg.matrix_rank(made, rtol=1e-3) == 8
+    left = (change - made).square().sum()
+    assert left.item() == pytest.approx(torch.linalg.svdvals(change)[8:].square().sum().item(), rel=0.02)
+    assert load_pipeline(lora=str(own)).transformer.peft_config

@@ -125,11 +125,12 @@ def adapter(
     folder: Folder = Path("checkpoints"),
     name: Annotated[str, typer.Option(help="Of the run, as in `sparse`.")] = "sparse",
     scale: Annotated[float, typer.Option(help="Share of what it changes that is taken, above 0 and up to 1.")] = 1.0,
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA that is cut from a run with --full.")] = 64,
 ) -> None:
     """Make the LoRA of a run of `sparse` the embedded model's own: of a run with --kv its own for KV mode."""
     from .sparse import export_adapter
 
-    print(f"wrote {export_adapter(folder / name, scale=scale)}")
+    print(f"wrote {export_adapter(folder / name, scale=scale, rank=rank)}")
 
 
 @app.command()

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from ..generation import NO_LORA, load_pipeline
 from ..training.data import Example, fingerprint
 from ..training.dropping import MIX, Dropping
-from ..training.finetune import EMBEDDED, LORA_FILE, FinetuneConfig, finetune, prepare
+from ..training.finetune import EMBEDDED, LORA_FILE, FinetuneConfig, finetune, prepare, training_record
 from ..training.hosts import find_host
 from ..training.loop import newest_step, start_from, writing
+from ..training.lora import extract_lora
 from . import ADAPTERS, WEIGHTS, adapter_record
 from .data import Assets, load_assets
-from .recipe import BaseConfig, batch_scenes, default_device
+from .recipe import TOWARDS_NOISE, BaseConfig, batch_scenes, default_device
 from .scenes import Scene, make_scene
 
 LORA = FinetuneConfig(
@@ -72,15 +73,16 @@ KV = replace(
 FULL = replace(
     LORA,
     full=True,
-    dropping=replace(LORA.dropping, keep_max=1.0, dense=0.3),
-    subsets=1,
+    dropping=replace(LORA.dropping, keep_max=0.8, dense=0.12),
     distillation=0.0,
     preservation=0.0,
-    shift=None,
-    learning_rate=2e-4,
-    gradient_accumulation_steps=4,
+    unseen=0.3,
+    shift=TOWARDS_NOISE,
+    learning_rate=3e-4,
+    muon_learning_rate=7e-4,
 )
-"""All weights, against the truth: there is no copy of the base to ask. So a larger share of all tokens keeps those."""
+"""All weights, against the truth: there is no copy of the base to ask. An eighth of the sets, which have all tokens,
+hold what those need."""
 
 VALIDATION = (("edit_background", 100), ("edit_object", 100), ("subject_place", 100), ("subject_pair", 100))
 
@@ -169,27 +171,39 @@ def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) ->
     start_from(trained, folder)
 
 
-def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0) -> Path:
+def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0, rank: int = 64) -> Path:
     """Write the LoRA of the run in `folder` as the embedded model's own into the folder `destination`, in bf16, whole
     or not at all; returns the file. That of a run for KV mode is another file than the plain one's.
 
     scale: the share of its change of the weights that is taken, above 0 and up to 1. On the way from the base to the
-    end of the training most of the gain comes early and most of the harm late (Wortsman et al. 2022). Raises ValueError
-    for another scale and for a LoRA of other base weights, and OSError.
+    end of the training most of the gain comes early and most of the harm late (Wortsman et al. 2022). rank: of the LoRA
+    that a run of all weights is cut down to; a run of a LoRA has its own. Raises ValueError for another scale, and for
+    a run that began from other base weights, and OSError.
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale is {scale!r}: pass a share above 0 and up to 1.")
-    source = folder / LORA_FILE
-    if not source.is_file():
+    source, tuned = folder / LORA_FILE, folder / "transformer"
+    full = tuned.is_dir()
+    if not full and not source.is_file():
         raise FileNotFoundError(f"{source} is missing: run `python -m sparse_context.mini sparse` first")
-    about = adapter_record(source)
-    base = load_pipeline(dtype="float32", device="cpu", lora=NO_LORA)
-    if about["base_weights"] != fingerprint(base.transformer):
-        raise ValueError(f"{source} was trained on other weights than the package holds: train it on these.")
-    with safe_open(source, framework="pt") as file:
-        metadata = file.metadata() | {"sparse_context": json.dumps(about | {"scale": scale})}
+    base = load_pipeline(dtype="float32", device="cpu", lora=NO_LORA).transformer
+    if full:
+        about = training_record(json.loads((folder / "config.json").read_text()) | {"steps": newest_step(folder)})
+        about["rank"] = rank
+    else:
+        about = adapter_record(source)
+    if about["base_weights"] != fingerprint(base):
+        raise ValueError(f"The run in {folder} began from other weights than the package holds: train it on these.")
+    if full:
+        metadata = {"format": "pt"}
+        learned = extract_lora(base, type(base).from_pretrained(tuned, dtype=torch.float32), rank)
+    else:
+        with safe_open(source, framework="pt") as file:
+            metadata = file.metadata()
+        learned = load_file(source)
+    metadata |= {"sparse_context": json.dumps(about | {"scale": scale})}
     weights = {name: (scale * tensor if ".lora_B." in name else tensor).to(torch.bfloat16)
-               for name, tensor in load_file(source).items()}  # fmt: skip
+               for name, tensor in learned.items()}  # fmt: skip
     result = destination / ADAPTERS["kv" if about["kv"] else "plain"].name
     partial = result.with_suffix(".partial")
     with writing(result):

@@ -39,7 +39,7 @@ from .attention import MatmulAttention
 from .data import Ahead, Cache, Example, fingerprint
 from .dropping import Dropping, draw_selection
 from .hosts import Host, Text
-from .loop import SCHEDULES, newest_step, train
+from .loop import SCHEDULES, make_optimisers, newest_step, train
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 EMBEDDED = "the embedded model"  # as the base of a run
@@ -62,9 +62,10 @@ class FinetuneConfig:
     since it can only be guessed. Noise levels are logit-normal (Esser et al. 2024) or, with weighting_scheme "none",
     uniform, moved by `shift` (None: the scheduler's own).
 
-    The optimiser: AdamW; `lr_scheduler` is a name of `loop.SCHEDULES`; `ema` is the decay of the weights' average, of
-    which the result is made (0: of the last weights). A step is `gradient_accumulation_steps` batches, with all their
-    subsets.
+    The optimiser: AdamW, or where `muon_learning_rate` is given Muon at that rate on the matrices inside the
+    transformer's blocks and AdamW on the rest; `lr_scheduler` is a name of `loop.SCHEDULES`; `ema` is the decay of the
+    weights' average, of which the result is made (0: of the last weights). A step is `gradient_accumulation_steps`
+    batches, with all their subsets.
     """
 
     rank: int = 4
@@ -84,6 +85,7 @@ class FinetuneConfig:
     max_train_steps: int = 1000
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
+    muon_learning_rate: float | None = None
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 100
     adam_weight_decay: float = 1e-4
@@ -111,7 +113,7 @@ class FinetuneConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a share from 0 to 1.")
         if not 0 < self.unseen <= 1:
             raise ValueError(f"unseen is {self.unseen!r}: pass a share above 0 and up to 1.")
-        for name in ("learning_rate", "lora_alpha", "max_grad_norm", "shift"):
+        for name in ("learning_rate", "muon_learning_rate", "lora_alpha", "max_grad_norm", "shift"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}: pass a number above 0.")
@@ -433,6 +435,14 @@ def prepare(host: Host, config: FinetuneConfig) -> Trainable:
     return Trainable(transformer)
 
 
+def _make_optimisers(transformer: nn.Module, trained: Trainable, config: FinetuneConfig) -> list[torch.optim.Optimizer]:
+    if config.muon_learning_rate is None:
+        decay = config.adam_weight_decay
+        return [torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=decay)]
+    blocks = [f"{name}/" for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)]
+    return make_optimisers(trained, blocks, config.learning_rate, config.muon_learning_rate)
+
+
 @contextlib.contextmanager
 def weights_of(average: nn.Module, trained: nn.Module) -> Iterator[None]:
     """The averaged weights in the place of the trained ones."""
@@ -491,7 +501,7 @@ def finetune(
     if main:
         output.mkdir(parents=True, exist_ok=True)
         save_text(json.dumps(record, indent=2) + "\n", output / "config.json")
-    optimiser = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    optimisers = _make_optimisers(host.transformer, trained, config)
 
     def show(step: int, average: nn.Module) -> None:
         with weights_of(average, trained), _evaluating(host.transformer), _autocast(accelerator)():
@@ -515,7 +525,7 @@ def finetune(
     )
     average = train(
         trained,
-        [optimiser],
+        optimisers,
         loss,
         output,
         steps=config.max_train_steps,
@@ -635,23 +645,6 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
     transformer: Any = host.transformer
     partial = result.parent / "result.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    dropping = record["dropping"]
-    about = {
-        "base": record["base"],
-        "base_weights": record["base_weights"],
-        "steps": record["steps"],
-        "keep": [dropping["keep_min"], dropping["keep_max"]],
-        "dense": dropping["dense"],
-        "mix": dropping["mix"],
-        "coverage": dropping["coverage"],
-        "merge": dropping["merge"],
-        "subsets": record["subsets"],
-        "distillation": record["distillation"],
-        "preservation": record["preservation"],
-        "unseen": record["unseen"],
-        "kv": record["kv"],
-        "version": record["version"],
-    }
     try:
         if config.full:
             transformer.save_pretrained(partial)
@@ -669,10 +662,8 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
                 **_collate_lora_metadata({"transformer": transformer}),
             )
             with safe_open(partial / LORA_FILE, framework="pt") as file:
-                metadata = file.metadata() or {}
-            save_file(
-                load_file(partial / LORA_FILE), partial / "whole", metadata | {"sparse_context": json.dumps(about)}
-            )
+                metadata = (file.metadata() or {}) | {"sparse_context": json.dumps(training_record(record))}
+            save_file(load_file(partial / LORA_FILE), partial / "whole", metadata)
             (partial / "whole").replace(result)
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
@@ -680,6 +671,27 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     save_text(model_card(record, host.pipe, transformer), result.parent / "README.md")
+
+
+def training_record(record: Mapping[str, Any]) -> dict:
+    """What a LoRA's file says of its training, of the record of its run with its `steps`."""
+    dropping = record["dropping"]
+    return {
+        "base": record["base"],
+        "base_weights": record["base_weights"],
+        "steps": record["steps"],
+        "keep": [dropping["keep_min"], dropping["keep_max"]],
+        "dense": dropping["dense"],
+        "mix": dropping["mix"],
+        "coverage": dropping["coverage"],
+        "merge": dropping["merge"],
+        "subsets": record["subsets"],
+        "distillation": record["distillation"],
+        "preservation": record["preservation"],
+        "unseen": record["unseen"],
+        "kv": record["kv"],
+        "version": record["version"],
+    }
 
 
 def model_card(record: Mapping[str, Any], pipe: Any, transformer: Any) -> str:
