@@ -123,8 +123,8 @@ def train_sparse(
     """Fine-tune, or continue, the run `folder/name`; returns the path of the result.
 
     batch: as `BaseConfig` has it. model: a folder to start from instead of the shipped weights. workers: processes that
-    compose scenes ahead of the steps; 0 for a thread. stop_after, seconds: as in `loop.train`. Raises ValueError and
-    OSError in one sentence.
+    compose scenes ahead of the steps; 0 for a thread. stop_after, seconds: as in `loop.train`. `accelerate launch` runs it
+    in several processes. Raises ValueError and OSError in one sentence.
     """
     from accelerate import Accelerator
 
@@ -133,7 +133,7 @@ def train_sparse(
     accelerator = Accelerator(mixed_precision="bf16", cpu=device.type == "cpu")
     host = find_host(load_pipeline(model, dtype="float32", device=str(device), lora=NO_LORA), config.kv)
     held_out = everything.split("validation")
-    return finetune(
+    result = finetune(
         host,
         scene_batches(everything.split("train"), batch, config.seed),
         folder / name,
@@ -148,6 +148,8 @@ def train_sparse(
         seconds=seconds,
         batch=batch,
     )
+    accelerator.end_training()
+    return result
 
 
 def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) -> None:
