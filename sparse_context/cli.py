@@ -112,16 +112,29 @@ def generate(
     paint_mask = None if inpaint is None else open_mask(inpaint, references[0].size)
 
     _hide_loading_bars()
-    from .generation import check_references, generate, load_pipeline
+    from .generation import NO_LORA, check_references, generate, load_pipeline
     from .preview import draw_selection, label, side_by_side
     from .selection import SparseContextConfig
 
     check_references(model, len(references), inpaint is not None)
-    pipe = load_pipeline(
-        model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora, lora_scale=lora_scale, kv=kv
-    )
+    everything = SparseContextConfig(keep=1.0)
+    own = model is None and lora is None and not kv  # the embedded model's adapter, which is for dropped tokens
 
-    def run(config: SparseContextConfig, steps: int | None = steps):
+    def load(keep: Any):
+        return load_pipeline(
+            model,
+            dtype=dtype,
+            device=device,
+            cpu_offload=cpu_offload,
+            lora=NO_LORA if own and keep == everything.keep and isinstance(keep, float) else lora,
+            lora_scale=lora_scale,
+            kv=kv,
+        )
+
+    pipe = load(config.keep)
+    whole = load(everything.keep) if own and compare is not None else pipe
+
+    def run(pipe: Any, config: SparseContextConfig, steps: int | None = steps):
         return generate(
             pipe,
             references,
@@ -135,12 +148,11 @@ def generate(
             inpaint=paint_mask,
         )
 
-    everything = SparseContextConfig(keep=1.0)
     if compare is not None:  # a first call pays for more than itself, so neither of the two is one
-        run(config, steps=1)
-        run(everything, steps=1)
-    result = run(config)
-    dense = None if compare is None else run(everything)
+        run(pipe, config, steps=1)
+        run(whole, everything, steps=1)
+    result = run(pipe, config)
+    dense = None if compare is None else run(whole, everything)
 
     pictures = {output: result.image}
     if show_tokens is not None and result.selection is not None:

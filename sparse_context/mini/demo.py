@@ -1,6 +1,7 @@
 """The main job on pictures that the embedded model has not seen: kept tokens, dense beside sparse, the times.
 
-Where the package has an adapter for KV mode, also sparse in that mode.
+With all tokens it runs without its adapter for dropped ones. Where the package has an adapter for KV mode, also sparse
+in that mode.
 """
 
 import json
@@ -47,11 +48,10 @@ def run_demo(output: Path, keep: float | int | str = 0.2) -> list[dict]:
     output.mkdir(parents=True, exist_ok=True)
     check_output(output / "demo.png")
 
-    from ..generation import generate, load_pipeline
+    from ..generation import NO_LORA, generate, load_pipeline
     from ..preview import column, draw_selection, label, side_by_side
 
-    plain = load_pipeline()
-    ways = {"dense": (plain, 1.0), "sparse": (plain, keep)}
+    ways = {"dense": (load_pipeline(lora=NO_LORA), 1.0), "sparse": (load_pipeline(), keep)}
     if ADAPTERS["kv"].is_file():
         ways["sparse kv"] = (load_pipeline(kv=True), keep)
     examples = read_examples()

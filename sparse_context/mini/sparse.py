@@ -123,8 +123,8 @@ def train_sparse(
     """Fine-tune, or continue, the run `folder/name`; returns the path of the result.
 
     batch: as `BaseConfig` has it. model: a folder to start from instead of the shipped weights. workers: processes that
-    compose scenes ahead of the steps; 0 for a thread. stop_after, seconds: as in `loop.train`. `accelerate launch` runs it
-    in several processes. Raises ValueError and OSError in one sentence.
+    compose scenes ahead of the steps; 0 for a thread. stop_after, seconds: as in `loop.train`. Under `accelerate
+    launch` several processes share the steps. Raises ValueError and OSError in one sentence.
     """
     from accelerate import Accelerator
 
