@@ -485,11 +485,16 @@ def kv(name: str = "kv") -> str:
     )
 
 
-def auto_budget() -> str:
+def _curves_weights(lora: str) -> str:
+    """The fingerprint of the weights that the curves were measured with: of the dense base, or of the adapter's."""
+    return _read("mini_curves_base" if lora == "none" else "mini_curves")["config"]["weights"]
+
+
+def auto_budget(name: str = "auto_budget") -> str:
     """What an adaptive budget gains over a fixed ratio of as many tokens."""
-    if not (ROOT / "results" / "auto_budget.json").exists():
+    if not (ROOT / "results" / f"{name}.json").exists():
         return "Not measured yet: `runs/auto_budget.py`."
-    result = _read("auto_budget")
+    result = _read(name)
     rows = ["| task | mass | keeps | auto, against the fixed ratio |", "|---|---|---|---|"]
     for group, (score, _) in CURVES.items():
         for mass, groups in result["figures"].items():
@@ -500,15 +505,15 @@ def auto_budget() -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR, and the 95 % interval of that: {weights}, {samples} scenes of the "
         f"{result['config']['split']} split, on {_machine(result)} (`runs/auto_budget.py`)."
-        + _of_its_time(result["config"]["weights"], _read("mini_curves_base")["config"]["weights"])
+        + _of_its_time(result["config"]["weights"], _curves_weights(result["config"]["lora"]))
     )
 
 
-def coverage() -> str:
+def coverage(name: str = "coverage") -> str:
     """What evenly spread tokens among the kept ones buy, of the picture and of the object."""
-    if not (ROOT / "results" / "coverage.json").exists():
+    if not (ROOT / "results" / f"{name}.json").exists():
         return "Not measured yet: `runs/coverage.py`."
-    result = _read("coverage")
+    result = _read(name)
     config, figures = result["config"], result["figures"]
     shares = [f"{share:.0%} spread".replace("%", " %") for share in config["coverages"]]
     rows = ["| task | PSNR | " + " | ".join(shares) + " |", "|" + "---|" * (len(shares) + 2)]
@@ -523,7 +528,7 @@ def coverage() -> str:
         f"\n\nDecibels gained or lost against no spread tokens, at keep {config['keep']:g}, and the 95 % interval of "
         f"that: {weights}, {figures['all']['dense']['samples']} scenes of the {config['split']} split, on "
         f"{_machine(result)} (`runs/coverage.py`)."
-        + _of_its_time(config["weights"], _read("mini_curves_base")["config"]["weights"])
+        + _of_its_time(config["weights"], _curves_weights(config["lora"]))
     )
 
 
@@ -538,7 +543,9 @@ PAGES = {
         "curves_base": curves_base,
         "curves_test": partial(curves_base, "mini_curves_test"),
         "auto_budget": auto_budget,
+        "auto_budget_tuned": partial(auto_budget, "auto_budget_tuned"),
         "coverage": coverage,
+        "coverage_tuned": partial(coverage, "coverage_tuned"),
         "peers": peers,
         "peers_test": partial(peers, "peers_test"),
         "kv": kv,
