@@ -527,8 +527,7 @@ def coverage(name: str = "coverage") -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels gained or lost against no spread tokens, at keep {config['keep']:g}, and the 95 % interval of "
         f"that: {weights}, {figures['all']['dense']['samples']} scenes of the {config['split']} split, on "
-        f"{_machine(result)} (`runs/coverage.py`)."
-        + _of_its_time(config["weights"], _curves_weights(config["lora"]))
+        f"{_machine(result)} (`runs/coverage.py`)." + _of_its_time(config["weights"], _curves_weights(config["lora"]))
     )
 
 

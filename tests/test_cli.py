@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import picture, tiny_transformer
 
 from sparse_context.cli import main
+from sparse_context.mini import ADAPTERS
 
 COMMAND = [sys.executable, "-m", "sparse_context"]
 EDGE = 384 // 8  # pixels of a token in a drawing of 8 x 8 tokens
@@ -567,6 +568,21 @@ def test_the_result_is_that_of_the_pipeline_itself(generate, tiny_model, inputs,
     assert 0 < told["seconds"] == report["seconds"]["selection"] < report["seconds"]["total"]
 
 
+def test_with_all_tokens_the_embedded_model_runs_without_its_adapter(command):
+    for keep in ("1.0", "0.2"):
+        for name, lora in (("own", ()), ("none", ("--lora", "none"))):
+            code, _, err = command(
+                "generate", "--prompt", "the object of image 1", "--image", "{in}/a.png", "--keep", keep, "--steps", 1,
+                "--output", f"{name}-{keep}.png", "--compare", f"{name}-{keep}-both.png", *lora,
+            )  # fmt: skip
+            assert code == 0, err
+    assert ADAPTERS["plain"].is_file()
+    assert np.array_equal(pixels("own-1.0.png"), pixels("none-1.0.png"))
+    assert not np.array_equal(pixels("own-0.2.png"), pixels("none-0.2.png"))
+    assert np.array_equal(pixels("own-0.2-both.png")[:128, :128], pixels("none-1.0.png"))
+    assert np.array_equal(pixels("own-0.2-both.png")[:128, -128:], pixels("own-0.2.png"))
+
+
 def test_a_seed_makes_the_same_picture_again_and_another_another(generate):
     for seed, name in ((3, "a.png"), (3, "b.png"), (4, "c.png"), (0, "d.png")):
         generate("--image", "{in}/a.png", "--seed", seed, "--output", name)
@@ -818,6 +834,7 @@ def test_select_loads_torch_only_for_the_net(selector, without, inputs, tmp_path
     code = f"""
 import sys
 from sparse_context.cli import main
+from sparse_context.mini import ADAPTERS
 try:
     main()
 except SystemExit as end:
