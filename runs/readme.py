@@ -9,7 +9,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -467,6 +467,25 @@ def peers(name: str = "peers") -> str:
     )
 
 
+def tuned(names: Sequence[str] = ("peers", "peers_test")) -> str:
+    """What the adapter wins over the training-free base with the same tokens."""
+    found = {name: _read(name) for name in names if (ROOT / "results" / f"{name}.json").exists()}
+    found = {name: result for name, result in found.items() if "won by fine-tuning" in result["figures"]}
+    if not found:
+        return "Not measured yet: `runs/peers.py`."
+    rows = ["| split | tokens kept | " + " | ".join(CURVES) + " |", "|" + "---|" * (len(CURVES) + 2)]
+    for result in found.values():
+        for keep, groups in result["figures"]["won by fine-tuning"].items():
+            won = [_difference(groups[group], "sparse, fine-tuned", score) for group, (score, _) in CURVES.items()]
+            rows.append(f"| {result['config']['split']} | {keep} | " + " | ".join(won) + " |")
+    counts = [groups[group]["dense"]["samples"] for group in CURVES]
+    return "\n".join(rows) + (
+        f"\n\nDecibels of PSNR won over the training-free base with the same tokens, scene by scene, and the 95 % "
+        f"interval of that: {', '.join(f'{count} {group}' for count, group in zip(counts, CURVES, strict=True))} of each split, "
+        f"on {_machine(result)} (`runs/peers.py`)."
+    )
+
+
 def kv(name: str = "kv") -> str:
     """What KV mode costs, before and after a fine-tuning for it."""
     if not (ROOT / "results" / f"{name}.json").exists():
@@ -550,6 +569,7 @@ PAGES = {
         "kv": kv,
         "kv_test": partial(kv, "kv_test"),
         "curves": curves,
+        "tuned": tuned,
         "ablations": ablations,
     },
     "docs/adding-a-pipeline.md": {"lines": lines},
