@@ -478,11 +478,10 @@ def tuned(names: Sequence[str] = ("peers", "peers_test")) -> str:
         for keep, groups in result["figures"]["won by fine-tuning"].items():
             won = [_difference(groups[group], "sparse, fine-tuned", score) for group, (score, _) in CURVES.items()]
             rows.append(f"| {result['config']['split']} | {keep} | " + " | ".join(won) + " |")
-    counts = [groups[group]["dense"]["samples"] for group in CURVES]
+    counts = ", ".join(f"{groups[group]['dense']['samples']} {group}" for group in CURVES)
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR won over the training-free base with the same tokens, scene by scene, and the 95 % "
-        f"interval of that: {', '.join(f'{count} {group}' for count, group in zip(counts, CURVES, strict=True))} of each split, "
-        f"on {_machine(result)} (`runs/peers.py`)."
+        f"interval of that: {counts} of each split, on {_machine(result)} (`runs/peers.py`)."
     )
 
 
