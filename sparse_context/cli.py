@@ -126,7 +126,7 @@ def generate(
             dtype=dtype,
             device=device,
             cpu_offload=cpu_offload,
-            lora=NO_LORA if own and keep == everything.keep and isinstance(keep, float) else lora,
+            lora=NO_LORA if own and keep == everything.keep else lora,
             lora_scale=lora_scale,
             kv=kv,
         )
