@@ -463,6 +463,16 @@ def test_muon_takes_the_matrices_of_the_blocks(tmp_path):
     assert moved == {name for name, p in before.items() if p.ndim == 2 and "transformer_blocks." in name}
 
 
+def test_the_rest_decays_as_asked_beside_muon(tmp_path):
+    host = klein()
+    before = host.transformer.proj_out.weight.clone()
+    host.transformer.proj_out.weight.register_hook(torch.zeros_like)  # decay is all that moves it
+    config = FinetuneConfig(full=True, muon_learning_rate=1e-3, adam_weight_decay=0.5,
+                            **SMALL | {"learning_rate": 0.1, "max_train_steps": 1, "lr_warmup_steps": 0})  # fmt: skip
+    finetune(host, batches, tmp_path, config, base="tiny", data="x")
+    assert torch.allclose(host.transformer.proj_out.weight, before * (1 - 0.1 * 0.5))
+
+
 def test_checkpoints_hold_the_adapter_and_not_its_base(tmp_path):
     host = klein()
     finetune(host, batches, tmp_path, FinetuneConfig(**SMALL), base="tiny", data="x")

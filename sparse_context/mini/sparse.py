@@ -80,6 +80,7 @@ FULL = replace(
     shift=TOWARDS_NOISE,
     learning_rate=3e-4,
     muon_learning_rate=7e-4,
+    adam_weight_decay=0.0,
 )
 """All weights, against the truth: there is no copy of the base to ask. An eighth of the sets, which have all tokens,
 hold what those need."""
@@ -123,8 +124,8 @@ def train_sparse(
     """Fine-tune, or continue, the run `folder/name`; returns the path of the result.
 
     batch: as `BaseConfig` has it. model: a folder to start from instead of the shipped weights. workers: processes that
-    compose scenes ahead of the steps; 0 for a thread. stop_after, seconds: as in `loop.train`. Under `accelerate
-    launch` several processes share the steps. Raises ValueError and OSError in one sentence.
+    compose scenes ahead of the steps; 0 for a thread. stop_after, seconds: as in `loop.train`. Under `torchrun` several
+    processes share each step. Raises ValueError and OSError in one sentence.
     """
     from accelerate import Accelerator
 

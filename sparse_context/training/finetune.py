@@ -436,11 +436,11 @@ def prepare(host: Host, config: FinetuneConfig) -> Trainable:
 
 
 def _make_optimisers(transformer: nn.Module, trained: Trainable, config: FinetuneConfig) -> list[torch.optim.Optimizer]:
+    decay = config.adam_weight_decay
     if config.muon_learning_rate is None:
-        decay = config.adam_weight_decay
         return [torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=decay)]
     blocks = [f"{name}/" for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)]
-    return make_optimisers(trained, blocks, config.learning_rate, config.muon_learning_rate)
+    return make_optimisers(trained, blocks, config.learning_rate, config.muon_learning_rate, decay)
 
 
 @contextlib.contextmanager

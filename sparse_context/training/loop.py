@@ -73,15 +73,17 @@ SCHEDULES: Mapping[str, Callable[[int, int, int], float]] = {
 
 
 def make_optimisers(
-    module: nn.Module, matrices: Sequence[str], lr: float, muon_lr: float
+    module: nn.Module, matrices: Sequence[str], lr: float, muon_lr: float, weight_decay: float = 0.0
 ) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside the children named by `matrices`, AdamW on everything else."""
+    """Muon, with its usual decay of 0.01, on the matrices inside the children named by `matrices`; on everything else
+    AdamW with `weight_decay`."""
     inside = [
         p for n, p in module.named_parameters() if p.requires_grad and p.ndim == 2 and n.startswith(tuple(matrices))
     ]
     chosen = {id(p) for p in inside}
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
-    optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    optimisers: list[torch.optim.Optimizer] = [adam]
     if inside:
         optimisers.append(Muon(inside, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     return optimisers
