@@ -9,7 +9,7 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -467,14 +467,14 @@ def peers(name: str = "peers") -> str:
     )
 
 
-def tuned(names: Sequence[str] = ("peers", "peers_test")) -> str:
+def tuned() -> str:
     """What the adapter wins over the training-free base with the same tokens."""
-    found = {name: _read(name) for name in names if (ROOT / "results" / f"{name}.json").exists()}
-    found = {name: result for name, result in found.items() if "won by fine-tuning" in result["figures"]}
+    found = [_read(name) for name in ("peers", "peers_test") if (ROOT / "results" / f"{name}.json").exists()]
+    found = [result for result in found if "won by fine-tuning" in result["figures"]]
     if not found:
         return "Not measured yet: `runs/peers.py`."
     rows = ["| split | tokens kept | " + " | ".join(CURVES) + " |", "|" + "---|" * (len(CURVES) + 2)]
-    for result in found.values():
+    for result in found:
         for keep, groups in result["figures"]["won by fine-tuning"].items():
             won = [_difference(groups[group], "sparse, fine-tuned", score) for group, (score, _) in CURVES.items()]
             rows.append(f"| {result['config']['split']} | {keep} | " + " | ".join(won) + " |")

@@ -10,7 +10,7 @@ train sparse-random --random-only           # random sets alone
 train sparse-averages --merge 0.3           # three tenths of the kept tokens are averages of others
 train sparse-truth --distillation 0         # sets with dropped tokens against the truth
 train sparse-free --preservation 0          # batches with all tokens count like the others
-train sparse-full --full                    # all weights; `adapter --name sparse-full --scale 0.6` is what the package has
+train sparse-full --full                    # all weights; the package's own is 0.6 of this (`adapter --scale 0.6`)
 train dense --dense                         # the control: as many more samples, with all tokens
 train sparse-kv --kv                        # for Flux2KleinKVPipeline
 for coverage in 0 0.1 0.3; do train "sparse-coverage-$coverage" --coverage "$coverage"; done
