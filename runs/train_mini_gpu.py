@@ -1,4 +1,4 @@
-"""The embedded model trained further on a GPU that is there for minutes: VAE, base, LoRAs, one after the other.
+"""The embedded model trained further on a GPU that is there for minutes: VAE, base and what is fine-tuned from it.
 
     python runs/train_mini_gpu.py pack                      # where the assets are: all of training in 20 MB
     python runs/train_mini_gpu.py train --pack FILE --output FOLDER --vae 40 --base 315 --sparse 115 --kv 50
@@ -7,11 +7,12 @@
 a machine with little time or no network; `python -m sparse_context.mini data` makes the whole there as well.
 
 `train` goes on from the package's weights, for `--vae`, `--base`, `--sparse` and `--kv` seconds by the clock, so that
-nothing has to be known of the machine's speed; 0 leaves one out. LoRAs go on from those of the package, at 1.5 times
-the recipes' learning rate, for their batches are larger and none are accumulated. It writes the weights into the
-package, which removes the LoRAs of the former ones from there, and a copy with the logs and the LoRAs into the output;
-`mini adapter` takes a LoRA from its run's folder. It does not resume: what was killed begins anew, in another folder,
-and from the package as it was (`git checkout sparse_context/mini/weights`).
+nothing has to be known of the machine's speed; 0 leaves one out. The fine-tunings for dropped tokens are of all weights
+and begin with what the package's LoRAs change, at 1.5 times the recipes' learning rates, for their batches are larger.
+It writes the weights into the package, which removes the LoRAs of the former ones from there, and a copy with the logs
+and the fine-tuned transformers into the output; `mini adapter` cuts a LoRA out of its run's folder. It does not resume:
+what was killed begins anew, in another folder, and from the package as it was (`git checkout
+sparse_context/mini/weights`).
 How the shipped weights were made, sparse_context/mini/README.md says.
 """
 
@@ -33,7 +34,7 @@ from safetensors.numpy import load_file, save_file
 from sparse_context.mini import ADAPTERS, WEIGHTS
 from sparse_context.mini.data import load_assets
 from sparse_context.mini.recipe import BaseConfig, VaeConfig, export, restore, train_base, train_vae
-from sparse_context.mini.sparse import KV, LORA, start_adapter, train_sparse
+from sparse_context.mini.sparse import FULL, FULL_KV, start_adapter, train_sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 FOREVER = 10**6  # steps and checkpoints of a run by the clock
@@ -116,18 +117,28 @@ def train(arguments: argparse.Namespace) -> None:
         copy_log("base")
         export(folder, WEIGHTS)
         shutil.copytree(WEIGHTS, output / "weights", dirs_exist_ok=True)
-    for name, config, seconds in (("sparse", LORA, arguments.sparse), ("sparse-kv", KV, arguments.kv)):
+    for name, config, seconds in (("sparse", FULL, arguments.sparse), ("sparse-kv", FULL_KV, arguments.kv)):
         if seconds:
-            config = replace(config, max_train_steps=FOREVER, checkpointing_steps=FOREVER, validation_steps=0, ema=0.97,
-                             gradient_accumulation_steps=1, learning_rate=1.5 * config.learning_rate,
-                             seed=arguments.seed)  # fmt: skip
+            assert config.muon_learning_rate
+            config = replace(
+                config,
+                max_train_steps=FOREVER,
+                checkpointing_steps=FOREVER,
+                validation_steps=0,
+                ema=0.97,
+                gradient_accumulation_steps=1,
+                learning_rate=1.5 * config.learning_rate,
+                muon_learning_rate=1.5 * config.muon_learning_rate,
+                seed=arguments.seed,
+            )
             if name in adapters:
                 start_adapter(folder / name, adapters[name], config)
             made = train_sparse(
                 folder, config, name=name, batch=arguments.sparse_batch, workers=workers, seconds=seconds
             )
             copy_log(name)
-            shutil.copy(made, output / f"{name}.safetensors")
+            shutil.copy(folder / name / "config.json", output / f"{name}.json")
+            shutil.copytree(made, output / name, dirs_exist_ok=True)
 
 
 def main() -> None:
@@ -145,7 +156,7 @@ def main() -> None:
     training.add_argument("--sparse", type=float, default=115, help="seconds")
     training.add_argument("--kv", type=float, default=50, help="seconds")
     training.add_argument("--batch", type=int, default=128, help="the base's, of samples with one small reference")
-    training.add_argument("--sparse-batch", type=int, default=96, help="the same for the LoRAs")
+    training.add_argument("--sparse-batch", type=int, default=96, help="the same for the fine-tunings")
     training.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     training.add_argument("--seed", type=int, default=12, help="another for each run that goes on from the last")
     arguments = parser.parse_args()

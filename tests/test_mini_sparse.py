@@ -9,13 +9,16 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
+from typer.testing import CliRunner
 
 from sparse_context.generation import load_pipeline
 from sparse_context.mini import ADAPTERS, WEIGHTS, adapter_record
+from sparse_context.mini.__main__ import app
 from sparse_context.mini.data import Assets
 from sparse_context.mini.scenes import TASKS, make_scene
 from sparse_context.mini.sparse import (
     FULL,
+    FULL_KV,
     KV,
     LORA,
     choose,
@@ -89,7 +92,7 @@ def test_the_experiments_vary_what_they_name():
     changed = choose(full=True, kv=True, steps=7, rank=8, learning_rate=0.1, random_only=True, coverage=[0.3],
                      dense=True, seed=5, merge=[0.4])  # fmt: skip
     assert (changed.full, changed.kv, changed.max_train_steps, changed.rank, changed.seed) == (True, True, 7, 8, 5)
-    assert changed.dropping == replace(FULL.dropping, mix={"random": 1.0}, coverage=(0.3,), merge=(0.4,), dense=1.0)
+    assert changed.dropping == replace(FULL_KV.dropping, mix={"random": 1.0}, coverage=(0.3,), merge=(0.4,), dense=1.0)
 
 
 # Under autocast torch says once that RMS norm, whose weights stay float32, is not fused
@@ -162,3 +165,26 @@ def test_a_run_of_all_weights_is_exported_as_a_lora(assets, tmp_path):
     left = (change - made).square().sum()
     assert left.item() == pytest.approx(torch.linalg.svdvals(change)[8:].square().sum().item(), rel=0.02)
     assert load_pipeline(lora=str(own)).transformer.peft_config
+    start_adapter(tmp_path / "on", own, config)
+    begun = load_file(tmp_path / "on" / "step-0000000" / "weights.safetensors")
+    assert {key.replace("/", ".") for key in begun} == base.keys()
+    assert torch.allclose(begun[f"{name}.weight".replace(".", "/")], base[f"{name}.weight"].float() + made, atol=1e-6)
+    on = train_sparse(tmp_path, replace(config, learning_rate=1e-9, muon_learning_rate=1e-9), name="on", batch=1,
+                      validation=())  # fmt: skip
+    moved = load_file(on / "diffusion_pytorch_model.safetensors")
+    assert all(torch.allclose(moved[key.replace("/", ".")], tensor, atol=1e-6) for key, tensor in begun.items())
+    record = json.loads((on.parent / "config.json").read_text())
+    assert record["base_weights"] == about["base_weights"]  # so what it learned is told from the package's base
+
+
+def test_a_run_that_goes_on_takes_no_other_model(tmp_path):
+    ran = CliRunner().invoke(app, ["sparse", "--folder", str(tmp_path), "--onward", "--model", str(WEIGHTS)])
+    assert isinstance(ran.exception, ValueError)
+    assert str(ran.exception) == "onward goes on from the package's own weights and LoRA: leave model out."
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_warm_up_fits_into_a_short_run():
+    assert choose(full=True, steps=100).lr_warmup_steps == 10
+    assert choose(full=True).lr_warmup_steps == FULL.lr_warmup_steps
+    assert choose(full=True, kv=True) == FULL_KV

@@ -85,6 +85,16 @@ FULL = replace(
 """All weights, against the truth: there is no copy of the base to ask. An eighth of the sets, which have all tokens,
 hold what those need."""
 
+FULL_KV = replace(
+    FULL,
+    kv=True,
+    dropping=replace(KV.dropping, dense=0.5, merge=(0.0,)),
+    unseen=0.5,
+    learning_rate=1.5e-4,
+    muon_learning_rate=3.5e-4,
+)
+"""The same for KV mode, from the LoRA that `KV` makes (`start_adapter`): half of the sets have all tokens."""
+
 VALIDATION = (("edit_background", 100), ("edit_object", 100), ("subject_place", 100), ("subject_pair", 100))
 
 
@@ -156,15 +166,20 @@ def train_sparse(
 def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) -> None:
     """Write a LoRA that was shipped as step 0 of the run `folder`, from which `train_sparse` goes on with `config`.
 
-    It may be one of another base: what it learned there is nearer than nothing. It is taken at `config.lora_alpha`.
+    It may be one of another base: what it learned there is nearer than nothing. It is taken at `config.lora_alpha`;
+    with `config.full` what it changes is added to the weights, as `load_pipeline` takes it.
     Raises ValueError for one of the other mode, of other layers or another rank, and where a run has begun in `folder`.
     """
     if newest_step(folder):
         raise ValueError(f"{folder} holds a run at step {newest_step(folder)}: name another folder.")
     if adapter_record(adapter).get("kv", False) != config.kv:
         raise ValueError(f"{adapter} and the config differ in whether they are for KV mode: take one for the same.")
-    host = find_host(load_pipeline(dtype="float32", device="cpu", lora=NO_LORA), config.kv)
-    trained = prepare(host, config)
+    pipe = load_pipeline(dtype="float32", device="cpu", lora=str(adapter) if config.full else NO_LORA, kv=config.kv)
+    if config.full:
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        return start_from(prepare(find_host(pipe, config.kv), config), folder)
+    trained = prepare(find_host(pipe, config.kv), config)
     named = {name: "transformer." + name.replace("/", ".").replace(".default", "") for name in trained.state_dict()}
     own = load_file(adapter)
     shapes = {named[name]: tensor.shape for name, tensor in trained.state_dict().items()}
@@ -230,8 +245,9 @@ def choose(
     preservation: float | None = None,
     merge: Sequence[float] | None = None,
 ) -> FinetuneConfig:
-    """A config from the few settings that the experiments vary; None leaves the recipe's own."""
-    config = FULL if full else KV if kv else LORA
+    """A config from the few settings that the experiments vary; None leaves the recipe's own. The warm-up is a tenth of
+    the steps at most."""
+    config = (FULL_KV if kv else FULL) if full else KV if kv else LORA
     if dense:  # the control trains on what the others only preserve, and one set of all tokens is like the other
         config = replace(config, distillation=0.0, preservation=0.0, subsets=1)
     dropping = replace(
@@ -241,6 +257,7 @@ def choose(
         merge=tuple(merge) if merge else (0.0,) if random_only else config.dropping.merge,
         dense=1.0 if dense else config.dropping.dense,
     )
+    steps = steps or config.max_train_steps
     return replace(
         config,
         kv=kv,
@@ -251,5 +268,6 @@ def choose(
         rank=rank or config.rank,
         lora_alpha=rank or config.lora_alpha,
         learning_rate=config.learning_rate if learning_rate is None else learning_rate,
-        max_train_steps=steps or config.max_train_steps,
+        lr_warmup_steps=min(config.lr_warmup_steps, steps // 10),
+        max_train_steps=steps,
     )
