@@ -1,73 +1,106 @@
-"""Variants of the fine-tuning, and shares of each: the embedded model's quality on validation scenes.
+"""Variants of the fine-tuning, each run as long: what they gain and lose on validation scenes.
 
-    python runs/ablations.py [--runs sparse sparse-random sparse-truth] [--scales 0.5 1]
+    python runs/ablations.py [--all-selectors NAME ...] [--spread NAME ...] [--runs NAME ...] [--scale 0.6]
 
-The runs are those of runs/train_mini.sh, by the names of their folders. A share of a LoRA is what `--lora-scale` takes
-of it: with all tokens the harm grows with the square of the share, since the base had its minimum there, while the gain
-with dropped tokens begins with its first power. What is chosen here goes into `adapter --scale`. `auto` is what the
-tasks choose by themselves. Stopped at any point, it goes on there. The numbers are PSNR against the truth, inside the
-object or, for global edits, of the whole picture; differences are to the dense base with all tokens, scene by scene.
+The runs are folders that runs/train_ablations.sh makes. What a run changed is taken as the package takes its own: the
+LoRA of `--rank`, of a run of all weights the strongest directions of its change, and of that the share `--scale` (with
+all tokens the harm grows with the square of the share, since the base had its minimum there, while the gain with
+dropped tokens begins with its first power). Every run is measured with what the tasks choose by themselves, `auto`;
+those of `--spread` without and with spread tokens too, those of `--all-selectors` with every selector as well, and
+those of `--methods`, which were fine-tuned for a peer's way of saving tokens, with that alone. Stopped at any point, it
+goes on there. The numbers are PSNR against the truth, inside the object or, for global edits, of the whole picture:
+differences to the dense base with all tokens, and what a run has won over the base with the same tokens, scene by
+scene.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
 
-from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
+from peers import PEERS, peer_maker
+
+from sparse_context.evaluation.evaluate import DENSE, Cell, evaluate, fingerprint, grid, maker, summarise
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.generation import NO_LORA, load_pipeline
 from sparse_context.mini import adapter_record
 from sparse_context.mini.data import load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.mini.sparse import export_adapter
 from sparse_context.result import write_result
-from sparse_context.training.finetune import LORA_FILE
+from sparse_context.selection import SparseContextConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+BASE = "base"
+ALL = ["mix", "random"]
+SPREAD = ["coverage-0", "coverage-0.3"]
+RUNS = ["dense", "lora", "lora-distilled"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality after variants of its fine-tuning.")
-    parser.add_argument("--runs", nargs="+", default=["sparse"], help="folders in the working folder")
-    parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 1.0])
+    parser.add_argument("--all-selectors", nargs="*", default=ALL, help="runs, by their folders")
+    parser.add_argument("--spread", nargs="*", default=SPREAD, help="runs measured with spread tokens too")
+    parser.add_argument("--runs", nargs="*", default=RUNS, help="runs measured with what the tasks choose alone")
+    parser.add_argument("--methods", nargs="*", choices=PEERS, default=PEERS, help="runs of train_peers.py")
+    parser.add_argument("--scale", type=float, default=0.6, help="the share of each that is taken")
+    parser.add_argument("--rank", type=int, default=64, help="of what is cut from runs of all weights")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.1])
     parser.add_argument("--scenes", type=int, default=32)
-    parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="the working folder")
+    parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints" / "ablations", help="working folder")
+    parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "ablations.json")
     arguments = parser.parse_args()
 
-    assets = load_assets(arguments.checkpoints / "assets.safetensors").split("validation")
+    assets = load_assets(arguments.assets).split("validation")
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED["validation"])
-    keeps = (1.0, *arguments.keeps)
-    cells = grid(keeps, ("random", "edges", "subject", "mask")) | grid(keeps)
-    metrics = find_metrics(["psnr"])
+    keeps, place = (1.0, *arguments.keeps), arguments.checkpoints / arguments.output.stem
+    by_task = grid(keeps)
+    spread = grid((1.0, arguments.keeps[0]), coverages=(0.0, 0.3))
+    selectors = grid(keeps, ("random", "uniform", "edges", "subject", "mask"))
 
-    def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:
+    def measure(name: str, lora: str) -> dict[str, list[dict]]:
         """The figures of every scene, by setting."""
-        pipe = load_pipeline(lora=lora, lora_scale=scale)
+        pipe = load_pipeline(lora=lora, lora_scale=1.0 if lora == NO_LORA else arguments.scale)
         pipe.set_progress_bar_config(disable=True)
         make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
-        folder = arguments.checkpoints / arguments.output.stem / name
-        evaluate(make, samples, cells, metrics, folder, about={"weights": fingerprint(pipe), "scale": scale})
-        files = {cell: folder / "cells" / f"{cell}.json" for cell in cells}
+        everything = name == BASE or name in arguments.all_selectors
+        cells = grid([1.0]) if name in arguments.methods else dict(by_task)
+        cells |= spread if everything or name in arguments.spread else {}
+        cells |= selectors if everything else {}
+        for method in arguments.methods if name == BASE else {name} & set(arguments.methods):
+            for keep in arguments.keeps:
+                config, about = SparseContextConfig(keep=keep), {"method": method}
+                cells[f"{method}-{keep:g}"] = Cell(config, make=peer_maker(pipe, method), about=about)
+        about = {"weights": fingerprint(pipe), "scale": 0 if name == BASE else arguments.scale}
+        evaluate(make, samples, cells, find_metrics(["psnr"]), place / name, about=about)
+        files = {cell: place / name / "cells" / f"{cell}.json" for cell in cells}
         return {cell: json.loads(file.read_text())["figures"]["samples"] for cell, file in files.items()}
 
-    base = measure("base", NO_LORA, 1.0)
-    records, figures = {}, {"base": {"0": summarise(base)}}
-    for run in arguments.runs:
-        adapter = arguments.checkpoints / run / LORA_FILE
-        records[run], figures[run] = adapter_record(adapter), {}
-        for scale in arguments.scales:
-            rows = measure(f"{run}-{scale:g}", str(adapter), scale)
-            rows["all tokens"] = rows.pop(DENSE)
-            figures[run][f"{scale:g}"] = groups = summarise({DENSE: base[DENSE]} | rows)
-            for group, settings in groups.items():
-                score = "psnr" if group == "global edits" else "psnr_in_mask"
-                shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items())
-                print(f"{run}, {scale:g} of it, {group}: {', '.join(shown)}", flush=True)
-    config = {"split": "validation", "keeps": arguments.keeps, "cells": list(cells), "runs": records}
-    write_result(arguments.output, arguments.output.stem, config, figures)
+    base = measure(BASE, NO_LORA)
+    records: dict[str, dict] = {}
+    against_dense, won = {BASE: summarise(base)}, {}
+    for run in (*arguments.all_selectors, *arguments.spread, *arguments.runs, *arguments.methods):
+        (place / run).mkdir(parents=True, exist_ok=True)
+        adapter = export_adapter(arguments.checkpoints / run, place / run, rank=arguments.rank)
+        records[run] = adapter_record(adapter)
+        rows = measure(run, str(adapter))
+        rows["all tokens"] = rows.pop(DENSE)
+        against_dense[run] = summarise({DENSE: base[DENSE]} | rows)
+        won[run] = defaultdict(dict)
+        for cell in [name for name in rows if name in base]:
+            for group, entry in summarise({DENSE: base[cell], cell: rows[cell]}).items():
+                won[run][group][cell] = entry[cell]
+        for group, cells in against_dense[run].items():
+            score = "psnr" if group == "global edits" else "psnr_in_mask"
+            shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in cells.items())
+            print(f"{run}, {group}: {', '.join(shown)}", flush=True)
+    config = {"split": "validation", "keeps": arguments.keeps, "scale": arguments.scale, "rank": arguments.rank,
+              "all selectors": arguments.all_selectors, "spread": arguments.spread, "methods": arguments.methods,
+              "runs": records}  # fmt: skip
+    write_result(arguments.output, arguments.output.stem, config, {"against dense": against_dense, "won": won})
     print(f"wrote {arguments.output}")
 
 

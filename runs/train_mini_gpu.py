@@ -10,8 +10,8 @@ a machine with little time or no network; `python -m sparse_context.mini data` m
 nothing has to be known of the machine's speed; 0 leaves one out. The fine-tunings for dropped tokens are of all weights
 and begin with what the package's LoRAs change, at 1.5 times the recipes' learning rates, for their batches are larger.
 It writes the weights into the package, which removes the LoRAs of the former ones from there, and a copy with the logs
-and the fine-tuned transformers into the output; `mini adapter` cuts a LoRA out of its run's folder. It does not resume:
-what was killed begins anew, in another folder, and from the package as it was (`git checkout
+and the fine-tuned transformers into the output: `mini adapter --folder OUTPUT --name sparse` cuts a LoRA out of one.
+It does not resume: what was killed begins anew, in another folder, and from the package as it was (`git checkout
 sparse_context/mini/weights`).
 How the shipped weights were made, sparse_context/mini/README.md says.
 """
@@ -34,7 +34,7 @@ from safetensors.numpy import load_file, save_file
 from sparse_context.mini import ADAPTERS, WEIGHTS
 from sparse_context.mini.data import load_assets
 from sparse_context.mini.recipe import BaseConfig, VaeConfig, export, restore, train_base, train_vae
-from sparse_context.mini.sparse import FULL, FULL_KV, start_adapter, train_sparse
+from sparse_context.mini.sparse import FULL, FULL_KV, train_sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 FOREVER = 10**6  # steps and checkpoints of a run by the clock
@@ -96,7 +96,7 @@ def train(arguments: argparse.Namespace) -> None:
     adapters = {}
     for name, own in (("sparse", ADAPTERS["plain"]), ("sparse-kv", ADAPTERS["kv"])):
         if (WEIGHTS / own.name).is_file():  # the export of another base removes it
-            adapters[name] = shutil.copy(WEIGHTS / own.name, folder / own.name)
+            adapters[name] = Path(shutil.copy(WEIGHTS / own.name, folder / own.name))
     try:
         restore(WEIGHTS, folder)
     except FileExistsError as error:
@@ -131,14 +131,17 @@ def train(arguments: argparse.Namespace) -> None:
                 muon_learning_rate=1.5 * config.muon_learning_rate,
                 seed=arguments.seed,
             )
-            if name in adapters:
-                start_adapter(folder / name, adapters[name], config)
             made = train_sparse(
-                folder, config, name=name, batch=arguments.sparse_batch, workers=workers, seconds=seconds
+                folder,
+                config,
+                name=name,
+                batch=arguments.sparse_batch,
+                start=adapters.get(name),
+                workers=workers,
+                seconds=seconds,
             )
             copy_log(name)
-            shutil.copy(folder / name / "config.json", output / f"{name}.json")
-            shutil.copytree(made, output / name, dirs_exist_ok=True)
+            shutil.copytree(made, output / name / made.name, dirs_exist_ok=True)
 
 
 def main() -> None:

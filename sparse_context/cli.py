@@ -126,7 +126,7 @@ def generate(
             dtype=dtype,
             device=device,
             cpu_offload=cpu_offload,
-            lora=NO_LORA if own and keep == everything.keep else lora,
+            lora=NO_LORA if own and all(each == 1 for each in (keep if isinstance(keep, list) else [keep])) else lora,
             lora_scale=lora_scale,
             kv=kv,
         )
@@ -410,9 +410,10 @@ def evaluate(
     from .evaluation.evaluate import evaluate, fingerprint, grid, maker, open_folder, table
     from .evaluation.metrics import METRICS, find_metrics
     from .evaluation.pie_bench import PIE_METRICS, read_pie_bench
-    from .evaluation.plots import draw_all
+    from .evaluation.plots import check_matplotlib, draw_all
     from .manifest import read_samples
 
+    check_matplotlib()
     if (manifest is None) == (pie_bench is None):
         raise ValueError("Name what to evaluate on: pass either --manifest or --pie-bench.")
     known = METRICS if pie_bench is None else PIE_METRICS | METRICS

@@ -1,4 +1,4 @@
-"""References and a prompt in, a picture out: what the faces (command line, app, server) call.
+"""References and a prompt in, a picture out: what the command line calls.
 
 Bad input raises ValueError (or one of its kinds) with one sentence that says what is wrong and what to do.
 """
@@ -22,7 +22,7 @@ from PIL import Image
 from .families import FAMILIES, Family, family_of
 from .mini import ADAPTERS, CALL_FILE, WEIGHTS, adapter_record, read_call_settings
 from .preview import fit_reference, reference_mask
-from .selection import Selection, SparseContextConfig
+from .selection import Selection, SparseContextConfig, per_reference
 from .selectors import Blend, Mask
 from .sparsify import apply_sparse_context, last_selection
 from .speed.timing import Times, timed
@@ -328,9 +328,9 @@ def reference_sides(reference_size: Any, config: SparseContextConfig, count: int
     """The size that each reference is scaled to, where a model says it: one number, or one for each task.
 
     Under the task "auto" one reference is taken for a picture to edit, several for subjects, as `task_defaults` does;
-    a global edit is an edit.
+    a global edit is an edit. Raises ValueError for another number of tasks.
     """
-    tasks = [config.task] * count if isinstance(config.task, str) else list(config.task)
+    tasks = per_reference("task", config.task, count)
     if not isinstance(reference_size, Mapping):
         return [reference_size] * count
     kinds = {"auto": "edit" if count == 1 else "subject", "global": "edit"}

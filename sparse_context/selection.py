@@ -243,8 +243,8 @@ def select_tokens(
     sizes = [rows * columns for rows, columns in grids]
     pictures: list[Any] = [[image] if isinstance(image, np.ndarray) else image for image in images]
     check_budget(config.keep, references=count)
-    tasks = _per_reference("task", config.task, count)
-    selectors = _per_reference("selector", config.selector, count)
+    tasks = per_reference("task", config.task, count)
+    selectors = per_reference("selector", config.selector, count)
     for i in range(count):
         user_mask(config.selector, i)  # raises where there are too few
     given = find_mask(config.selector)
@@ -254,7 +254,7 @@ def select_tokens(
             "(None for its own alpha channel)."
         )
 
-    keeps = _per_reference("keep", config.keep, count)
+    keeps = per_reference("keep", config.keep, count)
     everything = keeps_all(config.keep, sizes)
     apart = isinstance(config.keep, (list, tuple, np.ndarray)) and config.multiple_of == 1
     labels, coverages = [], []
@@ -305,7 +305,7 @@ def select_tokens(
     return Selection(kept, task, tuple(coverages), time.perf_counter() - start)
 
 
-def _per_reference(name: str, value, count: int) -> list:
+def per_reference(name: str, value, count: int) -> list:
     """One value for each reference, from one for all or a sequence with one each."""
     if not isinstance(value, (list, tuple, np.ndarray)):
         return [value] * count

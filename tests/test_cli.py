@@ -568,6 +568,16 @@ def test_the_result_is_that_of_the_pipeline_itself(generate, tiny_model, inputs,
     assert 0 < told["seconds"] == report["seconds"]["selection"] < report["seconds"]["total"]
 
 
+def test_each_reference_with_all_tokens_is_all_tokens(command):
+    for name, keep in (("one.png", ("1",)), ("each.png", ("1.0", "1"))):
+        code, _, err = command(
+            "generate", "--prompt", "the object of image 1", "--image", "{in}/a.png", "--image", "{in}/b.png",
+            *(part for value in keep for part in ("--keep", value)), "--steps", 1, "--output", name,
+        )  # fmt: skip
+        assert code == 0, err
+    assert np.array_equal(pixels("one.png"), pixels("each.png"))
+
+
 def test_with_all_tokens_the_embedded_model_runs_without_its_adapter(command):
     for keep in ("1", "0.2"):
         for name, lora in (("own", ()), ("none", ("--lora", "none"))):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import picture
 
@@ -156,6 +157,18 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert last.startswith("sparse-context: ") and message in last, errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_runs_out_is_one_sentence(monkeypatch, capfd, data, tiny_model, tmp_path):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("sparse_context.training.launch.finetune", full)
+    code, _, err = call(
+        monkeypatch, capfd, "-m", tiny_model, "--data", data / "good.jsonl", "--output-dir", tmp_path / "out"
+    )
+    said = [line for line in err.splitlines() if line.startswith("sparse-context: ")]
+    assert code == 2 and len(said) == 1 and "memory ran out: pass a smaller --resolution" in said[0]
 
 
 def test_the_module_for_accelerate_launch_is_the_same_command(data):

@@ -564,6 +564,13 @@ def test_without_data_it_asks_for_some(monkeypatch, capsys):
     assert "pass either --manifest or --pie-bench" in capsys.readouterr().err
 
 
+def test_without_what_draws_curves_it_says_so_before_anything_is_made(manifest, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sparse_context.evaluation.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("sparse_context.generation.load_pipeline", lambda *args, **kwargs: pytest.fail("it loaded"))
+    assert call(monkeypatch, ["evaluate", "--manifest", str(manifest), "--output", str(tmp_path / "out")]) == 2
+    assert "matplotlib is not installed" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9 here")
 def test_a_killed_run_loses_no_finished_cell(manifest, tiny_model, tmp_path, monkeypatch):
     arguments = command(manifest, tiny_model, tmp_path / "killed", "--keep", "0.5,0.4,0.3,0.2", "--selector", "random")

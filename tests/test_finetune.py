@@ -410,6 +410,14 @@ def test_a_lora_of_a_run_gives_equal_outputs_in_plain_diffusers(tmp_path):
     assert not list(result.parent.glob("*.partial"))
 
 
+def test_all_weights_have_their_record_beside_them(tmp_path):
+    config = FinetuneConfig(full=True, **SMALL | {"max_train_steps": 1})
+    result = finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    record = json.loads((result / "sparse_context.json").read_text())
+    assert (record["base"], record["steps"], record["kv"]) == ("tiny", 1, False)
+    assert record["base_weights"] == json.loads((tmp_path / "config.json").read_text())["base_weights"]
+
+
 def test_all_weights_are_trained_and_loaded_back(tmp_path):
     host = klein()
     before = {name: p.clone() for name, p in host.transformer.named_parameters()}
@@ -461,6 +469,14 @@ def test_muon_takes_the_matrices_of_the_blocks(tmp_path):
     finetune(host, batches, tmp_path, config, base="tiny", data="x")
     moved = {name for name, p in host.transformer.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in before.items() if p.ndim == 2 and "transformer_blocks." in name}
+
+
+def test_muon_trains_a_lora_too(tmp_path):
+    host = klein()
+    config = FinetuneConfig(muon_learning_rate=1e-3, **SMALL)
+    lora = load_file(finetune(host, batches, tmp_path, config, base="tiny", data="x"))
+    assert all(tensor.isfinite().all() for tensor in lora.values())
+    assert any(tensor.any() for name, tensor in lora.items() if "lora_B" in name)  # which begin at 0
 
 
 def test_the_rest_decays_as_asked_beside_muon(tmp_path):
@@ -546,6 +562,30 @@ def test_validation_draws_dense_beside_sparse_and_leaves_the_training_alone(tmp_
     assert open_picture(sheets[0]).width == 64 + 96 + 3 * 64 + 4 * 8
     one, other = load_file(plain), load_file(shown)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Under autocast torch says once that RMS norm, whose weights stay float32, is not fused
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_validation_runs_with_float32_weights_beside_a_narrow_text_encoder(tmp_path):
+    host = klein()
+    host.pipe.text_encoder.to(torch.bfloat16)
+    host.pipe.register_to_config(_name_or_path=str(tmp_path))
+    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host._settings}))
+    config = FinetuneConfig(full=True, validation_steps=1, **SMALL | {"max_train_steps": 1})
+    finetune(host, batches, tmp_path / "run", config, base="tiny", data="x", validation=[example()])
+    assert (tmp_path / "run" / "validation" / "step-0000001.webp").is_file()
+
+
+def test_no_run_ends_by_its_validation_pictures(tmp_path, capsys):
+    host = klein()
+    host.pipe.register_to_config(_name_or_path=str(tmp_path))
+    (tmp_path / "call.json").write_text(json.dumps({"max_references": 1, **host._settings}))
+    config = FinetuneConfig(validation_steps=1, **SMALL | {"max_train_steps": 2})
+    result = finetune(host, batches, tmp_path / "run", config, base="tiny", data="x", validation=[example()])
+    assert result.is_file() and not list((tmp_path / "run").glob("validation/*"))
+    said = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line.split(":")[0] for line in said] == [f"No validation pictures at step {step}" for step in (1, 2)]
+    assert "There are 2 references" in said[0]
 
 
 @pytest.mark.parametrize(

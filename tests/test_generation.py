@@ -18,7 +18,7 @@ from tiny import picture
 
 import sparse_context.generation
 from sparse_context import SparseContextConfig, last_selection, mask
-from sparse_context.generation import call_settings, generate, load_pipeline
+from sparse_context.generation import call_settings, generate, load_pipeline, reference_sides
 from sparse_context.preview import fit_reference, select_pictures
 from sparse_context.selectors import blend
 
@@ -294,3 +294,12 @@ def test_what_fails_in_the_pipeline_is_one_sentence_with_its_cause(pipe, tmp_pat
         with pytest.raises(ValueError, match="^Flux2KleinPipeline failed: tuple index out of range.$") as caught:
             generate(pipe, [picture(64, 64)], "the cat")
     assert isinstance(caught.value.__cause__, IndexError)
+
+
+def test_another_number_of_tasks_than_references_is_named():
+    config = SparseContextConfig(task=["edit", "subject"])
+    for size in (64, {"edit": 64, "subject": 128}):
+        with pytest.raises(
+            ValueError, match="task has 2 values for 3 references: pass one value, or one per reference"
+        ):
+            reference_sides(size, config, 3)

@@ -165,23 +165,31 @@ def test_a_run_of_all_weights_is_exported_as_a_lora(assets, tmp_path):
     left = (change - made).square().sum()
     assert left.item() == pytest.approx(torch.linalg.svdvals(change)[8:].square().sum().item(), rel=0.02)
     assert load_pipeline(lora=str(own)).transformer.peft_config
-    start_adapter(tmp_path / "on", own, config)
+    slow = replace(config, learning_rate=1e-9, muon_learning_rate=1e-9)
+    on = train_sparse(tmp_path, slow, name="on", batch=1, start=own, validation=())
     begun = load_file(tmp_path / "on" / "step-0000000" / "weights.safetensors")
     assert {key.replace("/", ".") for key in begun} == base.keys()
     assert torch.allclose(begun[f"{name}.weight".replace(".", "/")], base[f"{name}.weight"].float() + made, atol=1e-6)
-    on = train_sparse(tmp_path, replace(config, learning_rate=1e-9, muon_learning_rate=1e-9), name="on", batch=1,
-                      validation=())  # fmt: skip
     moved = load_file(on / "diffusion_pytorch_model.safetensors")
     assert all(torch.allclose(moved[key.replace("/", ".")], tensor, atol=1e-6) for key, tensor in begun.items())
     record = json.loads((on.parent / "config.json").read_text())
     assert record["base_weights"] == about["base_weights"]  # so what it learned is told from the package's base
+    assert record["start"] == own.name
+    with pytest.raises(ValueError, match=f"start was '{own.name}' and is now None"):
+        train_sparse(tmp_path, replace(slow, max_train_steps=2), name="on", batch=1, validation=())
 
 
 def test_a_run_that_goes_on_takes_no_other_model(tmp_path):
     ran = CliRunner().invoke(app, ["sparse", "--folder", str(tmp_path), "--onward", "--model", str(WEIGHTS)])
     assert isinstance(ran.exception, ValueError)
-    assert str(ran.exception) == "onward goes on from the package's own weights and LoRA: leave model out."
+    assert str(ran.exception) == "A LoRA to start from is of the package's own weights: leave the model out."
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["[]", "not JSON", '"x"'])
+def test_a_lora_of_others_has_no_record(tmp_path, text):
+    save_torch({"x": torch.zeros(1)}, tmp_path / "lora.safetensors", {"sparse_context": text})
+    assert adapter_record(tmp_path / "lora.safetensors") == {}
 
 
 def test_the_warm_up_fits_into_a_short_run():

@@ -26,6 +26,7 @@ from sparse_context.speed.kinds import KINDS
 from sparse_context.speed.memory import Peak
 from sparse_context.speed.methods import METHODS, downscaled_grid, make_hosts, merge_tokens, reference_tokens
 from sparse_context.speed.shapes import SHAPES, Shape, build_transformer, draw_weights, shape_of, with_blocks
+from sparse_context.speed.timing import timed
 from sparse_context.tokens import ReferenceTokens
 
 CALL = {"prompt": "the cat", "max_sequence_length": 12, "text_encoder_out_layers": [1, 2], "guidance_scale": 1.0}
@@ -348,6 +349,47 @@ def test_whole_calls(pipe, tmp_path, monkeypatch):
             assert drawn.width == panels * 768
 
 
+@pytest.mark.parametrize("change", [{"keep": [0.2]}, {"value": "good"}, {"references": "4"}, {"method": None}])
+def test_quality_that_could_not_be_drawn_is_refused(tmp_path, change):
+    point = {"method": "sparse", "keep": None, "references": 4, "value": 1, "metric": "PSNR"}
+    (tmp_path / "quality.json").write_text(json.dumps([point]))
+    assert read_quality(tmp_path / "quality.json") == [point]
+    (tmp_path / "quality.json").write_text(json.dumps([point, point | change]))
+    with pytest.raises(ValueError, match="quality.json holds no quality figures: pass a JSON list of"):
+        read_quality(tmp_path / "quality.json")
+
+
+def test_what_ends_a_call_before_its_first_step_is_what_is_raised(monkeypatch):
+    pipe = tiny.build_flux2(Flux2KleinPipeline, is_distilled=True)
+    monkeypatch.setattr(bench_module, "_call", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    config = BenchConfig(references=(1,), keep=(0.25,), methods=("sparse",), turns=1, steps=1, size=(64,))
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        bench(pipe, [Image.new("RGB", (64, 64))], "x", config)
+
+
+def test_watchers_of_shared_parts_may_leave_in_any_order():
+    first = tiny.build_flux2(Flux2KleinPipeline, is_distilled=True)
+    second = Flux2KleinPipeline(**first.components)
+    before = dict(vars(first.vae))
+    one, two = timed(first), timed(second)
+    one.__enter__()
+    two.__enter__()
+    first.vae.encode(torch.zeros(1, 3, 32, 32))
+    one.__exit__(None, None, None)
+    with timed(first) as times:
+        first.vae.encode(torch.zeros(1, 3, 32, 32))
+    assert times.encode > 0
+    two.__exit__(None, None, None)
+    assert vars(first.vae) == before
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench_module, "bench", lambda *args: pytest.fail("it was timed"))
+    with pytest.raises(ValueError, match=r"A plot needs matplotlib: pip install 'sparse-context\[plots\]'"):
+        bench_module.run_bench(bench_module.BenchConfig(), plot_to=tmp_path / "plot.png")
+
+
 def test_blocks_alone():
     config = BenchConfig(references=(2,), keep=(0.25,), size=(64,), turns=2)
     figures = bench_blocks(SMALL, 1, torch.device("cpu"), torch.float32, config)
@@ -494,6 +536,7 @@ def command(monkeypatch, capsys, *arguments):
         (["--dtype", "int8"], "dtype is 'int8': choose auto"),
         (["--device", "cuda:99"], "device is 'cuda:99', but this machine has"),
         (["--output", "no/where.json"], "no/where.json cannot be written: the folder no does not exist"),
+        (["--output", "."], ". is a folder: name a file in it."),
         (["--plot", "no/where.png"], "cannot be written: the folder"),
         (["--quality", "missing.json"], "missing.json holds no quality figures: pass a JSON list of"),
     ],

@@ -16,7 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparse_context.training.dropping import Dropping, draw_selection
-from sparse_context.training.loop import SCHEDULES, learning_rate, load_average, make_optimisers, newest_step, train
+from sparse_context.training.loop import (
+    SCHEDULES,
+    has_begun,
+    learning_rate,
+    load_average,
+    make_optimisers,
+    newest_step,
+    start_from,
+    train,
+)
 from sparse_context.training.muon import Muon
 
 
@@ -57,6 +66,11 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     module, (adamw, muon), _ = problem()
     assert [p is module["blocks"].weight for g in muon.param_groups for p in g["params"]] == [True]
     assert sum(len(g["params"]) for g in adamw.param_groups) == 3
+
+
+def test_where_all_is_matrices_of_blocks_there_is_muon_alone():
+    (muon,) = make_optimisers(nn.ModuleDict({"blocks": nn.Linear(4, 4, bias=False)}), ["blocks"], lr=1e-2, muon_lr=1e-2)
+    assert isinstance(muon, Muon)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +131,15 @@ def test_two_checkpoints_are_kept_and_a_half_written_one_is_ignored(tmp_path):
     (tmp_path / "step-0000015.partial").mkdir()
     module, _, _ = problem()
     assert load_average(tmp_path, module) == 12
+
+
+def test_the_start_of_a_run_is_written_over_what_a_kill_left(tmp_path):
+    (tmp_path / "step-0000000.partial").mkdir()
+    (tmp_path / "step-0000000.partial" / "weights.safetensors").write_text("half")
+    assert not has_begun(tmp_path)
+    start_from(nn.Linear(2, 2), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000000"]
+    assert has_begun(tmp_path) and newest_step(tmp_path) == 0
 
 
 def test_checkpoints_go_by_their_number_and_copies_beside_them_are_left_alone(tmp_path):

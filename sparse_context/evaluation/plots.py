@@ -1,6 +1,7 @@
 """Pictures of an evaluation: the curves, and the sheet of what was made. No display is needed."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from ..preview import column, label, side_by_side
 from .evaluate import DENSE, SHOWN
 
 GROUPS_A_ROW = 3
+
+
+def check_matplotlib() -> None:
+    """Raise ValueError where what draws the curves is not installed."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is not installed: `pip install 'sparse-context[evaluate]'`.")
 
 
 def lines_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -45,11 +52,10 @@ def draw_curves(result: Mapping[str, Any], score: str, before: Mapping[str, Any]
     such as that of the weights before fine-tuning: dotted, without bands. Raises ValueError for a score that the result
     does not have, and without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("matplotlib is not installed: `pip install 'sparse-context[evaluate]'`.") from error
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     groups = {
         name: cells
         for name, cells in result["figures"].items()

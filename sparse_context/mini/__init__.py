@@ -15,12 +15,18 @@ ADAPTERS = {"plain": WEIGHTS / "pytorch_lora_weights.safetensors", "kv": WEIGHTS
 def adapter_record(path: Path) -> dict:
     """What an adapter's file says of its training: base and its fingerprint, steps, keep range, drop mix, KV mode.
 
-    Of the embedded model's own also `scale`, the share of what was learned that it takes.
+    Of the embedded model's own also `scale`, the share of what was learned that it takes. Empty for a file that says
+    nothing of the kind, as those of others do.
     """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("sparse_context", "{}"))
+        text = (file.metadata() or {}).get("sparse_context", "{}")
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def read_call_settings(path: Path) -> dict | None:

@@ -108,22 +108,28 @@ def sparse(
     dense: Annotated[bool, typer.Option("--dense", help="The control: every batch keeps all tokens.")] = False,
     seed: int = 0,
     model: Annotated[str | None, typer.Option(help="Start from this folder, not the shipped weights.")] = None,
-    onward: Annotated[bool, typer.Option("--onward", help="Begin with what the package's own LoRA changes.")] = False,
+    onward: Annotated[
+        bool, typer.Option("--onward", help="Begin with what the package's own LoRA changes; with --full.")
+    ] = False,
 ) -> None:
     """Fine-tune the embedded model with dropped reference tokens; run again, it continues."""
-    from ..training.loop import newest_step
     from . import ADAPTERS
-    from .sparse import choose, start_adapter, train_sparse
+    from .sparse import choose, train_sparse
 
     config = choose(
         full=full, kv=kv, steps=steps, rank=rank, learning_rate=learning_rate, distillation=distillation,
         random_only=random_only, coverage=coverage, dense=dense, seed=seed, preservation=preservation, merge=merge,
     )  # fmt: skip
-    if onward and model is not None:
-        raise ValueError("onward goes on from the package's own weights and LoRA: leave model out.")
-    if onward and not newest_step(folder / name):
-        start_adapter(folder / name, ADAPTERS["kv" if kv else "plain"], config)
-    result = train_sparse(folder, config, name=name, batch=batch, model=model, workers=workers, stop_after=stop_after)
+    result = train_sparse(
+        folder,
+        config,
+        name=name,
+        batch=batch,
+        model=model,
+        start=ADAPTERS["kv" if kv else "plain"] if onward else None,
+        workers=workers,
+        stop_after=stop_after,
+    )
     print(f"wrote {result}")
 
 

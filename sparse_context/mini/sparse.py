@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from ..generation import NO_LORA, load_pipeline
 from ..training.data import Example, fingerprint
 from ..training.dropping import MIX, Dropping
-from ..training.finetune import EMBEDDED, LORA_FILE, FinetuneConfig, finetune, prepare, training_record
+from ..training.finetune import EMBEDDED, LORA_FILE, RECORD_FILE, FinetuneConfig, finetune, prepare
 from ..training.hosts import find_host
-from ..training.loop import newest_step, start_from, writing
+from ..training.loop import has_begun, newest_step, start_from, writing
 from ..training.lora import extract_lora
 from . import ADAPTERS, WEIGHTS, adapter_record
 from .data import Assets, load_assets
@@ -126,6 +126,7 @@ def train_sparse(
     name: str = "sparse",
     batch: int = 4,
     model: str | None = None,
+    start: Path | None = None,
     stop_after: float | None = None,
     seconds: float | None = None,
     workers: int = 0,
@@ -133,15 +134,21 @@ def train_sparse(
 ) -> Path:
     """Fine-tune, or continue, the run `folder/name`; returns the path of the result.
 
-    batch: as `BaseConfig` has it. model: a folder to start from instead of the shipped weights. workers: processes that
-    compose scenes ahead of the steps; 0 for a thread. stop_after, seconds: as in `loop.train`. Under `torchrun` several
+    batch: as `BaseConfig` has it. model: a folder to start from instead of the shipped weights. start: a LoRA that the
+    run begins from (`start_adapter`), if it has not begun. workers: processes that compose scenes ahead of the steps; 0
+    for a thread. stop_after, seconds: as in `loop.train`. Under `torchrun` several
     processes share each step. Raises ValueError and OSError in one sentence.
     """
     from accelerate import Accelerator
 
+    if start is not None and model is not None:
+        raise ValueError("A LoRA to start from is of the package's own weights: leave the model out.")
     everything = load_assets(folder / "assets.safetensors")
     device = default_device()
     accelerator = Accelerator(mixed_precision="bf16", cpu=device.type == "cpu")
+    if start is not None and accelerator.is_main_process and not has_begun(folder / name):
+        start_adapter(folder / name, start, config)
+    accelerator.wait_for_everyone()
     host = find_host(load_pipeline(model, dtype="float32", device=str(device), lora=NO_LORA), config.kv)
     held_out = everything.split("validation")
     result = finetune(
@@ -158,6 +165,7 @@ def train_sparse(
         stop_after=stop_after,
         seconds=seconds,
         batch=batch,
+        start=None if start is None else start.name,
     )
     accelerator.end_training()
     return result
@@ -184,7 +192,10 @@ def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) ->
     own = load_file(adapter)
     shapes = {named[name]: tensor.shape for name, tensor in trained.state_dict().items()}
     if {name: tensor.shape for name, tensor in own.items()} != shapes:
-        raise ValueError(f"{adapter} adapts other layers than a LoRA of rank {config.rank} on this model does.")
+        raise ValueError(
+            f"{adapter} adapts other layers than a LoRA of rank {config.rank} on this model does: go on from it with "
+            "all weights (full)."
+        )
     trained.load_state_dict({name: own[short].float() for name, short in named.items()})
     start_from(trained, folder)
 
@@ -206,8 +217,7 @@ def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0
         raise FileNotFoundError(f"{source} is missing: run `python -m sparse_context.mini sparse` first")
     base = load_pipeline(dtype="float32", device="cpu", lora=NO_LORA).transformer
     if full:
-        about = training_record(json.loads((folder / "config.json").read_text()) | {"steps": newest_step(folder)})
-        about["rank"] = rank
+        about = json.loads((tuned / RECORD_FILE).read_text()) | {"rank": rank}
     else:
         about = adapter_record(source)
     if about["base_weights"] != fingerprint(base):

@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -127,11 +128,12 @@ def bench(pipe: Any, pictures: Sequence[Image.Image], prompt: str, config: Bench
                 seen: list[Tokens] = []
                 watched = [watch_tokens(host.transformer, seen, row["size"] // token) for host in _hosts(hosts)]
                 try:
-                    return _call(hosts, *given, call, row["memory"])
+                    times = _call(hosts, *given, call, row["memory"])
                 finally:
                     for hook in watched:
                         hook.remove()
-                    row["tokens"] = asdict(seen[0])
+                row["tokens"] = asdict(seen[0])
+                return times
 
             jobs.append(run)
             rows.append(row)
@@ -222,6 +224,10 @@ def run_bench(
         raise ValueError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}.")
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"{output} cannot be written: the folder {output.parent} does not exist; make it first.")
+    if output is not None and output.is_dir():
+        raise ValueError(f"{output} is a folder: name a file in it.")
+    if plot_to is not None:
+        _check_matplotlib()
     shape = None if random_weights is None else find_shape(random_weights)
     if shape is not None and blocks is None and shape.kind != "flux2":
         raise ValueError(f"random-weights is {random_weights!r}, of which only blocks can be timed: pass --blocks N.")
@@ -266,10 +272,14 @@ def run_bench(
 
 def read_quality(path: Path) -> list[dict[str, Any]]:
     """Known quality from a JSON list of {"method", "keep", "references", "value", "metric"}; raises ValueError."""
-    names = {"method", "keep", "references", "value", "metric"}
+    names: dict[str, Any] = {"method": str, "keep": int | float | None, "references": int, "value": int | float,
+                             "metric": str}  # fmt: skip
     try:
         points = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(points, list) or any(not isinstance(p, dict) or names - p.keys() for p in points):
+        if not isinstance(points, list) or not all(
+            isinstance(p, dict) and all(name in p and isinstance(p[name], kind) for name, kind in names.items())
+            for p in points
+        ):
             raise ValueError("it is no list of points")
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -360,16 +370,20 @@ def table(figures: dict[str, Any]) -> str:
     )
 
 
+def _check_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise ValueError("A plot needs matplotlib: pip install 'sparse-context[plots]'.")
+
+
 def plot(figures: dict[str, Any], path: Path, quality: Sequence[dict[str, Any]] = ()) -> None:
     """Draw latency against references, a line for each method and keep; and what `quality` knows, against speed.
 
     `quality` has {"method", "keep", "references", "value", "metric"} for each point that is known. With one number of
     references there is no line to draw, and quality stands alone. Raises ValueError where matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("A plot needs matplotlib: pip install 'sparse-context[plots]'.") from error
+    _check_matplotlib()
+    from matplotlib.figure import Figure
+
     rows = figures["rows"]
     phase = "total" if "total" in rows[0]["seconds"] else "denoise"
     sizes = sorted({row["size"] for row in rows})

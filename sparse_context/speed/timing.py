@@ -3,9 +3,10 @@
 The clock is read only after the device has finished what it was given, so a phase is charged for its own work.
 """
 
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,43 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class _Watched:
+    """A method in whose calls others look on: they come and go in any order, as calls of several threads do."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+        self.watchers: list[Callable[[], AbstractContextManager]] = []
+        self.put_back: Callable[[], None] = lambda: None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for watcher in tuple(self.watchers):
+                stack.enter_context(watcher())
+            return self.method(*args, **kwargs)
+
+
+_changing = threading.Lock()
+
+
+@contextmanager
+def _watching(owner: Any, name: str, watcher: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Enter `watcher()` around the calls of a method of this instance; the last who leaves puts it back as it was."""
+    with _changing:
+        had_own, before = name in vars(owner), vars(owner).get(name)
+        watched = before if isinstance(before, _Watched) else _Watched(getattr(owner, name))
+        if watched is not before:
+            watched.put_back = lambda: setattr(owner, name, before) if had_own else delattr(owner, name)
+            setattr(owner, name, watched)
+        watched.watchers.append(watcher)
+    try:
+        yield
+    finally:
+        with _changing:
+            watched.watchers.remove(watcher)
+            if not watched.watchers:
+                watched.put_back()
+
+
 @contextmanager
 def timed(pipe: Any, peaks: dict[str, int] | None = None) -> Iterator[Times]:
     """Time the one call of `pipe` that is made inside; the figures are there when the block ends.
@@ -68,20 +106,17 @@ def timed(pipe: Any, peaks: dict[str, int] | None = None) -> Iterator[Times]:
         return end
 
     def charge(owner: Any, name: str, phase: str, stack: ExitStack) -> None:
-        method = getattr(owner, name)
-        had_own, before = name in vars(owner), vars(owner).get(name)
-
-        def watched(*args, **kwargs):
+        @contextmanager
+        def charged() -> Iterator[None]:
             if phase == "decode" and denoise_started and not times.denoise:
                 times.denoise = end_phase("denoise") - denoise_started[0]
             start = start_phase()
             try:
-                return method(*args, **kwargs)
+                yield
             finally:
                 setattr(times, phase, getattr(times, phase) + end_phase(phase) - start)
 
-        setattr(owner, name, watched)
-        stack.callback(lambda: setattr(owner, name, before) if had_own else delattr(owner, name))
+        stack.enter_context(_watching(owner, name, charged))
 
     def start_denoising(*_: Any) -> None:
         if not denoise_started:

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 from .. import __version__
 from ..families import family_of
@@ -39,9 +40,10 @@ from .attention import MatmulAttention
 from .data import Ahead, Cache, Example, fingerprint
 from .dropping import Dropping, draw_selection
 from .hosts import Host, Text
-from .loop import SCHEDULES, make_optimisers, newest_step, train
+from .loop import SCHEDULES, has_begun, make_optimisers, newest_step, train
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+RECORD_FILE = "sparse_context.json"  # beside all weights, what the metadata of a LoRA holds
 EMBEDDED = "the embedded model"  # as the base of a run
 
 
@@ -504,8 +506,11 @@ def finetune(
     optimisers = _make_optimisers(host.transformer, trained, config)
 
     def show(step: int, average: nn.Module) -> None:
-        with weights_of(average, trained), _evaluating(host.transformer), _autocast(accelerator)():
-            sheet = draw_validation(host, validation, config)
+        try:
+            with weights_of(average, trained), _evaluating(host.transformer), _autocast(accelerator)(), _as_text(host):
+                sheet = draw_validation(host, validation, config)
+        except ValueError as error:  # such as memory that suffices for training alone: no run ends by its pictures
+            return tqdm.write(f"No validation pictures at step {step}: {error}")
         folder = output / "validation"
         folder.mkdir(exist_ok=True)
         save_picture(sheet, folder / f"step-{step:07d}.webp")
@@ -555,6 +560,14 @@ def _autocast(accelerator: Any) -> Callable[[], contextlib.AbstractContextManage
     return contextlib.nullcontext if accelerator is None else accelerator.autocast
 
 
+def _as_text(host: Host) -> contextlib.AbstractContextManager:
+    """Autocast to the text encoder's type where the transformer has another: a pipeline does not cast what it hands
+    over, and `full` makes the transformer alone float32."""
+    weight = next(host.transformer.parameters())
+    encoder = next(host.pipe.text_encoder.parameters()).dtype
+    return contextlib.nullcontext() if encoder == weight.dtype else torch.autocast(weight.device.type, encoder)
+
+
 @contextlib.contextmanager
 def _evaluating(transformer: nn.Module) -> Iterator[None]:
     transformer.eval()
@@ -587,13 +600,13 @@ def check_folder(output: Path, resume: bool) -> None:
 SHEET_SIDE = 16_383
 """Pixels that a side of a validation picture may have, in webp. A larger one is scaled down, for no run ends by it."""
 
-FREE = ("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_keep",
-        "gradient_checkpointing", "version")  # fmt: skip
+FREE = ("max_train_steps", "lr_warmup_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
+        "validation_keep", "gradient_checkpointing", "version")  # fmt: skip
 """What may change when a run is resumed. Everything else decides its weights."""
 
 
 def _check_same(output: Path, record: dict, resume: bool) -> None:
-    if not (resume and (output / "config.json").is_file()) or not newest_step(output):
+    if not (resume and (output / "config.json").is_file()) or not has_begun(output):
         return
     before = _read_record(output)
     defaults = json.loads(json.dumps(asdict(FinetuneConfig())))  # of a run begun before a setting was there
@@ -648,6 +661,7 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
     try:
         if config.full:
             transformer.save_pretrained(partial)
+            save_text(json.dumps(training_record(record), indent=2) + "\n", partial / RECORD_FILE)
             shutil.rmtree(result, ignore_errors=True)
             partial.rename(result)
         else:
@@ -674,7 +688,7 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
 
 
 def training_record(record: Mapping[str, Any]) -> dict:
-    """What a LoRA's file says of its training, of the record of its run with its `steps`."""
+    """What a result says of its training, of the record of its run with its `steps`."""
     dropping = record["dropping"]
     return {
         "base": record["base"],

@@ -71,12 +71,11 @@ def launch(
     held_out = [] if validation_data is None else read_samples(validation_data, **source)[:num_validation_images]
     shown = [open_example(sample, *sides.values()) for sample in held_out]
 
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     if mixed_precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which accelerate launch sets
-        import torch
-
         mixed_precision = "bf16" if torch.accelerator.is_available() else "no"
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
@@ -95,25 +94,31 @@ def launch(
             tracker.writer.add_image("validation", np.asarray(picture), step, dataformats="HWC")
 
     folder = cache_dir or output / "cache"
-    result = finetune(
-        host,
-        Batches(samples, train_batch_size, config.seed, *sides.values()),
-        output,
-        config,
-        base=model or EMBEDDED,
-        data=data,
-        accelerator=accelerator,
-        resume=resume is not None,
-        workers=dataloader_num_workers,
-        validation=shown,
-        latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
-        text_cache=Cache(folder / "text", host.pipe.text_encoder) if cache_text else None,
-        log=lambda step, record: accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step),
-        log_picture=log_picture,
-        batch=train_batch_size,
-        samples=len(samples),
-        source=dict(source),
-        **sides,
-    )
+    try:
+        result = finetune(
+            host,
+            Batches(samples, train_batch_size, config.seed, *sides.values()),
+            output,
+            config,
+            base=model or EMBEDDED,
+            data=data,
+            accelerator=accelerator,
+            resume=resume is not None,
+            workers=dataloader_num_workers,
+            validation=shown,
+            latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
+            text_cache=Cache(folder / "text", host.pipe.text_encoder) if cache_text else None,
+            log=lambda step, record: accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step),
+            log_picture=log_picture,
+            batch=train_batch_size,
+            samples=len(samples),
+            source=dict(source),
+            **sides,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "The device's memory ran out: pass a smaller --resolution or --train-batch-size, or "
+            "--gradient-checkpointing; resumed, the run goes on from its last checkpoint."
+        ) from error
     accelerator.end_training()
     return result if accelerator.is_main_process else None

@@ -82,8 +82,9 @@ def make_optimisers(
     ]
     chosen = {id(p) for p in inside}
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
-    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
-    optimisers: list[torch.optim.Optimizer] = [adam]
+    optimisers: list[torch.optim.Optimizer] = []
+    if rest:  # a LoRA may lie inside the blocks as a whole
+        optimisers.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay))
     if inside:
         optimisers.append(Muon(inside, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     return optimisers
@@ -268,6 +269,7 @@ def _save(folder: Path, step: int, module: nn.Module, average: nn.Module, optimi
     partial = whole.with_suffix(".partial")
     try:
         with writing(whole):
+            shutil.rmtree(partial, ignore_errors=True)  # of a kill
             partial.mkdir()
             save_file(_own(module.state_dict()), partial / "weights.safetensors")
             save_file(_own(average.state_dict()), partial / "average.safetensors")
@@ -307,6 +309,11 @@ def newest_step(folder: Path) -> int:
     """The number of steps that the newest checkpoint in `folder` has seen; 0 without one."""
     checkpoints = _checkpoints(folder)
     return _step(checkpoints[-1]) if checkpoints else 0
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint, be it of step 0."""
+    return bool(_checkpoints(folder))
 
 
 def _resume(folder: Path, module: nn.Module, average: nn.Module, optimisers) -> int:
