@@ -311,6 +311,11 @@ def training_speed() -> str:
         f"{config['batch']} samples, {config['dtype']}, {config['turns']} interleaved turns, on {_machine(result)} "
         f"(`runs/time_training.py`). The dense step has too many tokens for the attention by matrix products that the "
         f"sparse one takes (`training/attention.py`), which is a part of the ratio."
+        + (
+            ""
+            if config["memory is reused"]
+            else " Memory was not reused between steps, which costs the dense one more."
+        )
     )
 
 
@@ -417,32 +422,99 @@ def curves_short() -> str:
     )
 
 
+def _ablations() -> tuple[dict, str]:
+    """The result, and a line on how it was made."""
+    result = _read("ablations")
+    config = result["config"]
+    counts = {group: result["figures"]["against dense"]["base"][group]["dense"]["samples"] for group in CURVES}
+    steps = sorted({record["steps"] for record in config["runs"].values()})
+    how = (
+        f"{', '.join(f'{count} {group}' for group, count in counts.items())} of the {config['split']} split; "
+        f"{', '.join(map(str, steps))} steps of each run, of whose change {config['scale']:g} of a LoRA of rank "
+        f"{config['rank']} is taken. Measured on {_machine(result)} (`runs/ablations.py`)."
+    )
+    return result, how + _of_its_time(
+        next(iter(config["runs"].values()))["base_weights"], _read("kv")["config"]["adapter"]["base_weights"]
+    )
+
+
 def ablations() -> str:
-    """What variants of the fine-tuning, and shares of them, gain and lose."""
+    """What variants of the fine-tuning win over the base, with what the tasks choose."""
     if not (ROOT / "results" / "ablations.json").exists():
         return "Not measured yet: `runs/ablations.py`."
-    result = _read("ablations")
+    result, how = _ablations()
+    keeps = result["config"]["keeps"]
     parts = []
     for group, (score, _) in CURVES.items():
-        selectors = [name for name in result["config"]["cells"] if name != "dense"]
-        head = " | ".join(name.replace("-", " at ", 1).replace("-merge=", ", merge ") for name in selectors)
-        rows = [f"| {group} | share | all tokens | {head} |", "|" + "---|" * (len(selectors) + 3)]
-        for run, scales in result["figures"].items():
-            for scale, groups in scales.items():
-                cells = [_difference(groups[group], cell, score, interval=False) for cell in ("all tokens", *selectors)]
-                rows.append(f"| {run} | {scale} | " + " | ".join(cells) + " |")
+        head = " | ".join(f"at {keep:g}" for keep in keeps)
+        rows = [f"| {group} | all tokens | {head} |", "|" + "---|" * (len(keeps) + 2)]
+        base = result["figures"]["against dense"]["base"][group]
+        cells = [_difference(base, f"auto-{keep:g}", score, interval=False) for keep in keeps]
+        rows.append(f"| the base, against all tokens | | {' | '.join(cells)} |")
+        for run, groups in result["figures"]["won"].items():
+            if run in result["config"]["runs"] and f"auto-{keeps[0]:g}" in groups[group]:
+                full = _difference(result["figures"]["against dense"][run][group], "all tokens", score)
+                cells = [_difference(groups[group], f"auto-{keep:g}", score) for keep in keeps]
+                rows.append(f"| {run} | {full} | {' | '.join(cells)} |")
         parts.append("\n".join(rows))
-    samples = result["figures"]["base"]["0"]["all"]["dense"]["samples"]
-    steps = ", ".join(f"{run} {record['steps']}" for run, record in result["config"]["runs"].items())
-    return "\n\n".join(parts) + (
-        f"\n\nDecibels of PSNR against the dense base with all tokens: {samples} scenes of all groups together, of the "
-        f"{result['config']['split']} split. Steps of each run: {steps}. "
-        f"Measured on {_machine(result)} (`runs/ablations.py`)."
-        + _of_its_time(
-            next(iter(result["config"]["runs"].values()))["base_weights"],
-            _read("kv")["config"]["adapter"]["base_weights"],
-        )
-    )
+    return "\n\n".join(parts) + f"\n\nDecibels of PSNR won over the base with the same tokens: {how}"
+
+
+def ablations_selectors() -> str:
+    """Random sets alone against the mix, for every selector."""
+    if not (ROOT / "results" / "ablations.json").exists():
+        return "Not measured yet: `runs/ablations.py`."
+    result, how = _ablations()
+    won = {run: result["figures"]["won"][run] for run in result["config"]["all selectors"]}
+    groups = {group: score for group, (score, _) in CURVES.items() if group != "global edits"}
+    columns = [(group, run) for group in groups for run in won]
+    rows = ["| selector | " + " | ".join(f"{group}, {run}" for group, run in columns) + " |",
+            "|" + "---|" * (len(columns) + 1)]  # fmt: skip
+    for selector in ("random", "uniform", "edges", "subject", "mask"):
+        for keep in result["config"]["keeps"]:
+            cells = [_difference(won[run][group], f"{selector}-{keep:g}", groups[group]) for group, run in columns]
+            rows.append(f"| {selector} at {keep:g} | {' | '.join(cells)} |")
+    return "\n".join(rows) + f"\n\nDecibels of PSNR won over the base with the same tokens: {how}"
+
+
+def ablations_coverage() -> str:
+    """Tokens that are spread evenly in training, and at inference."""
+    if not (ROOT / "results" / "ablations.json").exists():
+        return "Not measured yet: `runs/ablations.py`."
+    result, how = _ablations()
+    keep = result["config"]["keeps"][0]
+    groups = [group for group in CURVES if group != "global edits"]
+    columns = [(group, score, spread) for group in groups for score in ("psnr_in_mask", "psnr") for spread in (0, 0.3)]
+    places = {"psnr_in_mask": "object", "psnr": "picture"}
+    head = " | ".join(f"{group}, {places[score]}, {spread:.0%} spread" for group, score, spread in columns)
+    rows = [f"| run | {head} |", "|" + "---|" * (len(columns) + 1)]
+    for run in ("base", *result["config"]["all selectors"], *result["config"]["spread"]):
+        figures = result["figures"]["against dense"][run]
+        cells = [
+            _difference(figures[group], f"auto-{keep:g}-coverage={spread:g}", score, interval=False)
+            for group, score, spread in columns
+        ]
+        rows.append(f"| {run} | {' | '.join(cells)} |")
+    return "\n".join(rows) + f"\n\nDecibels of PSNR at keep {keep:g} against the dense base with all tokens: {how}"
+
+
+def ablations_methods() -> str:
+    """The peers' ways of saving tokens, each fine-tuned for as long."""
+    if not (ROOT / "results" / "ablations.json").exists():
+        return "Not measured yet: `runs/ablations.py`."
+    result, how = _ablations()
+    keeps = result["config"]["keeps"]
+    groups = {group: score for group, (score, _) in CURVES.items() if group != "global edits"}
+    columns = [(group, keep) for group in groups for keep in keeps]
+    rows = ["| way | " + " | ".join(f"{group} at {keep:g}" for group, keep in columns) + " |",
+            "|" + "---|" * (len(columns) + 1)]  # fmt: skip
+    figures = result["figures"]["against dense"]
+    own = result["config"]["all selectors"][0]
+    for name, method, run in (("sparse", "auto", own), *((name, name, name) for name in result["config"]["methods"])):
+        for shown, of in ((f"{name}, training-free", "base"), (f"{name}, fine-tuned", run)):
+            cells = [_difference(figures[of][group], f"{method}-{keep:g}", groups[group]) for group, keep in columns]
+            rows.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join(rows) + f"\n\nDecibels of PSNR against the dense base with all tokens: {how}"
 
 
 def peers(name: str = "peers") -> str:
@@ -570,6 +642,9 @@ PAGES = {
         "curves": curves,
         "tuned": tuned,
         "ablations": ablations,
+        "ablations_selectors": ablations_selectors,
+        "ablations_coverage": ablations_coverage,
+        "ablations_methods": ablations_methods,
     },
     "docs/adding-a-pipeline.md": {"lines": lines},
     "docs/performance.md": BENCHMARKS,
