@@ -56,14 +56,7 @@ class Merging(Flux2):
         return super().reference_tokens(latents)
 
     def velocity(self, noisy, sigma, text, references, teacher=False) -> torch.Tensor:
-        parts, start = [], 0
-        keeps = draw_keeps(self.dropping, len(self.grids), self.rng)
-        for grid, keep in zip(self.grids, keeps, strict=True):
-            end = start + grid[0] * grid[1]
-            part = ReferenceTokens(references.latents[:, start:end], references.ids[..., start:end, :])
-            parts.append(merge_tokens(part, [grid], keep))
-            start = end
-        merged = ReferenceTokens(torch.cat([p.latents for p in parts], 1), torch.cat([p.ids for p in parts], -2))
+        merged = merge_tokens(references, self.grids, draw_keeps(self.dropping, len(self.grids), self.rng))
         return super().velocity(noisy, sigma, text, merged, teacher)
 
 

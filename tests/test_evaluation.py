@@ -568,7 +568,7 @@ def test_without_what_draws_curves_it_says_so_before_anything_is_made(manifest, 
     monkeypatch.setattr("sparse_context.evaluation.plots.find_spec", lambda name: None)
     monkeypatch.setattr("sparse_context.generation.load_pipeline", lambda *args, **kwargs: pytest.fail("it loaded"))
     assert call(monkeypatch, ["evaluate", "--manifest", str(manifest), "--output", str(tmp_path / "out")]) == 2
-    assert "matplotlib is not installed" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "A plot needs matplotlib" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9 here")

@@ -288,6 +288,8 @@ def test_merging_reaches_every_count_and_keeps_the_mean(grid):
 def test_merging_treats_each_reference_alone():
     tokens = grid_tokens(4, 4, torch.randn(1, 16, 3))
     both = ReferenceTokens(torch.cat([tokens.latents] * 2, 1), torch.cat([tokens.ids, tokens.ids + 10]))
+    apart = merge_tokens(both, [(4, 4), (4, 4)], [0.25, 1.0])
+    assert len(apart) == 4 + 16 and torch.equal(apart.latents[:, 4:], both.latents[:, 16:])
     merged = merge_tokens(both, [(4, 4), (4, 4)], 0.5)
     assert torch.equal(merged.latents[:, :8], merged.latents[:, 8:])
     assert torch.equal(merged.ids[8:], merged.ids[:8] + 10)
@@ -384,7 +386,7 @@ def test_watchers_of_shared_parts_may_leave_in_any_order():
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_module, "find_spec", lambda name: None)
+    monkeypatch.setattr("sparse_context.evaluation.plots.find_spec", lambda name: None)
     monkeypatch.setattr(bench_module, "bench", lambda *args: pytest.fail("it was timed"))
     with pytest.raises(ValueError, match=r"A plot needs matplotlib: pip install 'sparse-context\[plots\]'"):
         bench_module.run_bench(bench_module.BenchConfig(), plot_to=tmp_path / "plot.png")

@@ -19,7 +19,7 @@ GROUPS_A_ROW = 3
 def check_matplotlib() -> None:
     """Raise ValueError where what draws the curves is not installed."""
     if find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed: `pip install 'sparse-context[evaluate]'`.")
+        raise ValueError("A plot needs matplotlib: pip install 'sparse-context[plots]'.")
 
 
 def lines_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

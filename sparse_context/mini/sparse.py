@@ -257,7 +257,7 @@ def choose(
 ) -> FinetuneConfig:
     """A config from the few settings that the experiments vary; None leaves the recipe's own. The warm-up is a tenth of
     the steps at most."""
-    config = (FULL_KV if kv else FULL) if full else KV if kv else LORA
+    config = {(True, True): FULL_KV, (True, False): FULL, (False, True): KV, (False, False): LORA}[full, kv]
     if dense:  # the control trains on what the others only preserve, and one set of all tokens is like the other
         config = replace(config, distillation=0.0, preservation=0.0, subsets=1)
     dropping = replace(

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..evaluation.plots import check_matplotlib
 from ..generation import DTYPES, call_settings, find_device, load_pipeline, reference_sides
 from ..images import save_picture
 from ..mini.demo import read_examples
@@ -227,7 +227,7 @@ def run_bench(
     if output is not None and output.is_dir():
         raise ValueError(f"{output} is a folder: name a file in it.")
     if plot_to is not None:
-        _check_matplotlib()
+        check_matplotlib()
     shape = None if random_weights is None else find_shape(random_weights)
     if shape is not None and blocks is None and shape.kind != "flux2":
         raise ValueError(f"random-weights is {random_weights!r}, of which only blocks can be timed: pass --blocks N.")
@@ -370,18 +370,13 @@ def table(figures: dict[str, Any]) -> str:
     )
 
 
-def _check_matplotlib() -> None:
-    if find_spec("matplotlib") is None:
-        raise ValueError("A plot needs matplotlib: pip install 'sparse-context[plots]'.")
-
-
 def plot(figures: dict[str, Any], path: Path, quality: Sequence[dict[str, Any]] = ()) -> None:
     """Draw latency against references, a line for each method and keep; and what `quality` knows, against speed.
 
     `quality` has {"method", "keep", "references", "value", "metric"} for each point that is known. With one number of
     references there is no line to draw, and quality stands alone. Raises ValueError where matplotlib is missing.
     """
-    _check_matplotlib()
+    check_matplotlib()
     from matplotlib.figure import Figure
 
     rows = figures["rows"]

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from ..cache import ReferenceCache
-from ..selection import Selection, SparseContextConfig
+from ..selection import Selection, SparseContextConfig, per_reference
 from ..sparsify import ATTRIBUTE, SparseContext, apply_sparse_context, remove_sparse_context
 from ..tokens import ReferenceTokens
 
@@ -176,8 +176,9 @@ def merged_count(grid: Grid, keep: float) -> int:
     return max(1, round(keep * grid[0] * grid[1]))
 
 
-def merge_tokens(tokens: ReferenceTokens, grids: Sequence[Grid], keep: float) -> ReferenceTokens:
-    """Merge the tokens of each reference, latents (B, N, C) and ids (B, N, A) or (N, A), down to the share `keep`.
+def merge_tokens(tokens: ReferenceTokens, grids: Sequence[Grid], keep: float | Sequence[float]) -> ReferenceTokens:
+    """Merge the tokens of each reference, latents (B, N, C) and ids (B, N, A) or (N, A), down to the share `keep`, one
+    for all or one each.
 
     Blocks of the grid are halved, and halved again, down to single tokens, and two halves become one where that costs
     least: Ward's (1963) distance, the rise in squared error. A block can only merge once its halves have, so its cost
@@ -185,10 +186,10 @@ def merge_tokens(tokens: ReferenceTokens, grids: Sequence[Grid], keep: float) ->
     is the mean of its latents, at the mean of their positions. The batch shares one partition, as ids are shared.
     """
     parts, start = [], 0
-    for rows, columns in grids:
-        end = start + rows * columns
+    for grid, share in zip(grids, per_reference("keep", keep, len(grids)), strict=True):
+        end = start + math.prod(grid)
         part = ReferenceTokens(tokens.latents[:, start:end], tokens.ids[..., start:end, :])
-        parts.append(_merge(part, (rows, columns), merged_count((rows, columns), keep)))
+        parts.append(_merge(part, grid, merged_count(grid, share)))
         start = end
     return ReferenceTokens(torch.cat([p.latents for p in parts], 1), torch.cat([p.ids for p in parts], -2))
 
