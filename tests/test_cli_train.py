@@ -80,8 +80,13 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
         code, _, errors = call(monkeypatch, capfd, *again)
         assert code == 2 and f"was started with other settings: {says}" in errors, errors
     AcceleratorState._reset_state(reset_partial_state=True)
-    whole = call(monkeypatch, capfd, *common, "--output-dir", tmp_path / "whole", "--max-train-steps", 3)
+    whole = call(monkeypatch, capfd, *common, "--output-dir", tmp_path / "whole", "--max-train-steps", 3,
+                 "--cache-latents", "--cache-text")  # fmt: skip
     assert whole[0] == 0
+    kept = {
+        name: len(list((tmp_path / "whole").glob(f"cache/{name}/**/*.safetensors"))) for name in ("latents", "text")
+    }
+    assert kept == {"latents": 2, "text": 2}
     one, other = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (out, tmp_path / "whole"))
     assert all((one[name] == other[name]).all() for name in one)
     pipe = load_pipeline(str(tiny_model), device="cpu", lora=str(out / "pytorch_lora_weights.safetensors"))

@@ -301,6 +301,11 @@ def test_a_model_that_is_not_there_says_what_to_download(model, photographs):
         find_metrics([f"clip_i={model}"])["clip_i"].function(*photographs[:2])
 
 
+def test_a_trunk_of_lpips_that_is_not_there_says_what_to_download(photographs):
+    with pytest.raises(ValueError, match=r"^no/such.pth is no file: download torchvision's alexnet-owt-7be5be79.pth"):
+        find_metrics(["lpips=no/such.pth"])["lpips"].function(*photographs[:2])
+
+
 @pytest.mark.parametrize("name, folder", [("dino_i", "tiny_dino"), ("clip_i", "tiny_clip")])
 def test_pickled_weights_are_not_read(name, folder, request, tmp_path, photographs):
     copy = shutil.copytree(request.getfixturevalue(folder), tmp_path / "pickled")

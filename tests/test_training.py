@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparse_context.training.dropping import Dropping, draw_selection
+from sparse_context.training.finetune import LORA_FILE
 from sparse_context.training.loop import (
     SCHEDULES,
     has_begun,
@@ -336,28 +338,33 @@ if accelerator is not None:
 """
 
 
-def start(tmp_path, folder, width=8, limit=0, *more, env=None):
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    command = [sys.executable, str(script), str(folder), str(width), str(limit), *more]
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **more}
+
+
+def start(tmp_path, folder, width=8, limit=0, *more, script=RUN, env=None):
+    file = tmp_path / "run.py"
+    file.write_text(script)
+    command = [sys.executable, str(file), str(folder), str(width), str(limit), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})  # fmt: skip
+                            env=environment(**(env or {})))  # fmt: skip
 
 
 KILLS = """
 # One process imports, and forks a run again and again: a start then takes no time, and a kill can come at any moment.
-import os, runpy, shutil, signal, sys, time
+import importlib, os, runpy, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file
 import torch
-import sparse_context.training.loop
 
+script, root, wanted = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+for name in sys.argv[4:]:
+    importlib.import_module(name)
 warm = torch.nn.Linear(2, 2)
 warm(torch.ones(1, 2)).sum().backward()
 torch.optim.AdamW(warm.parameters()).step()  # imports a lot, the first time
 
-script, root = sys.argv[1], Path(sys.argv[2])
 rng = np.random.default_rng()
 
 def start(folder):
@@ -374,13 +381,13 @@ def ended(child):
 whole, folder, kills, moments = root / "whole", root / "killed", 0, []
 assert os.waitpid(start(whole), 0)[1] == 0
 def names():
-    return {p.name for p in folder.glob("step-*") if kills % 3 == 1 or p.suffix != ".partial"}
+    return {p.name for p in folder.glob("*") if kills % 3 == 1 or p.suffix != ".partial"}
 
-while kills < 20:
-    before = names()
+while kills < wanted:
     child, done = start(folder), False
-    if kills % 3:  # not any moment, but near the start of a write, or its end
-        while not (done := ended(child)) and names() == before:
+    for _ in range(rng.integers(1, 9) if kills % 3 else 0):  # not any moment, but near the start of a write, or its end
+        before = names()
+        while not (done := done or ended(child)) and names() == before:
             time.sleep(0.0005)
     time.sleep(float(rng.uniform(0, 0.01 if kills % 3 else 0.1)))
     if not done and not (done := ended(child)):
@@ -399,19 +406,67 @@ print(kills, len(set(moments)))
 """
 
 
+def kill(tmp_path, script, kills, *modules):
+    """Run `script` to its end in `whole`, and in `killed` with so many kills -9 on the way."""
+    (tmp_path / "run.py").write_text(script)
+    command = [sys.executable, "-c", KILLS, str(tmp_path / "run.py"), str(tmp_path), str(kills), *modules]
+    done = subprocess.run(command, text=True, capture_output=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    killed, moments = map(int, done.stdout.split()[-2:])
+    assert killed == kills and moments > 1
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments_it_ends_at_equal_weights(tmp_path):
     """kill -9, twenty times; what is there is whole each time, and the end is that of an unbroken run."""
-    (tmp_path / "run.py").write_text(RUN)
-    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path / "run.py"), str(tmp_path)], text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    kills, moments = map(int, done.stdout.split())
-    assert kills == 20 and moments > 1
+    kill(tmp_path, RUN, 20, "sparse_context.training.loop")
     for name in ("weights", "average", "optimiser"):
         one, other = (load_file(tmp_path / w / "step-0000040" / f"{name}.safetensors") for w in ("whole", "killed"))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert not list((tmp_path / "killed").glob("*.partial"))
+
+
+FINETUNE = """
+import json, sys
+from pathlib import Path
+from tiny import build_flux2, picture
+from diffusers import Flux2KleinPipeline
+from sparse_context.training import finetune as tuning
+from sparse_context.training.data import Example
+from sparse_context.training.hosts import find_host
+
+folder, width, limit = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+accelerator, ratios = None, []
+if len(sys.argv) > 4:
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True)
+    keep = tuning.draw_selection
+    tuning.draw_selection = lambda *given: ratios.append((selection := keep(*given)).kept) or selection
+host = find_host(build_flux2(Flux2KleinPipeline, is_distilled=True))
+host._settings = {"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}
+
+def batches(number):
+    return [Example("the cat", (picture(64, 64, number),), picture(64, 64, number + 1), (None,))]
+
+config = tuning.FinetuneConfig(rank=2, lora_alpha=2, max_train_steps=10, checkpointing_steps=1, learning_rate=1e-2)
+tuning.finetune(host, batches, folder, config, base="tiny", data="x", accelerator=accelerator, resume=True)
+if accelerator is not None:
+    trained = sum(p.double().sum().item() for p in host.transformer.parameters() if p.requires_grad)
+    record = {"ratios": ratios[:10], "sum": trained}  # the thread that prepares is one ahead
+    (folder / f"rank-{accelerator.process_index}.json").write_text(json.dumps(record))
+    accelerator.end_training()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fine_tuning_killed_at_random_moments_writes_an_equal_lora(tmp_path):
+    """The same of a whole fine-tuning of a pipeline: its settings, checkpoints, result and card."""
+    kill(tmp_path, FINETUNE, 12, "tiny", "accelerate", "peft", "sparse_context.training.finetune")
+    one, other = (load_file(tmp_path / where / LORA_FILE) for where in ("whole", "killed"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    whole, killed = ({path.name for path in (tmp_path / where).iterdir()} for where in ("whole", "killed"))
+    assert killed == whole == {LORA_FILE, "README.md", "config.json", "log.jsonl",
+                               *(f"step-{step:07d}" for step in (9, 10))}  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
@@ -425,14 +480,42 @@ def test_a_full_disk_leaves_checkpoints_whole_and_says_so(tmp_path):
     assert not list((tmp_path / "full").glob("step-*"))
 
 
-def two_processes(tmp_path, *more):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_disk_that_fills_up_keeps_the_older_checkpoint_and_the_run_goes_on_from_it(tmp_path):
+    """The limit comes in the midst of the run: what is asked for after it is the same as of an unbroken run."""
+    fills = RUN.replace("def loss(step):", "def loss(step):\n    if step == 11 and limit < 0:\n        fill()")
+    fills = fills.replace("torch.manual_seed(rank)", FILL + "torch.manual_seed(rank)", 1)
+    (tmp_path / "fills.py").write_text(fills)
+    done = subprocess.run([sys.executable, str(tmp_path / "fills.py"), str(tmp_path / "full"), "64", "-1"], text=True,
+                          capture_output=True, env=environment(), timeout=120)  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError: ") and "step-0000012 could not be written" in last
+    assert sorted(p.name for p in (tmp_path / "full").glob("step-*")) == ["step-0000008", "step-0000010"]
+    for folder in ("full", "whole"):
+        _, errors = (process := start(tmp_path, tmp_path / folder, 64)).communicate(timeout=120)
+        assert process.returncode == 0, errors
+    for name in ("weights", "average", "optimiser"):
+        one, other = (load_file(tmp_path / w / "step-0000040" / f"{name}.safetensors") for w in ("whole", "full"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+FILL = """
+def fill():
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+"""
+
+
+def two_processes(tmp_path, *more, script=RUN):
     """Real processes over gloo, as `accelerate launch` starts them: what each of them recorded."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    processes = [start(tmp_path, tmp_path / "run", 16, 0, "several", *more, env={**shared, "RANK": r, "LOCAL_RANK": r})
-                 for r in ("0", "1")]  # fmt: skip
+    processes = [start(tmp_path, tmp_path / "run", 16, 0, "several", *more, script=script,
+                       env={**shared, "RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]  # fmt: skip
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
@@ -454,6 +537,15 @@ def test_two_processes_draw_their_own_ratios_and_end_at_equal_weights(tmp_path):
     # The mean of both gradients, computed here in one process
     weights = load_file(tmp_path / "run" / "step-0000040" / "weights.safetensors")
     assert torch.equal(weights["weight"], expected_of_two(tmp_path)["weight"])
+
+
+def test_two_processes_fine_tune_one_lora_with_ratios_of_their_own(tmp_path):
+    records = two_processes(tmp_path, script=FINETUNE)
+    assert records[0]["sum"] == records[1]["sum"] != 0
+    assert sum(a != b for a, b in zip(records[0]["ratios"], records[1]["ratios"], strict=True)) > 7
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["processes"] == 2 and newest_step(tmp_path / "run") == 10
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / LORA_FILE).values())
 
 
 def expected_of_two(tmp_path):

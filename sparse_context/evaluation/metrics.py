@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .networks import accelerator, clip, efficientnet, lpips_net, st_lpips_net, vision
+from .networks import LPIPS_MODEL, accelerator, clip, efficientnet, lpips_net, st_lpips_net, vision
 
 Picture = Image.Image | np.ndarray
 MOST_PSNR = 100.0
@@ -250,7 +250,6 @@ class Metric:
 
 
 CLIP_MODEL = "a CLIP such as openai/clip-vit-large-patch14"
-LPIPS_MODEL = "torchvision's alexnet-owt-7be5be79.pth or squeezenet1_1-b8a52dc0.pth"
 
 METRICS: dict[str, Metric] = {
     "psnr": Metric(psnr),

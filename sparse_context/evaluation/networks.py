@@ -142,6 +142,8 @@ TRUNKS = {
 }
 """torchvision's trunks that LPIPS is defined on: their layers, and the taps."""
 
+LPIPS_MODEL = "torchvision's alexnet-owt-7be5be79.pth or squeezenet1_1-b8a52dc0.pth"
+
 
 def _heads(weights: dict[str, Tensor]) -> list[Tensor]:
     return [weights[f"lin{i}.model.1.weight"] for i in range(sum(key.startswith("lin") for key in weights))]
@@ -164,6 +166,8 @@ def lpips_net(file: str) -> nn.Module:
     Raises ValueError for anything else.
     """
     path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"{file} is no file: download {LPIPS_MODEL}, and name it.")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..manifest import Sample
-from .metrics import CLIP_MODEL, LPIPS_MODEL, Metric, Picture, _inside, clip_t, lpips, mse, psnr, ssim, st_lpips
-from .networks import accelerator, vision
+from .metrics import CLIP_MODEL, Metric, Picture, _inside, clip_t, lpips, mse, psnr, ssim, st_lpips
+from .networks import LPIPS_MODEL, accelerator, vision
 
 SIDE = 512
 KINDS = ("random", "change object", "add object", "delete object", "change content", "change pose", "change colour",
