@@ -28,7 +28,8 @@ def task_defaults(task: str, references: int) -> tuple[str | dict[str, float], f
       evenly, because flat regions are blind otherwise. (The paper, arXiv 2606.23682, takes edges alone, and names that
       limitation. Whatever the edit spares is looked at closest where it is salient.)
     - "global", an edit of the whole picture, such as a colour tone or a style: tokens spread evenly, since every region
-      is asked for. No selector knows better, and few tokens break such an edit; keep="auto" keeps more than half.
+      is asked for. No selector knows better, and the embedded model breaks such an edit with the first tokens that it
+      goes without (docs/quality.md): keep="auto" keeps all.
     - "subject", a subject put into a new scene: the selector of that name, saliency with the subject's outline and rim,
       and nothing for the background.
     - "auto": one reference is taken for an edit, several for subjects. (The shape of the output cannot tell: by default
@@ -48,7 +49,8 @@ class SparseContextConfig:
     The important ones:
 
     - `keep`: a ratio in (0, 1], a count of at least 2 tokens over all references, or "auto" (for each reference the
-      fewest tokens that hold the share `mass` of its scores). One value, or one per reference. 1 keeps all.
+      fewest tokens that hold the share `mass` of its scores; all for a global edit). One value, or one per reference.
+      1 keeps all.
     - `selector`: what makes a token matter: a name of `selectors.SELECTORS`, a mapping of names to weights (a blend), a
       function (image, grid, generator) -> scores, or `mask([...])`. One, or a list with one per reference. None: the
       task decides.
@@ -204,6 +206,8 @@ class Selection:
             how += f", {len(kept.averages)} of them averages of the rest" if len(kept.averages) else ""
             lines.append(f"reference {i}: {_tokens(len(kept.index), kept.scores.size)}{how}")
         lines.append(f"total: {_tokens(self.kept, self.total)}, task {self.task}, in {1000 * self.seconds:.1f} ms")
+        if "global" in self.task.split(", ") and self.kept < self.total:
+            lines.append("an edit of the whole picture loses by every token that is dropped: keep all, or keep='auto'")
         return "\n".join(lines)
 
 
@@ -254,9 +258,11 @@ def select_tokens(
             "(None for its own alpha channel)."
         )
 
-    keeps = per_reference("keep", config.keep, count)
-    everything = keeps_all(config.keep, sizes)
-    apart = isinstance(config.keep, (list, tuple, np.ndarray)) and config.multiple_of == 1
+    keep, keeps = config.keep, per_reference("keep", config.keep, count)
+    if "global" in tasks and "auto" in keeps:
+        keep = keeps = [1.0 if pair == ("auto", "global") else pair[0] for pair in zip(keeps, tasks, strict=True)]
+    everything = keeps_all(keep, sizes)
+    apart = isinstance(keep, (list, tuple, np.ndarray)) and config.multiple_of == 1
     labels, coverages = [], []
     to_score: list[Any] = []  # the selector of each reference, None where all of it is kept
     for i in range(count):
@@ -286,7 +292,7 @@ def select_tokens(
 
     index = choose_tokens(
         scores,
-        config.keep,
+        keep,
         share=config.share,
         floor=config.floor,
         coverage=coverages,

@@ -72,11 +72,19 @@ def test_what_the_user_names_wins_over_the_task(setting, references, labels, cov
     assert selection.task == (task if isinstance(task, str) else ", ".join(task))
 
 
-def test_an_edit_of_the_whole_picture_keeps_more_than_half_by_itself():
-    """Of evenly spread tokens the first share k holds 1 - (1 - k)^2 of the scores: 0.8 of them at k = 0.553."""
-    rows, columns = 20, 30
-    selection = select_tokens([noise(0)], [(rows, columns)], Config(keep="auto", task="global"))
-    assert selection.kept == pytest.approx(0.553 * rows * columns, abs=1)
+def test_an_edit_of_the_whole_picture_keeps_all_by_itself_and_says_so_where_it_may_not():
+    images, grids = [noise(0), noise(1)], [GRID, GRID]
+    assert select_tokens(images[:1], grids[:1], Config(keep="auto", task="global")).kept == 64
+    mixed = select_tokens(images, grids, Config(keep="auto", task=["global", "subject"]))
+    alone = select_tokens(images, grids, Config(keep="auto", task="subject"))
+    assert [kept.selector for kept in mixed.references] == ["all", "subject"]
+    assert len(mixed.references[0].index) == 64
+    assert np.array_equal(mixed.references[1].index, alone.references[1].index)
+    few = select_tokens(images, grids, Config(keep=[0.25, "auto"], task=["global", "subject"]))
+    assert len(few.references[0].index) == 16 and few.references[0].selector == "uniform"
+    advice = "an edit of the whole picture loses by every token that is dropped: keep all, or keep='auto'"
+    assert str(few).splitlines()[-1] == advice
+    assert advice not in str(alone) and advice not in str(select_tokens(images, grids, Config(keep=1, task="global")))
 
 
 # What is kept
