@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from test_evaluation_metrics import tiny_clip, tiny_dino  # noqa: F401
 from tiny import picture
 
 from sparse_context.cli import main
-from sparse_context.evaluation.metrics import find_metrics, psnr
+from sparse_context.evaluation.metrics import find_metrics, lpips, psnr
+from sparse_context.evaluation.networks import alexnet_layers
 from sparse_context.evaluation.pie_bench import PIE_METRICS, decode_mask, read_pie_bench
 
 # A box of 3 rows by 4 columns with its corner at (100, 200), in the benchmark's own coding: over the pixels row by row
@@ -57,6 +59,7 @@ def test_a_folder_is_read_in_its_order(pie):
     assert first.prompt == "Make the frame of the bike rusty"
     assert first.caption == "a slanted rusty mountain bicycle on the road in front of a building"
     assert second.prompt == second.caption == "watercolor of a cat"  # without an instruction
+    assert second.source_caption == "a cat"
     assert (first.task, second.task) == ("random", "change style")
     assert first.open_image() is None
     assert first.open_references()[0].size == (512, 512)
@@ -82,6 +85,7 @@ def test_masks_are_runs_over_the_pixels_row_by_row():
     "change, message",
     [
         ({"editing_prompt": None}, "is not as in PIE-Bench"),
+        ({"original_prompt": None}, "is not as in PIE-Bench"),
         ({"editing_type_id": "12"}, "is not as in PIE-Bench"),
         ({"mask": "none"}, "is not as in PIE-Bench"),
         ({"mask": [1]}, "no list of start and length"),
@@ -110,7 +114,7 @@ def test_another_folder_is_refused(text, message, tmp_path):
 # Its metrics ----------------------------------------------------------------------------------------------------------
 
 
-def test_background_metrics_black_out_the_edit():
+def test_background_metrics_black_out_the_edit(tmp_path):
     source, output = picture(64, 64), picture(64, 64).copy()
     mask = np.zeros((64, 64), np.uint8)
     mask[:, :32] = 255
@@ -126,6 +130,16 @@ def test_background_metrics_black_out_the_edit():
     assert all(
         math.isnan(unedited[name](output, source, everything)) for name in unedited if name != "lpips_unedit_part"
     )
+    trunk = tmp_path / "alexnet.safetensors"
+    torch.manual_seed(0)
+    save_file({f"features.{name}": tensor for name, tensor in alexnet_layers().state_dict().items()}, trunk)
+    part = unedited["lpips_unedit_part"]
+    assert part(output, source, mask, model=str(trunk)) == pytest.approx(0, abs=1e-6)
+    assert math.isnan(part(output, source, everything, model=str(trunk)))
+    other = picture(64, 64, seed=1)
+    black = [Image.fromarray(np.where(mask[..., None] > 0, np.uint8(0), np.asarray(each))) for each in (other, source)]
+    assert part(other, source, mask, model=str(trunk)) == pytest.approx(lpips(*black, model=str(trunk)))
+    assert part(other, source, mask, model=str(trunk)) > 0
     # An error of 51 in the right half counts over the whole picture, as in the benchmark's own code
     pixels = np.full((64, 64, 3), 100, np.uint8)
     shifted = pixels.copy()
@@ -171,6 +185,7 @@ def test_the_command_evaluates_it(pie, tiny_model, tiny_clip, tiny_dino, tmp_pat
     names = [
         "psnr_unedit_part",
         f"structure_distance={tiny_dino}",
+        f"clip_similarity_source_image={tiny_clip}",
         f"clip_similarity_target_image_edit_part={tiny_clip}",
     ]
     arguments = ["evaluate", "--pie-bench", str(pie), "-m", str(tiny_model), "--dtype", "float32", "--device", "cpu",
@@ -184,5 +199,12 @@ def test_the_command_evaluates_it(pie, tiny_model, tiny_clip, tiny_dino, tmp_pat
     figures = json.loads((tmp_path / "result.json").read_text())["figures"]
     assert list(figures) == ["all", "random", "change style"]
     assert figures["random"]["dense"]["scores"].keys() == {name.partition("=")[0] for name in names}
-    assert "psnr_unedit_part" not in figures["change style"]["dense"]["scores"]  # there is nothing but the edit
+    scores = figures["change style"]["dense"]["scores"]
+    (second,) = read_pie_bench(pie)[1:]
+    similarity = find_metrics([f"clip_similarity_target_image={tiny_clip}"], PIE_METRICS)[
+        "clip_similarity_target_image"
+    ]
+    own = similarity.function(second.open_references()[0], "a cat")
+    assert scores["clip_similarity_source_image"]["mean"] == pytest.approx(own, abs=1e-5)
+    assert "psnr_unedit_part" not in scores  # there is nothing but the edit
     assert figures["all"]["dense"]["scores"]["psnr_unedit_part"]["n"] == 1

@@ -337,7 +337,7 @@ def _scores(
     """The figures of one output, by name: None where there is nothing to compare with."""
     truth, mask = _fit(sample.open_image(), output), _fit(sample.open_mask(), output)
     kinds = {metric.against for metric in metrics.values()}
-    references = sample.open_references() if kinds & {"references", "source"} else []
+    references = sample.open_references() if kinds & {"references", "source", "caption"} else []
     edited = None
     if any(metric.masked and metric.against in ("source", "prompt") for metric in metrics.values()):
         edited = _fit((sample.open_reference_masks() or [None])[0], output)
@@ -348,6 +348,8 @@ def _scores(
         elif metric.against == "prompt":  # what the output shows, where the prompt says what to do instead
             text = getattr(sample, "caption", sample.prompt)
             yield name, _number(function(output, text, edited if metric.masked else None))
+        elif metric.against == "caption":
+            yield name, _number(function(references[0], getattr(sample, "source_caption", sample.prompt), None))
         elif metric.against == "source":
             source = _fit(references[0], output)
             yield name, _number(function(output, source, edited if metric.masked else None))

@@ -28,9 +28,11 @@ KINDS = ("random", "change object", "add object", "delete object", "change conte
 
 @dataclass(frozen=True)
 class PieSample(Sample):
-    """A sample whose `caption` says what the edited picture shows; its `prompt` says what to do."""
+    """A sample whose `caption` says what the edited picture shows, and `source_caption` what the picture does that is
+    to be edited; its `prompt` says what to do."""
 
     caption: str = ""
+    source_caption: str = ""
 
 
 def read_pie_bench(folder: str | Path) -> list[PieSample]:
@@ -53,7 +55,9 @@ def read_pie_bench(folder: str | Path) -> list[PieSample]:
 
 def _sample(key: str, entry: Any, folder: Path, listing: Path) -> PieSample:
     try:
-        caption = entry["editing_prompt"].replace("[", "").replace("]", "")
+        caption, source_caption = (
+            entry[name].replace("[", "").replace("]", "") for name in ("editing_prompt", "original_prompt")
+        )
         prompt = entry.get("editing_instruction") or caption
         image = folder / "annotation_images" / entry["image_path"]
         kind = KINDS[int(entry["editing_type_id"])]
@@ -63,7 +67,7 @@ def _sample(key: str, entry: Any, folder: Path, listing: Path) -> PieSample:
         raise ValueError(f"{listing}, entry {key}, is not as in PIE-Bench: {what}.") from error
     file = io.BytesIO()
     Image.fromarray(mask).save(file, "png")
-    return PieSample(key, prompt, (image,), None, None, (file.getvalue(),), kind, caption)
+    return PieSample(key, prompt, (image,), None, None, (file.getvalue(),), kind, caption, source_caption)
 
 
 def decode_mask(runs: Any, side: int = SIDE) -> np.ndarray:
@@ -137,6 +141,8 @@ PIE_METRICS: dict[str, Metric] = {
     "mse_unedit_part": Metric(_unedited(mse), against="source", better="lower"),
     "lpips_unedit_part": Metric(_unedited(lpips), against="source", better="lower", model=LPIPS_MODEL),
     "structure_distance": Metric(structure_distance, against="source", better="lower", masked=False, model=DINO_MODEL),
+    # of the benchmark alone: no output changes it
+    "clip_similarity_source_image": Metric(clip_similarity, against="caption", masked=False, model=CLIP_MODEL),
     "clip_similarity_target_image": Metric(clip_similarity, against="prompt", masked=False, model=CLIP_MODEL),
     "clip_similarity_target_image_edit_part": Metric(clip_similarity, against="prompt", model=CLIP_MODEL),
     # not of the benchmark, but it needs nothing to be downloaded
