@@ -17,7 +17,7 @@ from transformers import Qwen2Tokenizer
 from sparse_context import SparseContextConfig
 from sparse_context.generation import generate, load_pipeline
 from sparse_context.mini import ADAPTERS, WEIGHTS, read_call_settings, recipe
-from sparse_context.mini.data import Assets, _misses_a_link, _square, split_of
+from sparse_context.mini.data import SPLITS, Assets, _clip_art_key, _emoji_key, _misses_a_link, _square, split_of
 from sparse_context.mini.demo import read_examples, run_demo
 from sparse_context.mini.model import make_tokenizer, make_vae
 from sparse_context.mini.recipe import (
@@ -30,6 +30,7 @@ from sparse_context.mini.recipe import (
     batch_scenes,
     compiled_blocks,
     correspondence_loss,
+    decoded_sheet,
     encode_pictures,
     encode_text,
     export,
@@ -60,7 +61,7 @@ def assets():
     for rgba, shape in zip(objects, shapes, strict=True):
         rgba[shape] = [*rng.integers(0, 256, 3), 255]
     photos = rng.integers(0, 256, (2, 288, 288, 3), dtype=np.uint8)
-    return Assets(objects, photos, ["disc", "bar", "ring"], np.array([0, 1, 2]), np.array([0, 2]))
+    return Assets(objects, photos, ["disc", "bar", "ring"], np.array([0, 1, 2]), np.array([0, 1]))
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +280,11 @@ def save_assets(assets, folder):
     save_file(tensors, folder / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
 
 
+def read_sheet(folder):
+    with Image.open(folder / "sheet-0000002.png") as file:
+        return np.asarray(file)
+
+
 def test_a_restored_vae_goes_on_and_a_run_of_it_is_never_restored_over(assets, pipe, tmp_path):
     save_assets(assets, tmp_path)
     restore(WEIGHTS, tmp_path)
@@ -288,6 +294,12 @@ def test_a_restored_vae_goes_on_and_a_run_of_it_is_never_restored_over(assets, p
     assert any(not torch.equal(vae[name], before[name]) for name in learned)
     assert all(torch.allclose(vae[name], before[name], atol=1e-4) for name in learned)  # two small steps from there
     assert not torch.equal(vae["bn.running_mean"], before["bn.running_mean"])  # measured anew, on these pictures
+    sheet = read_sheet(tmp_path / "vae")
+    assert sheet.shape == (4 * 128, 4 * 256, 3)  # sixteen pictures, each beside its decoding
+    picture = make_scene(assets.split("validation"), "edit_background", 100).references[0]
+    assert np.array_equal(sheet[:128, :128], picture)
+    assert np.abs(sheet[:128, 128:256].astype(int) - picture).mean() < 30  # the photographs here are noise
+    assert np.array_equal(sheet, decoded_sheet(load_vae(tmp_path), assets))  # of the averaged weights
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(FileExistsError, match="vae is there already: move it away"):
         restore(WEIGHTS, tmp_path)
@@ -312,6 +324,25 @@ def test_the_decoder_is_trained_and_latents_stay(assets, pipe, tmp_path):
     changed = {name.split(".")[0] for name, weight in vae.state_dict().items()
                if not torch.equal(weight, pipe.vae.state_dict()[name])}  # fmt: skip
     assert changed == {"decoder", "post_quant_conv"}
+    assert np.array_equal(read_sheet(tmp_path / "decoder"), decoded_sheet(vae, assets))
+    assert newest_step(tmp_path / "decoder") == 0  # run again, it does so once more
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_a_base_from_nothing_leaves_its_sample_sheet_and_a_whole_tokenizer(assets, pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "TASKS", ("edit_background",))  # of the sheet, and of the tokenizer's prompts
+    save_assets(assets, tmp_path)
+    pipe.vae.save_pretrained(tmp_path / "vae" / "final")
+    (tmp_path / "tokenizer.partial").mkdir()
+    (tmp_path / "tokenizer.partial" / "half").touch()  # what a kill left
+    train_base(tmp_path, BaseConfig(steps=2, batch=1))
+    sheet = read_sheet(tmp_path / "base")
+    assert sheet.shape == (128, 2 * 3 * 128, 3)  # two scenes: reference, truth and output
+    for left, seed in ((0, 100), (3 * 128, 101)):
+        scene = make_scene(assets.split("validation"), "edit_background", seed)
+        assert np.array_equal(sheet[:, left : left + 256], np.hstack([scene.references[0], scene.target]))
+    assert Qwen2Tokenizer.from_pretrained(tmp_path / "tokenizer").chat_template
+    assert not (tmp_path / "tokenizer" / "half").exists() and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -366,6 +397,52 @@ def test_splits_are_disjoint_and_by_name(assets):
     assert split_of("face") == split_of("clock") == 0
     shares = np.bincount([split_of(f"shape {i}") for i in range(4000)], minlength=3) / 4000
     assert np.abs(shares - [0.8, 0.1, 0.1]).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "name, group, subgroup, key, split",
+    [
+        ("woman running", "people-body", "person-activity", "person", "train"),
+        ("waving hand", "people-body", "hand-fingers-open", "hand", "train"),
+        ("women’s room", "symbols", "transport-sign", "symbol", "train"),
+        ("END arrow", "symbols", "arrow", "symbol", "train"),
+        ("grinning face", "smileys-emotion", "face-smiling", "face", "train"),
+        ("heart with arrow", "smileys-emotion", "heart", "heart", "train"),
+        ("hourglass done", "travel-places", "time", "clock", "train"),
+        ("woman’s hat", "objects", "clothing", "hat", "train"),
+        ("white flower", "animals-nature", "plant-flower", "flower", "train"),
+        ("red apple", "food-drink", "food-fruit", "apple", "validation"),
+        ("deciduous tree", "animals-nature", "plant-other", "tree", "test"),
+        ("locked with key", "objects", "lock", "key", "test"),
+    ],
+)
+def test_emoji_are_split_by_the_last_word_or_their_group(name, group, subgroup, key, split):
+    entry = {"annotation": name, "group": group, "subgroups": subgroup}
+    assert (_emoji_key(entry), SPLITS[split_of(key)]) == (key, split)
+
+
+@pytest.mark.parametrize(
+    "name, key, split",
+    [
+        ("a_man_singing_01", "man", "validation"),  # words of three letters or more count
+        ("woman01", "woman", "test"),  # as an emoji both are persons, which are trained on
+        ("another_apple_01", "another", "train"),
+        ("apple_bw", "apple", "validation"),
+        ("plain_tree_01", "plain", "train"),
+        ("tree_02", "tree", "test"),
+        ("keyboard_key_yemu", "keyboard", "train"),
+        ("key_enter", "key", "test"),
+        ("flower_01", "flower", "train"),
+        ("red_flower_01", "red", "test"),
+        ("blue_fedora", "blue", "train"),
+        ("red_fedora", "red", "test"),  # the same drawing
+        ("Smiling_cat", "face", "train"),
+        ("broken_heart_01", "heart", "train"),
+        ("01", "symbol", "train"),
+    ],
+)
+def test_clip_art_is_split_by_the_first_word(name, key, split):
+    assert (_clip_art_key(name), SPLITS[split_of(key)]) == (key, split)
 
 
 def test_objects_are_cropped_to_their_alpha():

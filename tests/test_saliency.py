@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -153,6 +154,21 @@ def test_no_photograph_is_both_trained_on_and_judged():
 # The recipe
 
 
+def test_what_the_net_is_judged_with_was_not_trained_on():
+    """Objects and photographs that are numbers, in turn of each split: 1,595 objects are the emoji and one drawing."""
+    from sparse_context.mini.data import Assets
+    from sparse_context.mini.saliency_net import BACKDROPS, held_out_sources, training_sources
+
+    objects, photos = np.arange(1701), np.arange(217)
+    assets = Assets(objects, photos, [str(i) for i in objects], objects % 3, photos % 3)
+    trained, judged = training_sources(assets), held_out_sources(assets)
+    assert trained.objects.objects.tolist() == [i for i in range(1595) if i % 3 == 0]
+    assert judged.objects.objects.tolist() == list(range(1595, 1701))  # of every split
+    assert judged.objects.object_names == [str(i) for i in range(1595, 1701)]
+    assert trained.backdrops.tolist() == [i for i in BACKDROPS if i % 3 == 0]
+    assert judged.backdrops.tolist() == [i for i in BACKDROPS if i % 3 != 0]
+
+
 @pytest.fixture(scope="module")
 def sources():
     from sparse_context.mini.data import Assets
@@ -264,7 +280,8 @@ def test_the_recipe_trains_the_last_stages_and_exports_what_loads(sources, wheel
     monkeypatch.setattr(saliency_net, "BACKDROPS", (0, 1))
     monkeypatch.setattr(saliency_net, "fetch", lambda packages, file: wheel[0])
     train_saliency(tmp_path, SaliencyConfig(steps=2, batch=2, warmup=1))
-    assert (tmp_path / "saliency" / "sheet-0000002.png").is_file()
+    with Image.open(tmp_path / "saliency" / "sheet-0000002.png") as sheet:
+        assert sheet.size == (4 * 384, 6 * 128)  # 24 composites: picture, truth and map
 
     export_saliency(tmp_path, tmp_path / "net.safetensors")
     assert not list(tmp_path.glob("*.partial"))

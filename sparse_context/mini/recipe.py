@@ -95,7 +95,8 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     done = folder / "vae" / f"step-{config.steps:07d}"
     if done.is_dir() and (folder / "vae" / "final").is_dir():
         return  # with a decoder that may have been trained further
-    assets = load_assets(folder / "assets.safetensors").split("train")
+    everything = load_assets(folder / "assets.safetensors")
+    assets = everything.split("train")
     device = default_device()
     torch.manual_seed(config.seed)
     vae = (load_vae(folder).requires_grad_(True) if (folder / "vae" / "final").is_dir() else make_vae()).to(device)
@@ -110,21 +111,25 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
             decoded = vae.decode(latents).sample.float()
         return reconstruction_loss(decoded, pictures) + 1e-3 * posterior.mean.square().mean()
 
+    def show(step: int, average: nn.Module) -> None:
+        decoded_sheet(average, everything).save(folder / "vae" / f"sheet-{step:07d}.png")
+
     optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    average = train(vae, [optimiser], loss, folder / "vae", steps=config.steps, warmup=100, ema=0.995,
-                    save_every=400, stop_after=stop_after, seconds=seconds)  # fmt: skip
+    average = train(vae, [optimiser], loss, folder / "vae", steps=config.steps, warmup=100, ema=0.995, save_every=400,
+                    show=show, show_every=400, stop_after=stop_after, seconds=seconds)  # fmt: skip
     by_the_clock = seconds is not None and (stop_after is None or stop_after >= seconds)
     if done.is_dir() or by_the_clock:  # all steps were taken, or the time is up, so the base may rely on it
         measure_latents(average, assets)
-        _save_vae(average, folder)
+        _save_whole(average, folder / "vae" / "final")
 
 
-def _save_vae(vae: nn.Module, folder: Path) -> None:
-    final, partial = folder / "vae" / "final", folder / "vae" / "final.partial"
+def _save_whole(part, folder: Path) -> None:
+    """`part.save_pretrained(folder)`, whole or not at all."""
+    partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    vae.save_pretrained(partial)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    part.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def reconstruction_loss(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
@@ -149,9 +154,10 @@ def train_decoder(folder: Path, config: DecoderConfig = DecoderConfig(), stop_af
                   workers: int = 0) -> None:  # fmt: skip
     """Train the decoder of the VAE further, in place; run again when it is done, it does so once more.
 
-    Latents stay what they are, so a base that knows them stays as good.
+    Latents stay what they are, so a base that knows them stays as good. Sample sheets stay in `decoder`.
     """
-    assets = load_assets(folder / "assets.safetensors").split("train")
+    everything = load_assets(folder / "assets.safetensors")
+    assets = everything.split("train")
     device = default_device()
     vae = load_vae(folder).to(device)
     crops = Ahead(partial(_crops, assets, config), workers)
@@ -166,13 +172,19 @@ def train_decoder(folder: Path, config: DecoderConfig = DecoderConfig(), stop_af
             noise = torch.randn(latents.shape, generator=generator).to(device)
             return reconstruction_loss(vae.decode(latents + config.noise * noise).sample.float(), pictures)
 
+    def show(step: int, average: nn.Module) -> None:
+        averaged = load_vae(folder).to(device)
+        averaged.decoder, averaged.post_quant_conv = average["decoder"], average["post_quant_conv"]
+        decoded_sheet(averaged, everything).save(folder / "decoder" / f"sheet-{step:07d}.png")
+
     optimiser = torch.optim.AdamW(decoder.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     average = train(decoder, [optimiser], loss, folder / "decoder", steps=config.steps, warmup=100, ema=0.995,
-                    save_every=400, stop_after=stop_after)  # fmt: skip
+                    save_every=400, show=show, show_every=400, stop_after=stop_after)  # fmt: skip
     if (folder / "decoder" / f"step-{config.steps:07d}").is_dir():
         decoder.load_state_dict(average.state_dict())
-        _save_vae(vae, folder)
-        shutil.rmtree(folder / "decoder")
+        _save_whole(vae, folder / "vae" / "final")
+        for checkpoint in sorted((folder / "decoder").glob("step-*")):  # of a half of one no run would go on
+            shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(".partial")))
 
 
 @torch.no_grad()
@@ -491,7 +503,7 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
     vae = load_vae(folder).to(device)
     torch.manual_seed(config.seed)
     if not (folder / "tokenizer").is_dir():  # its ids belong to the embeddings that are being trained
-        make_tokenizer(prompt_corpus(assets), config.vocabulary).save_pretrained(folder / "tokenizer")
+        _save_whole(make_tokenizer(prompt_corpus(assets), config.vocabulary), folder / "tokenizer")
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     modules.to(device)
@@ -581,6 +593,17 @@ def sample_sheet(pipe, assets: Assets, per_task: int = 2) -> Image.Image:
             tiles += [reference, scene.target, generate(pipe, scene)]
         lines.append(np.hstack(tiles))
     return Image.fromarray(np.vstack(lines))
+
+
+@torch.no_grad()
+def decoded_sheet(vae: nn.Module, assets: Assets, rows: int = 4, columns: int = 4) -> Image.Image:
+    """Pictures of the validation split, each beside what the VAE decodes from its latents."""
+    held_out = assets.split("validation")
+    pictures = np.stack([make_scene(held_out, "edit_background", 100 + i).references[0] for i in range(rows * columns)])
+    latents = vae.encode(to_unit(torch.from_numpy(pictures)).to(vae.device)).latent_dist.mode()
+    decoded = ((vae.decode(latents).sample + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
+    pairs = np.concatenate([pictures, decoded.numpy()], axis=2).reshape(rows, columns, SIZE, 2 * SIZE, 3)
+    return Image.fromarray(pairs.swapaxes(1, 2).reshape(rows * SIZE, columns * 2 * SIZE, 3))
 
 
 def generate(pipe, scene: Scene, seed: int = 0, steps: int = 8) -> np.ndarray:

