@@ -1,13 +1,14 @@
-"""Dense against sparse on the embedded model, end to end, for one to four references.
+"""The embedded model untouched, patched with all tokens kept, and sparse, end to end, for one to four references.
 
-Both run in one process in turns (dense, sparse, dense, sparse ...), with the same references, prompt, seed and steps;
-each figure is the median over the turns, and the ratio is the median of the ratios of neighbouring turns. The scene is
-the one of the demo that has four references; fewer are its first ones.
+All run in one process in turns, with the same references, prompt, seed and steps; each figure is the median over the
+turns, and a ratio is the median of the ratios within a turn. That of keep 1 to the untouched pipeline is what our patch
+costs by itself. The scene is the one of the demo that has four references; fewer are its first ones.
 
     python runs/core_speed.py [--keep 0.15] [--output results/core_speed.json]
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -15,10 +16,12 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
-from sparse_context import SparseContextConfig
-from sparse_context.generation import call_settings, generate, load_pipeline
+from sparse_context import SparseContextConfig, apply_sparse_context, last_selection, remove_sparse_context
+from sparse_context.generation import call_inputs, call_settings, load_pipeline, reference_sides
 from sparse_context.mini.demo import read_examples
+from sparse_context.preview import fit_reference
 from sparse_context.result import write_result
+from sparse_context.speed.timing import timed
 
 ROOT = Path(__file__).resolve().parents[1]
 TURNS = 7
@@ -33,33 +36,46 @@ def main() -> None:
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     pipe = load_pipeline(device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    configs = {"dense": SparseContextConfig(keep=1.0), "sparse": SparseContextConfig(keep=arguments.keep)}
+    settings = call_settings(pipe)
+    given = {dial: value for dial, value in settings.items() if dial in call_inputs(pipe)}
+    prepare: dict[str, Callable[[], object]] = {
+        "untouched": lambda: remove_sparse_context(pipe),
+        "keep 1": lambda: apply_sparse_context(pipe, keep=1.0),
+        "sparse": lambda: apply_sparse_context(pipe, keep=arguments.keep),
+    }
+
+    def ratios(turns: dict[str, list[dict]], phase: str, one: str, other: str) -> dict[str, float]:
+        found = sorted(a[phase] / b[phase] for a, b in zip(turns[one], turns[other], strict=True))
+        return {"median": round(median(found), 3), "min": round(found[0], 3), "max": round(found[-1], 3)}
+
     rows = {}
     for count in tqdm((1, 2, 4), desc="references"):
-        references = scene["references"][:count]
-        turns: dict[str, list[dict]] = {name: [] for name in configs}
+        sides = reference_sides(settings["reference_size"], SparseContextConfig(), count)
+        references = [fit_reference(*pair) for pair in zip(scene["references"][:count], sides, strict=True)]
+        turns: dict[str, list[dict]] = {name: [] for name in prepare}
         for turn in range(TURNS + 1):
-            for name, config in configs.items():
-                made = generate(pipe, references, scene["prompt"], config)
+            for name, apply in prepare.items():
+                apply()
+                with timed(pipe) as times:
+                    pipe(image=references, prompt=scene["prompt"], guidance_scale=1.0,
+                         generator=torch.Generator().manual_seed(0), **given)  # fmt: skip
                 if turn:  # the first is the warm-up
-                    turns[name].append(asdict(made.times))
-                tokens = {"kept": made.selection.kept, "of": made.selection.total}
-        phases = {n: {p: round(median(t[p] for t in ts), 4) for p in ts[0]} for n, ts in turns.items()}
-        pairs = list(zip(turns["dense"], turns["sparse"], strict=True))
-        ratios = {p: sorted(d[p] / s[p] for d, s in pairs) for p in ("total", "denoise")}
+                    turns[name].append(asdict(times))
+        selection = last_selection(pipe)
         rows[count] = {
-            "tokens": tokens,
-            "seconds": phases,
-            "times faster": {p: {"median": round(median(r), 3), "min": round(r[0], 3), "max": round(r[-1], 3)}
-                             for p, r in ratios.items()},
-        }  # fmt: skip
-    print(f"{'references':>10}{'tokens kept':>16}{'end to end':>12}{'denoise only':>14}")
+            "tokens": {"kept": selection.kept, "of": selection.total},
+            "seconds": {n: {p: round(median(t[p] for t in ts), 4) for p in ts[0]} for n, ts in turns.items()},
+            "times faster": {phase: ratios(turns, phase, "untouched", "sparse") for phase in ("total", "denoise")},
+            "keep 1 to untouched": ratios(turns, "total", "keep 1", "untouched"),
+        }
+    print(f"{'references':>10}{'tokens kept':>16}{'end to end':>12}{'denoise only':>14}{'keep 1 to untouched':>21}")
     for count, row in rows.items():
         faster = row["times faster"]
         print(f"{count:>10}{row['tokens']['kept']:>9} of {row['tokens']['of']:<5}"
-              f"{faster['total']['median']:>10.2f}x{faster['denoise']['median']:>12.2f}x")  # fmt: skip
+              f"{faster['total']['median']:>10.2f}x{faster['denoise']['median']:>12.2f}x"
+              f"{row['keep 1 to untouched']['median']:>20.3f}x")  # fmt: skip
     config = {"keep": arguments.keep, "turns": TURNS, "dtype": "float32", "threads": torch.get_num_threads(),
-              **{k: v for k, v in call_settings(pipe).items() if k != "training_steps"}}  # fmt: skip
+              **{k: v for k, v in settings.items() if k != "training_steps"}}  # fmt: skip
     write_result(arguments.output, "core_speed", config, rows)
 
 

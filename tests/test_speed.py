@@ -25,7 +25,15 @@ from sparse_context.speed.flops import Tokens, call_flops, forward_flops, passes
 from sparse_context.speed.kinds import KINDS
 from sparse_context.speed.memory import Peak
 from sparse_context.speed.methods import METHODS, downscaled_grid, make_hosts, merge_tokens, reference_tokens
-from sparse_context.speed.shapes import SHAPES, Shape, build_transformer, draw_weights, shape_of, with_blocks
+from sparse_context.speed.shapes import (
+    SHAPES,
+    Shape,
+    build_pipeline,
+    build_transformer,
+    draw_weights,
+    shape_of,
+    with_blocks,
+)
 from sparse_context.speed.timing import timed
 from sparse_context.tokens import ReferenceTokens
 
@@ -392,6 +400,28 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(monkeypat
         bench_module.run_bench(bench_module.BenchConfig(), plot_to=tmp_path / "plot.png")
 
 
+ENCODER = {"num_hidden_layers": 28, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+           "vocab_size": 151_936, "hidden_size": 4, "intermediate_size": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoder", [ENCODER, {}])
+def test_a_pipeline_of_a_shape_makes_whole_calls(encoder):
+    """With a text encoder, of which klein takes layers 9, 18 and 27, and without, where embeddings are drawn."""
+    shape = Shape(1, 1, 1, 12, encoder, steps=2, guidance=not encoder)
+    pipe = build_pipeline(shape, torch.device("cpu"), torch.float32)
+    assert type(pipe) is (Flux2KleinPipeline if encoder else Flux2Pipeline)
+    assert (pipe.text_encoder is None) == (not encoder) and pipe.transformer.config.num_single_layers == 1
+    config = BenchConfig(references=(2,), keep=(0.25,), size=(64,), turns=1, steps=2, methods=("sparse",))
+    figures = bench(pipe, [tiny.picture(64, 64)], "a cat", config)
+    rows = {row["method"]: row["tokens"] for row in figures["rows"]}
+    text = rows["dense"]["text"]
+    assert rows == {
+        "dense": {"text": text, "output": 16, "references": 32},
+        "sparse": {"text": text, "output": 16, "references": 8},
+    }
+    assert text == 512 and figures["steps"] == 2
+
+
 def test_blocks_alone():
     config = BenchConfig(references=(2,), keep=(0.25,), size=(64,), turns=2)
     figures = bench_blocks(SMALL, 1, torch.device("cpu"), torch.float32, config)
@@ -427,6 +457,13 @@ def test_peak_memory_on_a_cpu():
     del held
     peak.reset()
     assert peak.read() < 60 * 2**20
+    # What small pieces left in the allocator is not there for the next phase to take
+    pieces = [torch.ones(2**15) for _ in range(512)]
+    last = pieces[-1]  # above which the heap would shrink by itself
+    del pieces
+    peak = Peak(torch.device("cpu"))
+    pieces = [torch.ones(2**15) for _ in range(512)]
+    assert peak.read() >= 60 * 2**20 and len(pieces) == 512 and last.numel() == 2**15
 
 
 # What our patch adds -------------------------------------------------------------------------------------------------
@@ -571,6 +608,8 @@ def test_the_command(monkeypatch, capsys, tmp_path, tiny_model):
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["name"] == "bench" and result["config"]["references"] == [2] and result["config"]["device"] == "cpu"
     assert [row["tokens"]["references"] for row in result["figures"]["rows"]] == [128, 64]
+    turn = sum(row["seconds"]["total"]["median"] for row in result["figures"]["rows"])
+    assert result["figures"]["took"] > turn and lines[-2].startswith("1 turns after the warm-up, in ")
 
 
 def test_the_embedded_model_sees_references_in_the_size_of_their_task():

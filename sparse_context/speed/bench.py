@@ -211,8 +211,9 @@ def run_bench(
 ) -> dict[str, Any]:
     """What `sparse-context bench` does: build or load the model, measure, print the table, write JSON and plot.
 
-    Without `model` and `random_weights` the embedded model is measured. Returns the result record (result.py). Raises
-    ValueError for arguments that do not go together, before any work.
+    Without `model` and `random_weights` the embedded model is measured. Returns the result record (result.py), in whose
+    figures `took` are the seconds of it all, loading and the warm-up included. Raises ValueError for arguments that do
+    not go together, before any work.
     """
     if random_weights is not None and model is not None:
         raise ValueError("A model and random-weights were given: choose one of the two.")
@@ -231,7 +232,7 @@ def run_bench(
     shape = None if random_weights is None else find_shape(random_weights)
     if shape is not None and blocks is None and shape.kind != "flux2":
         raise ValueError(f"random-weights is {random_weights!r}, of which only blocks can be timed: pass --blocks N.")
-    where = find_device(device)
+    where, start = find_device(device), time.perf_counter()
     kind = DTYPES.get(dtype, torch.bfloat16)
     example = next(e for e in read_examples() if len(e["references"]) == 4)
     try:
@@ -249,7 +250,9 @@ def run_bench(
             figures = bench(pipe, example["references"], example["prompt"], config)
     except torch.OutOfMemoryError as error:
         raise ValueError("The device's memory ran out: choose a smaller shape or size, or --blocks 1.") from error
+    figures["took"] = round(time.perf_counter() - start, 1)
     print(table(figures))
+    print(f"{figures['turns']} turns after the warm-up, in {figures['took']:.0f} s.")
     if blocks is not None:
         (double, single), of = figures["blocks"], figures["of"]
         print(f"Measured with {double} double and {single} single blocks of {of[0]} and {of[1]}.")

@@ -1,5 +1,7 @@
 """The most memory that was taken at once: by the allocator of a CUDA device, or by the process on a CPU."""
 
+import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -12,7 +14,8 @@ class Peak:
     """Peak memory since `reset`, in bytes above what was held when this was made; so weights are not counted.
 
     On CUDA, what tensors took (the allocator's own figure). On a CPU under Linux, the peak of the process's resident
-    set, which may still hold what an earlier call has freed. Elsewhere `read` gives None.
+    set, before which glibc is told to give back what was freed; where there is another C library, a phase may seem to
+    need less than it does, for it takes what an earlier one has left. Elsewhere `read` gives None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,6 +28,8 @@ class Peak:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif os.access(_RESET, os.W_OK):
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
             _RESET.write_text("5")
 
     def read(self) -> int | None:
