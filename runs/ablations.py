@@ -9,8 +9,8 @@ dropped tokens begins with its first power). Every run is measured with what the
 those of `--spread` without and with spread tokens too, those of `--all-selectors` with every selector as well, and
 those of `--methods`, which were fine-tuned for a peer's way of saving tokens, with that alone. Stopped at any point, it
 goes on there. The numbers are PSNR against the truth, inside the object or, for global edits, of the whole picture:
-differences to the dense base with all tokens, and what a run has won over the base with the same tokens, scene by
-scene.
+differences to the dense base with all tokens, and what a run has won over the base, and over another run (`PAIRS`),
+with the same tokens, scene by scene.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
@@ -37,6 +37,8 @@ BASE = "base"
 ALL = ["mix", "random"]
 SPREAD = ["coverage-0", "coverage-0.3"]
 RUNS = ["dense", "lora", "lora-distilled"]
+PAIRS = (("mix", "random"), ("mix", "coverage-0"), ("mix", "coverage-0.3"), ("lora-distilled", "lora"))
+"""Runs that are compared with each other, for that is closer than each with the base."""
 
 
 def main() -> None:
@@ -79,20 +81,25 @@ def main() -> None:
         files = {cell: place / name / "cells" / f"{cell}.json" for cell in cells}
         return {cell: json.loads(file.read_text())["figures"]["samples"] for cell, file in files.items()}
 
-    base = measure(BASE, NO_LORA)
-    records: dict[str, dict] = {}
-    against_dense, won = {BASE: summarise(base)}, {}
+    def won(rows: dict[str, list[dict]], other: dict[str, list[dict]]) -> dict[str, dict]:
+        """What one run has won over another in the settings of both, by group and setting."""
+        figures: dict[str, dict] = defaultdict(dict)
+        for cell in [name for name in rows if name in other]:
+            for group, entry in summarise({DENSE: other[cell], cell: rows[cell]}).items():
+                figures[group][cell] = entry[cell]
+        return figures
+
+    found = {BASE: measure(BASE, NO_LORA)}
+    base, records = found[BASE], {}
+    against_dense, gains = {BASE: summarise(base)}, {}
     for run in (*arguments.all_selectors, *arguments.spread, *arguments.runs, *arguments.methods):
         (place / run).mkdir(parents=True, exist_ok=True)
         adapter = export_adapter(arguments.checkpoints / run, place / run, rank=arguments.rank)
         records[run] = adapter_record(adapter)
-        rows = measure(run, str(adapter))
+        rows = found[run] = measure(run, str(adapter))
         rows["all tokens"] = rows.pop(DENSE)
         against_dense[run] = summarise({DENSE: base[DENSE]} | rows)
-        won[run] = defaultdict(dict)
-        for cell in [name for name in rows if name in base]:
-            for group, entry in summarise({DENSE: base[cell], cell: rows[cell]}).items():
-                won[run][group][cell] = entry[cell]
+        gains[run] = won(rows, base)
         for group, cells in against_dense[run].items():
             score = "psnr" if group == "global edits" else "psnr_in_mask"
             shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in cells.items())
@@ -100,7 +107,11 @@ def main() -> None:
     config = {"split": "validation", "keeps": arguments.keeps, "scale": arguments.scale, "rank": arguments.rank,
               "all selectors": arguments.all_selectors, "spread": arguments.spread, "methods": arguments.methods,
               "runs": records}  # fmt: skip
-    write_result(arguments.output, arguments.output.stem, config, {"against dense": against_dense, "won": won})
+    pairs = {
+        f"{one} over {other}": won(found[one], found[other]) for one, other in PAIRS if {one, other} <= found.keys()
+    }
+    figures = {"against dense": against_dense, "won": gains, "pairs": pairs}
+    write_result(arguments.output, arguments.output.stem, config, figures)
     print(f"wrote {arguments.output}")
 
 

@@ -8,12 +8,15 @@ tables and pictures are made of, is always measured, and `--metrics` names what 
 there. Settings are chosen on "validation"; "test" is run once for the published table.
 
     python runs/mini_curves.py --lora none --output results/mini_curves_base.json
-    python runs/mini_curves.py --split test --lora none --output results/mini_curves_test.json
+    python runs/mini_curves.py --split test --lora none --output results/mini_curves_base_test.json
     python runs/mini_curves.py --base results/mini_curves_base.json
+    python runs/mini_curves.py --split test --base results/mini_curves_base_test.json \\
+        --output results/mini_curves_test.json --pictures checkpoints/mini_curves_test-test
 
 The first line is the dense base, training-free, and the second that on the test split. The third is the model as it is
 shipped, fine-tuned with dropping: its figures are also compared with the base's outputs with all tokens, pair by pair,
-and drawn beside the base's.
+and drawn beside the base's; the last line is that on the test split. What the tasks choose is compared with random
+tokens, pair by pair, too.
 
 It needs the scenes' objects, `checkpoints/assets.safetensors`: `python -m sparse_context.mini data` makes that file.
 """
@@ -126,7 +129,7 @@ def main() -> None:
     make = maker(pipe, steps=arguments.steps, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
     limits = dict.fromkeys(MANY, arguments.scenes) | dict.fromkeys(FEW, arguments.few)
     keeps = sorted(limits, reverse=True)
-    cells = grid(keeps, SELECTORS, limits=limits) | grid(keeps, merges=MERGES, limits=limits)
+    cells = grid(keeps, merges=MERGES, limits=limits) | grid(keeps, SELECTORS, limits=limits)
     own = arguments.model is None and arguments.lora is None
     if own and not ADAPTERS["plain"].is_file():
         sys.exit(
@@ -139,7 +142,10 @@ def main() -> None:
     base = None if arguments.base is None else read_base(arguments.base, about, [sample.name for sample in samples])
     folder = arguments.folder or working_folder(arguments.output, arguments.split)
     result = evaluate(make, samples, cells, metrics, folder, about=about)
-    figures = {"groups": result["figures"]}
+    over = {
+        keep: {DENSE: rows(folder, f"random-{keep:g}"), "auto": rows(folder, f"auto-{keep:g}")} for keep in keeps[1:]
+    }
+    figures = {"groups": result["figures"], "over random": {f"{keep:g}": summarise(of) for keep, of in over.items()}}
     if base is not None:
         figures["to the dense base"] = summarise(
             {DENSE: rows(working_folder(arguments.base, arguments.split), DENSE), "all tokens": rows(folder, DENSE)}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Variants of the embedded model's fine-tuning, each a tenth as long as its recipe, for runs/ablations.py.
+# Variants of the embedded model's fine-tuning, of 100 steps each, for runs/ablations.py.
 # Needs the assets: python -m sparse_context.mini data (CONTRIBUTING.md). Each run continues where it was killed.
 set -euo pipefail
 FOLDER=${FOLDER:-checkpoints/ablations}

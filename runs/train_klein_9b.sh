@@ -7,8 +7,8 @@
 #   - the base model: black-forest-labs/FLUX.2-klein-base-9B (its own licence: accept it on the hub, then `hf auth login`);
 #   - the data: two sets by hub name, written as one manifest by the first command (some 40 GB are fetched).
 #
-# Its target is what the base says with all tokens: a LoRA of the embedded model learns as much from that as from the
-# truth (docs/quality.md). It is trained on the undistilled base; the LoRA is then loaded into that model, or tried on its
+# Its target is what the base says with all tokens: a LoRA of the embedded model learns about as much from that as from
+# the truth (docs/quality.md). It is trained on the undistilled base; the LoRA is then loaded into that model, or tried on its
 # distilled sibling.
 # Several GPUs: put `accelerate launch --multi_gpu -m sparse_context.training` in the place of
 # `sparse-context train`. Run again after a kill, it continues from its last checkpoint.
@@ -33,7 +33,7 @@ sparse-context train \
     --caption-dropout 0.1 \
     --keep-min 0.05 --keep-max 1.0 --dense 0.1 --distillation 1 --subsets 3 --preservation 30 \
     --drop-mix random=0.4,blobs=0.15,bands=0.05,edges=0.15,saliency=0.15,outside=0.1 \
-    --coverage 0 --coverage 0.1 --merge 0 --merge 0.3 \
+    --coverage 0 --coverage 0.1 \
     --checkpointing-steps 250 --checkpoints-total-limit 3 \
     --validation-data "$DATA/validation.jsonl" --validation-steps 500 --num-validation-images 4 \
     --report-to tensorboard --seed 0 \

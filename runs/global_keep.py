@@ -1,0 +1,63 @@
+"""How many tokens does an edit of the whole picture need? Quality just below all of them.
+
+    python runs/global_keep.py [--scenes 24] [--keeps 0.95 0.9 0.8 0.7 0.5]
+
+The embedded model without and with its adapter, on the edits of the whole picture among its held-out scenes (grey,
+sepia, negative, warmer, posterised), with evenly spread tokens, as the task "global" chooses them; differences to the
+dense base with all tokens, on the same noise. `selection.GLOBAL_KEEP` follows from it. Stopped at any point, it goes on
+there.
+
+It needs the scenes' objects: `python -m sparse_context.mini data`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
+from sparse_context.evaluation.metrics import find_metrics
+from sparse_context.generation import NO_LORA, load_pipeline
+from sparse_context.mini.data import SPLITS, load_assets
+from sparse_context.mini.samples import FIRST_SEED, TURNS, scene_samples, tasks_of
+from sparse_context.result import write_result
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = {"training-free": NO_LORA, "fine-tuned": None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Edits of the whole picture just below all tokens.")
+    parser.add_argument("--split", choices=SPLITS[1:], default="validation")
+    parser.add_argument("--scenes", type=int, default=24)
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7, 0.5])
+    parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "global_keep.json")
+    arguments = parser.parse_args()
+
+    assets = load_assets(arguments.assets).split(arguments.split)
+    count = -(-arguments.scenes * len(TURNS) // TURNS.count("edit_global"))
+    samples, scenes = scene_samples(assets, count, FIRST_SEED[arguments.split])
+    samples = [sample for sample in samples if scenes[sample.name][1] == "edit_global"][: arguments.scenes]
+    cells, rows, weights = grid([1.0, *arguments.keeps]), {}, {}
+    for name, lora in WEIGHTS.items():
+        pipe = load_pipeline(lora=lora)
+        pipe.set_progress_bar_config(disable=True)
+        make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+        folder = ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}" / name
+        weights[name] = fingerprint(pipe)
+        about = {"split": arguments.split, "weights": weights[name]}
+        evaluate(make, samples, cells, find_metrics(["psnr"]), folder, about=about)
+        for cell in cells:
+            file = folder / "cells" / f"{cell}.json"
+            rows[f"{name}, {cell}"] = json.loads(file.read_text())["figures"]["samples"]
+    dense = rows.pop(f"training-free, {DENSE}")
+    figures = summarise({DENSE: dense} | rows)["all"]
+    for name, entry in figures.items():
+        print(f"{name}: {entry['scores']['psnr']['difference']:+.2f} dB")
+    config = {"split": arguments.split, "keeps": arguments.keeps, "weights": weights}
+    write_result(arguments.output, arguments.output.stem, config, figures)
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
