@@ -16,7 +16,7 @@ there. Settings are chosen on "validation"; "test" is run once for the published
 The first line is the dense base, training-free, and the second that on the test split. The third is the model as it is
 shipped, fine-tuned with dropping: its figures are also compared with the base's outputs with all tokens, pair by pair,
 and drawn beside the base's; the last line is that on the test split. What the tasks choose is compared with random
-tokens, pair by pair, too.
+tokens, pair by pair, too, and subjects are told apart by whether all of their objects was kept.
 
 It needs the scenes' objects, `checkpoints/assets.safetensors`: `python -m sparse_context.mini data` makes that file.
 """
@@ -25,9 +25,11 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from base_quality import objects, with_other_objects
@@ -41,11 +43,14 @@ from sparse_context.images import save_picture
 from sparse_context.mini import ADAPTERS
 from sparse_context.mini.data import SPLITS, load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.mini.scenes import Scene
 from sparse_context.result import write_result
+from sparse_context.selection import SparseContextConfig, select_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 SELECTORS = ("random", "uniform", "edges", "saliency", "subject", "mask")
 MERGES = (0.0, 0.3)  # beside what the tasks choose themselves
+WHOLE = 0.99  # of an object's area
 MANY, FEW = (1.0, 0.2, 0.1), (0.5, 0.3, 0.15, 0.05)
 SHEET = tuple(name for name in grid((0.5, 0.2, 0.1)) if name != DENSE)
 
@@ -58,6 +63,18 @@ def working_folder(output: Path, split: str) -> Path:
 def rows(folder: Path, cell: str) -> list[dict]:
     """The figures of every scene under one setting."""
     return json.loads((folder / "cells" / f"{cell}.json").read_text())["figures"]["samples"]
+
+
+def share_kept(scene: Scene, keep: float, token: int) -> float:
+    """The share of a scene's object that is kept in its reference, of the object of which least is."""
+    grids = [(picture.shape[0] // token, picture.shape[1] // token) for picture in scene.references]
+    selection = select_tokens(scene.references, grids, SparseContextConfig(keep=keep, task=tasks_of(scene)))
+    shares = []
+    for kept, mask in zip(selection.references, scene.reference_masks, strict=True):
+        covered = cv2.resize(mask.astype(np.float32), kept.grid[::-1], interpolation=cv2.INTER_AREA).ravel()
+        if covered.min() < 1:  # else it is a picture to stand behind the object
+            shares.append(float(covered[kept.index].sum() / covered.sum()))
+    return min(shares)
 
 
 def read_base(path: Path, about: dict, names: list[str]) -> dict:
@@ -142,15 +159,33 @@ def main() -> None:
     base = None if arguments.base is None else read_base(arguments.base, about, [sample.name for sample in samples])
     folder = arguments.folder or working_folder(arguments.output, arguments.split)
     result = evaluate(make, samples, cells, metrics, folder, about=about)
-    over = {
-        keep: {DENSE: rows(folder, f"random-{keep:g}"), "auto": rows(folder, f"auto-{keep:g}")} for keep in keeps[1:]
+    dense_folder = folder if arguments.base is None else working_folder(arguments.base, arguments.split)
+
+    def gains(keep: float, than: Path, cell: str, names: Collection[str] = scenes) -> dict:
+        """What the tasks' own choice at `keep` wins over `cell` of the run in the folder `than`, scene by scene."""
+        pair = {DENSE: rows(than, cell), "auto": rows(folder, f"auto-{keep:g}")}
+        return summarise({name: [row for row in found if row["name"] in names] for name, found in pair.items()})
+
+    figures = {
+        "groups": result["figures"],
+        "over random": {f"{keep:g}": gains(keep, folder, f"random-{keep:g}") for keep in keeps[1:]},
+        "subjects by what was kept": {},
     }
-    figures = {"groups": result["figures"], "over random": {f"{keep:g}": summarise(of) for keep, of in over.items()}}
+    subjects = {sample.name: scenes[sample.name][0] for sample in samples if sample.task == "subjects"}
+    for keep in MANY[1:]:
+        shares = {name: share_kept(scene, keep, 2 * pipe.vae_scale_factor) for name, scene in subjects.items()}
+        whole = {name for name, share in shares.items() if share >= WHOLE}
+        figures["subjects by what was kept"][f"{keep:g}"] = {
+            part: gains(keep, dense_folder, DENSE, names)["all"]
+            for part, names in (("whole", whole), ("in part", shares.keys() - whole))
+            if names
+        }
     if base is not None:
         figures["to the dense base"] = summarise(
-            {DENSE: rows(working_folder(arguments.base, arguments.split), DENSE), "all tokens": rows(folder, DENSE)}
+            {DENSE: rows(dense_folder, DENSE), "all tokens": rows(folder, DENSE)}
             | {name: rows(folder, name) for name in cells if name != DENSE}
         )
+        figures["won by fine-tuning"] = {f"{keep:g}": gains(keep, dense_folder, f"auto-{keep:g}") for keep in keeps[1:]}
     write_result(arguments.output, arguments.output.stem, result["config"], figures)
 
     pictures = arguments.pictures or (ROOT / "docs" if own else folder)

@@ -7,8 +7,7 @@ task chooses by itself, and drops the rest or spends three tenths of its budget 
 fine-tuned` drops it, with the package's adapter or the one named. `downscaled` and `merged` are those of the benchmark
 (sparse_context/speed/methods.py). So all have the speed that their tokens allow. Differences are to the dense model
 without an adapter and with all tokens, scene by scene: PSNR inside the object or, for global edits, of the whole
-picture. What fine-tuning wins is also compared with `sparse` itself, scene by scene. Stopped at any point, it goes on
-there.
+picture. Stopped at any point, it goes on there.
 
 `copied and filled` is no method but a yardstick: the model's picture with all tokens, of it the parts that `sparse` has
 a token for or that the prompt alone determines, and the rest filled in from around by OpenCV's `inpaint` (Telea 2004).
@@ -19,7 +18,6 @@ It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sparse_context.evaluation.evaluate import DENSE, Cell, Maker, evaluate, fingerprint, grid, maker, summarise
+from sparse_context.evaluation.evaluate import Cell, Maker, evaluate, fingerprint, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.generation import NO_LORA, Generation, call_inputs, call_settings, load_pipeline
 from sparse_context.manifest import Sample
@@ -131,20 +129,8 @@ def main() -> None:
         cells[f"{TUNED}, all tokens"] = Cell(SparseContextConfig(keep=1.0), make=own_tuned, about=weights)
     about = {"split": arguments.split, "lora": NO_LORA, "weights": fingerprint(pipe)}
     result = evaluate(own, samples, cells, find_metrics(["psnr"]), folder, about=about)
-    figures = result["figures"]
-    if record:
-
-        def rows(cell: str) -> list[dict]:
-            return json.loads((folder / "cells" / f"{cell}.json").read_text())["figures"]["samples"]
-
-        figures = figures | {
-            "won by fine-tuning": {
-                f"{keep:g}": summarise({DENSE: rows(f"sparse {keep:g}"), TUNED: rows(f"{TUNED} {keep:g}")})
-                for keep in arguments.keeps
-            }
-        }
     config = about | {"keeps": arguments.keeps, "methods": list(ways), "adapter": record}
-    write_result(arguments.output, arguments.output.stem, config, figures)
+    write_result(arguments.output, arguments.output.stem, config, result["figures"])
     for group, settings in result["figures"].items():
         score = "psnr" if group == "global edits" else "psnr_in_mask"
         shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items())
