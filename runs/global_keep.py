@@ -4,8 +4,8 @@
 
 The embedded model without and with its adapter, on the edits of the whole picture among its held-out scenes (grey,
 sepia, negative, warmer, posterised), with evenly spread tokens, as the task "global" chooses them; differences to the
-dense base with all tokens, on the same noise. `selection.GLOBAL_KEEP` follows from it. Stopped at any point, it goes on
-there.
+dense base with all tokens, on the same noise. That keep="auto" keeps all under that task follows from it. Stopped at
+any point, it goes on there.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """

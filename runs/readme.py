@@ -150,7 +150,7 @@ def base_quality() -> str:
         f"the object is nearest to itself among {config['candidates']} candidates by EfficientNet features; beside it "
         f"how often its flat colour and a blur of it pass. The VAE alone: {vae['mean']:.1f} dB over {vae['number']} "
         f"references. Asked are 19 dB inside the object, 80 % recognised, 22 dB of global edits and 32 dB of the VAE; "
-        f"short of that are {'; '.join(missed)}. "
+        f"short of that: {'; '.join(missed) or 'nothing'}. "
         f"Measured on {_machine(result)} (`runs/base_quality.py`)."
     )
 
@@ -504,7 +504,7 @@ def by_kept() -> str:
         arm = "training-free" if result["config"]["lora"] == "none" else "fine-tuned"
         for keep, parts in result["figures"]["subjects by what was kept"].items():
             cells = [f"{_difference(parts[part], 'auto', 'psnr_in_mask')}, {parts[part]['auto']['samples']} scenes"
-                     for part in ("whole", "in part")]  # fmt: skip
+                     if part in parts else "" for part in ("whole", "in part")]  # fmt: skip
             rows.append(f"| {arm} | {result['config']['split']} | {keep} | {' | '.join(cells)} |")
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR inside objects against the dense base with all tokens, and the 95 % interval of that, "
@@ -758,7 +758,9 @@ def auto_budget(name: str = "auto_budget") -> str:
         return "Not measured yet: `runs/auto_budget.py`."
     result = _read(name)
     rows = ["| task | mass | keeps | auto, against the fixed ratio |", "|---|---|---|---|"]
-    for group, (score, _) in CURVES.items():
+    for group, (score, task) in CURVES.items():
+        if task == "global":  # which keeps all
+            continue
         for mass, groups in result["figures"].items():
             kept = f"{groups[group]['auto']['kept']:.0%}".replace("%", " %")
             rows.append(f"| {group} | {mass} | {kept} | {_difference(groups[group], 'auto', score)} |")

@@ -5,9 +5,9 @@
 A step is what `sparse-context train` does for a batch of one whose latents and text are cached: choose the tokens,
 forward, backward with gradient checkpointing, clip, AdamW, on a LoRA of rank 64 in bfloat16. Latents and text are drawn
 at random, so neither text encoder nor VAE takes part. Steps with all tokens and with few run in turns; the first turn
-is the warm-up, and there the peak of memory is read. `--blocks` takes so many of each kind of block in the place of
-all, for machines that cannot hold the whole or wait for it. Seconds are written where the device is a GPU, elsewhere
-ratios.
+is the warm-up, and there the peak of memory is read, in bytes above what is held between steps: the weights, the LoRA
+and the optimiser's state. `--blocks` takes so many of each kind of block in the place of all, for machines that cannot
+hold the whole or wait for it. Seconds are written where the device is a GPU, elsewhere ratios.
 """
 
 import argparse
@@ -76,6 +76,7 @@ def main() -> None:
         tokens[name] = Tokens(shape.text, side * side, selection.kept)
         return now(device) - start
 
+    step("sparse", arguments.keep, 0)  # makes the optimiser's state, which the peak of no step is to count
     kinds = {"dense": 1.0, "sparse": arguments.keep}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     memory: dict[str, int | None] = {}
@@ -104,6 +105,9 @@ def main() -> None:
         figures["seconds"] = {name: round(median(each), 3) for name, each in seconds.items()}
     print(f"{faster['median']:.2f}x ({faster['min']:.2f} to {faster['max']:.2f}); weights {weights / 2**30:.1f} GiB; "
           f"above them {({n: f'{m / 2**30:.2f} GiB' for n, m in memory.items() if m is not None})}")  # fmt: skip
+    if arguments.blocks is not None:
+        print(f"Measured with {shape.double_blocks} double and {shape.single_blocks} single blocks of "
+              f"{whole.double_blocks} and {whole.single_blocks}.")  # fmt: skip
     about = {"shape": arguments.shape, "size": arguments.size, "references": arguments.references,
              "keep": arguments.keep, "rank": config.rank, "turns": arguments.turns, "dtype": "bfloat16",
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -1,8 +1,10 @@
-"""What was weighed on the way to docs/performance.md: hashes, pixels as 8 bits, and ways to encode references.
+"""What was weighed on the way to docs/performance.md: hashes, pixels as 8 bits, ways to encode references, and scenes.
 
-Processor time on one thread, so that a busy machine changes little; the median of the runs after a warm-up.
+Processor time on one thread, so that a busy machine changes little; the median of the runs after a warm-up. Training
+scenes differ, so theirs is the mean over the batches of the base's recipe once all tasks are drawn; without the assets
+of the working folder it is left out.
 
-    python runs/time_parts.py [--output results/parts.json]
+    python runs/time_parts.py [--assets checkpoints/assets.safetensors] [--output results/parts.json]
 """
 
 import argparse
@@ -17,10 +19,13 @@ import torch
 
 from sparse_context.families.pictures import to_uint8
 from sparse_context.generation import load_pipeline
+from sparse_context.mini.data import Assets, load_assets
+from sparse_context.mini.recipe import BaseConfig, batch_scenes
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP, RUNS = 2, 9
+BATCHES = 100  # of training scenes; each has its own task and sizes
 
 
 def out_of_place(pixels: torch.Tensor):
@@ -34,9 +39,20 @@ def in_place(pixels: torch.Tensor):
     return grey.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+def milliseconds_a_scene(assets: Assets) -> float:
+    """The mean over `BATCHES` batches with the mix that the base's training ends with, after a warm-up."""
+    config = BaseConfig().without_easy_part
+    for step in range(WARM_UP):
+        batch_scenes(assets, config, step)
+    start = time.process_time()
+    scenes = sum(len(batch_scenes(assets, config, WARM_UP + step)) for step in range(BATCHES))
+    return 1000 * (time.process_time() - start) / scenes
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the parts that were weighed against each other.")
+    parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "parts.json")
     arguments = parser.parse_args()
 
@@ -73,7 +89,14 @@ def main() -> None:
             "channels last": float((other - each).abs().max()),
         },
     }
-    write_result(arguments.output, "parts", {"runs": RUNS, "warm_up": WARM_UP, "threads": 1}, figures)
+    if arguments.assets.is_file():
+        composed = milliseconds_a_scene(load_assets(arguments.assets).split("train"))
+        figures["milliseconds"]["compose a training scene"] = round(composed, 2)
+        figures["scenes a second"] = round(1000 / composed, 1)
+    else:
+        print(f"{arguments.assets} is missing, so composing scenes is left out: `python -m sparse_context.mini data`.")
+    about = {"runs": RUNS, "warm_up": WARM_UP, "batches of scenes": BATCHES, "threads": 1}
+    write_result(arguments.output, "parts", about, figures)
     for name, milliseconds in figures["milliseconds"].items():
         print(f"{name:24}{milliseconds:8.2f} ms")
 

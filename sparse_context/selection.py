@@ -108,7 +108,8 @@ class Kept:
     `grid` is (rows, columns). `index` holds the kept tokens, sorted flat int64 indices into the grid, row by row.
     `into`, where the rest is averaged, names for each token the kept one that stands for it (`budget.merge_rest`).
     `scores` is float32 (rows, columns), all 1 where every token is kept and none was scored. `selector` is its label.
-    `picture` is what the selector saw, uint8 (H, W, 3 or 4), or None where the host had only latents.
+    `picture` is what the selector saw, uint8 (H, W, 3 or 4), or None where the host had only latents. `task` is the
+    reference's own.
     """
 
     grid: tuple[int, int]
@@ -117,6 +118,7 @@ class Kept:
     selector: str
     picture: np.ndarray | None
     into: np.ndarray | None = None
+    task: str = "auto"
 
     @property
     def mask(self) -> np.ndarray:
@@ -206,7 +208,7 @@ class Selection:
             how += f", {len(kept.averages)} of them averages of the rest" if len(kept.averages) else ""
             lines.append(f"reference {i}: {_tokens(len(kept.index), kept.scores.size)}{how}")
         lines.append(f"total: {_tokens(self.kept, self.total)}, task {self.task}, in {1000 * self.seconds:.1f} ms")
-        if "global" in self.task.split(", ") and self.kept < self.total:
+        if any(kept.task == "global" and len(kept.index) < kept.scores.size for kept in self.references):
             lines.append("an edit of the whole picture loses by every token that is dropped: keep all, or keep='auto'")
         return "\n".join(lines)
 
@@ -306,7 +308,7 @@ def select_tokens(
         if round(config.merge * len(index[i])) and len(index[i]) < np.count_nonzero(part >= 0):
             into[i] = own = merge_rest(part, len(index[i]), config.merge, coverages[i])
             index[i] = np.unique(own[own >= 0])
-    kept = tuple(Kept(*each) for each in zip(grids, index, scores, labels, firsts, into, strict=True))
+    kept = tuple(Kept(*each) for each in zip(grids, index, scores, labels, firsts, into, tasks, strict=True))
     task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(tasks))
     return Selection(kept, task, tuple(coverages), time.perf_counter() - start)
 

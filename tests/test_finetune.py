@@ -779,6 +779,10 @@ def test_cached_latents_and_text_are_those_of_the_encoders(tmp_path):
         host.encode_pictures = host.encode_text = None  # the second time, all comes from the disk
     files = list((tmp_path / "latents").rglob("*.safetensors"))
     assert len(files) == 6
+    other = Cache(tmp_path / "text", host.pipe.text_encoder, {"max_sequence_length": 8})
+    assert other.get(b"a", lambda: {"x": torch.zeros(1)})["x"] == 0
+    assert other.get(b"a", lambda: {"x": torch.ones(1)})["x"] == 0  # from the disk
+    assert caches[1].get(b"a", lambda: {"x": torch.ones(1)})["x"] == 1  # which read more tokens
     files[0].write_bytes(b"half")
     again = klein()
     assert torch.allclose(encode(again, batch, caches[0]).target, plain.target, atol=1e-5)

@@ -411,15 +411,19 @@ def test_a_pipeline_of_a_shape_makes_whole_calls(encoder):
     pipe = build_pipeline(shape, torch.device("cpu"), torch.float32)
     assert type(pipe) is (Flux2KleinPipeline if encoder else Flux2Pipeline)
     assert (pipe.text_encoder is None) == (not encoder) and pipe.transformer.config.num_single_layers == 1
-    config = BenchConfig(references=(2,), keep=(0.25,), size=(64,), turns=1, steps=2, methods=("sparse",))
+    seen = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    methods = {"dense": 16, "sparse": 4} | ({"sparse_kv": 4} if encoder else {})  # FLUX.2 dev has no pipeline for KV
+    config = BenchConfig(references=(1,), keep=(0.25,), size=(64,), turns=1, steps=2, methods=tuple(methods))
     figures = bench(pipe, [tiny.picture(64, 64)], "a cat", config)
-    rows = {row["method"]: row["tokens"] for row in figures["rows"]}
-    text = rows["dense"]["text"]
-    assert rows == {
-        "dense": {"text": text, "output": 16, "references": 32},
-        "sparse": {"text": text, "output": 16, "references": 8},
+    assert figures["steps"] == 2 and {row["method"]: row["tokens"] for row in figures["rows"]} == {
+        method: {"text": 512, "output": 16, "references": references} for method, references in methods.items()
     }
-    assert text == 512 and figures["steps"] == 2
+    drawn = torch.randn(1, 512, 12, generator=torch.Generator().manual_seed(0))
+    assert len(seen) == 2 * 2 * len(methods)  # the warm-up and a turn of two steps
+    assert all(torch.equal(embeds, seen[0]) for embeds in seen) and torch.equal(seen[0], drawn) == (not encoder)
 
 
 def test_blocks_alone():
@@ -609,7 +613,7 @@ def test_the_command(monkeypatch, capsys, tmp_path, tiny_model):
     assert result["name"] == "bench" and result["config"]["references"] == [2] and result["config"]["device"] == "cpu"
     assert [row["tokens"]["references"] for row in result["figures"]["rows"]] == [128, 64]
     turn = sum(row["seconds"]["total"]["median"] for row in result["figures"]["rows"])
-    assert result["figures"]["took"] > turn and lines[-2].startswith("1 turns after the warm-up, in ")
+    assert result["figures"]["took"] > turn and lines[-2].startswith("1 turn after the warm-up, in ")
 
 
 def test_the_embedded_model_sees_references_in_the_size_of_their_task():

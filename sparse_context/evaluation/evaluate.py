@@ -349,7 +349,7 @@ def _scores(
             text = getattr(sample, "caption", sample.prompt)
             yield name, _number(function(output, text, edited if metric.masked else None))
         elif metric.against == "caption":
-            yield name, _number(function(references[0], getattr(sample, "source_caption", sample.prompt), None))
+            yield name, _number(function(references[0], getattr(sample, "source_caption"), None))  # noqa: B009
         elif metric.against == "source":
             source = _fit(references[0], output)
             yield name, _number(function(output, source, edited if metric.masked else None))

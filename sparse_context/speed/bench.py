@@ -252,7 +252,8 @@ def run_bench(
         raise ValueError("The device's memory ran out: choose a smaller shape or size, or --blocks 1.") from error
     figures["took"] = round(time.perf_counter() - start, 1)
     print(table(figures))
-    print(f"{figures['turns']} turns after the warm-up, in {figures['took']:.0f} s.")
+    turns = "1 turn" if figures["turns"] == 1 else f"{figures['turns']} turns"
+    print(f"{turns} after the warm-up, in {figures['took']:.0f} s.")
     if blocks is not None:
         (double, single), of = figures["blocks"], figures["of"]
         print(f"Measured with {double} double and {single} single blocks of {of[0]} and {of[1]}.")

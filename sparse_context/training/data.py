@@ -9,7 +9,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -210,8 +210,10 @@ class Cache:
     On disk and not in memory, because it outlives the run and processes share it. Damaged files are made anew.
     """
 
-    def __init__(self, folder: Path, encoder: nn.Module) -> None:
-        self._folder = folder / fingerprint(encoder)
+    def __init__(self, folder: Path, encoder: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
+        """settings: what else decides what the encoder makes, such as how many tokens of a prompt it reads."""
+        said = repr(sorted((settings or {}).items())).encode()
+        self._folder = folder / f"{fingerprint(encoder)}-{hashlib.sha256(said).hexdigest()[:8]}"
 
     def get(self, key: bytes, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """What was made from `key` before, or else `make()`, which is kept. Tensors are on the CPU."""

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..families import family_of
 from ..families.pictures import to_uint8
-from ..generation import call_settings, generate
+from ..generation import generate
 from ..images import save_picture, save_text
 from ..preview import column, label, side_by_side
 from ..selection import SparseContextConfig
@@ -219,9 +219,9 @@ def encode(host: Host, batch: Prepared, latent_cache: Cache | None = None, text_
     if text_cache is None:
         text = host.encode_text(batch.prompts, batch.seen)
     else:
-        parts, settings = [], repr(sorted(call_settings(host.pipe).items()))  # such as how many tokens are read
+        parts = []
         for prompt, seen in zip(batch.prompts, batch.seen, strict=True):
-            key = "\0".join([settings, prompt, *map(str, (p.size for p in seen))]).encode()
+            key = "\0".join([prompt, *map(str, (p.size for p in seen))]).encode()
             key += b"".join(picture.tobytes() for picture in seen)
             parts.append(
                 text_cache.get(key, lambda p=prompt, s=seen: host.encode_text([p], [s]))  # type: ignore[misc]

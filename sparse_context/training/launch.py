@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..generation import NO_LORA, load_pipeline
+from ..generation import NO_LORA, call_settings, load_pipeline
 from ..manifest import read_samples
 from .data import Batches, Cache, open_example
 from .dropping import Dropping
@@ -107,7 +107,7 @@ def launch(
             workers=dataloader_num_workers,
             validation=shown,
             latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
-            text_cache=Cache(folder / "text", host.pipe.text_encoder) if cache_text else None,
+            text_cache=Cache(folder / "text", host.pipe.text_encoder, call_settings(host.pipe)) if cache_text else None,
             log=lambda step, record: accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step),
             log_picture=log_picture,
             batch=train_batch_size,

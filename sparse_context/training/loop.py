@@ -238,9 +238,11 @@ def _step(checkpoint: Path) -> int:
 
 
 def _tidy(folder: Path, first: int) -> None:
-    """Remove what a kill left behind: half a checkpoint, and log records of steps that will be taken again."""
+    """Remove what a kill left behind: halves of checkpoints and files, and log records of steps to be taken again."""
     for partial in folder.glob("step-*.partial"):
         shutil.rmtree(partial)
+    for part in folder.glob(".*.part"):  # of images.py
+        part.unlink()
     log = folder / "log.jsonl"
     if log.is_file():
         kept = []
