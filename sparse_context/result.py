@@ -10,14 +10,15 @@ from typing import Any
 
 from .images import save_text
 
+CODE = (":/", ":(top,exclude)results", ":(top,exclude)docs")  # what runs write does not change what they measure
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "opencv-python-headless")
 
 
 def make_result(name: str, config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
     """`figures` with what is needed to judge and to repeat them.
 
-    Adds the versions, the commit of the checkout that this package is in and whether it was dirty (None outside
-    of one), and the hardware with its load average over the last minute.
+    Adds the versions, the commit of the checkout that this package is in and whether its code was dirty (None
+    outside of one), and the hardware with its load average over the last minute.
     """
     commit = _git("rev-parse", "HEAD")
     versions = {"python": platform.python_version()}
@@ -31,7 +32,7 @@ def make_result(name: str, config: dict[str, Any], figures: dict[str, Any]) -> d
         "config": config,
         "versions": versions,
         "commit": commit or None,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)) if commit else None,
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},
         "figures": figures,
     }
