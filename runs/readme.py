@@ -211,6 +211,16 @@ def bench_mini() -> str:
     )
 
 
+def bench_default() -> str:
+    """How long the benchmark takes when nothing is asked of it."""
+    result = _read("bench_default")
+    figures = result["figures"]
+    return (
+        f"`sparse-context bench --output results/bench_default.json` took {figures['took'] / 60:.1f} minutes for "
+        f"{len(figures['rows'])} settings in {figures['turns']} turns after the warm-up, on {_machine(result)}."
+    )
+
+
 def bench_mini_asked() -> str:
     return _asked(check_mini(_read("bench_mini")["figures"]), "asked of it at keep 0.15, end to end")
 
@@ -796,6 +806,7 @@ def coverage(name: str = "coverage") -> str:
 
 
 BENCHMARKS = {"flops": flops, "parts": parts, "bench_mini": bench_mini, "bench_mini_asked": bench_mini_asked,
+              "bench_default": bench_default,
                "bench_klein_9b_blocks": bench_klein_9b_blocks,
               "bench_gpu": bench_gpu, "choosing_gpu": choosing_gpu, "training_speed": training_speed}  # fmt: skip
 TABLES = {"pipelines": pipelines, "bench_gpu_short": bench_gpu_short, "core_speed": core_speed,
