@@ -212,8 +212,8 @@ class Cache:
 
     def __init__(self, folder: Path, encoder: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
         """settings: what else decides what the encoder makes, such as how many tokens of a prompt it reads."""
-        said = repr(sorted((settings or {}).items())).encode()
-        self._folder = folder / f"{fingerprint(encoder)}-{hashlib.sha256(said).hexdigest()[:8]}"
+        said = repr(sorted(settings.items())).encode() if settings else b""
+        self._folder = folder / (fingerprint(encoder) + (f"-{hashlib.sha256(said).hexdigest()[:8]}" if said else ""))
 
     def get(self, key: bytes, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """What was made from `key` before, or else `make()`, which is kept. Tensors are on the CPU."""
