@@ -55,6 +55,17 @@ def _of_its_time(weights: str, newest: str) -> str:
     )
 
 
+def _net_since(*results: dict) -> str:
+    """A sentence where results are of another saliency net than the one that `runs/saliency.py` judged last."""
+    newest = _read("saliency")["versions"].get("saliency net")
+    older = [result for result in results if result["versions"].get("saliency net") != newest]
+    if not older:
+        return ""
+    splits = dict.fromkeys(result["config"].get("split", "validation") for result in older)
+    what = f"those of the {' and '.join(splits)} split" if len(older) < len(results) else "these"
+    return f" Chosen with the saliency net before its last training: {what}."
+
+
 def core_speed() -> str:
     result = _read("core_speed")
     lines = [
@@ -207,7 +218,7 @@ def bench_mini() -> str:
         f"{figures['turns']} interleaved turns and their range, on {_machine(result)} (`runs/bench_mini.py`). Beside "
         f"them what the method costs at that keep, PSNR inside the object, over scenes of the validation split with "
         f"one to four references (`runs/peers.py`, `runs/kv.py`): sparse and KV each with the package's LoRA for it, "
-        f"the others training-free."
+        f"the others training-free." + _net_since(_read("peers"), _read("kv"))
     )
 
 
@@ -415,7 +426,7 @@ def _curves(name: str, against: str) -> str:
     return "\n\n".join(parts) + (
         f"\n\nDecibels of PSNR gained or lost against the dense base with all tokens, and the 95 % interval of that: "
         f"scenes of the {config['split']} split, at some keeps only the first of them, {few} of all groups together. "
-        f"Measured on {_machine(result)} (`runs/mini_curves.py`)."
+        f"Measured on {_machine(result)} (`runs/mini_curves.py`)." + _net_since(result)
     )
 
 
@@ -462,6 +473,7 @@ def targets() -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR that the fine-tuned model gains or loses against the dense base with all tokens, and "
         f"what it was to lose at most: {counts}. Measured on {_machine(result)} (`runs/mini_curves.py`)."
+        + _net_since(*found.values())
     )
 
 
@@ -469,8 +481,8 @@ def over_random() -> str:
     """What the tasks' own choice wins over random tokens."""
     names = ("mini_curves_base", "mini_curves", "mini_curves_base_test", "mini_curves_test")
     rows = ["| weights | split | tokens kept | " + " | ".join(CURVES) + " |", "|" + "---|" * (3 + len(CURVES))]
-    for name in filter(_measured, names):
-        result = _read(name)
+    results = [_read(name) for name in names if _measured(name)]
+    for result in results:
         arm = "training-free" if result["config"]["lora"] == "none" else "fine-tuned"
         for keep in ("0.2", "0.1"):
             groups = result["figures"]["over random"][keep]
@@ -478,19 +490,18 @@ def over_random() -> str:
             rows.append(f"| {arm} | {result['config']['split']} | {keep} | {' | '.join(won)} |")
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR won over random tokens by what each task chooses itself, scene by scene, and the 95 % "
-        f"interval of that. Measured on {_machine(result)} (`runs/mini_curves.py`)."
+        f"interval of that. Measured on {_machine(result)} (`runs/mini_curves.py`)." + _net_since(*results)
     )
 
 
 def recognised() -> str:
     """How often the object is nearest to itself, against the tokens kept."""
-    names = [name for name in ("mini_curves_base_test", "mini_curves_test") if _measured(name)]
+    results = [_read(name) for name in ("mini_curves_base_test", "mini_curves_test") if _measured(name)]
     kinds = {"the task's own": "auto", "random": "random", "mask": "mask"}
     keeps = ("0.5", "0.2", "0.1")
     columns = [f"{kind}, {keep}" for kind in kinds for keep in keeps]
     rows = ["| weights | objects of | all tokens | " + " | ".join(columns) + " |", "|" + "---|" * (3 + len(columns))]
-    for name in names:
-        result = _read(name)
+    for result in results:
         arm = "training-free" if result["config"]["lora"] == "none" else "fine-tuned"
         for group in ("subjects", "edits"):
             figures = result["figures"]["groups"][group]
@@ -502,6 +513,7 @@ def recognised() -> str:
     return "\n".join(rows) + (
         f"\n\nHow many of the objects are nearest to themselves among 64 candidates by EfficientNet features: "
         f"{result['config']['split']} split. Measured on {_machine(result)} (`runs/mini_curves.py`)."
+        + _net_since(*results)
     )
 
 
@@ -509,8 +521,8 @@ def by_kept() -> str:
     """What subjects lose where all of their objects was kept, and where it was not."""
     names = ("mini_curves_base", "mini_curves", "mini_curves_base_test", "mini_curves_test")
     rows = ["| weights | split | tokens kept | objects kept whole | in part |", "|" + "---|" * 5]
-    for name in filter(_measured, names):
-        result = _read(name)
+    results = [_read(name) for name in names if _measured(name)]
+    for result in results:
         arm = "training-free" if result["config"]["lora"] == "none" else "fine-tuned"
         for keep, parts in result["figures"]["subjects by what was kept"].items():
             cells = [f"{_difference(parts[part], 'auto', 'psnr_in_mask')}, {parts[part]['auto']['samples']} scenes"
@@ -519,7 +531,7 @@ def by_kept() -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR inside objects against the dense base with all tokens, and the 95 % interval of that, "
         f"of subjects by what the task's own choice kept: at least 99 % of the area of each object, or less of one. "
-        f"Measured on {_machine(result)} (`runs/mini_curves.py`)."
+        f"Measured on {_machine(result)} (`runs/mini_curves.py`)." + _net_since(*results)
     )
 
 
@@ -567,9 +579,10 @@ def curves_short() -> str:
     if not _measured("mini_curves_base_test"):
         return "Not measured yet: `runs/mini_curves.py`."
     before = _read("mini_curves_base_test")
-    arms = {"training-free": before["figures"]["groups"]}
+    arms, results = {"training-free": before["figures"]["groups"]}, [before]
     if _measured("mini_curves_test"):
-        arms["fine-tuned"] = _read("mini_curves_test")["figures"]["to the dense base"]
+        results.append(_read("mini_curves_test"))
+        arms["fine-tuned"] = results[-1]["figures"]["to the dense base"]
     lines = _curve_cells(before)
     rows = ["| weights | task | by | the rest | all tokens | keep 0.5 | 0.2 | 0.1 | 0.1, at random |", "|" + "---|" * 9]
     for arm, groups in arms.items():
@@ -591,7 +604,7 @@ def curves_short() -> str:
         f"same noise; averaged is `merge=0.3`: the embedded model, {scenes} scenes of the "
         f"{before['config']['split']} split, at 0.5 the first {few} of them, on {_machine(before)} "
         f"(`runs/mini_curves.py`). [docs/quality.md](docs/quality.md) has every keep and selector, "
-        f"intervals, curves and pictures."
+        f"intervals, curves and pictures." + _net_since(*results)
     )
 
 
@@ -606,7 +619,7 @@ def _ablations() -> tuple[dict, str]:
         f"{', '.join(map(str, steps))} steps of each run, of whose change {config['scale']:g} of a LoRA of rank "
         f"{config['rank']} is taken. Measured on {_machine(result)} (`runs/ablations.py`)."
     )
-    return result, how + _of_its_time(
+    return result, how + _net_since(result) + _of_its_time(
         next(iter(config["runs"].values()))["base_weights"], _read("kv")["config"]["adapter"]["base_weights"]
     )
 
@@ -721,21 +734,22 @@ def peers(name: str = "peers") -> str:
     also = f" Fine-tuned and with all tokens: {', '.join(kept)}." if kept else ""
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR against the dense base with all tokens, and the 95 % interval of that: {samples} scenes "
-        f"of the {result['config']['split']} split, on {_machine(result)} (`runs/peers.py`).{also}"
+        f"of the {result['config']['split']} split, on {_machine(result)} (`runs/peers.py`).{also}" + _net_since(result)
     )
 
 
 def tuned() -> str:
     """What the adapter wins over the training-free base with the same tokens."""
     rows = ["| split | tokens kept | " + " | ".join(CURVES) + " |", "|" + "---|" * (len(CURVES) + 2)]
-    for result in (_read(name) for name in ("mini_curves", "mini_curves_test") if _measured(name)):
+    results = [_read(name) for name in ("mini_curves", "mini_curves_test") if _measured(name)]
+    for result in results:
         for keep in ("0.5", "0.2", "0.1"):
             groups = result["figures"]["won by fine-tuning"][keep]
             won = [_difference(groups[group], "auto", score) for group, (score, _) in CURVES.items()]
             rows.append(f"| {result['config']['split']} | {keep} | " + " | ".join(won) + " |")
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR won over the training-free base with the same tokens, scene by scene, and the 95 % "
-        f"interval of that. Measured on {_machine(result)} (`runs/mini_curves.py`)."
+        f"interval of that. Measured on {_machine(result)} (`runs/mini_curves.py`)." + _net_since(*results)
     )
 
 
@@ -753,7 +767,7 @@ def kv(name: str = "kv") -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR against the plain pipeline on the dense base with all tokens, and the 95 % interval of "
         f"that: {samples} scenes of the {result['config']['split']} split; the LoRA was trained for {adapter['steps']} "
-        f"steps. Measured on {_machine(result)} (`runs/kv.py`)."
+        f"steps. Measured on {_machine(result)} (`runs/kv.py`)." + _net_since(result)
     )
 
 
@@ -779,6 +793,7 @@ def auto_budget(name: str = "auto_budget") -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR, and the 95 % interval of that: {weights}, {samples} scenes of the "
         f"{result['config']['split']} split, on {_machine(result)} (`runs/auto_budget.py`)."
+        + _net_since(result)
         + _of_its_time(result["config"]["weights"], _curves_weights(result["config"]["lora"]))
     )
 
@@ -801,7 +816,9 @@ def coverage(name: str = "coverage") -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels gained or lost against no spread tokens, at keep {config['keep']:g}, and the 95 % interval of "
         f"that: {weights}, {figures['all']['dense']['samples']} scenes of the {config['split']} split, on "
-        f"{_machine(result)} (`runs/coverage.py`)." + _of_its_time(config["weights"], _curves_weights(config["lora"]))
+        f"{_machine(result)} (`runs/coverage.py`)."
+        + _net_since(result)
+        + _of_its_time(config["weights"], _curves_weights(config["lora"]))
     )
 
 

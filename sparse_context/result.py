@@ -1,5 +1,6 @@
 """Result: the one JSON record behind every published figure, shared by evaluation, benchmark and `runs/`."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .images import save_text
+from .saliency import WEIGHTS
 
 CODE = (":/", ":(top,exclude)results", ":(top,exclude)docs")  # what runs write does not change what they measure
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "opencv-python-headless")
@@ -17,8 +19,9 @@ PACKAGES = ("torch", "diffusers", "transformers", "numpy", "opencv-python-headle
 def make_result(name: str, config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
     """`figures` with what is needed to judge and to repeat them.
 
-    Adds the versions, the commit of the checkout that this package is in and whether its code was dirty (None
-    outside of one), and the hardware with its load average over the last minute.
+    Adds the versions (that of the saliency net's weights by the first digits of their SHA-256), the commit of the
+    checkout that this package is in and whether its code was dirty (None outside of one), and the hardware with its
+    load average over the last minute.
     """
     commit = _git("rev-parse", "HEAD")
     versions = {"python": platform.python_version()}
@@ -27,6 +30,8 @@ def make_result(name: str, config: dict[str, Any], figures: dict[str, Any]) -> d
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if WEIGHTS.is_file():
+        versions["saliency net"] = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
     return {
         "name": name,
         "config": config,
