@@ -1,16 +1,19 @@
 """Variants of the fine-tuning, each run as long: what they gain and lose on validation scenes.
 
     python runs/ablations.py [--all-selectors NAME ...] [--spread NAME ...] [--runs NAME ...] [--scale 0.6]
+    python runs/ablations.py --shipped mix --all-selectors random --spread --runs --methods --rank 44 \\
+        --checkpoints checkpoints/length --output results/ablations_length.json
 
 The runs are folders that runs/train_ablations.sh makes. What a run changed is taken as the package takes its own: the
 LoRA of `--rank`, of a run of all weights the strongest directions of its change, and of that the share `--scale` (with
 all tokens the harm grows with the square of the share, since the base had its minimum there, while the gain with
 dropped tokens begins with its first power). Every run is measured with what the tasks choose by themselves, `auto`;
 those of `--spread` without and with spread tokens too, those of `--all-selectors` with every selector as well, and
-those of `--methods`, which were fine-tuned for a peer's way of saving tokens, with that alone. Stopped at any point, it
-goes on there. The numbers are PSNR against the truth, inside the object or, for global edits, of the whole picture:
-differences to the dense base with all tokens, and what a run has won over the base, and over another run (`PAIRS`),
-with the same tokens, scene by scene.
+those of `--methods`, which were fine-tuned for a peer's way of saving tokens, with that alone. `--shipped` is a name
+for the package's own adapter, measured as it is with every selector, beside runs of its length: the second line, for
+which `LENGTH=1 runs/train_ablations.sh` trains. Stopped at any point, it goes on there. The numbers are PSNR against
+the truth, inside the object or, for global edits, of the whole picture: differences to the dense base with all tokens,
+and what a run has won over the base, and over another run (`PAIRS`), with the same tokens, scene by scene.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
@@ -25,7 +28,7 @@ from peers import PEERS, peer_maker
 from sparse_context.evaluation.evaluate import DENSE, Cell, evaluate, fingerprint, grid, maker, summarise
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.generation import NO_LORA, load_pipeline
-from sparse_context.mini import adapter_record
+from sparse_context.mini import ADAPTERS, adapter_record
 from sparse_context.mini.data import load_assets
 from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.mini.sparse import export_adapter
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--spread", nargs="*", default=SPREAD, help="runs measured with spread tokens too")
     parser.add_argument("--runs", nargs="*", default=RUNS, help="runs measured with what the tasks choose alone")
     parser.add_argument("--methods", nargs="*", choices=PEERS, default=PEERS, help="runs of train_peers.py")
+    parser.add_argument("--shipped", metavar="NAME", help="measure the package's own adapter as the run of this name")
     parser.add_argument("--scale", type=float, default=0.6, help="the share of each that is taken")
     parser.add_argument("--rank", type=int, default=64, help="of what is cut from runs of all weights")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.1])
@@ -63,12 +67,12 @@ def main() -> None:
     spread = grid((1.0, arguments.keeps[0]), coverages=(0.0, 0.3))
     selectors = grid(keeps, ("random", "uniform", "edges", "subject", "mask"))
 
-    def measure(name: str, lora: str) -> dict[str, list[dict]]:
+    def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:
         """The figures of every scene, by setting."""
-        pipe = load_pipeline(lora=lora, lora_scale=1.0 if lora == NO_LORA else arguments.scale)
+        pipe = load_pipeline(lora=lora, lora_scale=1.0 if lora == NO_LORA else scale)
         pipe.set_progress_bar_config(disable=True)
         make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
-        everything = name == BASE or name in arguments.all_selectors
+        everything = name in (BASE, arguments.shipped, *arguments.all_selectors)
         cells = grid([1.0]) if name in arguments.methods else dict(by_task)
         cells |= spread if everything or name in arguments.spread else {}
         cells |= selectors if everything else {}
@@ -76,7 +80,7 @@ def main() -> None:
             for keep in arguments.keeps:
                 config, about = SparseContextConfig(keep=keep), {"method": method}
                 cells[f"{method}-{keep:g}"] = Cell(config, make=peer_maker(pipe, method), about=about)
-        about = {"weights": fingerprint(pipe), "scale": 0 if name == BASE else arguments.scale}
+        about = {"weights": fingerprint(pipe), "scale": scale}
         evaluate(make, samples, cells, find_metrics(["psnr"]), place / name, about=about)
         files = {cell: place / name / "cells" / f"{cell}.json" for cell in cells}
         return {cell: json.loads(file.read_text())["figures"]["samples"] for cell, file in files.items()}
@@ -89,14 +93,19 @@ def main() -> None:
                 figures[group][cell] = entry[cell]
         return figures
 
-    found = {BASE: measure(BASE, NO_LORA)}
+    found = {BASE: measure(BASE, NO_LORA, 0)}
     base, records = found[BASE], {}
     against_dense, gains = {BASE: summarise(base)}, {}
-    for run in (*arguments.all_selectors, *arguments.spread, *arguments.runs, *arguments.methods):
+    shipped = [] if arguments.shipped is None else [arguments.shipped]
+    for run in (*shipped, *arguments.all_selectors, *arguments.spread, *arguments.runs, *arguments.methods):
         (place / run).mkdir(parents=True, exist_ok=True)
-        adapter = export_adapter(arguments.checkpoints / run, place / run, rank=arguments.rank)
+        if run == arguments.shipped:  # a share of its change was taken when it was written
+            adapter, scale = ADAPTERS["plain"], 1.0
+        else:
+            adapter = export_adapter(arguments.checkpoints / run, place / run, rank=arguments.rank)
+            scale = arguments.scale
         records[run] = adapter_record(adapter)
-        rows = found[run] = measure(run, str(adapter))
+        rows = found[run] = measure(run, str(adapter), scale)
         rows["all tokens"] = rows.pop(DENSE)
         against_dense[run] = summarise({DENSE: base[DENSE]} | rows)
         gains[run] = won(rows, base)
@@ -106,7 +115,7 @@ def main() -> None:
             print(f"{run}, {group}: {', '.join(shown)}", flush=True)
     config = {"split": "validation", "keeps": arguments.keeps, "scale": arguments.scale, "rank": arguments.rank,
               "all selectors": arguments.all_selectors, "spread": arguments.spread, "methods": arguments.methods,
-              "runs": records}  # fmt: skip
+              "shipped": arguments.shipped, "runs": records}  # fmt: skip
     pairs = {
         f"{one} over {other}": won(found[one], found[other]) for one, other in PAIRS if {one, other} <= found.keys()
     }

@@ -4,9 +4,10 @@
 
 `Flux2KleinKVPipeline` computes the keys and values of the references in the first step, where they look at each other
 alone, and reuses them in all others. Weights that were not trained for it lose by that. `python -m sparse_context.mini
-sparse --kv` trains a LoRA for it, on dropped tokens too, so that both savings come together. Each way is measured with
-all tokens and at a keep, on the scenes of runs/mini_curves.py and their noise; differences are to the plain pipeline on
-the base with all tokens, scene by scene. Stopped at any point, it goes on there.
+sparse --kv` trains a LoRA for it, on dropped tokens too, so that both savings come together; the plain pipeline has the
+package's other LoRA, for dropped tokens. Each way is measured with all tokens and at some keeps, on the scenes of
+runs/mini_curves.py and their noise; differences are to the plain pipeline on the base with all tokens, scene by scene.
+Stopped at any point, it goes on there.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
@@ -44,6 +45,7 @@ def main() -> None:
         raise SystemExit(f"kv: {arguments.lora} is no LoRA for KV mode: name one that `sparse --kv` made.")
     plain, untrained = load_pipeline(lora=NO_LORA), load_pipeline(lora=NO_LORA, kv=True)
     tuned = load_pipeline(lora=str(arguments.lora), kv=True)
+    plain_tuned = load_pipeline(lora=str(ADAPTERS["plain"])) if ADAPTERS["plain"].is_file() else None
 
     def make(pipe: Any) -> Maker:
         pipe.set_progress_bar_config(disable=True)
@@ -52,6 +54,7 @@ def main() -> None:
     about = {"split": arguments.split, "weights": fingerprint(plain)}
     ways = {
         "plain": (make(plain), {}),
+        **({"plain, fine-tuned": (make(plain_tuned), {"weights": fingerprint(plain_tuned)})} if plain_tuned else {}),
         "KV": (make(untrained), {"kv": True}),
         "KV, fine-tuned": (make(tuned), {"kv": True, "weights": fingerprint(tuned)}),
     }

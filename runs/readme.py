@@ -570,6 +570,24 @@ def recall() -> str:
     )
 
 
+def behind() -> str:
+    """How many objects are kept whole, by what is behind them in the reference."""
+    result = _read("saliency")
+    if "objects kept whole" not in result["figures"]:
+        return "Not measured yet: `runs/saliency.py`."
+    splits = result["figures"]["objects kept whole"]
+    rows = ["| split | tokens kept | " + " | ".join(next(iter(splits.values()))) + " |", "|---|---|---|---|---|"]
+    for split, kinds in splits.items():
+        for keep in ("0.2", "0.1"):
+            cells = [f"{kind[keep]['whole']:.0%} of {kind['objects']}".replace("%", " %") for kind in kinds.values()]
+            rows.append(f"| {split} | {keep} | {' | '.join(cells)} |")
+    return "\n".join(rows) + (
+        f"\n\nObjects of subjects' references of which `subject` keeps at least 99 % of the area, by what they were "
+        f"pasted onto: a texture, a photograph of a place, or one that shows a thing of its own. Measured on "
+        f"{_machine(result)} (`runs/saliency.py`)."
+    )
+
+
 def _measured(name: str) -> bool:
     return (ROOT / "results" / f"{name}.json").exists()
 
@@ -608,15 +626,15 @@ def curves_short() -> str:
     )
 
 
-def _ablations() -> tuple[dict, str]:
+def _ablations(name: str = "ablations") -> tuple[dict, str]:
     """The result, and a line on how it was made."""
-    result = _read("ablations")
+    result = _read(name)
     config = result["config"]
     counts = {group: result["figures"]["against dense"]["base"][group]["dense"]["samples"] for group in CURVES}
     steps = sorted({record["steps"] for record in config["runs"].values()})
     how = (
         f"{', '.join(f'{count} {group}' for group, count in counts.items())} of the {config['split']} split; "
-        f"{', '.join(map(str, steps))} steps of each run, of whose change {config['scale']:g} of a LoRA of rank "
+        f"{' and '.join(map(str, steps))} steps of each run, of whose change {config['scale']:g} of a LoRA of rank "
         f"{config['rank']} is taken. Measured on {_machine(result)} (`runs/ablations.py`)."
     )
     return result, how + _net_since(result) + _of_its_time(
@@ -624,11 +642,11 @@ def _ablations() -> tuple[dict, str]:
     )
 
 
-def ablations() -> str:
+def ablations(name: str = "ablations") -> str:
     """What variants of the fine-tuning win over the base, with what the tasks choose."""
-    if not (ROOT / "results" / "ablations.json").exists():
+    if not _measured(name):
         return "Not measured yet: `runs/ablations.py`."
-    result, how = _ablations()
+    result, how = _ablations(name)
     keeps = result["config"]["keeps"]
     parts = []
     for group, (score, _) in CURVES.items():
@@ -646,18 +664,18 @@ def ablations() -> str:
     return "\n\n".join(parts) + f"\n\nDecibels of PSNR won over the base with the same tokens: {how}"
 
 
-def ablations_selectors() -> str:
+def ablations_selectors(name: str = "ablations") -> str:
     """Random sets alone against the mix, for every selector: a difference of pairs."""
-    if not _measured("ablations"):
+    if not _measured(name):
         return "Not measured yet: `runs/ablations.py`."
-    result, how = _ablations()
+    result, how = _ablations(name)
     pair = "mix over random"
     rows = ["| selector | " + " | ".join(CURVES) + " |", "|" + "---|" * (len(CURVES) + 1)]
-    for selector in ("random", "uniform", "edges", "subject", "mask"):
+    for selector in ("auto", "random", "uniform", "edges", "subject", "mask"):
         for keep in result["config"]["keeps"]:
             cells = [_difference(result["figures"]["pairs"][pair][group], f"{selector}-{keep:g}", score)
                      for group, (score, _) in CURVES.items()]  # fmt: skip
-            rows.append(f"| {selector} at {keep:g} | {' | '.join(cells)} |")
+            rows.append(f"| {OWN if selector == 'auto' else selector} at {keep:g} | {' | '.join(cells)} |")
     return "\n".join(rows) + f"\n\nDecibels of PSNR that {pair} wins, scene by scene, with the same tokens: {how}"
 
 
@@ -842,17 +860,21 @@ PAGES = {
         "coverage_tuned": partial(coverage, "coverage_tuned"),
         "peers": peers,
         "peers_test": partial(peers, "peers_test"),
+        "peers_sides": partial(peers, "peers_sides"),
         "kv": kv,
         "kv_test": partial(kv, "kv_test"),
         "curves": curves,
         "curves_test": partial(curves, "mini_curves_test"),
         "targets": targets,
         "by_kept": by_kept,
+        "behind": behind,
         "recognised": recognised,
         "tuned": tuned,
         "ablations": ablations,
         "ablations_pairs": ablations_pairs,
         "ablations_selectors": ablations_selectors,
+        "ablations_length": partial(ablations, "ablations_length"),
+        "ablations_length_selectors": partial(ablations_selectors, "ablations_length"),
         "ablations_coverage": ablations_coverage,
         "ablations_methods": ablations_methods,
     },

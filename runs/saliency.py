@@ -18,6 +18,10 @@ Nothing that is scored here was trained on:
 *Recall* at a keep ratio: the kept tokens' share of the subject, over the largest share that so many tokens can have. A
 token counts by its covered share. 1 is perfect, and chance is what `uniform` gets.
 
+- the embedded model's references, where the object was pasted onto a texture or a photograph. Some photographs show a
+  thing of their own, which nothing but the prompt tells from the object: how many objects `subject` keeps whole is
+  counted apart by what is behind them.
+
 *Ratio to edges*: CPU time of one thread, both end to end through `select_tokens`, turn by turn, on the picture of
 `time_selection.py`.
 """
@@ -31,6 +35,7 @@ import importlib.util
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -41,8 +46,11 @@ from time_selection import GRID, picture
 from tqdm import tqdm
 
 from sparse_context.images import save_picture
-from sparse_context.mini.data import load_assets
-from sparse_context.mini.saliency_net import composite, held_out_sources
+from sparse_context.mini import scenes
+from sparse_context.mini.data import SPLITS, Assets, load_assets
+from sparse_context.mini.saliency_net import BACKDROPS, composite, held_out_sources
+from sparse_context.mini.samples import FIRST_SEED, scene_samples
+from sparse_context.mini.scenes import make_scene
 from sparse_context.result import write_result
 from sparse_context.saliency import WEIGHTS, load_net, net_map, saliency_map
 from sparse_context.selection import SparseContextConfig, select_tokens
@@ -52,6 +60,9 @@ ROOT = Path(__file__).resolve().parents[1]
 KEEPS = (0.1, 0.2, 0.4)
 COMPOSITES, SIZE, TOKEN = 200, 256, 16
 WARM_UP, RUNS = 3, 30
+SCENES = 256  # as many as runs/mini_curves.py takes
+WHOLE = 0.99  # of an object's area
+BEHIND = ("a texture", "a place", "a thing")
 
 
 def centre(image, grid, generator):
@@ -146,6 +157,60 @@ def tile(image: np.ndarray, truth: np.ndarray, likely: np.ndarray, side: int = 9
     return np.hstack([cv2.resize(part, (side, side), interpolation=cv2.INTER_AREA) for part in (outline, grey, shown)])
 
 
+class Drawn(list):
+    """Photographs that note which of them was taken last."""
+
+    last: int | None = None
+
+    def __getitem__(self, i):
+        self.last = int(i)
+        return super().__getitem__(i)
+
+
+def kept_whole(assets: Assets, split: str) -> dict[str, dict]:
+    """How many objects of the embedded model's references `subject` keeps whole, by what is behind them: a texture, a
+    photograph of a place (one of `BACKDROPS`), or one that shows a thing of its own."""
+    of_split = assets.split(split)
+    numbers = np.flatnonzero(assets.photo_split == SPLITS.index(split))
+    photos, behind = Drawn(of_split.photos), []
+    background = scenes.background
+
+    def noted(*arguments, **more):
+        photos.last = None
+        drawn = background(*arguments, **more)
+        behind.append(BEHIND[0 if photos.last is None else 1 if numbers[photos.last] in BACKDROPS else 2])
+        return drawn
+
+    shares: dict[str, dict[str, list[float]]] = {name: {str(keep): [] for keep in KEEPS[:2]} for name in BEHIND}
+    samples, made = scene_samples(of_split, SCENES, FIRST_SEED[split])
+    for sample in tqdm(samples, desc=f"{split} scenes"):
+        if sample.task != "subjects":
+            continue
+        _, kind, seed = made[sample.name]
+        behind.clear()
+        scenes.background = noted
+        try:
+            scene = make_scene(replace(of_split, photos=photos), kind, seed)
+        finally:
+            scenes.background = background
+        for reference, mask, name in zip(scene.references, scene.reference_masks, behind, strict=True):
+            if mask.min() == 1:  # a picture to stand behind the object
+                continue
+            grid = reference.shape[0] // scenes.TOKEN, reference.shape[1] // scenes.TOKEN
+            covered = cv2.resize(mask, grid[::-1], interpolation=cv2.INTER_AREA).ravel()
+            for keep, found in shares[name].items():
+                config = SparseContextConfig(keep=float(keep), selector="subject")
+                index = select_tokens([reference], [grid], config).index
+                found.append(float(covered[index].sum() / covered.sum()))
+    figures: dict[str, dict] = {}
+    for name, found in shares.items():
+        figures[name] = {"objects": len(found[str(KEEPS[0])])}
+        for keep, values in found.items():
+            whole = np.mean(np.array(values) >= WHOLE)
+            figures[name][keep] = {"whole": round(float(whole), 3), "kept": round(float(np.mean(values)), 3)}
+    return figures
+
+
 def times() -> dict:
     """CPU milliseconds for a 1-megapixel reference on one thread, and the ratio to `edges`, taking turns."""
     cv2.setNumThreads(1)
@@ -209,6 +274,7 @@ def main() -> None:
         "photographs with boxes, not chosen on": {"pictures": len(real[1::2]), "recall": summary(real[1::2])},
         "photographs with boxes, chosen on": {"pictures": len(real[::2]), "recall": summary(real[::2])},
         "each photograph": subjects,
+        "objects kept whole": {split: kept_whole(assets, split) for split in SPLITS[1:]},
         "time": times(),
         "size": {"parameters": sum(p.numel() for p in load_net().parameters()), "bytes": WEIGHTS.stat().st_size},
     }

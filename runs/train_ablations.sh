@@ -3,9 +3,16 @@
 # Needs the assets: python -m sparse_context.mini data (CONTRIBUTING.md). Each run continues where it was killed.
 set -euo pipefail
 FOLDER=${FOLDER:-checkpoints/ablations}
+if [[ -n ${LENGTH:-} ]]; then FOLDER=checkpoints/length; fi
 mkdir -p "$FOLDER"
 ln -sfn "$(realpath checkpoints/assets.safetensors)" "$FOLDER/assets.safetensors"
 train() { python -m sparse_context.mini sparse --folder "$FOLDER" --steps 100 --name "$@"; }
+
+# LENGTH=1: random sets alone for as many samples as the package's own adapter saw, some three hours of a core
+if [[ -n ${LENGTH:-} ]]; then
+  torchrun --nproc_per_node 2 -m sparse_context.mini sparse --folder "$FOLDER" --steps 969 --name random --full --random-only
+  exit
+fi
 
 train mix --full                    # all weights, on sets as selectors make them and scattered ones
 train random --full --random-only   # scattered sets alone
