@@ -1,7 +1,7 @@
 """Variants of the fine-tuning, each run as long: what they gain and lose on validation scenes.
 
     python runs/ablations.py [--all-selectors NAME ...] [--spread NAME ...] [--runs NAME ...] [--scale 0.6]
-    python runs/ablations.py --shipped mix --all-selectors random --spread --runs --methods --rank 44 \\
+    python runs/ablations.py --shipped mix --all-selectors random --spread --runs dense --methods --rank 44 \\
         --checkpoints checkpoints/length --output results/ablations_length.json
 
 The runs are folders that runs/train_ablations.sh makes. What a run changed is taken as the package takes its own: the
@@ -10,10 +10,10 @@ all tokens the harm grows with the square of the share, since the base had its m
 dropped tokens begins with its first power). Every run is measured with what the tasks choose by themselves, `auto`;
 those of `--spread` without and with spread tokens too, those of `--all-selectors` with every selector as well, and
 those of `--methods`, which were fine-tuned for a peer's way of saving tokens, with that alone. `--shipped` is a name
-for the package's own adapter, measured as it is with every selector, beside runs of its length: the second line, for
-which `LENGTH=1 runs/train_ablations.sh` trains. Stopped at any point, it goes on there. The numbers are PSNR against
-the truth, inside the object or, for global edits, of the whole picture: differences to the dense base with all tokens,
-and what a run has won over the base, and over another run (`PAIRS`), with the same tokens, scene by scene.
+for the package's own adapter, measured as it is with every selector, beside longer runs (the second line). Stopped at
+any point, it goes on there. The numbers are PSNR against the truth, inside the object or, for global edits, of the
+whole picture: differences to the dense base with all tokens, and what a run has won over the base, and over another run
+(`PAIRS`), with the same tokens, scene by scene.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
