@@ -19,6 +19,7 @@ from bench_mini import known_quality
 from check_gpu import check
 
 from sparse_context.families import FAMILIES, Family
+from sparse_context.result import selection_version
 from sparse_context.selection import task_defaults
 from sparse_context.speed.flops import Tokens, call_flops
 from sparse_context.speed.shapes import SHAPES
@@ -55,15 +56,18 @@ def _of_its_time(weights: str, newest: str) -> str:
     )
 
 
-def _net_since(*results: dict) -> str:
-    """A sentence where results are of another saliency net than the one that `runs/saliency.py` judged last."""
-    newest = _read("saliency")["versions"].get("saliency net")
-    older = [result for result in results if result["versions"].get("saliency net") != newest]
+UNRECORDED = "4c4dc696f009"
+"""What the results were chosen by that do not say it."""
+
+
+def _choice_since(*results: dict) -> str:
+    """A sentence where results are of other selectors or rules than the package's."""
+    older = [result for result in results if result["versions"].get("selection", UNRECORDED) != selection_version()]
     if not older:
         return ""
     splits = dict.fromkeys(result["config"].get("split", "validation") for result in older)
     what = f"those of the {' and '.join(splits)} split" if len(older) < len(results) else "these"
-    return f" Chosen with the saliency net before its last training: {what}."
+    return f" The saliency net or the tasks' rules have changed since: {what} are of the ones before."
 
 
 def core_speed() -> str:
@@ -218,7 +222,7 @@ def bench_mini() -> str:
         f"{figures['turns']} interleaved turns and their range, on {_machine(result)} (`runs/bench_mini.py`). Beside "
         f"them what the method costs at that keep, PSNR inside the object, over scenes of the validation split with "
         f"one to four references (`runs/peers.py`, `runs/kv.py`): sparse and KV each with the package's LoRA for it, "
-        f"the others training-free." + _net_since(_read("peers"), _read("kv"))
+        f"the others training-free." + _choice_since(_read("peers"), _read("kv"))
     )
 
 
@@ -426,7 +430,7 @@ def _curves(name: str, against: str) -> str:
     return "\n\n".join(parts) + (
         f"\n\nDecibels of PSNR gained or lost against the dense base with all tokens, and the 95 % interval of that: "
         f"scenes of the {config['split']} split, at some keeps only the first of them, {few} of all groups together. "
-        f"Measured on {_machine(result)} (`runs/mini_curves.py`)." + _net_since(result)
+        f"Measured on {_machine(result)} (`runs/mini_curves.py`)." + _choice_since(result)
     )
 
 
@@ -473,7 +477,7 @@ def targets() -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR that the fine-tuned model gains or loses against the dense base with all tokens, and "
         f"what it was to lose at most: {counts}. Measured on {_machine(result)} (`runs/mini_curves.py`)."
-        + _net_since(*found.values())
+        + _choice_since(*found.values())
     )
 
 
@@ -490,7 +494,7 @@ def over_random() -> str:
             rows.append(f"| {arm} | {result['config']['split']} | {keep} | {' | '.join(won)} |")
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR won over random tokens by what each task chooses itself, scene by scene, and the 95 % "
-        f"interval of that. Measured on {_machine(result)} (`runs/mini_curves.py`)." + _net_since(*results)
+        f"interval of that. Measured on {_machine(result)} (`runs/mini_curves.py`)." + _choice_since(*results)
     )
 
 
@@ -513,7 +517,7 @@ def recognised() -> str:
     return "\n".join(rows) + (
         f"\n\nHow many of the objects are nearest to themselves among 64 candidates by EfficientNet features: "
         f"{result['config']['split']} split. Measured on {_machine(result)} (`runs/mini_curves.py`)."
-        + _net_since(*results)
+        + _choice_since(*results)
     )
 
 
@@ -531,7 +535,7 @@ def by_kept() -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR inside objects against the dense base with all tokens, and the 95 % interval of that, "
         f"of subjects by what the task's own choice kept: at least 99 % of the area of each object, or less of one. "
-        f"Measured on {_machine(result)} (`runs/mini_curves.py`)." + _net_since(*results)
+        f"Measured on {_machine(result)} (`runs/mini_curves.py`)." + _choice_since(*results)
     )
 
 
@@ -622,7 +626,7 @@ def curves_short() -> str:
         f"same noise; averaged is `merge=0.3`: the embedded model, {scenes} scenes of the "
         f"{before['config']['split']} split, at 0.5 the first {few} of them, on {_machine(before)} "
         f"(`runs/mini_curves.py`). [docs/quality.md](docs/quality.md) has every keep and selector, "
-        f"intervals, curves and pictures." + _net_since(*results)
+        f"intervals, curves and pictures." + _choice_since(*results)
     )
 
 
@@ -637,7 +641,7 @@ def _ablations(name: str = "ablations") -> tuple[dict, str]:
         f"{' and '.join(map(str, steps))} steps of each run, of whose change {config['scale']:g} of a LoRA of rank "
         f"{config['rank']} is taken. Measured on {_machine(result)} (`runs/ablations.py`)."
     )
-    return result, how + _net_since(result) + _of_its_time(
+    return result, how + _choice_since(result) + _of_its_time(
         next(iter(config["runs"].values()))["base_weights"], _read("kv")["config"]["adapter"]["base_weights"]
     )
 
@@ -752,7 +756,8 @@ def peers(name: str = "peers") -> str:
     also = f" Fine-tuned and with all tokens: {', '.join(kept)}." if kept else ""
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR against the dense base with all tokens, and the 95 % interval of that: {samples} scenes "
-        f"of the {result['config']['split']} split, on {_machine(result)} (`runs/peers.py`).{also}" + _net_since(result)
+        f"of the {result['config']['split']} split, on {_machine(result)} (`runs/peers.py`).{also}"
+        + _choice_since(result)
     )
 
 
@@ -767,7 +772,7 @@ def tuned() -> str:
             rows.append(f"| {result['config']['split']} | {keep} | " + " | ".join(won) + " |")
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR won over the training-free base with the same tokens, scene by scene, and the 95 % "
-        f"interval of that. Measured on {_machine(result)} (`runs/mini_curves.py`)." + _net_since(*results)
+        f"interval of that. Measured on {_machine(result)} (`runs/mini_curves.py`)." + _choice_since(*results)
     )
 
 
@@ -785,7 +790,7 @@ def kv(name: str = "kv") -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR against the plain pipeline on the dense base with all tokens, and the 95 % interval of "
         f"that: {samples} scenes of the {result['config']['split']} split; the LoRA was trained for {adapter['steps']} "
-        f"steps. Measured on {_machine(result)} (`runs/kv.py`)." + _net_since(result)
+        f"steps. Measured on {_machine(result)} (`runs/kv.py`)." + _choice_since(result)
     )
 
 
@@ -811,7 +816,7 @@ def auto_budget(name: str = "auto_budget") -> str:
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR, and the 95 % interval of that: {weights}, {samples} scenes of the "
         f"{result['config']['split']} split, on {_machine(result)} (`runs/auto_budget.py`)."
-        + _net_since(result)
+        + _choice_since(result)
         + _of_its_time(result["config"]["weights"], _curves_weights(result["config"]["lora"]))
     )
 
@@ -835,7 +840,7 @@ def coverage(name: str = "coverage") -> str:
         f"\n\nDecibels gained or lost against no spread tokens, at keep {config['keep']:g}, and the 95 % interval of "
         f"that: {weights}, {figures['all']['dense']['samples']} scenes of the {config['split']} split, on "
         f"{_machine(result)} (`runs/coverage.py`)."
-        + _net_since(result)
+        + _choice_since(result)
         + _of_its_time(config["weights"], _curves_weights(config["lora"]))
     )
 

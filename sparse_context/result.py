@@ -11,6 +11,7 @@ from typing import Any
 
 from .images import save_text
 from .saliency import WEIGHTS
+from .selection import TASKS, task_defaults
 
 CODE = (":/", ":(top,exclude)results", ":(top,exclude)docs")  # what runs write does not change what they measure
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "opencv-python-headless")
@@ -19,25 +20,21 @@ PACKAGES = ("torch", "diffusers", "transformers", "numpy", "opencv-python-headle
 def make_result(name: str, config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
     """`figures` with what is needed to judge and to repeat them.
 
-    Adds the versions (that of the saliency net's weights by the first digits of their SHA-256), the commit of the
-    checkout that this package is in and whether its code was dirty (None outside of one), and the hardware with its
-    load average over the last minute.
+    Adds the versions (`selection_version` among them), the commit of the checkout that this package is in and whether
+    its code was dirty (None outside of one), as they were when this module was imported, and the hardware with its load
+    average over the last minute.
     """
-    commit = _git("rev-parse", "HEAD")
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "selection": selection_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    if WEIGHTS.is_file():
-        versions["saliency net"] = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
     return {
         "name": name,
         "config": config,
         "versions": versions,
-        "commit": commit or None,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)) if commit else None,
+        **CHECKOUT,
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},
         "figures": figures,
     }
@@ -51,6 +48,13 @@ def write_result(path: Path, name: str, config: dict[str, Any], figures: dict[st
     return result
 
 
+def selection_version() -> str:
+    """What the tasks choose by: a digest of the saliency net's weights and of the rule of every task."""
+    rules = [(task, count, task_defaults(task, count)) for task in TASKS for count in (1, 2)]
+    weights = WEIGHTS.read_bytes() if WEIGHTS.is_file() else b""
+    return hashlib.sha256(repr(rules).encode() + weights).hexdigest()[:12]
+
+
 def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(
@@ -59,6 +63,15 @@ def _git(*arguments: str) -> str:
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _checkout() -> dict[str, Any]:
+    commit = _git("rev-parse", "HEAD") or None
+    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return {"commit": commit, "dirty": bool(dirty) if commit else None}
+
+
+CHECKOUT = _checkout()  # now, for what is committed while a run goes on is not what ran
 
 
 def _cpu() -> str:

@@ -37,6 +37,7 @@ from sparse_context.evaluation.plots import _level, draw_all, draw_curves, lines
 from sparse_context.generation import Generation, load_pipeline
 from sparse_context.images import open_picture
 from sparse_context.manifest import Sample, read_samples
+from sparse_context.selection import task_defaults
 from sparse_context.speed.timing import Times
 
 METRICS = find_metrics(["psnr", "ssim"])
@@ -361,7 +362,7 @@ def test_a_second_run_goes_on_where_the_first_was_stopped(pipe, samples, tmp_pat
     assert len(calls) - 100 == 10
 
 
-def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finished, tmp_path):
+def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finished, tmp_path, monkeypatch):
     folder, _ = finished
     cells = grid([1, 0.5, 0.2], ["random", "mask"], limits={0.5: 2})
 
@@ -388,6 +389,15 @@ def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finish
                    [replace(samples[0], references=samples[2].references), *samples[1:]]):  # fmt: skip
         with pytest.raises(ValueError, match="dense.json has figures of other samples"):
             again(samples=others)
+    with monkeypatch.context() as changed:  # what "auto" stands for
+        changed.setattr("sparse_context.result.task_defaults", lambda *given: (task_defaults(*given)[0], 0.5))
+        with pytest.raises(ValueError, match="is of selection '[0-9a-f]{12}' and not '[0-9a-f]{12}'"):
+            again()
+    with monkeypatch.context() as changed:
+        (tmp_path / "net").write_bytes(b"other weights")
+        changed.setattr("sparse_context.result.WEIGHTS", tmp_path / "net")
+        with pytest.raises(ValueError, match="is of selection "):
+            again()
     twice = [*samples[:2], samples[0]]
     with pytest.raises(ValueError, match="Two samples are named 'sample 0'"):
         evaluate(maker(pipe), twice, grid([0.2]), METRICS, folder / "other")

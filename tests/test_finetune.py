@@ -385,29 +385,77 @@ def test_unknown_layers_are_named_also_beside_known_ones(layers):
         prepare(klein(), FinetuneConfig(lora_layers=layers))
 
 
-def test_a_lora_of_a_run_gives_equal_outputs_in_plain_diffusers(tmp_path):
-    host = klein()
-    config = FinetuneConfig(**SMALL | {"lora_alpha": 6})
+@pytest.mark.parametrize("kv", [False, True])
+def test_a_lora_of_a_run_gives_equal_outputs_in_plain_diffusers(kv, tmp_path):
+    """For KV mode in the pipeline that has it, dense and with dropped tokens."""
+    host = klein(kv)
+    config = FinetuneConfig(kv=kv, **SMALL | {"lora_alpha": 6})
     result = finetune(host, batches, tmp_path / "run", config, base="tiny", data="pictures")
     references = [picture(64, 64), picture(96, 64)]
     host.transformer.eval()
-    mine = call_flux2(host.pipe, references)
-    fresh = build_flux2(Flux2KleinPipeline, is_distilled=True)
+    if kv:
+        trained, fresh = Flux2KleinKVPipeline(**host.pipe.components), build_flux2(Flux2KleinKVPipeline)
+    else:
+        trained, fresh = host.pipe, build_flux2(Flux2KleinPipeline, is_distilled=True)
+    mine = call_flux2(trained, references)
     before = call_flux2(fresh, references)
     fresh.load_lora_weights(str(result.parent), weight_name=result.name, use_safetensors=True)
     assert torch.equal(call_flux2(fresh, references), mine)
     assert not torch.allclose(before, mine, atol=1e-3)
     with without_adapter(host.transformer):
-        assert torch.equal(call_flux2(host.pipe, references), before)
+        assert torch.equal(call_flux2(trained, references), before)
+    for pipe in (trained, fresh):
+        apply_sparse_context(pipe, keep=0.2)
+    assert torch.equal(call_flux2(fresh, references), call_flux2(trained, references))
+    assert last_selection(fresh).kept == 32
 
     with safe_open(result, framework="pt") as file:
         about = json.loads(file.metadata()["sparse_context"])
     assert about["base"] == "tiny" and about["steps"] == 3 and about["keep"] == [0.05, 1.0]
     assert about["merge"] == [0.0]
-    assert about["mix"] == Dropping().mix and about["kv"] is False
+    assert about["mix"] == Dropping().mix and about["kv"] is kv
     card = (result.parent / "README.md").read_text()
     assert "pipeline_tag: image-to-image" in card and 'base_model: "tiny"' in card
     assert not list(result.parent.glob("*.partial"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such limit there")
+@pytest.mark.parametrize("full", [False, True])
+def test_a_disk_that_fills_up_at_the_result_leaves_none_and_the_run_ends_later(full, tmp_path, monkeypatch):
+    """A limit on the size of files stands for the disk, from the moment on in which the result is written."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills_up(owner, name):
+        save = getattr(owner, name)
+
+        def limited(*arguments, **settings):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+            try:
+                return save(*arguments, **settings)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        monkeypatch.setattr(owner, name, limited)
+
+    host = klein()
+    fills_up(*((host.transformer, "save_pretrained") if full else (host.pipe, "save_lora_weights")))
+    config = FinetuneConfig(full=full, **SMALL)
+    with pytest.raises(OSError, match="could not be written .*: free some space and resume"):
+        finetune(host, batches, tmp_path, config, base="tiny", data="x")
+    name = "transformer" if full else LORA_FILE
+    assert not (tmp_path / name).exists() and not list(tmp_path.glob("*.partial"))
+    assert (tmp_path / "step-0000003").is_dir()
+
+    def never(number):
+        raise AssertionError(f"batch {number} was taken again")
+
+    result = finetune(klein(), never, tmp_path, config, base="tiny", data="x", resume=True)
+    whole = finetune(klein(), batches, tmp_path / "whole", config, base="tiny", data="x")
+    files = (result, whole) if not full else (next(each.glob("*.safetensors")) for each in (result, whole))
+    one, other = map(load_file, files)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_all_weights_have_their_record_beside_them(tmp_path):

@@ -4,13 +4,38 @@ import importlib.util
 import re
 from pathlib import Path
 
+from sparse_context.result import selection_version
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_tables_are_made_from_the_code_and_the_results():
+def load_readme():
     spec = importlib.util.spec_from_file_location("readme", ROOT / "runs" / "readme.py")
     readme = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(readme)
+    return readme
+
+
+def test_results_of_another_net_or_rule_are_named():
+    readme = load_readme()
+    today, before, silent = (
+        {"config": {"split": split}, "versions": versions}
+        for split, versions in (
+            ("test", {"selection": selection_version()}),
+            ("validation", {"selection": "0"}),
+            ("validation", {}),
+        )
+    )
+    assert readme._choice_since(today) == "" != readme._choice_since(before)
+    assert readme._choice_since(today, before).endswith("those of the validation split are of the ones before.")
+    readme.UNRECORDED = selection_version()
+    assert readme._choice_since(silent, today) == ""
+    readme.UNRECORDED = "another"
+    assert readme._choice_since(silent).endswith("these are of the ones before.")
+
+
+def test_tables_are_made_from_the_code_and_the_results():
+    readme = load_readme()
     for page, tables in readme.PAGES.items():
         text = (ROOT / page).read_text()
         assert readme.render(text, tables) == text, page

@@ -504,17 +504,24 @@ def test_a_disk_that_fills_up_keeps_the_older_checkpoint_and_the_run_goes_on_fro
 
 
 def two_processes(tmp_path, *more, script=RUN):
-    """Real processes over gloo, as `accelerate launch` starts them: what each of them recorded."""
+    """What each of two processes recorded, that share the folder `run`."""
+    for process in start_two(tmp_path, [tmp_path / "run"] * 2, *more, script=script):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    return [json.loads((tmp_path / "run" / f"rank-{r}.json").read_text()) for r in (0, 1)]
+
+
+def start_two(tmp_path, folders, *more, script=RUN):
+    """Real processes over gloo, as `accelerate launch` starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    processes = [start(tmp_path, tmp_path / "run", 16, 0, "several", *more, script=script,
-                       env={**shared, "RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]  # fmt: skip
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    return [json.loads((tmp_path / "run" / f"rank-{r}.json").read_text()) for r in (0, 1)]
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(folders))]
+    return [
+        start(tmp_path, folder, 16, 0, "several", *more, script=script, env=env)
+        for folder, env in zip(folders, ranks, strict=True)
+    ]
 
 
 def test_two_processes_by_the_clock_have_one_clock(tmp_path):
@@ -541,6 +548,23 @@ def test_two_processes_fine_tune_one_lora_with_ratios_of_their_own(tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["processes"] == 2 and newest_step(tmp_path / "run") == 10
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / LORA_FILE).values())
+
+
+def test_two_processes_go_on_from_a_checkpoint_to_equal_weights_and_only_from_one(tmp_path):
+    two_processes(tmp_path, script=FINETUNE)
+    run = tmp_path / "run"
+    whole = load_file(run / LORA_FILE)
+    for left in (run / "step-0000010", run / LORA_FILE):  # as if both had been killed in the last step
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    shutil.copytree(run, tmp_path / "other")
+    two_processes(tmp_path, script=FINETUNE)
+    resumed = load_file(run / LORA_FILE)
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+    (run / LORA_FILE).unlink()
+    for process in start_two(tmp_path, [run, tmp_path / "other"], script=FINETUNE):  # at steps 10 and 9
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1 and "The processes found checkpoints of different steps (10, 9)" in errors
 
 
 def expected_of_two(tmp_path):

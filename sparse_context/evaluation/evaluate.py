@@ -33,7 +33,7 @@ from ..generation import Generation, call_inputs, call_settings, generate
 from ..images import check_output, open_picture, save_picture
 from ..manifest import Sample
 from ..preview import MAX_AREA, draw_selection
-from ..result import write_result
+from ..result import selection_version, write_result
 from ..selection import TASKS, SparseContextConfig
 from ..selectors import mask as masks_of
 from .metrics import Metric
@@ -194,7 +194,7 @@ def evaluate(
     if not samples or max(counts.values()) > counts[DENSE]:
         raise ValueError("There are samples that are not made with all tokens: raise the limit of the dense cell.")
     measured = sorted(name if one.model is None else f"{name}={one.model}" for name, one in metrics.items())
-    settings = {**(about or {}), "seed": seed, "metrics": measured}
+    settings = {**(about or {}), "seed": seed, "metrics": measured, "selection": selection_version()}
     configs = {
         name: {**settings, "samples": counts[name], "digest": _digest(samples[: counts[name]]), **cell.to_dict()}
         for name, cell in cells.items()
