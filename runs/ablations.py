@@ -65,7 +65,7 @@ def main() -> None:
     keeps, place = (1.0, *arguments.keeps), arguments.checkpoints / arguments.output.stem
     by_task = grid(keeps)
     spread = grid((1.0, arguments.keeps[0]), coverages=(0.0, 0.3))
-    selectors = grid(keeps, ("random", "uniform", "edges", "subject", "mask"))
+    selectors = grid(keeps, ("random", "uniform", "edges", "saliency", "subject", "mask"))
 
     def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:
         """The figures of every scene, by setting."""

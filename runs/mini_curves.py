@@ -5,7 +5,7 @@ task chooses itself, and for that with three tenths of the budget spent on avera
 object is. The defaults take some hours; what was published has its numbers in its record. `recognised` is that of
 base_quality.py: the share of a scene's objects that are nearest to themselves among 64 candidates. PSNR, which the
 tables and pictures are made of, is always measured, and `--metrics` names what else. Stopped at any point, it goes on
-there. Settings are chosen on "validation"; "test" is run once for the published table.
+there. Settings are chosen on "validation"; "test" is run for the published table, once a release.
 
     python runs/mini_curves.py --lora none --output results/mini_curves_base.json
     python runs/mini_curves.py --split test --lora none --output results/mini_curves_base_test.json

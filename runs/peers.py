@@ -1,13 +1,15 @@
 """Quality at equal numbers of tokens: sparse against references scaled down and against merged tokens.
 
     python runs/peers.py [--scenes 40] [--lora FILE]
+    python runs/peers.py --keeps 0.444 0.25 0.111 --output results/peers_sides.json    # 192 pixels to 128, 96, 64
 
 The embedded model without an adapter, on the scenes of runs/mini_curves.py and their noise. `sparse` keeps what each
 task chooses by itself, and drops the rest or spends three tenths of its budget on averages of that; `sparse,
 fine-tuned` drops it, with the package's adapter or the one named. `downscaled` and `merged` are those of the benchmark
-(sparse_context/speed/methods.py). So all have the speed that their tokens allow. Differences are to the dense model
-without an adapter and with all tokens, scene by scene: PSNR inside the object or, for global edits, of the whole
-picture. Stopped at any point, it goes on there.
+(sparse_context/speed/methods.py). So all have the speed that their tokens allow, of which there are about as many: the
+result says how many. Differences are to the dense model without an adapter and with all tokens, scene by scene, and
+those of each method to `sparse`: PSNR inside the object or, for global edits, of the whole picture. Stopped at any
+point, it goes on there.
 
 `copied and filled` is no method but a yardstick: the model's picture with all tokens, of it the parts that `sparse` has
 a token for or that the prompt alone determines, and the rest filled in from around by OpenCV's `inpaint` (Telea 2004).
@@ -18,6 +20,7 @@ It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
 
 import argparse
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +30,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sparse_context.evaluation.evaluate import Cell, Maker, evaluate, fingerprint, grid, maker
+from sparse_context.evaluation.evaluate import DENSE, Cell, Maker, evaluate, fingerprint, grid, maker, summarise
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.generation import NO_LORA, Generation, call_inputs, call_settings, load_pipeline
 from sparse_context.manifest import Sample
@@ -37,7 +40,7 @@ from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.mini.scenes import TOKEN, Scene
 from sparse_context.result import write_result
 from sparse_context.selection import SparseContextConfig, select_tokens
-from sparse_context.speed.methods import METHODS, make_hosts
+from sparse_context.speed.methods import METHODS, make_hosts, reference_tokens
 from sparse_context.speed.timing import Times, timed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +119,7 @@ def main() -> None:
         **({TUNED: (own_tuned, "equal", 0.0)} if record else {}),
         "sparse, 30 % averages": (own, "equal", 0.3),
         "sparse, one joint ranking": (own, "joint", 0.0),
+        **({f"{TUNED}, one joint ranking": (own_tuned, "joint", 0.0)} if record else {}),
         **{method: (peer_maker(pipe, method), "joint", 0.0) for method in PEERS},  # to which these mean nothing
         "copied and filled": (filled, "equal", 0.0),
     }
@@ -123,14 +127,31 @@ def main() -> None:
     for keep in arguments.keeps:
         for method, (make, share, merge) in ways.items():
             config = SparseContextConfig(keep=keep, share=share, merge=merge)
-            about = {"method": method} | (weights if method == TUNED else {})
+            about = {"method": method} | (weights if method.startswith(TUNED) else {})
             cells[f"{method} {keep:g}"] = Cell(config, make=make, about=about)
     if record:
         cells[f"{TUNED}, all tokens"] = Cell(SparseContextConfig(keep=1.0), make=own_tuned, about=weights)
     about = {"split": arguments.split, "lora": NO_LORA, "weights": fingerprint(pipe)}
     result = evaluate(own, samples, cells, find_metrics(["psnr"]), folder, about=about)
+
+    def rows(way: str, keep: float) -> list[dict]:
+        file = folder / "cells" / f"{way} {keep:g}.json"
+        return json.loads(file.read_text())["figures"]["samples"]
+
+    grids = [[(r.shape[0] // TOKEN, r.shape[1] // TOKEN) for r in scene.references] for scene, _, _ in scenes.values()]
+    figures = result["figures"] | {
+        "to sparse": {
+            f"{keep:g}": summarise({DENSE: rows("sparse", keep)} | {way: rows(way, keep) for way in ways})
+            for keep in arguments.keeps
+        },
+        "tokens": {
+            f"{keep:g}": {method: sum(reference_tokens(method, each, keep) for each in grids)
+                          for method in ("dense", "sparse", *PEERS)}
+            for keep in arguments.keeps
+        },
+    }  # fmt: skip
     config = about | {"keeps": arguments.keeps, "methods": list(ways), "adapter": record}
-    write_result(arguments.output, arguments.output.stem, config, result["figures"])
+    write_result(arguments.output, arguments.output.stem, config, figures)
     for group, settings in result["figures"].items():
         score = "psnr" if group == "global edits" else "psnr_in_mask"
         shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items())

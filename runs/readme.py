@@ -675,7 +675,9 @@ def ablations_selectors(name: str = "ablations") -> str:
     result, how = _ablations(name)
     pair = "mix over random"
     rows = ["| selector | " + " | ".join(CURVES) + " |", "|" + "---|" * (len(CURVES) + 1)]
-    for selector in ("auto", "random", "uniform", "edges", "subject", "mask"):
+    for selector in ("auto", "random", "uniform", "edges", "saliency", "subject", "mask"):
+        if f"{selector}-{result['config']['keeps'][0]:g}" not in result["figures"]["pairs"][pair]["all"]:
+            continue
         for keep in result["config"]["keeps"]:
             cells = [_difference(result["figures"]["pairs"][pair][group], f"{selector}-{keep:g}", score)
                      for group, (score, _) in CURVES.items()]  # fmt: skip
@@ -754,10 +756,55 @@ def peers(name: str = "peers") -> str:
     kept = [f"{group} {_difference(result['figures'][group], whole, score)}" for group, (score, _) in CURVES.items()
             if whole in result["figures"][group]]  # fmt: skip
     also = f" Fine-tuned and with all tokens: {', '.join(kept)}." if kept else ""
+    tokens = result["figures"].get("tokens")
+    if tokens:
+        counts = [
+            f"{keep:g}: " + ", ".join(f"{method} {n}" for method, n in tokens[f"{keep:g}"].items() if method != "dense")
+            for keep in keeps
+        ]
+        also += f" Reference tokens of all scenes, of {tokens[f'{keeps[0]:g}']['dense']}: {'; '.join(counts)}."
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR against the dense base with all tokens, and the 95 % interval of that: {samples} scenes "
         f"of the {result['config']['split']} split, on {_machine(result)} (`runs/peers.py`).{also}"
         + _choice_since(result)
+    )
+
+
+def peers_pairs(name: str = "peers_sides") -> str:
+    """The other ways against sparse, scene by scene."""
+    if not _measured(name):
+        return "Not measured yet: `runs/peers.py`."
+    result = _read(name)
+    ways = [way for way in result["config"]["methods"] if way not in ("sparse", "copied and filled")]
+    rows = ["| task | keep | " + " | ".join(ways) + " |", "|" + "---|" * (len(ways) + 2)]
+    for group, (score, _) in CURVES.items():
+        for keep in result["config"]["keeps"]:
+            cells = [_difference(result["figures"]["to sparse"][f"{keep:g}"][group], way, score) for way in ways]
+            rows.append(f"| {group} | {keep:g} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + (
+        f"\n\nDecibels of PSNR against `sparse`, training-free, scene by scene, and the 95 % interval of that: "
+        f"{result['figures']['all']['dense']['samples']} scenes of the {result['config']['split']} split, on "
+        f"{_machine(result)} (`runs/peers.py`)." + _choice_since(result)
+    )
+
+
+def other_scores() -> str:
+    """What else was measured of the outputs, against the truth."""
+    result = _read("mini_curves")
+    scores = {"ssim": "SSIM", "st_lpips": "ST-LPIPS", "identity": "identity"}
+    cells = {"all tokens": "dense", "0.2": "auto-0.2", "0.1": "auto-0.1", "random, 0.2": "random-0.2",
+             "random, 0.1": "random-0.1"}  # fmt: skip
+    rows = ["| score | of | " + " | ".join(cells) + " |", "|" + "---|" * (len(cells) + 2)]
+    for score, shown in scores.items():
+        for group, (psnr, _) in CURVES.items():
+            name = score + psnr.removeprefix("psnr")
+            found = [result["figures"]["groups"][group][cell]["scores"][name] for cell in cells.values()]
+            means = " | ".join(f"{entry['mean']:.3f}" for entry in found)
+            rows.append(f"| {shown} | {group} | {means} |")
+    return "\n".join(rows) + (
+        f"\n\nAgainst the truth, inside the object or, for global edits, of the whole picture; more is better, but less "
+        f"of ST-LPIPS: the fine-tuned model, what each task chooses itself, {result['config']['split']} split. "
+        f"Measured on {_machine(result)} (`runs/mini_curves.py`)." + _choice_since(result)
     )
 
 
@@ -815,7 +862,8 @@ def auto_budget(name: str = "auto_budget") -> str:
     weights = "the dense base" if result["config"]["lora"] == "none" else "the embedded model as it is shipped"
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR, and the 95 % interval of that: {weights}, {samples} scenes of the "
-        f"{result['config']['split']} split, on {_machine(result)} (`runs/auto_budget.py`)."
+        f"{result['config']['split']} split, on {_machine(result)} (`runs/auto_budget.py`). What the fixed ratio "
+        f"has is interpolated, scene by scene, between the nearest that were run."
         + _choice_since(result)
         + _of_its_time(result["config"]["weights"], _curves_weights(result["config"]["lora"]))
     )
@@ -866,6 +914,8 @@ PAGES = {
         "peers": peers,
         "peers_test": partial(peers, "peers_test"),
         "peers_sides": partial(peers, "peers_sides"),
+        "peers_pairs": peers_pairs,
+        "other_scores": other_scores,
         "kv": kv,
         "kv_test": partial(kv, "kv_test"),
         "curves": curves,

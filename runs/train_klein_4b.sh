@@ -31,8 +31,8 @@ sparse-context train \
     --max-train-steps 10000 --train-batch-size 1 --gradient-accumulation-steps 4 --gradient-checkpointing \
     --mixed-precision bf16 --ema 0.99 \
     --caption-dropout 0.1 \
-    --keep-min 0.05 --keep-max 1.0 --dense 0.1 --distillation 1 --subsets 3 --preservation 30 \
-    --drop-mix random=0.4,blobs=0.15,bands=0.05,edges=0.15,saliency=0.15,outside=0.1 \
+    --keep-min 0.05 --keep-max 0.6 --dense 0.06 --distillation 1 --subsets 3 --preservation 15 \
+    --drop-mix random=0.1,uniform=0.15,edges=0.2,saliency=0.15,subject=0.4 \
     --coverage 0 --coverage 0.1 \
     --checkpointing-steps 250 --checkpoints-total-limit 3 \
     --validation-data "$DATA/validation.jsonl" --validation-steps 500 --num-validation-images 4 \
