@@ -802,8 +802,8 @@ def other_scores() -> str:
             means = " | ".join(f"{entry['mean']:.3f}" for entry in found)
             rows.append(f"| {shown} | {group} | {means} |")
     return "\n".join(rows) + (
-        f"\n\nAgainst the truth, inside the object or, for global edits, of the whole picture; more is better, but less "
-        f"of ST-LPIPS: the fine-tuned model, what each task chooses itself, {result['config']['split']} split. "
+        f"\n\nAgainst the truth, inside the object or, for global edits, of the whole picture; more is better but for "
+        f"ST-LPIPS: the fine-tuned model, what each task chooses itself, {result['config']['split']} split. "
         f"Measured on {_machine(result)} (`runs/mini_curves.py`)." + _choice_since(result)
     )
 
