@@ -3,8 +3,11 @@
 import copy
 import json
 import math
+import re
 import shutil
+from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -375,6 +378,88 @@ def test_global_edits_are_functions_of_the_reference(assets):
     assert np.abs(255 - negative.references[0].astype(int) - negative.target).max() <= 1
     luma = grey.references[0] @ [0.299, 0.587, 0.114]
     assert np.abs(grey.target - luma[..., None]).max() <= 1.5
+    sepia, warmer, posterised = (scenes[f"edit_{name}"] for name in ("sepia", "warmer", "posterise"))
+    luma = sepia.references[0] @ [0.299, 0.587, 0.114]
+    assert np.abs(sepia.target - np.minimum(luma[..., None] * [1.07, 0.86, 0.64], 255)).max() <= 1.7
+    warm = np.minimum(warmer.references[0] * [1.2, 1.0, 0.72], 255)
+    assert np.abs(warmer.target - warm).max() <= 1.7
+    assert set(np.unique(posterised.target)) <= {0, 85, 170, 255}
+    between = np.abs(posterised.references[0] / 85 % 1 - 0.5) < 0.02  # either neighbour is right there
+    assert np.abs(posterised.target - np.round(posterised.references[0] / 85) * 85)[~between].max() == 0
+
+
+def test_a_recoloured_object_has_its_shading_in_the_named_colour_and_nothing_else_changes(assets):
+    for seed in range(6):
+        scene = make_scene(assets, "edit_object", seed)
+        colour = next(rgb for name, rgb in COLOURS.items() if f" {name}" in scene.prompt)
+        before, after = scene.references[0].astype(int), scene.target.astype(int)
+        outside, inside = scene.mask == 0, scene.mask > 0.999
+        assert inside.sum() > 300 and np.abs(after - before)[outside].max() <= 1
+        luma = before[inside] @ [0.299, 0.587, 0.114] / 255
+        tinted = np.minimum(np.multiply.outer(0.25 + luma, colour), 255)
+        assert np.abs(after[inside] - tinted).max() <= 3
+
+
+def test_a_removed_object_leaves_the_picture_as_it_is_elsewhere(assets):
+    for seed in range(6):
+        scene = make_scene(assets, "edit_remove", seed)
+        there = cv2.dilate((scene.mask > 0).astype(np.uint8), np.ones((41, 41))) > 0  # and its shadow
+        assert (~there).any() and np.array_equal(scene.target[~there], scene.references[0][~there])
+        inside = scene.mask > 0.999
+        assert np.abs(scene.target.astype(int) - scene.references[0])[inside].mean() > 10
+
+
+def numbers_of(scene):
+    """For each quarter of the target, by its corner (down, right), the references that its tokens come from."""
+    first = np.cumsum([0] + [r.shape[0] * r.shape[1] // TOKEN**2 for r in scene.references])
+    found = np.searchsorted(first, scene.source, side="right")  # 1 for the first; 0 where there is none
+    return {(down, right): set(found[8 * down : 8 * down + 8, 8 * right : 8 * right + 8].ravel()) - {0}
+            for down in (0, 1) for right in (0, 1)}  # fmt: skip
+
+
+def test_the_numbers_in_a_prompt_are_those_of_the_references(assets):
+    """Which reference is where is seen in the pixels: each is painted in one colour of its own."""
+    quarter = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
+    for seed in range(8):
+        pair = numbers_of(make_scene(assets, "subject_pair", seed))
+        assert pair[0, 0] | pair[1, 0] == {1} and pair[0, 1] | pair[1, 1] == {2}
+        scene = make_scene(assets, "subject_quarters", seed)
+        listed = re.findall(r"(\d) ((?:top|bottom) (?:left|right))", scene.prompt)
+        assert len(listed) == len(scene.references) >= 3
+        assert {quarter[place]: {int(number)} for number, place in listed} == {
+            place: numbers for place, numbers in numbers_of(scene).items() if numbers
+        }
+
+
+@pytest.mark.parametrize("task", ["subject_pair", "subject_quarters"])
+def test_each_object_is_painted_where_its_number_says(assets, task):
+    """Objects of one colour each, drawn in turn: the target shows the first reference's where the prompt has it."""
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
+    objects = np.zeros((4, 128, 128, 4), np.uint8)
+    for rgba, colour in zip(objects, colours, strict=True):
+        rgba[8:120, 8:120] = [*colour, 255]
+    for seed in range(6):
+        scene = make_scene(replace(assets, objects=objects), task, seed)
+        for reference, mask in zip(scene.references, scene.reference_masks, strict=True):
+            inside = mask > 0.999
+            shown = tuple(np.median(reference[inside], axis=0).astype(int))
+            number = [r is reference for r in scene.references].index(True) + 1
+            places = [place for place, numbers in numbers_of(scene).items() if number in numbers]
+            assert places
+            for down, right in places:
+                corner = slice(64 * down, 64 * down + 64), slice(64 * right, 64 * right + 64)
+                solid = scene.mask[corner] > 0.999
+                assert solid.any() and np.abs(scene.target[corner][solid] - np.array(shown)).max() <= 2
+
+
+def test_the_scale_of_an_object_changes_where_the_task_says_so(assets):
+    ratios = []
+    for seed in range(12):
+        scene = make_scene(assets, "subject_scale", seed)
+        ratios.append(scene.reference_masks[0].sum() / scene.mask.sum())
+    assert min(ratios) < 0.7 and max(ratios) > 1.4
+    moved = make_scene(assets, "subject_place", 1)
+    assert moved.reference_masks[0].sum() == pytest.approx(moved.mask.sum(), rel=0.01)
 
 
 def test_the_place_follows_from_the_prompt(assets):
@@ -392,6 +477,8 @@ def test_splits_are_disjoint_and_by_name(assets):
         ["bar"],
         ["ring"],
     ]
+    assert [len(assets.split(name).photos) for name in SPLITS] == [1, 1, 0]
+    assert np.array_equal(assets.split("validation").photos[0], assets.photos[1])
     with pytest.raises(ValueError, match="'dev'.*train, validation, test"):
         assets.split("dev")
     assert split_of("face") == split_of("clock") == 0

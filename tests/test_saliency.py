@@ -195,6 +195,29 @@ def test_a_composite_is_its_seed_and_has_an_exact_mask(sources):
     assert min(covered) == 0 and max(covered) > 0.2  # without a subject, and with a large one
 
 
+def test_the_mask_of_a_composite_is_where_its_objects_are(sources, monkeypatch):
+    """White objects without shadows before black, through a perfect camera: the picture is the mask."""
+    from sparse_context.mini import saliency_net
+
+    def white(sources, rng):
+        rgba = draw_object(sources.objects, rng)
+        rgba[..., :3] = rgba[..., 3:]
+        return rgba
+
+    draw_object, place = saliency_net.draw_object, saliency_net.place
+    monkeypatch.setattr(saliency_net, "place", lambda *where, shadow: place(*where))
+    monkeypatch.setattr(saliency_net, "_object", white)
+    monkeypatch.setattr(saliency_net, "_backdrop", lambda sources, rng, *shape: np.zeros((*shape, 3), np.float32))
+    monkeypatch.setattr(saliency_net, "_camera", lambda canvas, rng: canvas)
+    shown = 0
+    for seed in range(20):
+        canvas, mask = saliency_net.composite(sources, np.random.default_rng(seed), (64, 96))
+        alone = (mask > 0.999) | (mask < 0.001)  # soft edges of two objects add up in the picture
+        assert np.abs(canvas[alone] - mask[alone, None]).max() < 0.01
+        shown += (mask > 0.999).any()
+    assert shown > 10
+
+
 def test_the_loss_is_least_at_the_truth():
     from sparse_context.mini.saliency_net import saliency_loss
 
@@ -282,6 +305,8 @@ def test_the_recipe_trains_the_last_stages_and_exports_what_loads(sources, wheel
     train_saliency(tmp_path, SaliencyConfig(steps=2, batch=2, warmup=1))
     with Image.open(tmp_path / "saliency" / "sheet-0000002.png") as sheet:
         assert sheet.size == (4 * 384, 6 * 128)  # 24 composites: picture, truth and map
+    with pytest.raises(ValueError, match="begun with batch 2, not 3: continue it with its own, or move it away"):
+        train_saliency(tmp_path, SaliencyConfig(steps=2, batch=3, warmup=1))
 
     export_saliency(tmp_path, tmp_path / "net.safetensors")
     assert not list(tmp_path.glob("*.partial"))

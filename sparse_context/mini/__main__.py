@@ -150,6 +150,9 @@ def adapter(
 def saliency(
     folder: Folder = Path("checkpoints"),
     stop_after: Seconds = None,
+    workers: Workers = 0,
+    steps: Steps = None,
+    batch: Batch = None,
     destination: Annotated[Path, typer.Option(help="The file for the averaged weights, once all steps are done.")] = (
         Path(__file__).parents[1] / "saliency.safetensors"
     ),
@@ -157,8 +160,8 @@ def saliency(
     """Train the saliency net, which does not need the other steps, and write its weights."""
     from .saliency_net import SaliencyConfig, export_saliency, train_saliency
 
-    config = SaliencyConfig()
-    train_saliency(folder, config, stop_after)
+    config = changed(SaliencyConfig(), steps=steps, batch=batch)
+    train_saliency(folder, config, stop_after, workers)
     if (folder / "saliency" / f"step-{config.steps:07d}").is_dir():
         export_saliency(folder, destination)
 

@@ -28,6 +28,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,14 +150,17 @@ def _fetch(folder: Path, file: str, kind: str, name: str) -> None:
         "apt": ["apt-get", "download", name],
         "pip": [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", name],
     }[kind]
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError(
-            f"`{' '.join(command)}` failed; fetch the package another way and put it at {folder / file}"
-        ) from error
-    if kind == "apt":
-        next(folder.glob(f"{name.partition('=')[0]}_*.deb")).rename(folder / file)
+    with tempfile.TemporaryDirectory(dir=folder) as place:  # so that a kill leaves no half of a package under its name
+        try:
+            subprocess.run(command, cwd=place, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(
+                f"`{' '.join(command)}` failed; fetch the package another way and put it at {folder / file}"
+            ) from error
+        made = Path(place) / file
+        if kind == "apt":
+            made = next(Path(place).glob(f"{name.partition('=')[0]}_*.deb"))
+        made.replace(folder / file)
 
 
 def _check(path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from torch import nn
 from transformers import Qwen2Tokenizer
 
 from ..generation import load_pipeline
+from ..images import save_text
 from ..training.attention import MatmulAttention
 from ..training.data import Ahead, fingerprint
 from ..training.finetune import noise_levels
@@ -125,11 +126,14 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
 
 def _save_whole(part, folder: Path) -> None:
     """`part.save_pretrained(folder)`, whole or not at all."""
-    partial = folder.with_suffix(".partial")
+    partial, old = folder.with_suffix(".partial"), folder.with_suffix(".old")
     shutil.rmtree(partial, ignore_errors=True)
     part.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(old)  # at once, where removing takes a while in which a kill would leave half
     partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def reconstruction_loss(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
@@ -488,15 +492,7 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
     before = _steps_before(folder)
     if before:
         config = replace(config.without_easy_part, seed=config.seed + before)
-    record = json.loads(json.dumps(asdict(config)))
-    if newest_step(folder / "base") and (folder / "base" / "config.json").is_file():
-        begun = json.loads((folder / "base" / "config.json").read_text())
-        own = json.loads(json.dumps(asdict(BaseConfig())))  # of a run begun before a setting was there
-        changed = [name for name in record if begun.get(name, own[name]) != record[name]]
-        if changed:
-            name = changed[0]
-            raise ValueError(f"The run in {folder / 'base'} was begun with {name} {begun.get(name)!r}, not "
-                             f"{record[name]!r}: continue it with its own, or move it away.")  # fmt: skip
+    check_config(folder / "base", config)
     everything = load_assets(folder / "assets.safetensors")
     assets = everything.split("train")
     device = default_device()
@@ -538,9 +534,25 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
         sheet.save(folder / "base" / f"sheet-{step:07d}.png")
 
     (folder / "base").mkdir(parents=True, exist_ok=True)
-    (folder / "base" / "config.json").write_text(json.dumps(record, indent=2))
+    save_text(json.dumps(asdict(config), indent=2), folder / "base" / "config.json")
     train(modules, optimisers, loss, folder / "base", steps=config.steps, warmup=config.warmup, save_every=save_every,
           ema=config.ema, show=show, show_every=show_every, stop_after=stop_after, seconds=seconds)  # fmt: skip
+
+
+def check_config(run: Path, config: Any) -> None:
+    """Raise ValueError where the folder `run` holds a run that was begun with another config of this dataclass."""
+    file = run / "config.json"
+    if not newest_step(run) or not file.is_file():
+        return
+    begun = json.loads(file.read_text())
+    record, own = (json.loads(json.dumps(asdict(each))) for each in (config, type(config)()))
+    for name, value in record.items():
+        before = begun.get(name, own[name])  # of a run begun before a setting was there
+        if before != value:
+            raise ValueError(
+                f"The run in {run} was begun with {name} {before!r}, not {value!r}: continue it with its own, or move "
+                "it away."
+            )
 
 
 BEFORE = "before.json"

