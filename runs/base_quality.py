@@ -5,10 +5,10 @@
   object the nearest by EfficientNet features? What the flat colour and the blur themselves score is measured too.
 - Global edits: PSNR of the whole picture. The VAE alone: PSNR of the references, encoded and decoded.
 
-    python runs/base_quality.py [--split validation] [--scenes 24] [--output results/base_quality.json]
+    python runs/base_quality.py [--scenes 24]                    # validation, to tune on: into checkpoints/
+    python runs/base_quality.py --split test --scenes 32         # once a release: results/base_quality.json, docs/
 
-The validation split is there to tune on; the test split is for what is published, once a release. Writes the figures,
-and a sheet of pictures (references, truth, output) beside the docs.
+Writes the figures, and a sheet of pictures (references, truth, output).
 """
 
 import argparse
@@ -76,10 +76,14 @@ def round_trip(vae, picture: np.ndarray) -> float:
 
 def check(figures: dict) -> dict[str, tuple[float, float, bool, bool]]:
     """What is to be reached on the test split, as `check_gpu.check` gives it; recognised as a share."""
-    asked = {"vae": ("psnr", 32.0), "edit_global": ("psnr", 22.0)}
     found = {}
     for task, by_name in figures.items():
-        for score, bound in [asked[task]] if task in asked else [("psnr inside", 19.0), ("recognised", 0.8)]:
+        asked = {"psnr inside": 19.0, "recognised": 0.8}
+        if task == "vae":
+            asked = {"psnr": 32.0}
+        elif task == "edit_global":  # of each kind of edit too: a mean hides one
+            asked = {score: 22.0 for score in by_name}
+        for score, bound in asked.items():
             if score in by_name:
                 value = by_name[score]["mean"]
                 found[f"{task}, {score}"] = (value, bound, True, value >= bound)
@@ -92,9 +96,12 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=24, help="Scenes of each task.")
     parser.add_argument("--model", help="Another model of the same layout; else the embedded one.")
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "base_quality.json")
-    parser.add_argument("--sheet", type=Path, default=ROOT / "docs" / "base_quality.webp")
+    parser.add_argument("--output", type=Path, help="results/ for the test split of the package's weights")
+    parser.add_argument("--sheet", type=Path, help="docs/ for that")
     arguments = parser.parse_args()
+    published = arguments.split == "test" and arguments.model is None
+    output_file = arguments.output or ROOT / ("results" if published else "checkpoints") / "base_quality.json"
+    sheet_file = arguments.sheet or ROOT / ("docs" if published else "checkpoints") / "base_quality.webp"
 
     assets = load_assets(arguments.assets).split(arguments.split)
     pipe = load_pipeline(arguments.model, device="cpu", dtype="float32", lora=NO_LORA)
@@ -144,8 +151,8 @@ def main() -> None:
             print(f"{task:<18}{name:<28}{figure['mean']:>8.2f}{figure['least']:>8.2f}{figure['number']:>6}")
     config = {"split": arguments.split, "scenes": arguments.scenes, "candidates": CANDIDATES, "dtype": "float32",
               "model": arguments.model or "embedded", **call_settings(pipe)}  # fmt: skip
-    write_result(arguments.output, "base_quality", config, figures)
-    save_picture(column([label(side_by_side(tiles), task) for task, tiles in shown.items()]), arguments.sheet)
+    write_result(output_file, "base_quality", config, figures)
+    save_picture(column([label(side_by_side(tiles), task) for task, tiles in shown.items()]), sheet_file)
 
 
 if __name__ == "__main__":

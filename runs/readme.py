@@ -137,8 +137,9 @@ def _code_lines(source: str) -> int:
 
 def base_quality() -> str:
     result = _read("base_quality")
-    lines = ["| task | scenes | whole picture | inside the object | recognised | a flat colour | a blur |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    heads = ("task", "scenes", "whole picture", "inside the object", "its flat colour", "its blur", "recognised",
+             "flat colour", "blur")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for task, figures in result["figures"].items():
         if "psnr" not in figures or task == "vae":
             continue
@@ -148,23 +149,26 @@ def base_quality() -> str:
 
         lines.append(
             f"| {task.replace('_', ', ')} | {figures['psnr']['number']} | {show('psnr', '{:.1f} dB')} | "
-            f"{show('psnr inside', '{:.1f} dB')} | {show('recognised', '{:.0%}')} | "
+            f"{show('psnr inside', '{:.1f} dB')} | {show('psnr inside, flat colour', '{:.1f} dB')} | "
+            f"{show('psnr inside, blur', '{:.1f} dB')} | {show('recognised', '{:.0%}')} | "
             f"{show('recognised, flat colour', '{:.0%}')} | {show('recognised, blur', '{:.0%}')} |"
         )
     config, vae = result["config"], result["figures"]["vae"]["psnr"]
     short: dict[str, list[str]] = {}
     for name, (value, _, _, reached) in check_base(result["figures"]).items():
         if not reached:
-            task, score = name.split(", ")
+            task, _, score = name.partition(", ")
             shown = f"{value:.0%}".replace("%", " %") if score == "recognised" else f"{value:.1f} dB"
-            short.setdefault(task.replace("_", ", "), []).append(shown)
+            kind = score.removeprefix("psnr, ")
+            short.setdefault(task.replace("_", ", "), []).append(shown + (f" ({kind})" if kind in score[5:] else ""))
     missed = [f"{task}, with {' and '.join(values)}" for task, values in short.items()]
     return "\n".join(lines) + (
         f"\n\nThe dense base with all tokens (`--lora none`) against the truth, {config['split']} split, "
-        f"{config['num_inference_steps']} steps, trained for {config['training_steps']:,} batches: PSNR, and how often "
-        f"the object is nearest to itself among {config['candidates']} candidates by EfficientNet features; beside it "
-        f"how often its flat colour and a blur of it pass. The VAE alone: {vae['mean']:.1f} dB over {vae['number']} "
-        f"references. Asked are 19 dB inside the object, 80 % recognised, 22 dB of global edits and 32 dB of the VAE; "
+        f"{config['num_inference_steps']} steps, trained for {config['training_steps']:,} steps: PSNR, and how often "
+        f"the object is nearest to itself among {config['candidates']} candidates by EfficientNet features; beside "
+        f"both what its flat colour and a blur of it would have. PSNR alone does not tell these from a recoloured "
+        f"object, nor from one whose scale changes; recognition does. The VAE alone: {vae['mean']:.1f} dB over "
+        f"{vae['number']} references. Asked are 19 dB inside the object, 80 % recognised, 22 dB of global edits and 32 dB of the VAE; "
         f"short of that: {'; '.join(missed) or 'nothing'}. "
         f"Measured on {_machine(result)} (`runs/base_quality.py`)."
     )
@@ -569,8 +573,9 @@ def recall() -> str:
             rows.append(f"| {name} | {figures['pictures']} | {' | '.join(cells)} |")
     return "\n".join(rows) + (
         f"\n\nRecall of the subject at keep 0.2: what was kept of it, as a share of what the best choice of as many "
-        f"tokens keeps. `saliency` is the selector, `net` the net alone. Measured on {_machine(result)} "
-        "(`runs/saliency.py`)."
+        f"tokens keeps. `saliency` is the selector, `net` the net alone. The selector takes "
+        f"{result['figures']['time']['milliseconds']['saliency']['median']:.0f} ms of one core for a reference of one "
+        f"megapixel. Measured on {_machine(result)} (`runs/saliency.py`)."
     )
 
 

@@ -28,7 +28,7 @@ from .contrast import contrast_map
 
 WEIGHTS = Path(__file__).with_name("saliency.safetensors")
 # Pixels of the net's input; the other side keeps the aspect, both are multiples of 32. It was trained at 256, and
-# finds as much at 224 (`runs/saliency.py`), which are three quarters of the pixels.
+# found as much at 224 when that was tried, which are three quarters of the pixels.
 LONG_SIDE = 224
 NOTHING = 0.05  # a probability up to this is taken for none: it says no more than how sure the net is of background
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pictures that the trunk was trained on

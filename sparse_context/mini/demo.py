@@ -39,7 +39,8 @@ def read_examples(folder: Path = EXAMPLES) -> list[dict]:
 
 def run_demo(output: Path, keep: float | int | str = 0.2) -> list[dict]:
     """Run every example dense, sparse and, where the package has an adapter for it, sparse in KV mode; write a sheet
-    for each and one of all into `output`, and print the times.
+    for each and one of all into `output`, and print the times. An edit of the whole picture keeps all its tokens, as
+    keep="auto" does: it needs each of them.
 
     Returns the report that is also written to `output`/report.json. Raises ValueError for a keep out of range and
     PictureError where `output` cannot be written, before any work starts.
@@ -63,7 +64,7 @@ def run_demo(output: Path, keep: float | int | str = 0.2) -> list[dict]:
     for example in tqdm(examples, desc="demo", unit="scene"):
         made = {
             way: generate(pipe, example["references"], example["prompt"],
-                          replace(config, keep=each, task=example["tasks"]))
+                          replace(config, keep=1.0 if "global" in example["tasks"] else each, task=example["tasks"]))
             for way, (pipe, each) in ways.items()
         }  # fmt: skip
         faster = {way: made["dense"].times.total / one.times.total for way, one in made.items()}

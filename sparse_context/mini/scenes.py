@@ -324,7 +324,8 @@ def subject_scale(assets: Assets, rng: np.random.Generator, side: int = REFERENC
 
 
 def subject_pair(assets: Assets, rng: np.random.Generator, side: int = REFERENCE, reach: int = FAR) -> Scene:
-    """The objects of images 1 and 2 side by side, 56 px each, on a plain or graded background."""
+    """The objects of images 1 and 2 side by side, 56 px each, on a plain or graded background: that of image 1 is
+    the left one, whether the prompt says so or not."""
     left, right = (34, 64), (94, 64)
     a, ref_a, mask_a, moves_a = _subject(assets, rng, side, reach, PAIR, left)
     b, ref_b, mask_b, moves_b = _subject(assets, rng, side, reach, PAIR, right)
