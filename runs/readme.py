@@ -168,7 +168,8 @@ def base_quality() -> str:
         f"the object is nearest to itself among {config['candidates']} candidates by EfficientNet features; beside "
         f"both what its flat colour and a blur of it would have. PSNR alone does not tell these from a recoloured "
         f"object, nor from one whose scale changes; recognition does. The VAE alone: {vae['mean']:.1f} dB over "
-        f"{vae['number']} references. Asked are 19 dB inside the object, 80 % recognised, 22 dB of global edits and 32 dB of the VAE; "
+        f"{vae['number']} references. Asked are 19 dB inside the object, 80 % recognised, 22 dB of global edits and "
+        f"32 dB of the VAE; "
         f"short of that: {'; '.join(missed) or 'nothing'}. "
         f"Measured on {_machine(result)} (`runs/base_quality.py`)."
     )

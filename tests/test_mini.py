@@ -696,16 +696,19 @@ def test_four_references_at_a_fraction_of_the_tokens(pipe):
 
 
 def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, capsys, monkeypatch):
-    first = read_examples()[-1:]
+    examples = read_examples()
+    first = [next(e for e in examples if e["tasks"] == ["global"]), examples[-1]]
     monkeypatch.setattr("sparse_context.mini.demo.read_examples", lambda: first)
     run_demo(tmp_path / "demo", keep=0.25)
-    name = first[0]["name"]
-    assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == sorted(["demo.png", "report.json", f"{name}.png"])
+    toned, name = (example["name"] for example in first)
+    files = ["demo.png", "report.json", f"{toned}.png", f"{name}.png"]
+    assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == sorted(files)
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    kept = report[0]["sparse"]["selection"]
+    assert report[0]["sparse"]["selection"]["kept"] == report[0]["sparse"]["selection"]["total"] == 256
+    kept = report[1]["sparse"]["selection"]
     assert kept["kept"] == round(0.25 * kept["total"])
-    assert report[0]["sparse kv"]["selection"]["kept"] == kept["kept"]
-    assert set(report[0]["times faster"]) == {"sparse", "sparse kv"}
+    assert report[1]["sparse kv"]["selection"]["kept"] == kept["kept"]
+    assert set(report[1]["times faster"]) == {"sparse", "sparse kv"}
     assert name in capsys.readouterr().out
     with Image.open(tmp_path / "demo" / f"{name}.png") as sheet:
         assert sheet.width == 8 * 192 + 7 * 8  # four references, the truth, three outputs
