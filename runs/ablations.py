@@ -40,7 +40,8 @@ BASE = "base"
 ALL = ["mix", "random"]
 SPREAD = ["coverage-0", "coverage-0.3"]
 RUNS = ["dense", "lora", "lora-distilled"]
-PAIRS = (("mix", "random"), ("mix", "coverage-0"), ("mix", "coverage-0.3"), ("lora-distilled", "lora"))
+PAIRS = (("mix", "random"), ("mix", "dense"), ("mix", "coverage-0"), ("mix", "coverage-0.3"),
+         ("lora-distilled", "lora"))  # fmt: skip
 """Runs that are compared with each other, for that is closer than each with the base."""
 
 

@@ -691,11 +691,11 @@ def ablations_selectors(name: str = "ablations") -> str:
     return "\n".join(rows) + f"\n\nDecibels of PSNR that {pair} wins, scene by scene, with the same tokens: {how}"
 
 
-def ablations_pairs() -> str:
+def ablations_pairs(name: str = "ablations") -> str:
     """Runs against each other, with what the tasks choose."""
-    if not _measured("ablations"):
+    if not _measured(name):
         return "Not measured yet: `runs/ablations.py`."
-    result, how = _ablations()
+    result, how = _ablations(name)
     keeps = result["config"]["keeps"]
     columns = [(group, score, keep) for group, (score, _) in CURVES.items() for keep in keeps]
     rows = ["| runs | " + " | ".join(f"{group} at {keep:g}" for group, _, keep in columns) + " |",
@@ -935,6 +935,7 @@ PAGES = {
         "ablations_pairs": ablations_pairs,
         "ablations_selectors": ablations_selectors,
         "ablations_length": partial(ablations, "ablations_length"),
+        "ablations_length_pairs": partial(ablations_pairs, "ablations_length"),
         "ablations_length_selectors": partial(ablations_selectors, "ablations_length"),
         "ablations_coverage": ablations_coverage,
         "ablations_methods": ablations_methods,
