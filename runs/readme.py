@@ -376,6 +376,27 @@ def training_speed() -> str:
     )
 
 
+def klein_training() -> str:
+    """What a step of fine-tuning takes at the shape of klein-4B."""
+    if not _measured("klein_training"):
+        return "Not measured yet: `runs/time_klein_training.py`."
+    result = _read("klein_training")
+    config, figures = result["config"], result["figures"]
+    part = " and ".join(
+        f"{own} of {all_of} {kind}"
+        for own, all_of, kind in zip(figures["blocks"], figures["of"], ("double", "single"), strict=True)
+    )
+    memory = {name: f"{size / 2**30:.2f} GiB" for name, size in figures["memory above the weights"].items()}
+    tokens = {name: each["references"] for name, each in figures["tokens"].items()}
+    return (
+        f"A step of LoRA fine-tuning (rank {config['rank']}, {config['dtype']}, gradient checkpointing, one sample of "
+        f"{config['size']}x{config['size']} pixels with {config['references']} references) on {tokens['sparse']} of "
+        f"{tokens['dense']} reference tokens is {_times(figures['times faster'])} as fast as on all, and takes "
+        f"{memory['sparse']} beside the weights, not {memory['dense']}: {part} blocks of the shape of "
+        f"{config['shape']}, random weights, on {_machine(result)} (`runs/time_klein_training.py`)."
+    )
+
+
 CURVES = {
     "subjects": ("psnr_in_mask", "subject"),
     "edits": ("psnr_in_mask", "edit"),
@@ -943,6 +964,7 @@ PAGES = {
     "docs/adding-a-pipeline.md": {"lines": lines},
     "sparse_context/saliency.md": {"recall": recall},
     "docs/performance.md": BENCHMARKS,
+    "docs/training.md": {"klein_training": klein_training},
 }
 
 
