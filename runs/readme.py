@@ -663,9 +663,10 @@ def _ablations(name: str = "ablations") -> tuple[dict, str]:
     config = result["config"]
     counts = {group: result["figures"]["against dense"]["base"][group]["dense"]["samples"] for group in CURVES}
     steps = sorted({record["steps"] for record in config["runs"].values()})
+    runs = "each run" if len(steps) == 1 else "the runs"
     how = (
         f"{', '.join(f'{count} {group}' for group, count in counts.items())} of the {config['split']} split; "
-        f"{' and '.join(map(str, steps))} steps of each run, of whose change {config['scale']:g} of a LoRA of rank "
+        f"{', '.join(map(str, steps))} steps of {runs}, of whose change {config['scale']:g} of a LoRA of rank "
         f"{config['rank']} is taken. Measured on {_machine(result)} (`runs/ablations.py`)."
     )
     return result, how + _choice_since(result) + _of_its_time(
@@ -710,6 +711,25 @@ def ablations_selectors(name: str = "ablations") -> str:
                      for group, (score, _) in CURVES.items()]  # fmt: skip
             rows.append(f"| {OWN if selector == 'auto' else selector} at {keep:g} | {' | '.join(cells)} |")
     return "\n".join(rows) + f"\n\nDecibels of PSNR that {pair} wins, scene by scene, with the same tokens: {how}"
+
+
+def ablations_won(name: str = "ablations_length") -> str:
+    """What the runs that were measured with every selector win over the base, by selector."""
+    if not _measured(name):
+        return "Not measured yet: `runs/ablations.py`."
+    result, how = _ablations(name)
+    config = result["config"]
+    runs = [run for run in (config.get("shipped"), *config["all selectors"]) if run]
+    groups = [group for group in CURVES if group != "global edits"]
+    columns = [(run, group) for run in runs for group in groups]
+    rows = ["| selector | " + " | ".join(f"{run}, {group}" for run, group in columns) + " |",
+            "|" + "---|" * (len(columns) + 1)]  # fmt: skip
+    for selector in ("random", "uniform", "edges", "saliency", "subject", "mask"):
+        for keep in config["keeps"]:
+            cells = [_difference(result["figures"]["won"][run][group], f"{selector}-{keep:g}", CURVES[group][0])
+                     for run, group in columns]  # fmt: skip
+            rows.append(f"| {selector} at {keep:g} | {' | '.join(cells)} |")
+    return "\n".join(rows) + f"\n\nDecibels of PSNR won over the base with the same tokens: {how}"
 
 
 def ablations_pairs(name: str = "ablations") -> str:
@@ -957,6 +977,7 @@ PAGES = {
         "ablations_selectors": ablations_selectors,
         "ablations_length": partial(ablations, "ablations_length"),
         "ablations_length_pairs": partial(ablations_pairs, "ablations_length"),
+        "ablations_length_won": ablations_won,
         "ablations_length_selectors": partial(ablations_selectors, "ablations_length"),
         "ablations_coverage": ablations_coverage,
         "ablations_methods": ablations_methods,
