@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Variants of the embedded model's fine-tuning, of 100 steps each, for runs/ablations.py.
-#   STEPS=900 FOLDER=checkpoints/length runs/train_ablations.sh random dense   # only these, and for longer
+# Only some of them, and for longer, as for results/ablations_length.json:
+#   STEPS=500 FOLDER=checkpoints/length runs/train_ablations.sh random
+#   STEPS=600 FOLDER=checkpoints/length runs/train_ablations.sh dense
 # Needs the assets: python -m sparse_context.mini data (CONTRIBUTING.md). Each run continues where it was killed.
 set -euo pipefail
 FOLDER=${FOLDER:-checkpoints/ablations}

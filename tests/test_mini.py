@@ -418,7 +418,6 @@ def numbers_of(scene):
 
 
 def test_the_numbers_in_a_prompt_are_those_of_the_references(assets):
-    """Which reference is where is seen in the pixels: each is painted in one colour of its own."""
     quarter = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
     for seed in range(8):
         pair = numbers_of(make_scene(assets, "subject_pair", seed))
@@ -440,16 +439,14 @@ def test_each_object_is_painted_where_its_number_says(assets, task):
         rgba[8:120, 8:120] = [*colour, 255]
     for seed in range(6):
         scene = make_scene(replace(assets, objects=objects), task, seed)
-        for reference, mask in zip(scene.references, scene.reference_masks, strict=True):
-            inside = mask > 0.999
-            shown = tuple(np.median(reference[inside], axis=0).astype(int))
-            number = [r is reference for r in scene.references].index(True) + 1
+        for number, (reference, mask) in enumerate(zip(scene.references, scene.reference_masks, strict=True), start=1):
+            shown = np.median(reference[mask > 0.999], axis=0)
             places = [place for place, numbers in numbers_of(scene).items() if number in numbers]
             assert places
             for down, right in places:
                 corner = slice(64 * down, 64 * down + 64), slice(64 * right, 64 * right + 64)
                 solid = scene.mask[corner] > 0.999
-                assert solid.any() and np.abs(scene.target[corner][solid] - np.array(shown)).max() <= 2
+                assert solid.any() and np.abs(scene.target[corner][solid] - shown).max() <= 2
 
 
 def test_the_scale_of_an_object_changes_where_the_task_says_so(assets):
