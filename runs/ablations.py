@@ -3,17 +3,22 @@
     python runs/ablations.py [--all-selectors NAME ...] [--spread NAME ...] [--runs NAME ...] [--scale 0.6]
     python runs/ablations.py --shipped mix --all-selectors random --spread --runs dense --methods --rank 44 \\
         --checkpoints checkpoints/length --output results/ablations_length.json
+    python runs/ablations.py --all-selectors random-rate-0.3 random random:16:0.6 random:256:1 random-rate-3 \\
+        random-rate-3:256:1 --spread --runs --methods --keeps 0.2 --output results/ablations_rates.json
+    python runs/ablations.py --shipped mix --all-selectors --spread --runs dense --methods --rank 44 \\
+        --checkpoints checkpoints/control --output results/ablations_control.json
 
 The runs are folders that runs/train_ablations.sh makes. What a run changed is taken as the package takes its own: the
 LoRA of `--rank`, of a run of all weights the strongest directions of its change, and of that the share `--scale` (with
 all tokens the harm grows with the square of the share, since the base had its minimum there, while the gain with
-dropped tokens begins with its first power). Every run is measured with what the tasks choose by themselves, `auto`;
-those of `--spread` without and with spread tokens too, those of `--all-selectors` with every selector as well, and
-those of `--methods`, which were fine-tuned for a peer's way of saving tokens, with that alone. `--shipped` is a name
-for the package's own adapter, measured as it is with every selector, beside longer runs (the second line). Stopped at
-any point, it goes on there. The numbers are PSNR against the truth, inside the object or, for global edits, of the
-whole picture: differences to the dense base with all tokens, and what a run has won over the base, and over another run
-(`PAIRS`), with the same tokens, scene by scene.
+dropped tokens begins with its first power); `NAME:RANK:SHARE` takes another part of it. Every run is measured with what
+the tasks choose by themselves, `auto`; those of `--spread` without and with spread tokens too, those of
+`--all-selectors` with every selector as well, and those of `--methods`, which were fine-tuned for a peer's way of
+saving tokens, with that alone. `--shipped` is a name for the package's own adapter, measured as it is, beside longer
+runs (the second line and the last): with every selector where a run is. Stopped at any point, it goes on there. The
+numbers are PSNR against the truth, inside the object or, for global edits, of the whole picture: differences to the
+dense base with all tokens, and what a run has won over the base, and over another run (`PAIRS`), with the same tokens,
+scene by scene.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
@@ -45,6 +50,15 @@ PAIRS = (("mix", "random"), ("mix", "dense"), ("mix", "coverage-0"), ("mix", "co
 """Runs that are compared with each other, for that is closer than each with the base."""
 
 
+def read_run(text: str) -> tuple[str, int | None, float | None]:
+    """Folder, rank and share of `NAME` or `NAME:RANK:SHARE`."""
+    name, *cut = text.split(":")
+    if not cut:
+        return name, None, None
+    rank, share = cut
+    return name, int(rank), float(share)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality after variants of its fine-tuning.")
     parser.add_argument("--all-selectors", nargs="*", default=ALL, help="runs, by their folders")
@@ -73,7 +87,8 @@ def main() -> None:
         pipe = load_pipeline(lora=lora, lora_scale=1.0 if lora == NO_LORA else scale)
         pipe.set_progress_bar_config(disable=True)
         make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
-        everything = name in (BASE, arguments.shipped, *arguments.all_selectors)
+        beside = (BASE, arguments.shipped) if arguments.all_selectors else ()
+        everything = name in (*beside, *arguments.all_selectors)
         cells = grid([1.0]) if name in arguments.methods else dict(by_task)
         cells |= spread if everything or name in arguments.spread else {}
         cells |= selectors if everything else {}
@@ -103,9 +118,10 @@ def main() -> None:
         if run == arguments.shipped:  # a share of its change was taken when it was written
             adapter, scale = ADAPTERS["plain"], 1.0
         else:
-            adapter = export_adapter(arguments.checkpoints / run, place / run, rank=arguments.rank)
-            scale = arguments.scale
-        records[run] = adapter_record(adapter)
+            folder, rank, share = read_run(run)
+            adapter = export_adapter(arguments.checkpoints / folder, place / run, rank=rank or arguments.rank)
+            scale = share or arguments.scale
+        records[run] = adapter_record(adapter) | {"share": scale}
         rows = found[run] = measure(run, str(adapter), scale)
         rows["all tokens"] = rows.pop(DENSE)
         against_dense[run] = summarise({DENSE: base[DENSE]} | rows)

@@ -7,7 +7,9 @@
 
     python runs/base_quality.py [--scenes 24]                    # validation, to tune on: into checkpoints/
     python runs/base_quality.py --split test --scenes 32         # once a release: results/base_quality.json, docs/
+    python runs/base_quality.py --split test --scenes 32 --unlike --output results/base_quality_unlike.json
 
+The last line leaves out the objects that share a word of their names with one of the training split (data.py).
 Writes the figures, and a sheet of pictures (references, truth, output).
 """
 
@@ -94,16 +96,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The dense embedded model against the truth.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
     parser.add_argument("--scenes", type=int, default=24, help="Scenes of each task.")
+    parser.add_argument("--unlike", action="store_true", help="Only objects that share no word with a training one.")
     parser.add_argument("--model", help="Another model of the same layout; else the embedded one.")
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--output", type=Path, help="results/ for the test split of the package's weights")
     parser.add_argument("--sheet", type=Path, help="docs/ for that")
     arguments = parser.parse_args()
-    published = arguments.split == "test" and arguments.model is None
+    published = arguments.split == "test" and arguments.model is None and not arguments.unlike
     output_file = arguments.output or ROOT / ("results" if published else "checkpoints") / "base_quality.json"
     sheet_file = arguments.sheet or ROOT / ("docs" if published else "checkpoints") / "base_quality.webp"
 
-    assets = load_assets(arguments.assets).split(arguments.split)
+    everything = load_assets(arguments.assets)
+    assets = everything.split(arguments.split)
+    if arguments.unlike:
+        assets = assets.unlike(everything.split("train"))
     pipe = load_pipeline(arguments.model, device="cpu", dtype="float32", lora=NO_LORA)
     pipe.set_progress_bar_config(disable=True)
     values: dict[str, dict[str, list[float]]] = {"vae": {"psnr": []}} | {task: {} for task in TASKS}
@@ -150,7 +156,8 @@ def main() -> None:
         for name, figure in by_name.items():
             print(f"{task:<18}{name:<28}{figure['mean']:>8.2f}{figure['least']:>8.2f}{figure['number']:>6}")
     config = {"split": arguments.split, "scenes": arguments.scenes, "candidates": CANDIDATES, "dtype": "float32",
-              "model": arguments.model or "embedded", **call_settings(pipe)}  # fmt: skip
+              "model": arguments.model or "embedded", "unlike": arguments.unlike, "objects": len(assets.objects),
+              **call_settings(pipe)}  # fmt: skip
     write_result(output_file, "base_quality", config, figures)
     save_picture(column([label(side_by_side(tiles), task) for task, tiles in shown.items()]), sheet_file)
 

@@ -175,6 +175,27 @@ def base_quality() -> str:
     )
 
 
+def unlike() -> str:
+    """The dense base on held-out objects whose names have nothing of a training one's, beside all that are held out."""
+    if not _measured("base_quality_unlike"):
+        return "Not measured yet: `runs/base_quality.py`."
+    every, apart = _read("base_quality"), _read("base_quality_unlike")
+    rows = ["| task | inside the object | unlike | recognised | unlike |", "|---|---|---|---|---|"]
+    for task, figures in apart["figures"].items():
+        if "psnr inside" in figures:
+            pairs = [(of["psnr inside"]["mean"], of["recognised"]["mean"], of["recognised"]["number"])
+                     for of in (every["figures"][task], figures)]  # fmt: skip
+            cells = [f"{value:.1f} dB" for value, _, _ in pairs]
+            cells += [f"{share:.0%} of {number}".replace("%", " %") for _, share, number in pairs]
+            rows.append(f"| {task.replace('_', ', ')} | {' | '.join(cells)} |")
+    config = apart["config"]
+    return "\n".join(rows) + (
+        f"\n\nThe dense base with all tokens: the objects of the {config['split']} split, and under *unlike* other "
+        f"scenes, {config['scenes']} a task too, with the {config['objects']} objects of it whose names share no word "
+        f"of three letters or more with a training one's. Measured on {_machine(apart)} (`runs/base_quality.py`)."
+    )
+
+
 def _bench_rows(figures: dict, more: Mapping[str, Mapping[str, str]] | None = None) -> list[str]:
     """The rows of a benchmark, as sparse_context/speed/bench.py gives them. more: columns, of texts by method."""
     more = more or {}
@@ -664,10 +685,11 @@ def _ablations(name: str = "ablations") -> tuple[dict, str]:
     counts = {group: result["figures"]["against dense"]["base"][group]["dense"]["samples"] for group in CURVES}
     steps = sorted({record["steps"] for record in config["runs"].values()})
     runs = "each run" if len(steps) == 1 else "the runs"
+    other = " where no line says otherwise" if any(":" in run for run in config["runs"]) else ""
     how = (
         f"{', '.join(f'{count} {group}' for group, count in counts.items())} of the {config['split']} split; "
         f"{', '.join(map(str, steps))} steps of {runs}, of whose change {config['scale']:g} of a LoRA of rank "
-        f"{config['rank']} is taken. Measured on {_machine(result)} (`runs/ablations.py`)."
+        f"{config['rank']} is taken{other}. Measured on {_machine(result)} (`runs/ablations.py`)."
     )
     return result, how + _choice_since(result) + _of_its_time(
         next(iter(config["runs"].values()))["base_weights"], _read("kv")["config"]["adapter"]["base_weights"]
@@ -730,6 +752,31 @@ def ablations_won(name: str = "ablations_length") -> str:
                      for run, group in columns]  # fmt: skip
             rows.append(f"| {selector} at {keep:g} | {' | '.join(cells)} |")
     return "\n".join(rows) + f"\n\nDecibels of PSNR won over the base with the same tokens: {how}"
+
+
+def ablations_rates() -> str:
+    """Random sets alone, at several learning rates, by how much of what they changed is taken, for every selector."""
+    if not _measured("ablations_rates"):
+        return "Not measured yet: `runs/ablations.py`."
+    result, how = _ablations("ablations_rates")
+    (keep,) = result["config"]["keeps"]
+    selectors = ("auto", "random", "uniform", "edges", "saliency", "subject", "mask")
+    parts = []
+    for group in ("subjects", "edits"):
+        head = " | ".join(OWN if selector == "auto" else selector for selector in selectors)
+        rows = [f"| {group} | rate | rank | share | all tokens | {head} |", "|" + "---|" * (len(selectors) + 5)]
+        for run, record in result["config"]["runs"].items():
+            rate = run.partition(":")[0].partition("-rate-")[2] or "1"
+            cut = [rate, str(record["rank"]), f"{record['share']:g}"]
+            cells = [_difference(result["figures"]["against dense"][run][group], "all tokens", CURVES[group][0])]
+            cells += [_difference(result["figures"]["won"][run][group], f"{selector}-{keep:g}", CURVES[group][0])
+                      for selector in selectors]  # fmt: skip
+            rows.append(f"| | {' | '.join(cut + cells)} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts) + (
+        f"\n\nDecibels of PSNR won over the base with the same tokens, at keep {keep:g}; of all tokens, over the base "
+        f"with all tokens; the learning rate is times the recipe's, and all of a change has rank 256: {how}"
+    )
 
 
 def ablations_pairs(name: str = "ablations") -> str:
@@ -979,11 +1026,14 @@ PAGES = {
         "ablations_length_pairs": partial(ablations_pairs, "ablations_length"),
         "ablations_length_won": ablations_won,
         "ablations_length_selectors": partial(ablations_selectors, "ablations_length"),
+        "ablations_control": partial(ablations, "ablations_control"),
+        "ablations_rates": ablations_rates,
         "ablations_coverage": ablations_coverage,
         "ablations_methods": ablations_methods,
     },
     "docs/adding-a-pipeline.md": {"lines": lines},
     "sparse_context/saliency.md": {"recall": recall},
+    "sparse_context/mini/README.md": {"unlike": unlike},
     "docs/performance.md": BENCHMARKS,
     "docs/training.md": {"klein_training": klein_training},
 }

@@ -17,6 +17,8 @@ train() {
 
 train mix --full                    # all weights, on sets as selectors make them and scattered ones
 train random --full --random-only   # scattered sets alone
+train random-rate-0.3 --full --random-only --rate 0.3   # the same at other learning rates
+train random-rate-3 --full --random-only --rate 3
 train dense --full --dense          # the control: as many more samples, with all tokens
 train coverage-0 --full --coverage 0
 train coverage-0.3 --full --coverage 0.3   # three tenths of every set are spread evenly

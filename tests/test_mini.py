@@ -479,6 +479,10 @@ def test_splits_are_disjoint_and_by_name(assets):
     with pytest.raises(ValueError, match="'dev'.*train, validation, test"):
         assets.split("dev")
     assert split_of("face") == split_of("clock") == 0
+    trained = replace(assets, object_names=["Red disc 01", "a ring", "barrow"])
+    unlike = assets.unlike(trained)  # "a" is no word, and "bar" not that of the barrow
+    assert unlike.object_names == ["bar"] and np.array_equal(unlike.objects, assets.split("validation").objects)
+    assert unlike.object_split.tolist() == [1] and np.array_equal(unlike.photos, assets.photos)
     shares = np.bincount([split_of(f"shape {i}") for i in range(4000)], minlength=3) / 4000
     assert np.abs(shares - [0.8, 0.1, 0.1]).max() < 0.02
 

@@ -97,7 +97,7 @@ def sparse(
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples that share their sets of kept tokens.")] = 4,
     rank: Annotated[int | None, typer.Option(min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
+    rate: Annotated[float, typer.Option(help="Times the recipe's learning rates, above 0.")] = 1.0,
     distillation: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     preservation: Annotated[float | None, typer.Option(min=0)] = None,
     random_only: Annotated[
@@ -117,7 +117,7 @@ def sparse(
     from .sparse import choose, train_sparse
 
     config = choose(
-        full=full, kv=kv, steps=steps, rank=rank, learning_rate=learning_rate, distillation=distillation,
+        full=full, kv=kv, steps=steps, rank=rank, rate=rate, distillation=distillation,
         random_only=random_only, coverage=coverage, dense=dense, seed=seed, preservation=preservation, merge=merge,
     )  # fmt: skip
     result = train_sparse(

@@ -87,8 +87,21 @@ class Assets:
             raise ValueError(f"split is {name!r}, and has to be one of {', '.join(SPLITS)}")
         i = SPLITS.index(name)
         o, p = self.object_split == i, self.photo_split == i
+        return self._part(o, p)
+
+    def unlike(self, other: "Assets") -> "Assets":
+        """The part whose objects have no word of three letters or more in their names that a name of `other` has."""
+        words = set().union(*map(_words, other.object_names))
+        o = np.array([words.isdisjoint(_words(name)) for name in self.object_names], bool)
+        return self._part(o, np.ones(len(self.photos), bool))
+
+    def _part(self, o: np.ndarray, p: np.ndarray) -> "Assets":
         names = [n for n, inside in zip(self.object_names, o, strict=True) if inside]
         return Assets(self.objects[o], self.photos[p], names, self.object_split[o], self.photo_split[p])
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z]{3,}", name.lower()))
 
 
 def split_of(key: str) -> int:

@@ -246,7 +246,7 @@ def choose(
     kv: bool = False,
     steps: int | None = None,
     rank: int | None = None,
-    learning_rate: float | None = None,
+    rate: float = 1.0,
     distillation: float | None = None,
     random_only: bool = False,
     coverage: Sequence[float] | None = None,
@@ -255,8 +255,8 @@ def choose(
     preservation: float | None = None,
     merge: Sequence[float] | None = None,
 ) -> FinetuneConfig:
-    """A config from the few settings that the experiments vary; None leaves the recipe's own. The warm-up is a tenth of
-    the steps at most."""
+    """A config from the few settings that the experiments vary; None leaves the recipe's own. rate: times the recipe's
+    learning rates, above 0. The warm-up is a tenth of the steps at most."""
     config = {(True, True): FULL_KV, (True, False): FULL, (False, True): KV, (False, False): LORA}[full, kv]
     if dense:  # the control trains on what the others only preserve, and one set of all tokens is like the other
         config = replace(config, distillation=0.0, preservation=0.0, subsets=1)
@@ -277,7 +277,8 @@ def choose(
         seed=seed,
         rank=rank or config.rank,
         lora_alpha=rank or config.lora_alpha,
-        learning_rate=config.learning_rate if learning_rate is None else learning_rate,
+        learning_rate=rate * config.learning_rate,
+        muon_learning_rate=config.muon_learning_rate and rate * config.muon_learning_rate,
         lr_warmup_steps=min(config.lr_warmup_steps, steps // 10),
         max_train_steps=steps,
     )
