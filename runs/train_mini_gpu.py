@@ -9,10 +9,11 @@ a machine with little time or no network; `python -m sparse_context.mini data` m
 `train` goes on from the package's weights, for `--vae`, `--base`, `--sparse` and `--kv` seconds by the clock, so that
 nothing has to be known of the machine's speed; 0 leaves one out. The fine-tunings for dropped tokens are of all weights
 and begin with what the package's LoRAs change, at 1.5 times the recipes' learning rates, for their batches are larger.
-It writes the weights into the package, which removes the LoRAs of the former ones from there, and a copy with the logs
-and the fine-tuned transformers into the output: `mini adapter --folder OUTPUT --name sparse` cuts a LoRA out of one.
-It does not resume: what was killed begins anew, in another folder, and from the package as it was (`git checkout
-sparse_context/mini/weights`).
+It writes the weights into the package, which removes the LoRAs of the former ones from there, and into the output in
+float32, in files of 15 MB at most, with the logs and the fine-tuned transformers: `mini adapter --folder OUTPUT --name
+sparse` cuts a LoRA out of one. Where the next run goes on from `--weights OUTPUT/weights`, nothing was rounded in
+between. It does not resume: what was killed begins anew, in another folder, and from the package as it was (`git
+checkout sparse_context/mini/weights`).
 How the shipped weights were made, sparse_context/mini/README.md says.
 """
 
@@ -98,7 +99,7 @@ def train(arguments: argparse.Namespace) -> None:
         if (WEIGHTS / own.name).is_file():  # the export of another base removes it
             adapters[name] = Path(shutil.copy(WEIGHTS / own.name, folder / own.name))
     try:
-        restore(WEIGHTS, folder)
+        restore(arguments.weights, folder)
     except FileExistsError as error:
         sys.exit(f"train_mini_gpu: {error}, or name another --folder.")
     if arguments.pack is not None:
@@ -111,12 +112,12 @@ def train(arguments: argparse.Namespace) -> None:
         copy_log("vae")
     if arguments.base:
         config = BaseConfig(steps=FOREVER, batch=arguments.batch, repeats=2, lr=1.5e-3, muon_lr=3e-3, ema=0.995,
-                            seed=arguments.seed, mix=tuple(MIX.items()))  # fmt: skip
+                            warmup=200, seed=arguments.seed, mix=tuple(MIX.items()))  # fmt: skip
         train_base(folder, config, workers=workers, seconds=arguments.base, save_every=FOREVER, show_every=FOREVER,
                    compiled=torch.cuda.is_available())  # fmt: skip
         copy_log("base")
         export(folder, WEIGHTS)
-        shutil.copytree(WEIGHTS, output / "weights", dirs_exist_ok=True)
+        export(folder, output / "weights", torch.float32, max_shard_size="15MB")
     for name, config, seconds in (("sparse", FULL, arguments.sparse), ("sparse-kv", FULL_KV, arguments.kv)):
         if seconds:
             assert config.muon_learning_rate
@@ -152,6 +153,7 @@ def main() -> None:
     packing.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "training.safetensors")
     training = commands.add_parser("train")
     training.add_argument("--pack", type=Path, help="what `pack` wrote; without it, the folder has the assets")
+    training.add_argument("--weights", type=Path, default=WEIGHTS, help="to go on from; the package's without it")
     training.add_argument("--folder", type=Path, default=ROOT / "checkpoints" / "gpu")
     training.add_argument("--output", type=Path, default=ROOT / "checkpoints" / "gpu-results")
     training.add_argument("--vae", type=float, default=40, help="seconds")

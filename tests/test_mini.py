@@ -370,6 +370,16 @@ def test_a_restored_base_trains_and_is_exported_without_the_adapter_of_the_old_o
     export(tmp_path, weights)
     assert not any(adapter.exists() for adapter in adapters)
     assert read_call_settings(weights)["training_steps"] == before + 1
+    export(tmp_path, tmp_path / "exact", torch.float32, max_shard_size="15MB")  # for another run to go on from
+    assert max(file.stat().st_size for file in (tmp_path / "exact").rglob("*.safetensors")) <= 16e6
+    restore(tmp_path / "exact", tmp_path / "next")
+    modules = torch.nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
+    parts = [copy.deepcopy(modules), copy.deepcopy(modules)]
+    for part, folder in zip(parts, (tmp_path, tmp_path / "next"), strict=True):
+        load_average(folder / "base", part)
+    trained, gone_on = (part.state_dict() for part in parts)
+    assert all(torch.equal(weight, gone_on[name]) for name, weight in trained.items())
+    assert not all(torch.equal(weight, weight.bfloat16().float()) for weight in trained.values())
 
 
 def test_global_edits_are_functions_of_the_reference(assets):

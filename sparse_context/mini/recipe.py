@@ -635,22 +635,24 @@ def generate(pipe, scene: Scene, seed: int = 0, steps: int = 8) -> np.ndarray:
         )
 
 
-def export(folder: Path, destination: Path) -> None:
-    """Write the averaged weights as a bf16 pipeline in the diffusers layout, with the call settings beside it.
+def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16, max_shard_size: str = "10GB") -> None:
+    """Write the averaged weights as a pipeline in the diffusers layout, with the call settings beside it.
 
-    Adapters that lie there and were trained on other weights are removed.
+    dtype: bf16 as the package holds it; in float32 `restore` goes on from what was trained, without rounding.
+    max_shard_size: of a file of the transformer's, as in diffusers. Adapters that lie there and were trained on other
+    weights are removed.
     """
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     step = load_average(folder / "base", modules) + _steps_before(folder)
     pipe = make_pipeline(load_vae(folder), modules["transformer"], modules["text_encoder"], tokenizer)
-    pipe.to(dtype=torch.bfloat16)
+    pipe.to(dtype=dtype)
     now = fingerprint(pipe.transformer.float())  # they were trained on these values as they are in bf16
     for adapter in (destination / own.name for own in ADAPTERS.values()):
         if adapter.is_file() and adapter_record(adapter).get("base_weights") != now:
             adapter.unlink()
-    pipe.to(dtype=torch.bfloat16)
-    pipe.save_pretrained(destination, safe_serialization=True)
+    pipe.to(dtype=dtype)
+    pipe.save_pretrained(destination, safe_serialization=True, max_shard_size=max_shard_size)
     # Loaded without a dtype, diffusers makes its parts float32, and transformers what this says: they have to agree
     config = destination / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
