@@ -83,7 +83,7 @@ def unpack(packed: Path, destination: Path) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     if arguments.vae and not arguments.base:
-        sys.exit("train_mini_gpu: a VAE that was trained further needs a base that follows: pass --base, or --vae 0.")
+        raise ValueError("A VAE that was trained further needs a base that follows: pass --base, or --vae 0.")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in the processes that compose
     torch.set_float32_matmul_precision("high")
     folder, output, workers = arguments.folder, arguments.output, arguments.workers
@@ -98,10 +98,7 @@ def train(arguments: argparse.Namespace) -> None:
     for name, own in (("sparse", ADAPTERS["plain"]), ("sparse-kv", ADAPTERS["kv"])):
         if (WEIGHTS / own.name).is_file():  # the export of another base removes it
             adapters[name] = Path(shutil.copy(WEIGHTS / own.name, folder / own.name))
-    try:
-        restore(arguments.weights, folder)
-    except FileExistsError as error:
-        sys.exit(f"train_mini_gpu: {error}, or name another --folder.")
+    restore(arguments.weights, folder)
     if arguments.pack is not None:
         unpack(arguments.pack, folder / "assets.safetensors")
     if arguments.vae:
@@ -165,10 +162,13 @@ def main() -> None:
     training.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     training.add_argument("--seed", type=int, default=12, help="another for each run that goes on from the last")
     arguments = parser.parse_args()
-    if arguments.command == "pack":
-        pack(arguments.assets, arguments.output)
-    else:
-        train(arguments)
+    try:
+        if arguments.command == "pack":
+            pack(arguments.assets, arguments.output)
+        else:
+            train(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_mini_gpu: {error}")
 
 
 if __name__ == "__main__":

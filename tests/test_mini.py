@@ -372,6 +372,7 @@ def test_a_restored_base_trains_and_is_exported_without_the_adapter_of_the_old_o
     assert read_call_settings(weights)["training_steps"] == before + 1
     export(tmp_path, tmp_path / "exact", torch.float32, max_shard_size="15MB")  # for another run to go on from
     assert max(file.stat().st_size for file in (tmp_path / "exact").rglob("*.safetensors")) <= 16e6
+    assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / "exact").rglob("*.json"))
     restore(tmp_path / "exact", tmp_path / "next")
     modules = torch.nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
     parts = [copy.deepcopy(modules), copy.deepcopy(modules)]

@@ -646,6 +646,7 @@ def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16,
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     step = load_average(folder / "base", modules) + _steps_before(folder)
     pipe = make_pipeline(load_vae(folder), modules["transformer"], modules["text_encoder"], tokenizer)
+    pipe.vae.register_to_config(_name_or_path="")  # else its config names the working folder of this machine
     pipe.to(dtype=dtype)
     now = fingerprint(pipe.transformer.float())  # they were trained on these values as they are in bf16
     for adapter in (destination / own.name for own in ADAPTERS.values()):
