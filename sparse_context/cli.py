@@ -451,13 +451,15 @@ def evaluate(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="A folder for the pictures.")] = Path("demo"),
-    keep: Annotated[str, typer.Option(help="As in generate.")] = "0.2",
+    keep: Annotated[
+        str | None, typer.Option(help="As in generate; a fifth of subjects and half of edits without it.")
+    ] = None,
 ) -> None:
     """Run the embedded model on pictures that it has not seen: kept tokens, dense, sparse and KV outputs, the times."""
     from .mini.demo import run_demo
 
     _hide_loading_bars()
-    run_demo(output, _number(keep))
+    run_demo(output, None if keep is None else _number(keep))
 
 
 @app.command()

@@ -726,6 +726,17 @@ def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, capsys, monkeypatch
         assert sheet.width == 8 * 192 + 7 * 8  # four references, the truth, three outputs
 
 
+def test_the_demo_keeps_of_each_reference_what_its_task_needs(tmp_path, monkeypatch):
+    examples = [example for example in read_examples() if example["name"] == "in-front"]
+    monkeypatch.setattr("sparse_context.mini.demo.read_examples", lambda: examples)
+    (row,) = run_demo(tmp_path / "demo")
+    assert examples[0]["tasks"] == ["subject", "edit"]
+    for way in ("sparse", "sparse kv"):
+        kept = [reference["kept"] for reference in row[way]["selection"]["references"]]
+        assert kept == [round(0.2 * 576), round(0.5 * 256)]
+    assert row["dense"]["selection"]["kept"] == 576 + 256
+
+
 def test_the_demo_refuses_a_bad_keep_before_it_starts(tmp_path):
     with pytest.raises(ValueError, match="keep is 1.5"):
         run_demo(tmp_path / "demo", keep=1.5)

@@ -5,7 +5,6 @@ in that mode.
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -16,6 +15,10 @@ from ..selection import SparseContextConfig
 from . import ADAPTERS
 
 EXAMPLES = Path(__file__).parent / "examples"
+
+KEEP = {"subject": 0.2, "edit": 0.5, "global": 1.0}
+"""The share of a reference's tokens by its task: an edit, which shows all of the reference again, wants more of them
+than a subject, and an edit of the whole picture needs each."""
 
 SIDE = 192  # of the pictures on a sheet, in pixels
 
@@ -37,36 +40,42 @@ def read_examples(folder: Path = EXAMPLES) -> list[dict]:
     ]
 
 
-def run_demo(output: Path, keep: float | int | str = 0.2) -> list[dict]:
+def run_demo(output: Path, keep: float | int | str | None = None) -> list[dict]:
     """Run every example dense, sparse and, where the package has an adapter for it, sparse in KV mode; write a sheet
-    for each and one of all into `output`, and print the times. An edit of the whole picture keeps all its tokens, as
-    keep="auto" does: it needs each of them.
+    for each and one of all into `output`, and print the times. None keeps the shares of `KEEP`; an edit of the whole
+    picture keeps all its tokens in any case, as keep="auto" does.
 
     Returns the report that is also written to `output`/report.json. Raises ValueError for a keep out of range and
     PictureError where `output` cannot be written, before any work starts.
     """
-    config = SparseContextConfig(keep=keep)
+    if keep is not None:
+        SparseContextConfig(keep=keep)  # raises before anything is written
     output.mkdir(parents=True, exist_ok=True)
     check_output(output / "demo.png")
 
-    from ..generation import NO_LORA, generate, load_pipeline
+    from ..generation import NO_LORA, Generation, generate, load_pipeline
     from ..preview import column, draw_selection, label, side_by_side
 
-    ways = {"dense": (load_pipeline(lora=NO_LORA), 1.0), "sparse": (load_pipeline(), keep)}
+    def kept_of(tasks: list[str]) -> float | int | str | list[float]:
+        return [KEEP[task] for task in tasks] if keep is None else 1.0 if "global" in tasks else keep
+
+    ways = {"dense": load_pipeline(lora=NO_LORA), "sparse": load_pipeline()}
     if ADAPTERS["kv"].is_file():
-        ways["sparse kv"] = (load_pipeline(kv=True), keep)
+        ways["sparse kv"] = load_pipeline(kv=True)
     examples = read_examples()
-    for pipe, each in ways.values():  # a first call pays for more than itself
+
+    def run(way: str, example: dict, steps: int | None = None) -> Generation:
+        share = 1.0 if way == "dense" else kept_of(example["tasks"])
+        config = SparseContextConfig(keep=share, task=example["tasks"])
+        return generate(ways[way], example["references"], example["prompt"], config, steps=steps)
+
+    for way, pipe in ways.items():
         pipe.set_progress_bar_config(disable=True)
-        generate(pipe, examples[-1]["references"], examples[-1]["prompt"], SparseContextConfig(keep=each), steps=2)
+        run(way, examples[-1], steps=2)  # a first call pays for more than itself
 
     sheets, report = [], []
     for example in tqdm(examples, desc="demo", unit="scene"):
-        made = {
-            way: generate(pipe, example["references"], example["prompt"],
-                          replace(config, keep=1.0 if "global" in example["tasks"] else each, task=example["tasks"]))
-            for way, (pipe, each) in ways.items()
-        }  # fmt: skip
+        made = {way: run(way, example) for way in ways}
         faster = {way: made["dense"].times.total / one.times.total for way, one in made.items()}
         selection = made["sparse"].selection
         assert selection is not None
