@@ -16,9 +16,13 @@ train() {
 }
 
 train mix --full                    # all weights, on sets as selectors make them and scattered ones
-train random --full --random-only   # scattered sets alone
-train random-rate-0.3 --full --random-only --rate 0.3   # the same at other learning rates
-train random-rate-3 --full --random-only --rate 3
+train random --full --drop-mix random=1   # scattered sets alone
+train random-rate-3 --full --drop-mix random=1 --rate 3   # the same at thrice the learning rates
+# and at those rates where a token counts as much whose source was dropped, as in `train`, whose default mix the other has
+train random-plain-rate-3 --full --drop-mix random=1 --rate 3 --unseen 1
+train default-plain-rate-3 --full --rate 3 --unseen 1 \
+  --drop-mix random=0.4,blobs=0.15,bands=0.05,edges=0.15,saliency=0.15,outside=0.1
+train random-plain --full --drop-mix random=1 --unseen 1
 train dense --full --dense          # the control: as many more samples, with all tokens
 train coverage-0 --full --coverage 0
 train coverage-0.3 --full --coverage 0.3   # three tenths of every set are spread evenly

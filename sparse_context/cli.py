@@ -312,7 +312,7 @@ def train(
 
     dropping: dict[str, Any] = {"keep_min": keep_min, "keep_max": keep_max, "dense": dense}
     if drop_mix is not None:
-        dropping["mix"] = _weights("drop-mix", drop_mix, "random=0.5,blobs=0.5")
+        dropping["mix"] = read_weights("drop-mix", drop_mix, "random=0.5,blobs=0.5")
     if coverage:
         dropping["coverage"] = tuple(coverage)
     if merge:
@@ -577,11 +577,11 @@ def _selector(text: str):
         return None
     if "=" not in text:
         return text
-    return _weights("selector", text, "saliency=0.7,edges=0.3")
+    return read_weights("selector", text, "saliency=0.7,edges=0.3")
 
 
-def _weights(name: str, text: str, example: str) -> dict[str, float]:
-    """Named numbers: "random=0.5,blobs=0.5"."""
+def read_weights(name: str, text: str, example: str) -> dict[str, float]:
+    """Named numbers: "random=0.5,blobs=0.5". Raises ValueError that quotes the text of the option `name`."""
     weights = {}
     for part in text.split(","):
         key, _, weight = (piece.strip() for piece in part.partition("="))

@@ -88,14 +88,15 @@ def test_the_experiments_vary_what_they_name():
     assert choose(full=True, rate=2.0) == replace(
         FULL, learning_rate=2 * FULL.learning_rate, muon_learning_rate=2 * FULL.muon_learning_rate
     )
-    assert choose(random_only=True) == replace(LORA, dropping=replace(LORA.dropping, mix={"random": 1.0}))
+    assert choose(mix={"random": 1.0}) == replace(LORA, dropping=replace(LORA.dropping, mix={"random": 1.0}))
     assert choose(distillation=0.0).distillation == choose(preservation=0.0).preservation == 0
     assert choose(kv=True, merge=[0.0]).dropping.merge == (0.0,) and choose(full=True) == FULL
     control = choose(dense=True)
     assert (control.distillation, control.preservation, control.subsets, control.dropping.dense) == (0, 0, 1, 1)
-    changed = choose(full=True, kv=True, steps=7, rank=8, rate=0.1, random_only=True, coverage=[0.3],
-                     dense=True, seed=5, merge=[0.4])  # fmt: skip
+    changed = choose(full=True, kv=True, steps=7, rank=8, rate=0.1, mix={"random": 1.0}, coverage=[0.3],
+                     dense=True, seed=5, merge=[0.4], unseen=0.9)  # fmt: skip
     assert (changed.full, changed.kv, changed.max_train_steps, changed.rank, changed.seed) == (True, True, 7, 8, 5)
+    assert (changed.unseen, choose(full=True).unseen) == (0.9, FULL.unseen)
     assert changed.dropping == replace(FULL_KV.dropping, mix={"random": 1.0}, coverage=(0.3,), merge=(0.4,), dense=1.0)
 
 

@@ -100,11 +100,10 @@ def sparse(
     rate: Annotated[float, typer.Option(help="Times the recipe's learning rates, above 0.")] = 1.0,
     distillation: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     preservation: Annotated[float | None, typer.Option(min=0)] = None,
-    random_only: Annotated[
-        bool, typer.Option("--random-only", help="As in the paper: no clustered sets, no averages.")
-    ] = False,
+    drop_mix: Annotated[str | None, typer.Option(help="Kinds of sets and their shares, as in `train`.")] = None,
     coverage: Annotated[list[float] | None, typer.Option(help="Repeat it; batches draw one.")] = None,
     merge: Annotated[list[float] | None, typer.Option(help="The same for shares of averages.")] = None,
+    unseen: Annotated[float | None, typer.Option(help="How much a token counts whose source was dropped.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="The control: every batch keeps all tokens.")] = False,
     seed: int = 0,
     model: Annotated[str | None, typer.Option(help="Start from this folder, not the shipped weights.")] = None,
@@ -113,12 +112,14 @@ def sparse(
     ] = False,
 ) -> None:
     """Fine-tune the embedded model with dropped reference tokens; run again, it continues."""
+    from ..cli import read_weights
     from . import ADAPTERS
     from .sparse import choose, train_sparse
 
+    mix = None if drop_mix is None else read_weights("drop-mix", drop_mix, "random=0.5,blobs=0.5")
     config = choose(
         full=full, kv=kv, steps=steps, rank=rank, rate=rate, distillation=distillation,
-        random_only=random_only, coverage=coverage, dense=dense, seed=seed, preservation=preservation, merge=merge,
+        mix=mix, coverage=coverage, dense=dense, seed=seed, preservation=preservation, merge=merge, unseen=unseen,
     )  # fmt: skip
     result = train_sparse(
         folder,

@@ -5,7 +5,7 @@ Takes the shipped weights and the assets of the working folder; writes the run, 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,12 +248,13 @@ def choose(
     rank: int | None = None,
     rate: float = 1.0,
     distillation: float | None = None,
-    random_only: bool = False,
+    mix: Mapping[str, float] | None = None,
     coverage: Sequence[float] | None = None,
     dense: bool = False,
     seed: int = 0,
     preservation: float | None = None,
     merge: Sequence[float] | None = None,
+    unseen: float | None = None,
 ) -> FinetuneConfig:
     """A config from the few settings that the experiments vary; None leaves the recipe's own. rate: times the recipe's
     learning rates, above 0. The warm-up is a tenth of the steps at most."""
@@ -262,9 +263,9 @@ def choose(
         config = replace(config, distillation=0.0, preservation=0.0, subsets=1)
     dropping = replace(
         config.dropping,
-        mix={"random": 1.0} if random_only else config.dropping.mix,
+        mix=mix or config.dropping.mix,
         coverage=tuple(coverage) if coverage else config.dropping.coverage,
-        merge=tuple(merge) if merge else (0.0,) if random_only else config.dropping.merge,
+        merge=tuple(merge) if merge else config.dropping.merge,
         dense=1.0 if dense else config.dropping.dense,
     )
     steps = steps or config.max_train_steps
@@ -274,6 +275,7 @@ def choose(
         dropping=dropping,
         distillation=config.distillation if distillation is None else distillation,
         preservation=config.preservation if preservation is None else preservation,
+        unseen=config.unseen if unseen is None else unseen,
         seed=seed,
         rank=rank or config.rank,
         lora_alpha=rank or config.lora_alpha,
