@@ -7,13 +7,16 @@
 a machine with little time or no network; `python -m sparse_context.mini data` makes the whole there as well.
 
 `train` goes on from the package's weights, for `--vae`, `--base`, `--sparse` and `--kv` seconds by the clock, so that
-nothing has to be known of the machine's speed; 0 leaves one out. The fine-tunings for dropped tokens are of all weights
-and begin with what the package's LoRAs change, at 1.5 times the recipes' learning rates, for their batches are larger.
-It writes the weights into the package, which removes the LoRAs of the former ones from there, and into the output in
-float32, in files of 15 MB at most, with the logs and the fine-tuned transformers: `mini adapter --folder OUTPUT --name
-sparse` cuts a LoRA out of one. Where the next run goes on from `--weights OUTPUT/weights`, nothing was rounded in
-between. It does not resume: what was killed begins anew, in another folder, and from the package as it was (`git
-checkout sparse_context/mini/weights`).
+nothing has to be known of the machine's speed; 0 leaves one out. The assets are what `--pack` holds, or lie in
+`--folder`: `python -m sparse_context.mini data --folder checkpoints/gpu`. The fine-tunings for dropped tokens are of
+all weights and begin with what the package's LoRAs change, or from nothing where it has none, at 1.5 times the recipes'
+learning rates, for their batches are larger. LoRAs are cut from them that fit the package (`CUTS`).
+
+The package gets all of it; where the base is another one now, the LoRAs of the former are removed. The output gets
+`package`, which takes the place of sparse_context/mini/weights on another machine, `exact`, the base in float32, from
+which `--weights` goes on the next time without rounding, the fine-tuned transformers, from which `mini adapter --folder
+OUTPUT --name sparse --scale S --rank R` cuts other LoRAs, logs and sample sheets. It does not resume: what was killed
+begins anew, in another folder, and from the package as it was (`git checkout sparse_context/mini/weights`).
 How the shipped weights were made, sparse_context/mini/README.md says.
 """
 
@@ -30,16 +33,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from sparse_context.mini import ADAPTERS, WEIGHTS
 from sparse_context.mini.data import load_assets
 from sparse_context.mini.recipe import BaseConfig, VaeConfig, export, restore, train_base, train_vae
-from sparse_context.mini.sparse import FULL, FULL_KV, train_sparse
+from sparse_context.mini.sparse import FULL, FULL_KV, export_adapter, train_sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 FOREVER = 10**6  # steps and checkpoints of a run by the clock
 QUALITY = 93
+CUTS = {"sparse": (0.6, 44), "sparse-kv": (1.0, 32)}
+"""Share and rank of the LoRA of each fine-tuning: with the base they have to be below 34 MiB."""
 MIX = {"edit_background": 0.07, "edit_object": 0.07, "edit_global": 0.07, "edit_remove": 0.01, "subject_place": 0.27,
        "subject_scale": 0.03, "subject_pair": 0.17, "subject_scene": 0.13, "subject_quarters": 0.18}  # fmt: skip
 
@@ -84,37 +90,43 @@ def unpack(packed: Path, destination: Path) -> None:
 def train(arguments: argparse.Namespace) -> None:
     if arguments.vae and not arguments.base:
         raise ValueError("A VAE that was trained further needs a base that follows: pass --base, or --vae 0.")
+    if arguments.weights != WEIGHTS and not arguments.base:
+        raise ValueError("The fine-tunings begin from the package's weights: leave --weights out, or pass --base.")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in the processes that compose
     torch.set_float32_matmul_precision("high")
     folder, output, workers = arguments.folder, arguments.output, arguments.workers
     for path in (folder, output):
         path.mkdir(parents=True, exist_ok=True)
 
-    def copy_log(part: str) -> None:
-        if (folder / part / "log.jsonl").is_file():  # a few steps leave none
-            shutil.copy(folder / part / "log.jsonl", output / f"{part}.jsonl")
+    def copy_records(part: str) -> None:
+        """The log, of which a few steps leave none, and the sample sheets."""
+        for file in (folder / part).glob("log.jsonl"):
+            shutil.copy(file, output / f"{part}.jsonl")
+        for file in (folder / part).glob("sheet-*.png"):
+            shutil.copy(file, output / f"{part}-{file.name}")
 
+    if arguments.pack is not None:
+        unpack(arguments.pack, folder / "assets.safetensors")
+    load_assets(folder / "assets.safetensors")  # raises before anything has begun
     adapters = {}
     for name, own in (("sparse", ADAPTERS["plain"]), ("sparse-kv", ADAPTERS["kv"])):
         if (WEIGHTS / own.name).is_file():  # the export of another base removes it
             adapters[name] = Path(shutil.copy(WEIGHTS / own.name, folder / own.name))
     restore(arguments.weights, folder)
-    if arguments.pack is not None:
-        unpack(arguments.pack, folder / "assets.safetensors")
     if arguments.vae:
         torch.backends.cudnn.benchmark = True  # one shape; the base has many, and each would be tried anew
         config = VaeConfig(steps=FOREVER, batch=64, crop=128, lr=1e-3, seed=arguments.seed)
         train_vae(folder, config, workers=workers, seconds=arguments.vae)
         torch.backends.cudnn.benchmark = False
-        copy_log("vae")
+        copy_records("vae")
     if arguments.base:
         config = BaseConfig(steps=FOREVER, batch=arguments.batch, repeats=2, lr=1.5e-3, muon_lr=3e-3, ema=0.995,
-                            warmup=200, seed=arguments.seed, mix=tuple(MIX.items()))  # fmt: skip
+                            seed=arguments.seed, mix=tuple(MIX.items()))  # fmt: skip
         train_base(folder, config, workers=workers, seconds=arguments.base, save_every=FOREVER, show_every=FOREVER,
                    compiled=torch.cuda.is_available())  # fmt: skip
-        copy_log("base")
+        copy_records("base")
         export(folder, WEIGHTS)
-        export(folder, output / "weights", torch.float32, max_shard_size="15MB")
+        export(folder, output / "exact", torch.float32)
     for name, config, seconds in (("sparse", FULL, arguments.sparse), ("sparse-kv", FULL_KV, arguments.kv)):
         if seconds:
             assert config.muon_learning_rate
@@ -138,8 +150,11 @@ def train(arguments: argparse.Namespace) -> None:
                 workers=workers,
                 seconds=seconds,
             )
-            copy_log(name)
+            copy_records(name)
             shutil.copytree(made, output / name / made.name, dirs_exist_ok=True)
+            scale, rank = CUTS[name]
+            export_adapter(folder / name, scale=scale, rank=rank)
+    shutil.copytree(WEIGHTS, output / "package", dirs_exist_ok=True)
 
 
 def main() -> None:
@@ -167,7 +182,7 @@ def main() -> None:
             pack(arguments.assets, arguments.output)
         else:
             train(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"train_mini_gpu: {error}")
 
 

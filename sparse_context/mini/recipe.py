@@ -91,8 +91,10 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
 
     The noise makes the decoder forgive what the sampler leaves behind; there is no adversarial or perceptual loss.
     At the end the statistics of `bn`, which the pipeline normalises latents with, are measured on 512 pictures.
-    `workers`, `seconds`: as in `train_base`, which has to come after this, for latents change.
+    `workers`, `seconds`: as in `train_base`, which has to come after this, for latents change. Raises ValueError where
+    a run of another config is in the folder.
     """
+    check_config(folder / "vae", config)
     done = folder / "vae" / f"step-{config.steps:07d}"
     if done.is_dir() and (folder / "vae" / "final").is_dir():
         return  # with a decoder that may have been trained further
@@ -115,6 +117,7 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     def show(step: int, average: nn.Module) -> None:
         decoded_sheet(average, everything).save(folder / "vae" / f"sheet-{step:07d}.png")
 
+    save_config(folder / "vae", config)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     average = train(vae, [optimiser], loss, folder / "vae", steps=config.steps, warmup=100, ema=0.995, save_every=400,
                     show=show, show_every=400, stop_after=stop_after, seconds=seconds)  # fmt: skip
@@ -158,8 +161,10 @@ def train_decoder(folder: Path, config: DecoderConfig = DecoderConfig(), stop_af
                   workers: int = 0) -> None:  # fmt: skip
     """Train the decoder of the VAE further, in place; run again when it is done, it does so once more.
 
-    Latents stay what they are, so a base that knows them stays as good. Sample sheets stay in `decoder`.
+    Latents stay what they are, so a base that knows them stays as good. Sample sheets stay in `decoder`. Raises
+    ValueError where a run of another config was killed in the folder.
     """
+    check_config(folder / "decoder", config)
     everything = load_assets(folder / "assets.safetensors")
     assets = everything.split("train")
     device = default_device()
@@ -181,6 +186,7 @@ def train_decoder(folder: Path, config: DecoderConfig = DecoderConfig(), stop_af
         averaged.decoder, averaged.post_quant_conv = average["decoder"], average["post_quant_conv"]
         decoded_sheet(averaged, everything).save(folder / "decoder" / f"sheet-{step:07d}.png")
 
+    save_config(folder / "decoder", config)
     optimiser = torch.optim.AdamW(decoder.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
     average = train(decoder, [optimiser], loss, folder / "decoder", steps=config.steps, warmup=100, ema=0.995,
                     save_every=400, show=show, show_every=400, stop_after=stop_after)  # fmt: skip
@@ -258,8 +264,8 @@ class BaseConfig:
 
     @property
     def without_easy_part(self) -> "BaseConfig":
-        """For a model that has learned to copy already."""
-        return replace(self, alone_until=0.0, small_until=0.0, reach=(-1.0, 0.0))
+        """For a model that has learned to copy already, with optimisers that begin anew."""
+        return replace(self, alone_until=0.0, small_until=0.0, reach=(-1.0, 0.0), warmup=max(self.warmup, 200))
 
 
 def batch_scenes(assets: Assets, config: BaseConfig, step: int) -> list[Scene]:
@@ -533,10 +539,20 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
         sheet = sample_sheet(make_pipeline(vae, average["transformer"], average["text_encoder"], tokenizer), everything)
         sheet.save(folder / "base" / f"sheet-{step:07d}.png")
 
-    (folder / "base").mkdir(parents=True, exist_ok=True)
-    save_text(json.dumps(asdict(config), indent=2), folder / "base" / "config.json")
+    save_config(folder / "base", config)
+    save_text(fingerprint(vae.encoder) + "\n", folder / "base" / LATENTS)
     train(modules, optimisers, loss, folder / "base", steps=config.steps, warmup=config.warmup, save_every=save_every,
           ema=config.ema, show=show, show_every=show_every, stop_after=stop_after, seconds=seconds)  # fmt: skip
+
+
+LATENTS = "latents.txt"
+"""In the folder of a base: the fingerprint of the encoder whose latents it knows."""
+
+
+def save_config(run: Path, config: Any) -> None:
+    """Write what `check_config` reads."""
+    run.mkdir(parents=True, exist_ok=True)
+    save_text(json.dumps(asdict(config), indent=2), run / "config.json")
 
 
 def check_config(run: Path, config: Any) -> None:
@@ -580,6 +596,7 @@ def restore(weights: Path, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     start_from(nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}), partial)
     shutil.copy(weights / "call.json", partial / BEFORE)
+    save_text(fingerprint(pipe.vae.encoder) + "\n", partial / LATENTS)
     partial.rename(folder / "base")
 
 
@@ -635,17 +652,20 @@ def generate(pipe, scene: Scene, seed: int = 0, steps: int = 8) -> np.ndarray:
         )
 
 
-def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16, max_shard_size: str = "10GB") -> None:
+def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the averaged weights as a pipeline in the diffusers layout, with the call settings beside it.
 
     dtype: bf16 as the package holds it; in float32 `restore` goes on from what was trained, without rounding.
-    max_shard_size: of a file of the transformer's, as in diffusers. Adapters that lie there and were trained on other
-    weights are removed.
+    Adapters that lie there and were trained on other weights are removed. Raises ValueError where the VAE was trained
+    after the base, which does not know its latents then.
     """
+    vae, knows = load_vae(folder), folder / "base" / LATENTS
+    if knows.is_file() and knows.read_text().strip() != fingerprint(vae.encoder):
+        raise ValueError(f"The VAE in {folder / 'vae'} was trained after the base, which has to follow: run `base`.")
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     step = load_average(folder / "base", modules) + _steps_before(folder)
-    pipe = make_pipeline(load_vae(folder), modules["transformer"], modules["text_encoder"], tokenizer)
+    pipe = make_pipeline(vae, modules["transformer"], modules["text_encoder"], tokenizer)
     pipe.vae.register_to_config(_name_or_path="")  # else its config names the working folder of this machine
     pipe.to(dtype=dtype)
     now = fingerprint(pipe.transformer.float())  # they were trained on these values as they are in bf16
@@ -653,7 +673,7 @@ def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16,
         if adapter.is_file() and adapter_record(adapter).get("base_weights") != now:
             adapter.unlink()
     pipe.to(dtype=dtype)
-    pipe.save_pretrained(destination, safe_serialization=True, max_shard_size=max_shard_size)
+    pipe.save_pretrained(destination, safe_serialization=True)
     # Loaded without a dtype, diffusers makes its parts float32, and transformers what this says: they have to agree
     config = destination / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")

