@@ -58,6 +58,11 @@ KV = Annotated[
     bool, typer.Option("--kv", help="References go through the model once (FLUX.2 klein, with a LoRA of train --kv).")
 ]
 Floor = Annotated[int, typer.Option(help="Fewest tokens of each reference.")]
+ConfigName = Annotated[str | None, typer.Option(help="Of a data set that has several.")]
+Split = Annotated[str, typer.Option(help="Of a data set.")]
+ImageColumn = Annotated[str, typer.Option(help="The picture to be made.")]
+CondImageColumn = Annotated[str, typer.Option(help="The reference, or a list of them.")]
+CaptionColumn = Annotated[str, typer.Option(help="The prompt.")]
 
 
 @app.command()
@@ -215,11 +220,11 @@ def train(
         "sparse-context-lora"
     ),
     check_data: Annotated[bool, typer.Option("--check-data", help="Name every bad row, and train nothing.")] = False,
-    dataset_config_name: Annotated[str | None, typer.Option(help="Of a data set that has several.")] = None,
-    split: Annotated[str, typer.Option(help="Of a data set.")] = "train",
-    image_column: Annotated[str, typer.Option(help="The picture to be made.")] = "image",
-    cond_image_column: Annotated[str, typer.Option(help="The reference, or a list of them.")] = "references",
-    caption_column: Annotated[str, typer.Option(help="The prompt.")] = "prompt",
+    dataset_config_name: ConfigName = None,
+    split: Split = "train",
+    image_column: ImageColumn = "image",
+    cond_image_column: CondImageColumn = "references",
+    caption_column: CaptionColumn = "prompt",
     resolution: Annotated[int, typer.Option(help="Larger outputs are scaled down to so many pixels a side.")] = 512,
     reference_resolution: Annotated[
         int | None, typer.Option(help="The same for references.", show_default="as --resolution")
@@ -282,6 +287,9 @@ def train(
     checkpoints_total_limit: Annotated[int, typer.Option(help="Checkpoints that are kept.")] = 2,
     resume: Annotated[str | None, typer.Option(help="latest: continue the run in --output-dir.")] = None,
     validation_data: Annotated[str | None, typer.Option(help="As --data; its first samples are drawn.")] = None,
+    validation_split: Annotated[
+        str | None, typer.Option(help="Of --validation-data, if it is a data set.", show_default="as --split")
+    ] = None,
     validation_steps: Annotated[
         int, typer.Option(help="Updates between validation pictures; the last has one too.")
     ] = 500,
@@ -297,9 +305,7 @@ def train(
 ) -> int:
     """Fine-tune with dropped reference tokens: a LoRA, or all weights. Several processes: accelerate launch -m
     sparse_context.training, with the same options."""
-    columns = {"image": image_column, "references": cond_image_column, "prompt": caption_column}
-    columns = {field: column for field, column in columns.items() if field != column}
-    source: dict[str, Any] = {"columns": columns, "split": split, "config": dataset_config_name}
+    source = _source(dataset_config_name, split, image_column, cond_image_column, caption_column)
     if check_data:
         from .manifest import check_samples
 
@@ -331,6 +337,7 @@ def train(
         mixed_precision=mixed_precision,
         dtype=dtype,
         validation_data=validation_data,
+        validation_split=validation_split,
         num_validation_images=num_validation_images,
         dataloader_num_workers=dataloader_num_workers,
         cache_latents=cache_latents,
@@ -374,6 +381,11 @@ def train(
 def evaluate(
     manifest: Annotated[str | None, typer.Option(help="JSONL manifest, or a data set by folder or hub name.")] = None,
     pie_bench: Annotated[Path | None, typer.Option(help="The folder of PIE-Bench, in the place of a manifest.")] = None,
+    dataset_config_name: ConfigName = None,
+    split: Split = "train",
+    image_column: ImageColumn = "image",
+    cond_image_column: CondImageColumn = "references",
+    caption_column: CaptionColumn = "prompt",
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder or hub id.", show_default="the embedded model")
     ] = None,
@@ -423,10 +435,12 @@ def evaluate(
     cells = grid(keeps, selectors, tasks=task or ["auto"], coverages=coverage or [None], merges=merge or [0.0],
                  share=share, floor=floor)  # fmt: skip
     if manifest is not None:
-        samples = read_samples(manifest, needs_image=False)[:limit]
+        source = _source(dataset_config_name, split, image_column, cond_image_column, caption_column)
+        read = read_samples(manifest, needs_image=False, **source)
+        samples, part = read[:limit], {"data_split": read.split, "data_config": read.config}
     else:
         assert pie_bench is not None
-        samples = read_pie_bench(pie_bench)[:limit]
+        samples, part = read_pie_bench(pie_bench)[:limit], {}
     open_folder(output)
 
     _hide_loading_bars()
@@ -438,7 +452,7 @@ def evaluate(
         model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora, lora_scale=lora_scale, kv=kv
     )
     pipe.set_progress_bar_config(disable=True)
-    about = {"data": str(manifest or pie_bench), "model": model or "embedded", "lora": lora,
+    about = {"data": str(manifest or pie_bench), **part, "model": model or "embedded", "lora": lora,
              "lora_scale": lora_scale, "weights": fingerprint(pipe), "steps": steps, "guidance_scale": guidance_scale,
              "dtype": dtype, **({"kv": True} if kv else {})}  # fmt: skip
     make = maker(pipe, steps=steps, guidance_scale=guidance_scale)
@@ -521,6 +535,13 @@ def bench(
         plot_to=plot,
         quality=() if quality is None else read_quality(quality),
     )
+
+
+def _source(config_name: str | None, split: str, image: str, references: str, prompt: str) -> dict[str, Any]:
+    """Which part of a data set is read, and by which columns: keywords of `manifest.read_samples`."""
+    columns = {"image": image, "references": references, "prompt": prompt}
+    columns = {field: column for field, column in columns.items() if field != column}
+    return {"columns": columns, "split": split, "config": config_name}
 
 
 def _config(keep, selector, task, coverage, merge, share, floor, mask, references) -> "SparseContextConfig":

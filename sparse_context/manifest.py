@@ -83,11 +83,12 @@ def read_samples(
     split: str = "train",
     config: str | None = None,
     needs_image: bool = True,
-) -> Sequence[Sample]:
+) -> "Samples":
     """The samples of a JSONL manifest, of a folder that `datasets` reads, or of a hub name such as "owner/name".
 
     columns: the source's own name of a field, for those that differ: {"prompt": "instruction"}. split, config: of the
-    `datasets` library. needs_image: whether a sample without `image` is an error.
+    `datasets` library; what has none, such as a manifest, ignores them. needs_image: whether a sample without `image`
+    is an error.
 
     A manifest's rows are checked here (their pictures are not: see `check_samples`), those of `datasets` when they are
     taken. A hub name is fetched, because it was named. Raises `ManifestError`.
@@ -98,7 +99,7 @@ def read_samples(
         if bad:
             more = f" ({len(bad) - 1} more problems: --check-data lists them all)" if len(bad) > 1 else ""
             raise ManifestError(f"{source}, {bad[0].rstrip('.')}{more}.")
-    return _Samples(rows)
+    return Samples(rows)
 
 
 def check_samples(
@@ -125,11 +126,15 @@ def check_samples(
     return problems
 
 
-class _Samples(Sequence):
-    """Rows as samples. A bad row raises when it is taken."""
+class Samples(Sequence[Sample]):
+    """Rows as samples. A bad row raises `ManifestError` when it is taken.
+
+    split, config: those of a data set that are read; None where the source has none.
+    """
 
     def __init__(self, rows: "Rows") -> None:
         self._rows = rows
+        self.split, self.config = (rows.split, rows.config) if isinstance(rows, _Table) else (None, None)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -290,7 +295,13 @@ def _short(value: Any) -> str:
 
 
 class _Table(Sequence):
-    """The rows of a data set of the `datasets` library, each made into a sample when it is taken."""
+    """The rows of a data set of the `datasets` library, each made into a sample when it is taken.
+
+    split, config: those that are read. What `save_to_disk` wrote has no config, and a single table no split: None then.
+    """
+
+    split: str | None = None
+    config: str | None = None
 
     def __init__(
         self, source: str, columns: Mapping[str, str], split: str, config: str | None, needs_image: bool
@@ -306,7 +317,10 @@ class _Table(Sequence):
         try:
             if folder is not None and any((folder / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
                 table = datasets.load_from_disk(source)
-                table = table[split] if isinstance(table, datasets.DatasetDict) else table
+                if isinstance(table, datasets.DatasetDict):
+                    if split not in table:  # as the library says it of the others
+                        raise ValueError(f'Unknown split "{split}". Should be one of {list(table)}')
+                    table, self.split = table[split], split
             else:
                 builder = datasets.load_dataset_builder(source, config)
                 kind = next((k for k in FORMATS for cls in type(builder).__mro__ if f".{k}." in cls.__module__), None)
@@ -314,6 +328,7 @@ class _Table(Sequence):
                     raise ValueError(f"only {', '.join(FORMATS)} are read, for safety")
                 builder.download_and_prepare()
                 table = builder.as_dataset(split=split)
+                self.split, self.config = split, builder.config.name
         except Exception as error:  # the library raises many kinds, and all of them mean this
             reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
             raise ManifestError(f"The data set {source} does not load: {reason}.") from error

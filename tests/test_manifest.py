@@ -1,6 +1,7 @@
 """Samples: what a manifest or a data set gives, and that every bad row is named at once."""
 
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -145,6 +146,45 @@ def test_a_data_set_of_the_datasets_library_is_read_alike(folder, kind):
     assert check_samples(where, columns=columns) == []
     with pytest.raises(ManifestError, match="no column 'references' for the field 'references'"):
         read_samples(where)
+
+
+def rows(name):
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_dict({"references": [name], "prompt": [name]})
+
+
+def test_a_split_and_a_config_of_a_data_set_are_read_and_told(tmp_path):
+    for config in ("one", "two"):
+        for split in ("train", "test"):
+            rows(f"{config}, {split}").to_parquet(tmp_path / config / f"{split}.parquet")
+    parts = "".join(
+        f"- config_name: {config}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {config}/{split}.parquet\n" for split in ("train", "test"))
+        for config in ("one", "two")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    for config in ("one", "two"):
+        for split in ("train", "test"):
+            samples = read_samples(tmp_path, split=split, config=config, needs_image=False)
+            assert [sample.prompt for sample in samples] == [f"{config}, {split}"]
+            assert (samples.split, samples.config) == (split, config)
+    for config, says in (("three", "'three' not found. Available: "), (None, "among the available configs: ")):
+        with pytest.raises(ManifestError, match=re.escape(f"{says}['one', 'two']")):
+            read_samples(tmp_path, config=config, needs_image=False)
+
+
+def test_what_was_saved_to_disk_may_have_splits_and_has_no_config(folder):
+    datasets = pytest.importorskip("datasets")
+    datasets.DatasetDict({split: rows(split) for split in ("train", "test")}).save_to_disk(folder / "splits")
+    rows("all").save_to_disk(folder / "single")
+    for name, split, prompt, told in (("splits", "test", "test", "test"), ("single", "test", "all", None)):
+        samples = read_samples(folder / name, split=split, config="one", needs_image=False)
+        assert [sample.prompt for sample in samples] == [prompt]
+        assert (samples.split, samples.config) == (told, None)
+    with pytest.raises(ManifestError, match=r"""Unknown split "tset"\. Should be one of \['train', 'test'\]\.$"""):
+        read_samples(folder / "splits", split="tset", needs_image=False)
+    samples = read_samples(write(folder, GOOD), split="tset", config="one")
+    assert len(samples) == 1 and (samples.split, samples.config) == (None, None)
 
 
 def test_kinds_of_data_that_may_hold_pickles_are_refused(folder):

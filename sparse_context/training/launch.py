@@ -32,6 +32,7 @@ def launch(
     mixed_precision: str | None = None,
     dtype: str = "auto",
     validation_data: str | None = None,
+    validation_split: str | None = None,
     num_validation_images: int = 4,
     dataloader_num_workers: int = 0,
     cache_latents: bool = False,
@@ -42,8 +43,9 @@ def launch(
 ) -> Path | None:
     """Load, train, write. Returns the path of the result, on the main process; None on the others.
 
-    source: keywords of `manifest.read_samples`. settings: fields of `FinetuneConfig`. Everything that can be wrong with
-    the options is found before a model is loaded. Raises ValueError and OSError in one sentence.
+    source: keywords of `manifest.read_samples`, for `validation_data` too, but for its split where `validation_split`
+    names one. settings: fields of `FinetuneConfig`. Everything that can be wrong with the options is found before a
+    model is loaded. Raises ValueError and OSError in one sentence.
     """
     config = FinetuneConfig(dropping=dropping, **settings)
     if resume not in (None, "latest"):
@@ -66,9 +68,15 @@ def launch(
             raise ValueError(f"{name} is {count}: pass a whole number, 1 or more.")
     if dataloader_num_workers < 0:
         raise ValueError(f"dataloader_num_workers is {dataloader_num_workers}: pass a number of processes, or 0.")
+    if validation_split is not None and validation_data is None:
+        raise ValueError(
+            f"validation_split is {validation_split!r}, but there is no data for it: name it with --validation-data, "
+            "which may be the same as --data."
+        )
     check_folder(output, resume is not None)
     samples = read_samples(data, **source)
-    held_out = [] if validation_data is None else read_samples(validation_data, **source)[:num_validation_images]
+    held_source = source if validation_split is None else {**source, "split": validation_split}
+    held_out = [] if validation_data is None else read_samples(validation_data, **held_source)[:num_validation_images]
     shown = [open_example(sample, *sides.values()) for sample in held_out]
 
     import torch
