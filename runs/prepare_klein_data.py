@@ -6,7 +6,7 @@ Fetches two data sets by name with the `datasets` library (pip install 'sparse-c
 
 - Yuanshi/Subjects200K (Apache-2.0): one picture of 1056 x 528 pixels holds two views of a subject, 512 x 512 each.
   Rows that its authors scored at least 5 in all three respects are taken, in one direction drawn by row.
-- osunlp/MagicBrush (CC-BY 4.0): a photograph, an instruction, the edited photograph, and a mask of the edited region.
+- osunlp/MagicBrush (CC-BY 4.0): a photograph, an instruction, and the edited photograph.
 
 Written are lossless webp files, `train.jsonl` and, of the last 64 of each, `validation.jsonl`.
 """

@@ -531,13 +531,15 @@ def targets() -> str:
 def over_random() -> str:
     """What the tasks' own choice wins over random tokens."""
     names = ("mini_curves_base", "mini_curves", "mini_curves_base_test", "mini_curves_test")
-    rows = ["| weights | split | tokens kept | " + " | ".join(CURVES) + " |", "|" + "---|" * (3 + len(CURVES))]
+    columns = {**{group: (group, score) for group, (score, _) in CURVES.items()},
+               "edits, whole picture": ("edits", "psnr")}  # fmt: skip
+    rows = ["| weights | split | tokens kept | " + " | ".join(columns) + " |", "|" + "---|" * (3 + len(columns))]
     results = [_read(name) for name in names if _measured(name)]
     for result in results:
         arm = "training-free" if result["config"]["lora"] == "none" else "fine-tuned"
         for keep in ("0.2", "0.1"):
             groups = result["figures"]["over random"][keep]
-            won = [_difference(groups[group], "auto", score) for group, (score, _) in CURVES.items()]
+            won = [_difference(groups[group], "auto", score) for group, score in columns.values()]
             rows.append(f"| {arm} | {result['config']['split']} | {keep} | {' | '.join(won)} |")
     return "\n".join(rows) + (
         f"\n\nDecibels of PSNR won over random tokens by what each task chooses itself, scene by scene, and the 95 % "
