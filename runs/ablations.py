@@ -3,8 +3,11 @@
     python runs/ablations.py [--all-selectors NAME ...] [--spread NAME ...] [--runs NAME ...] [--scale 0.6]
     python runs/ablations.py --shipped mix --all-selectors random --spread --runs dense --methods --rank 44 \\
         --checkpoints checkpoints/length --output results/ablations_length.json
-    python runs/ablations.py --all-selectors random-rate-0.3 random random:16:0.6 random:256:1 random-rate-3 \\
-        random-rate-3:256:1 --spread --runs --methods --keeps 0.2 --output results/ablations_rates.json
+    python runs/ablations.py --all-selectors random random:256:1 random-rate-3 random-rate-3:256:1 \\
+        random-plain-rate-3 random-plain-rate-3:256:1 default-plain-rate-3:256:1 random-plain-lora:8:1 \\
+        --spread --runs --methods --keeps 0.2 --scenes 24 \\
+        --turns edit_background subject_place edit_background subject_pair \\
+        --output results/ablations_random.json
     python runs/ablations.py --shipped mix --all-selectors --spread --runs dense --methods --rank 44 \\
         --checkpoints checkpoints/control --output results/ablations_control.json
 
@@ -35,7 +38,7 @@ from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.generation import NO_LORA, load_pipeline
 from sparse_context.mini import ADAPTERS, adapter_record
 from sparse_context.mini.data import load_assets
-from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.mini.samples import FIRST_SEED, TURNS, scene_samples, tasks_of
 from sparse_context.mini.sparse import export_adapter
 from sparse_context.result import write_result
 from sparse_context.selection import SparseContextConfig
@@ -70,13 +73,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64, help="of what is cut from runs of all weights")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.2, 0.1])
     parser.add_argument("--scenes", type=int, default=32)
+    parser.add_argument("--turns", nargs="+", default=TURNS, help="the kinds of scenes in turn")
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints" / "ablations", help="working folder")
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "ablations.json")
     arguments = parser.parse_args()
 
     assets = load_assets(arguments.assets).split("validation")
-    samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED["validation"])
+    samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED["validation"], arguments.turns)
     keeps, place = (1.0, *arguments.keeps), arguments.checkpoints / arguments.output.stem
     by_task = grid(keeps)
     spread = grid((1.0, arguments.keeps[0]), coverages=(0.0, 0.3))
@@ -132,7 +136,7 @@ def main() -> None:
             print(f"{run}, {group}: {', '.join(shown)}", flush=True)
     config = {"split": "validation", "keeps": arguments.keeps, "scale": arguments.scale, "rank": arguments.rank,
               "all selectors": arguments.all_selectors, "spread": arguments.spread, "methods": arguments.methods,
-              "shipped": arguments.shipped, "runs": records}  # fmt: skip
+              "turns": list(arguments.turns), "shipped": arguments.shipped, "runs": records}  # fmt: skip
     pairs = {
         f"{one} over {other}": won(found[one], found[other]) for one, other in PAIRS if {one, other} <= found.keys()
     }

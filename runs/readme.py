@@ -684,7 +684,8 @@ def _ablations(name: str = "ablations") -> tuple[dict, str]:
     """The result, and a line on how it was made."""
     result = _read(name)
     config = result["config"]
-    counts = {group: result["figures"]["against dense"]["base"][group]["dense"]["samples"] for group in CURVES}
+    base = result["figures"]["against dense"]["base"]
+    counts = {group: base[group]["dense"]["samples"] for group in CURVES if group in base}
     steps = sorted({record["steps"] for record in config["runs"].values()})
     runs = "each run" if len(steps) == 1 else "the runs"
     other = " where no line says otherwise" if any(":" in run for run in config["runs"]) else ""
@@ -756,28 +757,32 @@ def ablations_won(name: str = "ablations_length") -> str:
     return "\n".join(rows) + f"\n\nDecibels of PSNR won over the base with the same tokens: {how}"
 
 
-def ablations_rates() -> str:
-    """Random sets alone, at several learning rates, by how much of what they changed is taken, for every selector."""
-    if not _measured("ablations_rates"):
+def ablations_random() -> str:
+    """Random sets alone, by learning rate, loss and how much of what they changed is taken, for every selector."""
+    if not _measured("ablations_random"):
         return "Not measured yet: `runs/ablations.py`."
-    result, how = _ablations("ablations_rates")
+    result, how = _ablations("ablations_random")
     (keep,) = result["config"]["keeps"]
     selectors = ("auto", "random", "uniform", "edges", "saliency", "subject", "mask")
     parts = []
     for group in ("subjects", "edits"):
+        score = CURVES[group][0]
         head = " | ".join(OWN if selector == "auto" else selector for selector in selectors)
-        rows = [f"| {group} | rate | rank | share | all tokens | {head} |", "|" + "---|" * (len(selectors) + 5)]
+        rows = [f"| {group} | rank | share | all tokens | {head} |", "|" + "---|" * (len(selectors) + 4)]
+        base = result["figures"]["against dense"]["base"][group]
+        cells = [_difference(base, f"{selector}-{keep:g}", score) for selector in selectors]
+        rows.append(f"| the base, against all tokens | | | | {' | '.join(cells)} |")
         for run, record in result["config"]["runs"].items():
-            rate = run.partition(":")[0].partition("-rate-")[2] or "1"
-            cut = [rate, str(record["rank"]), f"{record['share']:g}"]
-            cells = [_difference(result["figures"]["against dense"][run][group], "all tokens", CURVES[group][0])]
-            cells += [_difference(result["figures"]["won"][run][group], f"{selector}-{keep:g}", CURVES[group][0])
-                      for selector in selectors]  # fmt: skip
-            rows.append(f"| | {' | '.join(cut + cells)} |")
+            cells = [run.partition(":")[0], str(record["rank"]), f"{record['share']:g}"]
+            cells.append(_difference(result["figures"]["against dense"][run][group], "all tokens", score))
+            won = result["figures"]["won"][run][group]
+            cells += [_difference(won, f"{selector}-{keep:g}", score) for selector in selectors]
+            rows.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts) + (
-        f"\n\nDecibels of PSNR won over the base with the same tokens, at keep {keep:g}; of all tokens, over the base "
-        f"with all tokens; the learning rate is times the recipe's, and all of a change has rank 256: {how}"
+        f"\n\nDecibels of PSNR inside the object won over the base with the same tokens, at keep {keep:g}; with all "
+        f"tokens, over the base with all tokens. All of a change has rank 256. The edits are recoloured backgrounds. "
+        f"{how[0].upper()}{how[1:]}"
     )
 
 
@@ -1029,7 +1034,7 @@ PAGES = {
         "ablations_length_won": ablations_won,
         "ablations_length_selectors": partial(ablations_selectors, "ablations_length"),
         "ablations_control": partial(ablations, "ablations_control"),
-        "ablations_rates": ablations_rates,
+        "ablations_random": ablations_random,
         "ablations_coverage": ablations_coverage,
         "ablations_methods": ablations_methods,
     },

@@ -783,6 +783,9 @@ def test_scenes_are_samples_that_lose_nothing(assets):
     assert [s.task for s in samples[:8]].count("subjects") == 4
     assert [s.task for s in samples].count("edits") == [s.task for s in samples].count("global edits") == 4
     assert len({scene.target.tobytes() for scene, _, _ in scenes.values()}) == 16
+    _, others = scene_samples(assets, 3, 10_000, ["subject_pair", "edit_object"])
+    assert [drawn[1:] for drawn in others.values()] == [
+        ("subject_pair", 10_000), ("edit_object", 10_000), ("subject_pair", 10_001)]  # fmt: skip
     for sample in samples:
         scene, kind, seed = scenes[sample.name]
         again = make_scene(assets, kind, seed)

@@ -5,7 +5,7 @@ Objects are split by base shape (data.py). What is tuned is tuned on "validation
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -28,17 +28,19 @@ TURNS = ("subject_place", "edit_background", "subject_pair", "edit_global", "sub
 """Eight scenes in a row: four of subjects, two of edits, two of global edits."""
 
 
-def scene_samples(assets: Assets, count: int, first: int) -> tuple[list[Sample], dict[str, tuple[Scene, str, int]]]:
-    """`count` scenes as samples, the kinds by `TURNS`: and for each sample's name its (scene, kind, seed).
+def scene_samples(
+    assets: Assets, count: int, first: int, turns: Sequence[str] = TURNS
+) -> tuple[list[Sample], dict[str, tuple[Scene, str, int]]]:
+    """`count` scenes as samples, their kinds in `turns`: and for each sample's name its (scene, kind, seed).
 
-    assets: of one split (`Assets.split`). The scenes of a kind have the seeds `first` and on. Pictures are PNG, so that
-    not a value is lost.
+    assets: of one split (`Assets.split`). turns: of the kinds in `GROUPS`. The scenes of a kind have the seeds `first`
+    and on. Pictures are PNG, so that not a value is lost.
     """
     group = {kind: name for name, kinds in GROUPS.items() for kind in kinds}
     drawn: Counter[str] = Counter()
     samples, scenes = [], {}
     for i in range(count):
-        kind = TURNS[i % len(TURNS)]
+        kind = turns[i % len(turns)]
         seed = first + drawn[kind]
         drawn[kind] += 1
         scene = make_scene(assets, kind, seed)
