@@ -20,7 +20,7 @@ from sparse_context.evaluation.plots import draw_sheet
 from sparse_context.generation import load_pipeline
 from sparse_context.images import save_picture
 from sparse_context.mini.data import SPLITS, load_assets
-from sparse_context.mini.samples import FIRST_SEED, TURNS, scene_samples, tasks_of
+from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,9 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     assets = load_assets(arguments.assets).split(arguments.split)
-    drawn = len(TURNS) * -(-arguments.scenes // len(KINDS))  # each kind comes once a turn
-    found, scenes = scene_samples(assets, drawn, FIRST_SEED[arguments.split])
-    samples = [sample for sample in found if scenes[sample.name][1] in KINDS][: arguments.scenes]
+    samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split], KINDS)
     pipe = load_pipeline(lora=arguments.lora)
     pipe.set_progress_bar_config(disable=True)
     make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))

@@ -18,7 +18,7 @@ from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, gri
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.generation import NO_LORA, load_pipeline
 from sparse_context.mini.data import SPLITS, load_assets
-from sparse_context.mini.samples import FIRST_SEED, TURNS, scene_samples, tasks_of
+from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     assets = load_assets(arguments.assets).split(arguments.split)
-    count = -(-arguments.scenes * len(TURNS) // TURNS.count("edit_global"))
-    samples, scenes = scene_samples(assets, count, FIRST_SEED[arguments.split])
-    samples = [sample for sample in samples if scenes[sample.name][1] == "edit_global"][: arguments.scenes]
+    samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split], ["edit_global"])
     cells, rows, weights = grid([1.0, *arguments.keeps]), {}, {}
     for name, lora in WEIGHTS.items():
         pipe = load_pipeline(lora=lora)
