@@ -4,12 +4,10 @@
     python runs/ablations.py --shipped mix --all-selectors random --spread --runs dense --methods --rank 44 \\
         --checkpoints checkpoints/length --output results/ablations_length.json
     python runs/ablations.py --all-selectors random random:256:1 random-rate-3 random-rate-3:256:1 \\
-        random-plain-rate-3 random-plain-rate-3:256:1 default-plain-rate-3:256:1 random-plain-lora:8:1 \\
+        random-plain-rate-3 random-plain-rate-3:256:1 default-plain-rate-3:256:1 random-plain random-plain-lora:8:1 \\
         --spread --runs --methods --keeps 0.2 --scenes 24 \\
         --turns edit_background subject_place edit_background subject_pair \\
         --output results/ablations_random.json
-    python runs/ablations.py --shipped mix --all-selectors --spread --runs dense --methods --rank 44 \\
-        --checkpoints checkpoints/control --output results/ablations_control.json
 
 The runs are folders that runs/train_ablations.sh makes. What a run changed is taken as the package takes its own: the
 LoRA of `--rank`, of a run of all weights the strongest directions of its change, and of that the share `--scale` (with
@@ -18,10 +16,9 @@ dropped tokens begins with its first power); `NAME:RANK:SHARE` takes another par
 the tasks choose by themselves, `auto`; those of `--spread` without and with spread tokens too, those of
 `--all-selectors` with every selector as well, and those of `--methods`, which were fine-tuned for a peer's way of
 saving tokens, with that alone. `--shipped` is a name for the package's own adapter, measured as it is, beside longer
-runs (the second line and the last): with every selector where a run is. Stopped at any point, it goes on there. The
-numbers are PSNR against the truth, inside the object or, for global edits, of the whole picture: differences to the
-dense base with all tokens, and what a run has won over the base, and over another run (`PAIRS`), with the same tokens,
-scene by scene.
+runs (the second line): with every selector where a run is. Stopped at any point, it goes on there. The numbers are PSNR
+against the truth, inside the object or, for global edits, of the whole picture: differences to the dense base with all
+tokens, and what a run has won over the base, and over another run (`PAIRS`), with the same tokens, scene by scene.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """

@@ -1033,7 +1033,6 @@ PAGES = {
         "ablations_length_pairs": partial(ablations_pairs, "ablations_length"),
         "ablations_length_won": ablations_won,
         "ablations_length_selectors": partial(ablations_selectors, "ablations_length"),
-        "ablations_control": partial(ablations, "ablations_control"),
         "ablations_random": ablations_random,
         "ablations_coverage": ablations_coverage,
         "ablations_methods": ablations_methods,
