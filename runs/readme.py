@@ -890,23 +890,32 @@ def peers_pairs(name: str = "peers_sides") -> str:
 
 
 def other_scores() -> str:
-    """What else was measured of the outputs, against the truth."""
-    result = _read("mini_curves")
-    scores = {"ssim": "SSIM", "st_lpips": "ST-LPIPS", "identity": "identity"}
+    """What else was measured of the outputs, before and after the fine-tuning."""
+    results = {"training-free": _read("mini_curves_base"), "fine-tuned": _read("mini_curves")}
+    scores = {"ssim": "SSIM", "st_lpips": "ST-LPIPS", "identity": "identity", "psnr_to_dense": "PSNR to all tokens"}
     cells = {"all tokens": "dense", "0.2": "auto-0.2", "0.1": "auto-0.1", "random, 0.2": "random-0.2",
              "random, 0.1": "random-0.1"}  # fmt: skip
-    rows = ["| score | of | " + " | ".join(cells) + " |", "|" + "---|" * (len(cells) + 2)]
+    rows = ["| score | of | weights | " + " | ".join(cells) + " |", "|" + "---|" * (len(cells) + 3)]
     for score, shown in scores.items():
         for group, (psnr, _) in CURVES.items():
-            name = score + psnr.removeprefix("psnr")
-            found = [result["figures"]["groups"][group][cell]["scores"][name] for cell in cells.values()]
-            means = " | ".join(f"{entry['mean']:.3f}" for entry in found)
-            rows.append(f"| {shown} | {group} | {means} |")
+            for weights, result in results.items():
+                name = score if score.endswith("to_dense") else score + psnr.removeprefix("psnr")
+                found = (result["figures"]["groups"][group][cell]["scores"].get(name) for cell in cells.values())
+                means = (_mean(entry, 1 if "psnr" in score else 2) if entry else "" for entry in found)
+                rows.append(f"| {shown} | {group} | {weights} | {' | '.join(means)} |")
+    config = results["fine-tuned"]["config"]
     return "\n".join(rows) + (
-        f"\n\nAgainst the truth, inside the object or, for global edits, of the whole picture; more is better but for "
-        f"ST-LPIPS: the fine-tuned model, what each task chooses itself, {result['config']['split']} split. "
-        f"Measured on {_machine(result)} (`runs/mini_curves.py`)." + _choice_since(result)
+        f"\n\nAgainst the truth, inside the object or, for global edits, of the whole picture; the last against what "
+        f"the same weights make of all tokens, of the whole picture, in dB. More is better but for ST-LPIPS. What each "
+        f"task chooses itself, {config['split']} split, and 95 % intervals. Measured on "
+        f"{_machine(results['fine-tuned'])} "
+        f"(`runs/mini_curves.py`)." + _choice_since(*results.values())
     )
+
+
+def _mean(entry: dict, digits: int) -> str:
+    low, high = entry["interval"]
+    return f"{entry['mean']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def tuned() -> str:
