@@ -22,7 +22,6 @@ train random-rate-3 --full --drop-mix random=1 --rate 3   # the same at thrice t
 train random-plain-rate-3 --full --drop-mix random=1 --rate 3 --unseen 1
 train default-plain-rate-3 --full --rate 3 --unseen 1 \
   --drop-mix random=0.4,blobs=0.15,bands=0.05,edges=0.15,saliency=0.15,outside=0.1
-train random-plain --full --drop-mix random=1 --unseen 1
 train random-plain-lora --rank 8 --drop-mix random=1 --unseen 1 --distillation 0 --preservation 0
 train dense --full --dense          # the control: as many more samples, with all tokens
 train coverage-0 --full --coverage 0
