@@ -3,8 +3,8 @@
     python runs/ablations.py [--all-selectors NAME ...] [--spread NAME ...] [--runs NAME ...] [--scale 0.6]
     python runs/ablations.py --shipped mix --all-selectors random --spread --runs dense --methods --rank 44 \\
         --checkpoints checkpoints/length --output results/ablations_length.json
-    python runs/ablations.py --all-selectors random random:256:1 random-rate-3 random-rate-3:256:1 \\
-        random-plain-rate-3 random-plain-rate-3:256:1 default-plain-rate-3:256:1 random-plain-lora:8:1 \\
+    python runs/ablations.py --all-selectors random random:256:1 random-rate-3:256:1 random-plain-rate-3 \\
+        random-plain-rate-3:256:1 default-plain-rate-3:256:1 random-plain-lora:8:1 \\
         --spread --runs --methods --keeps 0.2 --scenes 24 \\
         --turns edit_background subject_place edit_background subject_pair \\
         --output results/ablations_random.json

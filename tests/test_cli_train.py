@@ -7,10 +7,14 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from test_training import two_ranks
 from tiny import picture
 
 from sparse_context.cli import main
+from sparse_context.images import open_picture
+from sparse_context.training.finetune import LORA_FILE
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +95,64 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
     assert all((one[name] == other[name]).all() for name in one)
     pipe = load_pipeline(str(tiny_model), device="cpu", lora=str(out / "pytorch_lora_weights.safetensors"))
     assert pipe.transformer.peft_config
+
+
+WATCH = """
+# Python runs this as it starts. It notes what is opened for writing, made or renamed, each under the name that it gets.
+import os, sys
+
+log = open(os.environ["WATCH"], "w", buffering=1)
+
+def note(event, given):
+    if event in ("os.mkdir", "os.rename") or (event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR)):
+        path = given[event == "os.rename"]
+        print(event, path if isinstance(path, int) else os.fsdecode(path), file=log)
+
+sys.addaudithook(note)
+"""
+
+
+def test_two_processes_train_as_one_and_only_the_first_writes_what_is_kept(data, tiny_model, tmp_path):
+    """`accelerate launch -m sparse_context.training`, on one folder. The second process only shares the cache."""
+    out = tmp_path / "run"
+    arguments = ["--data", data / "good.jsonl", "-m", tiny_model, "--dtype", "float32", "--mixed-precision", "no",
+                 "--output-dir", out, "--rank", 2, "--max-train-steps", 2, "--checkpointing-steps", 1,
+                 "--cache-latents", "--validation-data", data / "good.jsonl", "--validation-steps", 1,
+                 "--num-validation-images", 1]  # fmt: skip
+    (tmp_path / "sitecustomize.py").write_text(WATCH)
+    watched = [tmp_path / "first.log", tmp_path / "second.log"]
+    processes = [
+        subprocess.Popen([sys.executable, "-m", "sparse_context.training", *map(str, arguments)],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, **rank, "PYTHONPATH": str(tmp_path), "WATCH": str(log)})
+        for rank, log in zip(two_ranks(), watched, strict=True)
+    ]  # fmt: skip
+    said, errors = zip(*(process.communicate(timeout=300) for process in processes), strict=True)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert said == (f"wrote {out / LORA_FILE}\n", "")
+
+    events = [[line.split(" ", 1) for line in log.read_text().splitlines()] for log in watched]
+    touched = [[(event, path.removeprefix(f"{out}/")) for event, path in each if path.startswith(f"{out}/")]
+               for each in events]  # fmt: skip
+    assert touched[1] and all(path.partition("/")[0] == "cache" for _, path in touched[1])
+    steps = ["step-0000001", "step-0000002"]
+    pictures = [f"validation/{step}.webp" for step in steps]
+    whole = sorted(path for event, path in touched[0] if event == "os.rename" and not path.startswith("cache/"))
+    assert whole == sorted([LORA_FILE, "README.md", "config.json", *steps, *pictures])  # each of them once
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [LORA_FILE, "README.md", "cache", "config.json", "log.jsonl", *steps, "validation"]
+    )
+    assert not [path for path in out.rglob("*") if path.suffix in (".partial", ".part")]
+
+    config = json.loads((out / "config.json").read_text())
+    assert (config["processes"], config["max_train_steps"]) == (2, 2)
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [2]
+    assert "| steps | 2, 1 batches each on 2 processes |" in (out / "README.md").read_text()
+    with safe_open(out / LORA_FILE, framework="pt") as file:
+        assert json.loads(file.metadata()["sparse_context"])["steps"] == 2
+    assert all(load_file(path) for path in out.rglob("*.safetensors"))
+    assert len(list(out.glob("cache/latents/**/*.safetensors"))) == 2  # a.png and b.png, which both processes encode
+    assert len({open_picture(out / name).size for name in pictures}) == 1
 
 
 def test_check_data_names_every_bad_row_and_loads_no_model(monkeypatch, capfd, data, tmp_path):

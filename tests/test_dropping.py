@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import picture
 
+from sparse_context.selectors import uniform_order
 from sparse_context.training.dropping import KINDS, MIX, Dropping, draw_selection
 
 GRID = (16, 16)
@@ -60,6 +61,29 @@ def test_a_batch_draws_one_of_the_shares_of_averages_and_nothing_else_moves():
     assert all(
         np.array_equal(a.references[0].scores, b.references[0].scores) for a, b in zip(plain, mixed, strict=True)
     )
+
+
+def test_a_batch_draws_one_of_the_shares_of_evenly_spread_tokens_and_nothing_else_moves():
+    setting = {"dense": 0.0, "keep_max": 0.6, "mix": {"blobs": 1, "bands": 1}}
+    # Two shares here too: of a single one nothing is drawn
+    plain, mixed = draws(400, coverage=(0.0, 0.0), **setting), draws(400, coverage=(0.0, 0.5), **setting)
+    assert {s.coverage for s in plain} == {(0.0,)} and {s.coverage for s in mixed} == {(0.0,), (0.5,)}
+    assert abs(sum(s.coverage == (0.5,) for s in mixed) / 400 - 0.5) < 3 * np.sqrt(0.25 / 400)
+    spread = np.argsort(uniform_order(GRID), axis=None)
+    for a, b in zip(plain, mixed, strict=True):
+        assert (a.kept, a.references[0].selector) == (b.kept, b.references[0].selector)
+        assert np.array_equal(a.references[0].scores, b.references[0].scores)
+        assert np.array_equal(a.index, b.index) == (b.coverage == (0.0,))
+        assert b.coverage == (0.0,) or np.isin(spread[: b.kept // 2], b.index).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "uniform"])
+def test_what_is_spread_anyway_takes_no_share_of_evenly_spread_tokens(kind):
+    setting = {"dense": 0.0, "keep_max": 0.6, "mix": {kind: 1, "blobs": 1}}
+    plain, mixed = draws(200, coverage=(0.0,), **setting), draws(200, coverage=(0.5,), **setting)
+    assert {(s.references[0].selector, s.coverage) for s in mixed} == {(kind, (0.0,)), ("blobs", (0.5,))}
+    for a, b in zip(plain, mixed, strict=True):
+        assert np.array_equal(a.index, b.index) == (a.references[0].selector == kind)
 
 
 def test_kinds_come_in_the_shares_of_the_mix():

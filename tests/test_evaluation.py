@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_evaluation_metrics import tiny_clip, tiny_dino  # noqa: F401
 from tiny import picture
 
 from sparse_context import SparseContextConfig
@@ -265,6 +266,19 @@ def test_figures_are_those_of_the_pictures(finished, samples):
             assert {"ssim", "ssim_in_mask"} <= row["scores"].keys()
             tokens = 64 * len(sample.references)
             assert (row["kept"], row["total"]) == (tokens if name == DENSE else round(0.2 * tokens), tokens)
+
+
+def test_clip_i_and_dino_i_are_means_over_the_references(pipe, samples, tiny_clip, tiny_dino, tmp_path):  # noqa: F811
+    metrics = find_metrics([f"clip_i={tiny_clip}", f"dino_i={tiny_dino}"])
+    sample = samples[1]
+    evaluate(maker(pipe), [sample], grid([1]), metrics, tmp_path)
+    (row,) = cell_rows(tmp_path, DENSE)
+    output = open_picture(tmp_path / "dense" / f"{sample.name}.png")
+    assert row["scores"].keys() == metrics.keys()
+    for name, metric in metrics.items():
+        first, second = (metric.function(output, reference) for reference in sample.open_references())
+        assert abs(first - second) > 1e-3  # or one of the two would pass for their mean
+        assert row["scores"][name] == pytest.approx((first + second) / 2, abs=1e-5)
 
 
 def test_without_a_truth_there_is_still_the_distance_to_all_tokens(pipe, samples, tmp_path):

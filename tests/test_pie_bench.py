@@ -13,7 +13,7 @@ from test_evaluation_metrics import tiny_clip, tiny_dino  # noqa: F401
 from tiny import picture
 
 from sparse_context.cli import main
-from sparse_context.evaluation.metrics import find_metrics, lpips, psnr
+from sparse_context.evaluation.metrics import find_metrics, lpips, psnr, ssim, st_lpips
 from sparse_context.evaluation.networks import alexnet_layers
 from sparse_context.evaluation.pie_bench import PIE_METRICS, decode_mask, read_pie_bench
 
@@ -146,6 +146,20 @@ def test_background_metrics_black_out_the_edit(tmp_path):
     shifted[:, 32:] += 51
     assert unedited["mse_unedit_part"](shifted, pixels, mask) == pytest.approx(0.2**2 / 2)
     assert unedited["psnr_unedit_part"](shifted, pixels, mask) == pytest.approx(psnr(shifted, pixels))
+
+
+@pytest.mark.parametrize("name, function", [("ssim_unedit_part", ssim), ("st_lpips_unedit_part", st_lpips)])
+def test_where_the_background_changed_too_they_are_of_both_pictures_with_the_edit_made_black(name, function):
+    source = np.asarray(picture(64, 64))
+    output = 255 - source
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :44] = 255
+    black = [np.where(mask[..., None] > 0, np.uint8(0), each) for each in (output, source)]
+    value = PIE_METRICS[name].function(output, source, mask)
+    assert value == pytest.approx(function(*black))
+    assert 0.05 < value < 0.95
+    for other in (function(output, source), PIE_METRICS[name].function(output, source, 255 - mask)):
+        assert value != pytest.approx(other, abs=0.02)  # neither everything nor the edit
 
 
 def test_structure_distance_is_that_of_the_last_keys(tiny_dino):  # noqa: F811

@@ -215,7 +215,10 @@ def test_by_the_clock_the_last_step_comes_when_the_time_is_up(tmp_path, monkeypa
         return loss(step)
 
     whole = optimisers[0].param_groups[0]["lr"]
-    train(module, optimisers, slow, tmp_path, steps=10**6, warmup=2, seconds=10.0)
+    shown = []
+    train(module, optimisers, slow, tmp_path, steps=10**6, warmup=2, seconds=10.0, show_every=8,
+          show=lambda step, average: shown.append(step))  # fmt: skip
+    assert shown == [8, 11]
     flat_then_down = [0.5, 1, 1, 1, 1, 1, 1, 1, 0.8, 0.4, 0.0]  # the last quarter of ten seconds
     assert [rate / whole for rate in rates] == pytest.approx(flat_then_down)
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-0000011"]
@@ -353,7 +356,7 @@ def start(tmp_path, folder, width=8, limit=0, *more, script=RUN, env=None):
 
 KILLS = """
 # One process imports, and forks a run again and again: a start then takes no time, and a kill can come at any moment.
-import importlib, os, runpy, shutil, signal, sys, time
+import importlib, json, os, runpy, shutil, signal, sys, time
 from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file
@@ -381,7 +384,7 @@ def ended(child):
     assert not process or status == 0  # no state that a kill leaves may end a run
     return process == child
 
-whole, folder, kills, moments = root / "whole", root / "killed", 0, []
+whole, folder, kills, moments, lost = root / "whole", root / "killed", 0, [], 0
 began = time.monotonic()
 assert os.waitpid(start(whole), 0)[1] == 0
 took = time.monotonic() - began
@@ -403,24 +406,29 @@ while kills < wanted:
     if done:  # it was faster than the kill: begin again
         shutil.rmtree(folder)
         continue
-    kills += 1
+    kills, kept = kills + 1, 0
     for path in folder.glob("step-*"):
         if path.suffix != ".partial":
             assert all(load_file(path / f"{name}.safetensors") for name in ("weights", "average", "optimiser"))
             moments.append(int(path.name.removeprefix("step-")))
+            kept = max(kept, moments[-1])
+    log = folder / "log.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    taken = [json.loads(line)["step"] for line in lines if line.endswith("}")]  # a kill may have cut the last one
+    lost += max([kept, *taken]) - kept
 assert os.waitpid(start(folder), 0)[1] == 0
-print(kills, len(set(moments)))
+print(kills, len(set(moments)), lost)
 """
 
 
 def kill(tmp_path, script, kills, *modules):
-    """Run `script` to its end in `whole`, and in `killed` with so many kills -9 on the way."""
+    """Run `script` to its end in `whole`, and in `killed` with so many kills -9 on the way, which cost it steps."""
     (tmp_path / "run.py").write_text(script)
     command = [sys.executable, "-c", KILLS, str(tmp_path / "run.py"), str(tmp_path), str(kills), *modules]
     done = subprocess.run(command, text=True, capture_output=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
-    killed, moments = map(int, done.stdout.split()[-2:])
-    assert killed == kills and moments > 1
+    killed, moments, lost = map(int, done.stdout.split()[-3:])
+    assert killed == kills and moments > 1 and lost > 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -454,8 +462,9 @@ host._settings = {"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}
 def batches(number):
     return [Example("the cat", (picture(64, 64, number),), picture(64, 64, number + 1), (None,))]
 
-config = tuning.FinetuneConfig(rank=2, lora_alpha=2, max_train_steps=10, checkpointing_steps=1, learning_rate=1e-2)
-tuning.finetune(host, batches, folder, config, base="tiny", data="x", accelerator=accelerator, resume=True)
+config = tuning.FinetuneConfig(rank=2, lora_alpha=2, max_train_steps=10, checkpointing_steps=3, learning_rate=1e-2,
+                               subsets=2, gradient_accumulation_steps=2, ema=0.9, caption_dropout=0.3)
+tuning.finetune(host, batches, folder, config, base="tiny", data="x", accelerator=accelerator, resume=True, log_every=1)
 if accelerator is not None:
     trained = sum(p.double().sum().item() for p in host.transformer.parameters() if p.requires_grad)
     record = {"ratios": ratios[:10], "sum": trained}  # the thread that prepares is one ahead
@@ -511,16 +520,20 @@ def two_processes(tmp_path, *more, script=RUN):
     return [json.loads((tmp_path / "run" / f"rank-{r}.json").read_text()) for r in (0, 1)]
 
 
-def start_two(tmp_path, folders, *more, script=RUN):
-    """Real processes over gloo, as `accelerate launch` starts them."""
+def two_ranks():
+    """What is in the environments of two processes over gloo that `accelerate launch` starts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(folders))]
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+
+
+def start_two(tmp_path, folders, *more, script=RUN):
+    """Real processes, each with its folder."""
     return [
         start(tmp_path, folder, 16, 0, "several", *more, script=script, env=env)
-        for folder, env in zip(folders, ranks, strict=True)
+        for folder, env in zip(folders, two_ranks(), strict=True)
     ]
 
 
