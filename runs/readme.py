@@ -191,7 +191,7 @@ def unlike() -> str:
     config = apart["config"]
     return "\n".join(rows) + (
         f"\n\nThe dense base with all tokens: the objects of the {config['split']} split, and under *unlike* other "
-        f"scenes, {config['scenes']} a task too, with the {config['objects']} objects of it whose names share no word "
+        f"scenes, {config['scenes']} a task, with the {config['objects']} objects of it whose names share no word "
         f"of three letters or more with a training one's. Measured on {_machine(apart)} (`runs/base_quality.py`)."
     )
 
