@@ -773,7 +773,8 @@ def ablations_random() -> str:
         cells = [_difference(base, f"{selector}-{keep:g}", score) for selector in selectors]
         rows.append(f"| the base, against all tokens | | | | {' | '.join(cells)} |")
         for run, record in result["config"]["runs"].items():
-            cells = [run.partition(":")[0], str(record["rank"]), f"{record['share']:g}"]
+            name, _, cut = run.partition(":")
+            cells = [name, cut.partition(":")[0] or str(result["config"]["rank"]), f"{record['share']:g}"]
             cells.append(_difference(result["figures"]["against dense"][run][group], "all tokens", score))
             won = result["figures"]["won"][run][group]
             cells += [_difference(won, f"{selector}-{keep:g}", score) for selector in selectors]
