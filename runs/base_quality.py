@@ -7,7 +7,7 @@
 
     python runs/base_quality.py [--scenes 24]                    # validation, to tune on: into checkpoints/
     python runs/base_quality.py --split test --scenes 32         # once a release: results/base_quality.json, docs/
-    python runs/base_quality.py --split test --scenes 32 --unlike --output results/base_quality_unlike.json
+    python runs/base_quality.py --split test --scenes 16 --unlike --output results/base_quality_unlike.json
 
 The last line leaves out the objects that share a word of their names with one of the training split (data.py).
 Writes the figures, and a sheet of pictures (references, truth, output).
