@@ -318,6 +318,8 @@ def train(
 
     dropping: dict[str, Any] = {"keep_min": keep_min, "keep_max": keep_max, "dense": dense}
     if drop_mix is not None:
+        from .selectors import read_weights
+
         dropping["mix"] = read_weights("drop-mix", drop_mix, "random=0.5,blobs=0.5")
     if coverage:
         dropping["coverage"] = tuple(coverage)
@@ -598,22 +600,9 @@ def _selector(text: str):
         return None
     if "=" not in text:
         return text
+    from .selectors import read_weights
+
     return read_weights("selector", text, "saliency=0.7,edges=0.3")
-
-
-def read_weights(name: str, text: str, example: str) -> dict[str, float]:
-    """Named numbers: "random=0.5,blobs=0.5". Raises ValueError that quotes the text of the option `name`."""
-    weights = {}
-    for part in text.split(","):
-        key, _, weight = (piece.strip() for piece in part.partition("="))
-        try:
-            if key in weights:
-                raise ValueError
-            weights[key] = float(weight)
-        except ValueError:
-            said = "write a blend as" if name == "selector" else "write it as"
-            raise ValueError(f"{name} is {text!r}: {said} {example}.") from None
-    return weights
 
 
 def _kept(result) -> str:

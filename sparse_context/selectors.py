@@ -397,3 +397,18 @@ def name_of(selector: str | Mapping | Selector) -> str | None:
         names = [(name_of(part), weight) for part, weight in parts]
         return None if any(name is None for name, _ in names) else repr(names)
     return None
+
+
+def read_weights(name: str, text: str, example: str) -> dict[str, float]:
+    """Named numbers: "random=0.5,blobs=0.5". Raises ValueError that quotes the text of the option `name`."""
+    weights = {}
+    for part in text.split(","):
+        key, _, weight = (piece.strip() for piece in part.partition("="))
+        try:
+            if key in weights:
+                raise ValueError
+            weights[key] = float(weight)
+        except ValueError:
+            said = "write a blend as" if name == "selector" else "write it as"
+            raise ValueError(f"{name} is {text!r}: {said} {example}.") from None
+    return weights

@@ -112,7 +112,7 @@ def sparse(
     ] = False,
 ) -> None:
     """Fine-tune the embedded model with dropped reference tokens; run again, it continues."""
-    from ..cli import read_weights
+    from ..selectors import read_weights
     from . import ADAPTERS
     from .sparse import choose, train_sparse
 
