@@ -137,7 +137,8 @@ def draw_selection(
     rng = np.random.default_rng(list(seed))
     kinds = [kind for kind, share in dropping.mix.items() if share > 0]
     shares = np.array([dropping.mix[kind] for kind in kinds], float)
-    # All is drawn every time, so that one setting does not move the random numbers of another.
+    # All is drawn every time, so that one setting does not move the random numbers of another. (But of a single share
+    # nothing is drawn, so one `coverage` and several have other sets.)
     dense = rng.random() < dropping.dense
     kind = kinds[rng.choice(len(kinds), p=shares / shares.sum())]
     coverage = float(rng.choice(np.asarray(dropping.coverage, float)))
