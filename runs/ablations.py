@@ -8,6 +8,10 @@
         --spread --runs --methods --keeps 0.2 --scenes 24 \\
         --turns edit_background subject_place edit_background subject_pair \\
         --output results/ablations_random.json
+    python runs/ablations.py --shipped mix --all-selectors --spread --runs dense dense:256:1 --methods --rank 44 \\
+        --checkpoints checkpoints/control --output results/ablations_control.json
+    python runs/ablations.py --all-selectors --spread --runs mix --keeps 0.444 0.25 0.111 \\
+        --checkpoints checkpoints/peers --output results/ablations_sides.json    # 192 pixels to 128, 96, 64
 
 The runs are folders that runs/train_ablations.sh makes. What a run changed is taken as the package takes its own: the
 LoRA of `--rank`, of a run of all weights the strongest directions of its change, and of that the share `--scale` (with
@@ -18,7 +22,8 @@ the tasks choose by themselves, `auto`; those of `--spread` without and with spr
 saving tokens, with that alone. `--shipped` is a name for the package's own adapter, measured as it is, beside longer
 runs (the second line): with every selector where a run is. Stopped at any point, it goes on there. The numbers are PSNR
 against the truth, inside the object or, for global edits, of the whole picture: differences to the dense base with all
-tokens, and what a run has won over the base, and over another run (`PAIRS`), with the same tokens, scene by scene.
+tokens, and what a run has won over the base, and over another run (`PAIRS`), with the same tokens, scene by scene; and
+what `auto` has won over each peer's way with as many tokens, in the base and, each fine-tuned for its own, in a run.
 
 It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
@@ -26,6 +31,7 @@ It needs the scenes' objects: `python -m sparse_context.mini data`.
 import argparse
 import json
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 from peers import PEERS, peer_maker
@@ -45,7 +51,7 @@ BASE = "base"
 ALL = ["mix", "random"]
 SPREAD = ["coverage-0", "coverage-0.3"]
 RUNS = ["dense", "lora", "lora-distilled"]
-PAIRS = (("mix", "random"), ("mix", "dense"), ("mix", "coverage-0"), ("mix", "coverage-0.3"),
+PAIRS = (("mix", "random"), ("mix", "dense"), ("mix", "dense:256:1"), ("mix", "coverage-0"), ("mix", "coverage-0.3"),
          ("lora-distilled", "lora"))  # fmt: skip
 """Runs that are compared with each other, for that is closer than each with the base."""
 
@@ -131,13 +137,19 @@ def main() -> None:
             score = "psnr" if group == "global edits" else "psnr_in_mask"
             shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in cells.items())
             print(f"{run}, {group}: {', '.join(shown)}", flush=True)
+    over_peers: dict[str, dict] = defaultdict(dict)
+    own = [run for run in found if run not in arguments.methods and f"auto-{arguments.keeps[0]:g}" in found[run]]
+    for run, method in product(own, arguments.methods):
+        theirs = found[BASE if run == BASE else method]
+        rows = {f"auto-{keep:g}": theirs[f"{method}-{keep:g}"] for keep in arguments.keeps}
+        over_peers[run][method] = won(found[run], rows)
     config = {"split": "validation", "keeps": arguments.keeps, "scale": arguments.scale, "rank": arguments.rank,
               "all selectors": arguments.all_selectors, "spread": arguments.spread, "methods": arguments.methods,
               "turns": list(arguments.turns), "shipped": arguments.shipped, "runs": records}  # fmt: skip
     pairs = {
         f"{one} over {other}": won(found[one], found[other]) for one, other in PAIRS if {one, other} <= found.keys()
     }
-    figures = {"against dense": against_dense, "won": gains, "pairs": pairs}
+    figures = {"against dense": against_dense, "won": gains, "pairs": pairs, "over peers": over_peers}
     write_result(arguments.output, arguments.output.stem, config, figures)
     print(f"wrote {arguments.output}")
 

@@ -823,23 +823,32 @@ def ablations_coverage() -> str:
     return "\n".join(rows) + f"\n\nDecibels of PSNR at keep {keep:g} against the dense base with all tokens: {how}"
 
 
-def ablations_methods() -> str:
+def ablations_methods(name: str = "ablations") -> str:
     """The peers' ways of saving tokens, each fine-tuned for as long."""
-    if not (ROOT / "results" / "ablations.json").exists():
+    if not _measured(name):
         return "Not measured yet: `runs/ablations.py`."
-    result, how = _ablations()
-    keeps = result["config"]["keeps"]
+    result, how = _ablations(name)
+    keeps, methods = result["config"]["keeps"], result["config"]["methods"]
     groups = {group: score for group, (score, _) in CURVES.items() if group != "global edits"}
     columns = [(group, keep) for group in groups for keep in keeps]
     rows = ["| way | " + " | ".join(f"{group} at {keep:g}" for group, keep in columns) + " |",
             "|" + "---|" * (len(columns) + 1)]  # fmt: skip
     figures = result["figures"]["against dense"]
-    own = result["config"]["all selectors"][0]
-    for name, method, run in (("sparse", "auto", own), *((name, name, name) for name in result["config"]["methods"])):
+    own = next(iter(result["config"]["runs"]))
+    for name, method, run in (("sparse", "auto", own), *((name, name, name) for name in methods)):
         for shown, of in ((f"{name}, training-free", "base"), (f"{name}, fine-tuned", run)):
             cells = [_difference(figures[of][group], f"{method}-{keep:g}", groups[group]) for group, keep in columns]
             rows.append(f"| {shown} | {' | '.join(cells)} |")
-    return "\n".join(rows) + f"\n\nDecibels of PSNR against the dense base with all tokens: {how}"
+    for run, ways in result["figures"].get("over peers", {}).items():
+        for method in methods:
+            cells = [_difference(ways[method][group], f"auto-{keep:g}", groups[group]) for group, keep in columns]
+            weights = "training-free" if run == "base" else "each fine-tuned"
+            rows.append(f"| **sparse over {method}**, {weights} | {' | '.join(cells)} |")
+    return "\n".join(rows) + (
+        "\n\nDecibels of PSNR inside the object against the dense base with all tokens"
+        + (", and in bold of one way over the other, scene by scene" if "over peers" in result["figures"] else "")
+        + f": {how}"
+    )
 
 
 def peers(name: str = "peers") -> str:
@@ -1046,6 +1055,9 @@ PAGES = {
         "ablations_random": ablations_random,
         "ablations_coverage": ablations_coverage,
         "ablations_methods": ablations_methods,
+        "ablations_control": partial(ablations, "ablations_control"),
+        "ablations_control_pairs": partial(ablations_pairs, "ablations_control"),
+        "ablations_sides": partial(ablations_methods, "ablations_sides"),
     },
     "docs/adding-a-pipeline.md": {"lines": lines},
     "sparse_context/saliency.md": {"recall": recall},
