@@ -8,8 +8,10 @@
     python runs/base_quality.py [--scenes 24]                    # validation, to tune on: into checkpoints/
     python runs/base_quality.py --split test --scenes 32         # once a release: results/base_quality.json, docs/
     python runs/base_quality.py --split test --scenes 16 --unlike --output results/base_quality_unlike.json
+    python runs/base_quality.py --split test --scenes 32 --ceiling --output results/base_quality_ceiling.json
 
-The last line leaves out the objects that share a word of their names with one of the training split (data.py).
+`--unlike` leaves out the objects that share a word of their names with one of the training split (data.py). `--ceiling`
+takes, in the model's place, the truth itself through the VAE: what a model without a fault would have.
 Writes the figures, and a sheet of pictures (references, truth, output).
 """
 
@@ -70,10 +72,10 @@ def failures(scene: Scene, mask: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def round_trip(vae, picture: np.ndarray) -> float:
-    """PSNR of a picture through the VAE, in dB."""
+def round_trip(vae, picture: np.ndarray) -> np.ndarray:
+    """A picture through the VAE."""
     decoded = vae.decode(vae.encode(to_tensor([picture])).latent_dist.mode()).sample.clamp(-1, 1)
-    return psnr(((decoded[0].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8), picture)
+    return ((decoded[0].permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)
 
 
 def check(figures: dict) -> dict[str, tuple[float, float, bool, bool]]:
@@ -97,12 +99,13 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
     parser.add_argument("--scenes", type=int, default=24, help="Scenes of each task.")
     parser.add_argument("--unlike", action="store_true", help="Only objects that share no word with a training one.")
+    parser.add_argument("--ceiling", action="store_true", help="The truth through the VAE, in the model's place.")
     parser.add_argument("--model", help="Another model of the same layout; else the embedded one.")
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--output", type=Path, help="results/ for the test split of the package's weights")
     parser.add_argument("--sheet", type=Path, help="docs/ for that")
     arguments = parser.parse_args()
-    published = arguments.split == "test" and arguments.model is None and not arguments.unlike
+    published = arguments.split == "test" and not (arguments.model or arguments.unlike or arguments.ceiling)
     output_file = arguments.output or ROOT / ("results" if published else "checkpoints") / "base_quality.json"
     sheet_file = arguments.sheet or ROOT / ("docs" if published else "checkpoints") / "base_quality.webp"
 
@@ -119,9 +122,12 @@ def main() -> None:
         bar.set_description(task)
         seed = FIRST_SEED[arguments.split] + number
         scene = make_scene(assets, task, seed)
-        references = [Image.fromarray(r) for r in scene.references]
-        config = SparseContextConfig(keep=1.0, task=tasks_of(scene))
-        output = np.asarray(generate(pipe, references, scene.prompt, config, seed=seed).image)
+        if arguments.ceiling:
+            output = round_trip(pipe.vae, scene.target)
+        else:
+            references = [Image.fromarray(r) for r in scene.references]
+            config = SparseContextConfig(keep=1.0, task=tasks_of(scene))
+            output = np.asarray(generate(pipe, references, scene.prompt, config, seed=seed).image)
         if number < SHOWN:
             tiles = [cv2.resize(p, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for p in scene.references]
             shown[task].append(side_by_side([Image.fromarray(p) for p in (*tiles[:1], scene.target, output)]))
@@ -130,7 +136,7 @@ def main() -> None:
             of.setdefault(name, []).append(value)
 
         if task in EDITS:
-            values["vae"]["psnr"].append(round_trip(pipe.vae, scene.references[0]))
+            values["vae"]["psnr"].append(psnr(round_trip(pipe.vae, scene.references[0]), scene.references[0]))
         if task == LOOKED_AT:
             continue
         note("psnr", psnr(output, scene.target))
@@ -156,8 +162,8 @@ def main() -> None:
         for name, figure in by_name.items():
             print(f"{task:<18}{name:<28}{figure['mean']:>8.2f}{figure['least']:>8.2f}{figure['number']:>6}")
     config = {"split": arguments.split, "scenes": arguments.scenes, "candidates": CANDIDATES, "dtype": "float32",
-              "model": arguments.model or "embedded", "unlike": arguments.unlike, "objects": len(assets.objects),
-              **call_settings(pipe)}  # fmt: skip
+              "model": arguments.model or "embedded", "unlike": arguments.unlike, "ceiling": arguments.ceiling,
+              "objects": len(assets.objects), **call_settings(pipe)}  # fmt: skip
     write_result(output_file, "base_quality", config, figures)
     save_picture(column([label(side_by_side(tiles), task) for task, tiles in shown.items()]), sheet_file)
 

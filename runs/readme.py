@@ -138,7 +138,8 @@ def _code_lines(source: str) -> int:
 def base_quality() -> str:
     result = _read("base_quality")
     heads = ("task", "scenes", "whole picture", "inside the object", "its flat colour", "its blur", "recognised",
-             "flat colour", "blur")  # fmt: skip
+             "flat colour", "blur", "at most")  # fmt: skip
+    ceiling = _read("base_quality_ceiling")["figures"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for task, figures in result["figures"].items():
         if "psnr" not in figures or task == "vae":
@@ -151,7 +152,8 @@ def base_quality() -> str:
             f"| {task.replace('_', ', ')} | {figures['psnr']['number']} | {show('psnr', '{:.1f} dB')} | "
             f"{show('psnr inside', '{:.1f} dB')} | {show('psnr inside, flat colour', '{:.1f} dB')} | "
             f"{show('psnr inside, blur', '{:.1f} dB')} | {show('recognised', '{:.0%}')} | "
-            f"{show('recognised, flat colour', '{:.0%}')} | {show('recognised, blur', '{:.0%}')} |"
+            f"{show('recognised, flat colour', '{:.0%}')} | {show('recognised, blur', '{:.0%}')} | "
+            f"{show('recognised', '{:.0%}', ceiling[task])} |"
         )
     config, vae = result["config"], result["figures"]["vae"]["psnr"]
     short: dict[str, list[str]] = {}
@@ -166,7 +168,8 @@ def base_quality() -> str:
         f"\n\nThe dense base with all tokens (`--lora none`) against the truth, {config['split']} split, "
         f"{config['num_inference_steps']} steps, trained for {config['training_steps']:,} steps: PSNR, and how often "
         f"the object is nearest to itself among {config['candidates']} candidates by EfficientNet features; beside "
-        f"both what its flat colour and a blur of it would have. PSNR alone does not tell these from a recoloured "
+        f"both what its flat colour and a blur of it would have, and at most, what the truth itself has after the VAE, "
+        f"which is all that the transformer could reach. PSNR alone does not tell these from a recoloured "
         f"object, nor from one whose scale changes; recognition does. The VAE alone: {vae['mean']:.1f} dB over "
         f"{vae['number']} references. Asked are 19 dB inside the object, 80 % recognised, 22 dB of global edits and "
         f"32 dB of the VAE; "

@@ -125,19 +125,19 @@ def generate(
     everything = SparseContextConfig(keep=1.0)
     own = model is None and lora is None and not kv  # the embedded model's adapter, which is for dropped tokens
 
-    def load(keep: Any):
+    def load(config: SparseContextConfig):
         return load_pipeline(
             model,
             dtype=dtype,
             device=device,
             cpu_offload=cpu_offload,
-            lora=NO_LORA if own and all(each == 1 for each in (keep if isinstance(keep, list) else [keep])) else lora,
+            lora=NO_LORA if own and config.keeps_all else lora,
             lora_scale=lora_scale,
             kv=kv,
         )
 
-    pipe = load(config.keep)
-    whole = load(everything.keep) if own and compare is not None else pipe
+    pipe = load(config)
+    whole = load(everything) if own and compare is not None else pipe
 
     def run(pipe: Any, config: SparseContextConfig, steps: int | None = steps):
         return generate(
@@ -279,7 +279,8 @@ def train(
     max_grad_norm: Annotated[float, typer.Option()] = 1.0,
     ema: Annotated[float, typer.Option(help="Decay of the average that the result is made of.")] = 0.0,
     mixed_precision: Annotated[
-        str | None, typer.Option(help="no or bf16.", show_default="bf16 on an accelerator")
+        str | None,
+        typer.Option(help="no or bf16.", show_default="bf16 on an accelerator; accelerate launch's choice under it"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the frozen weights: auto, bfloat16 or float32.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,

@@ -100,6 +100,13 @@ class SparseContextConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}: pass a whole number, 0 or more.")
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all tokens of any references are kept: by a ratio of 1, or by "auto" where the task is "global"."""
+        count = max(1 if isinstance(own, str) else np.size(own) for own in (self.keep, self.task))
+        pairs = zip(per_reference("keep", self.keep, count), per_reference("task", self.task, count), strict=True)
+        return all(task == "global" if keep == "auto" else keep == 1 for keep, task in pairs)
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:

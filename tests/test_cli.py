@@ -579,15 +579,16 @@ def test_each_reference_with_all_tokens_is_all_tokens(command):
 
 
 def test_with_all_tokens_the_embedded_model_runs_without_its_adapter(command):
-    for keep in ("1", "0.2"):
+    for keep in ("1", "0.2", "auto"):
         for name, lora in (("own", ()), ("none", ("--lora", "none"))):
             code, _, err = command(
                 "generate", "--prompt", "the object of image 1", "--image", "{in}/a.png", "--keep", keep, "--steps", 1,
-                "--output", f"{name}-{keep}.png", "--compare", f"{name}-{keep}-both.png", *lora,
+                "--output", f"{name}-{keep}.png", "--compare", f"{name}-{keep}-both.png", "--task", "global", *lora,
             )  # fmt: skip
             assert code == 0, err
     assert ADAPTERS["plain"].is_file()
     assert np.array_equal(pixels("own-1.png"), pixels("none-1.png"))
+    assert np.array_equal(pixels("own-auto.png"), pixels("none-1.png"))  # which keeps all of a global edit
     assert not np.array_equal(pixels("own-0.2.png"), pixels("none-0.2.png"))
     assert np.array_equal(pixels("own-0.2-both.png")[:128, :128], pixels("none-1.png"))
     assert np.array_equal(pixels("own-0.2-both.png")[:128, -128:], pixels("own-0.2.png"))

@@ -7,14 +7,19 @@ import sys
 
 import pytest
 import torch
+from conftest import CALL
+from diffusers import Flux2KleinPipeline, FluxKontextPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_training import two_ranks
-from tiny import picture
+from tiny import build_flux2, build_kontext, picture
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from sparse_context.cli import main
 from sparse_context.images import open_picture
+from sparse_context.training.data import fingerprint
 from sparse_context.training.finetune import LORA_FILE
+from sparse_context.training.launch import text_encoders
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +96,13 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
         name: len(list((tmp_path / "whole").glob(f"cache/{name}/**/*.safetensors"))) for name in ("latents", "text")
     }
     assert kept == {"latents": 2, "text": 2}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    code, _, errors = call(monkeypatch, capfd, *common, "--output-dir", tmp_path / "new", "--max-train-steps", 1,
+                           "--resume", "latest")  # fmt: skip
+    assert code == 0 and f"{tmp_path / 'new'} holds no checkpoint, so the run starts anew." in errors
+    code, _, errors = call(monkeypatch, capfd, *common, "--output-dir", out, "--max-train-steps", 2, "--resume",
+                           "latest")  # fmt: skip
+    assert code == 2 and "is at step 3, and max_train_steps is 2: pass at least as many" in errors
     one, other = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (out, tmp_path / "whole"))
     assert all((one[name] == other[name]).all() for name in one)
     pipe = load_pipeline(str(tiny_model), device="cpu", lora=str(out / "pytorch_lora_weights.safetensors"))
@@ -207,6 +219,7 @@ BAD = [
     (["--ema", "1"], "ema is 1.0"),
     (["--output-dir", "{data}/a.png"], "is a file"),
     (["-m", "{model}", "--lora-layers", "to_z"], "lora_layers is to_z"),
+    (["-m", "{model}", "--lora-layers", "to_z", "--report-to", "tensorboard"], "lora_layers is to_z"),
 ]
 
 
@@ -224,6 +237,30 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert last.startswith("sparse-context: ") and message in last, errors
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_kv_training_of_a_model_with_guidance_says_what_its_result_is_for(monkeypatch, capfd, data, tmp_path):
+    model = tmp_path / "tiny klein base"
+    build_flux2(Flux2KleinPipeline, is_distilled=False).save_pretrained(model)
+    (model / "call.json").write_text(json.dumps(CALL))
+    code, _, errors = call(monkeypatch, capfd, "--data", data / "good.jsonl", "-m", model, "--kv",
+                           "--max-train-steps", 1, "--output-dir", tmp_path / "out")  # fmt: skip
+    said = f"{model} has guidance, which KV mode has not: the result is for its distilled sibling"
+    assert code == 0 and said in errors
+
+
+@pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_2"])
+def test_cached_prompts_belong_to_the_weights_of_every_text_encoder(encoder):
+    pipe = build_kontext(FluxKontextPipeline)
+    sides = {"vocab_size": 9, "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8,
+             "num_attention_heads": 2, "num_layers": 1, "d_model": 8, "d_ff": 8, "d_kv": 4, "num_heads": 2}  # fmt: skip
+    pipe.register_modules(text_encoder=CLIPTextModel(CLIPTextConfig(**sides)),
+                          text_encoder_2=T5EncoderModel(T5Config(**sides)))  # fmt: skip
+    before = fingerprint(text_encoders(pipe))
+    assert fingerprint(text_encoders(pipe)) == before
+    with torch.no_grad():
+        next(getattr(pipe, encoder).parameters()).add_(1.0)
+    assert fingerprint(text_encoders(pipe)) != before
 
 
 def test_memory_that_runs_out_is_one_sentence(monkeypatch, capfd, data, tiny_model, tmp_path):

@@ -577,6 +577,8 @@ def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
     for resume, changes, message in (
         (False, {}, "holds a run at step 3: continue it with --resume latest"),
         (True, {"seed": 1}, "seed was 0 and is now 1"),
+        (True, {"lr_warmup_steps": 200, "lr_scheduler": "cosine"}, "lr_warmup_steps was 100 and is now 200"),
+        (True, {"max_train_steps": 2}, "is at step 3, and max_train_steps is 2: pass at least as many"),
     ):
         other = FinetuneConfig(**SMALL | {"max_train_steps": 4, "checkpointing_steps": 1, "ema": 0.5} | changes)
         with pytest.raises(ValueError, match=message):
@@ -595,6 +597,18 @@ def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
     cut = finetune(klein(), batches, tmp_path / "cut", config, base="tiny", data="x", resume=True)
     one, other = load_file(whole), load_file(cut)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_warm_up_may_change_once_it_is_over(tmp_path):
+    def run(steps, warmup, resume=True):
+        changes = {"max_train_steps": steps, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": warmup}
+        config = FinetuneConfig(**SMALL | {"checkpointing_steps": 1} | changes)
+        return finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=resume)
+
+    run(2, 1, resume=False)
+    with pytest.raises(ValueError, match="lr_warmup_steps was 1 and is now 5"):
+        run(3, 5)
+    assert run(3, 2).is_file() and (tmp_path / "step-0000003").is_dir()
 
 
 def test_validation_draws_dense_beside_sparse_and_leaves_the_training_alone(tmp_path):
@@ -828,12 +842,22 @@ def test_cached_latents_and_text_are_those_of_the_encoders(tmp_path):
     files = list((tmp_path / "latents").rglob("*.safetensors"))
     assert len(files) == 6
     other = Cache(tmp_path / "text", host.pipe.text_encoder, {"max_sequence_length": 8})
-    assert other.get(b"a", lambda: {"x": torch.zeros(1)})["x"] == 0
-    assert other.get(b"a", lambda: {"x": torch.ones(1)})["x"] == 0  # from the disk
-    assert caches[1].get(b"a", lambda: {"x": torch.ones(1)})["x"] == 1  # which read more tokens
+    assert other.get(b"c", lambda: {"x": torch.zeros(1)})["x"] == 0
+    assert other.get(b"c", lambda: {"x": torch.ones(1)})["x"] == 0  # from the disk
+    assert caches[1].get(b"c", lambda: {"x": torch.ones(1)})["x"] == 1  # which read more tokens
     files[0].write_bytes(b"half")
     again = klein()
     assert torch.allclose(encode(again, batch, caches[0]).target, plain.target, atol=1e-5)
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_cached_prompt_serves_other_references_unless_the_encoder_sees_them(tmp_path, sees):
+    host = klein()
+    host.text_sees_references = sees
+    cache = Cache(tmp_path, host.pipe.text_encoder)
+    for number in (0, 1):
+        encode(host, prepare_batch(host, batches(number), ["", ""]), text_cache=cache)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == (4 if sees else 1)
 
 
 def test_trainable_shares_the_parameters():

@@ -742,6 +742,9 @@ def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, capsys, monkeypatch
     assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == sorted(files)
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report[0]["sparse"]["selection"]["kept"] == report[0]["sparse"]["selection"]["total"] == 256
+    with Image.open(tmp_path / "demo" / f"{toned}.png") as sheet:
+        dense, sparse = (np.asarray(sheet.crop((left, 0, left + 192, 192))) for left in (2 * 200, 3 * 200))
+    assert np.array_equal(dense, sparse)  # with all tokens without the adapter
     kept = report[1]["sparse"]["selection"]
     assert kept["kept"] == round(0.25 * kept["total"])
     assert report[1]["sparse kv"]["selection"]["kept"] == kept["kept"]

@@ -94,6 +94,26 @@ def test_an_edit_of_the_whole_picture_keeps_all_by_itself_and_says_so_where_it_m
 # What is kept
 
 
+@pytest.mark.parametrize(
+    ("keep", "task", "everything"),
+    [
+        (1.0, "auto", True),
+        ([1, 1.0], "subject", True),
+        ("auto", "global", True),
+        (["auto", 1.0], ["global", "edit"], True),
+        ("auto", "edit", False),
+        ("auto", ["global", "edit"], False),
+        ([1.0, 0.9], "global", False),
+        (64, "global", False),
+    ],
+)
+def test_a_config_says_whether_it_keeps_all_of_any_references(keep, task, everything):
+    config = Config(keep=keep, task=task)
+    assert config.keeps_all is everything
+    selection = select_tokens([noise(0), noise(1)], [GRID, GRID], config)
+    assert (selection.kept == selection.total) is everything
+
+
 def test_a_selection_reports_what_it_kept():
     selection = select_tokens([noise(), noise(1)[:, :32]], [GRID, (8, 4)], Config(keep=0.25, selector="detail"))
     first, second = selection.references

@@ -116,6 +116,18 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing(tmp_path):
     assert not torch.equal(two, start) and torch.equal(trained("last", 4, broken=(2, 3)), two)
 
 
+def test_steps_without_finite_gradients_are_counted_and_end_a_run_that_learns_nothing_any_more(tmp_path):
+    def broken(steps):
+        return lambda step: loss(step) * (math.nan if step in steps else 1.0)
+
+    module, optimisers, loss = problem()
+    train(module, optimisers, broken({1, 2, 5}), tmp_path / "few", steps=6, log_every=3)
+    log = [json.loads(line) for line in (tmp_path / "few" / "log.jsonl").read_text().splitlines()]
+    assert [record["skipped"] for record in log] == [2, 1]
+    with pytest.raises(ValueError, match="^The gradients of steps 26 to 45 are not finite, .* lower learning rate"):
+        train(module, optimisers, broken({*range(4, 24), *range(25, 99)} - {23}), tmp_path / "end", steps=99)
+
+
 def test_a_killed_run_ends_at_equal_weights(tmp_path):
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

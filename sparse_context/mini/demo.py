@@ -67,7 +67,8 @@ def run_demo(output: Path, keep: float | int | str | None = None) -> list[dict]:
     def run(way: str, example: dict, steps: int | None = None) -> Generation:
         share = 1.0 if way == "dense" else kept_of(example["tasks"])
         config = SparseContextConfig(keep=share, task=example["tasks"])
-        return generate(ways[way], example["references"], example["prompt"], config, steps=steps)
+        pipe = ways["dense" if way == "sparse" and config.keeps_all else way]
+        return generate(pipe, example["references"], example["prompt"], config, steps=steps)
 
     for way, pipe in ways.items():
         pipe.set_progress_bar_config(disable=True)

@@ -220,7 +220,8 @@ def encode(host: Host, batch: Prepared, latent_cache: Cache | None = None, text_
         text = host.encode_text(batch.prompts, batch.seen)
     else:
         parts = []
-        for prompt, seen in zip(batch.prompts, batch.seen, strict=True):
+        for prompt, pictures in zip(batch.prompts, batch.seen, strict=True):
+            seen = pictures if host.text_sees_references else ()
             key = "\0".join([prompt, *map(str, (p.size for p in seen))]).encode()
             key += b"".join(picture.tobytes() for picture in seen)
             parts.append(
@@ -493,7 +494,7 @@ def finetune(
     """
     main = accelerator is None or accelerator.is_main_process
     ranks = 1 if accelerator is None else accelerator.num_processes
-    check_folder(output, resume)
+    check_folder(output, resume, config.max_train_steps)
     precision = "no" if accelerator is None else accelerator.mixed_precision
     record = {"base": base, "base_weights": fingerprint(host.transformer), "data": data, **sampling,
               "processes": ranks, "mixed_precision": precision, **asdict(config), "version": __version__}  # fmt: skip
@@ -577,14 +578,19 @@ def _evaluating(transformer: nn.Module) -> Iterator[None]:
         transformer.train()
 
 
-def check_folder(output: Path, resume: bool) -> None:
-    """Raise ValueError where a run cannot begin, or cannot be continued, in `output`."""
+def check_folder(output: Path, resume: bool, steps: int) -> None:
+    """Raise ValueError where a run of so many steps cannot begin, or cannot be continued, in `output`."""
     step = newest_step(output) if output.is_dir() else 0
     if output.exists() and not output.is_dir():
         raise ValueError(f"The output {output} is a file: name a folder.")
     if step and not resume:
         raise ValueError(
             f"The folder {output} holds a run at step {step}: continue it with --resume latest, or name another folder."
+        )
+    if step > steps:
+        raise ValueError(
+            f"The run in {output} is at step {step}, and max_train_steps is {steps}: pass at least as many, or name "
+            "another folder."
         )
     if not step:
         foreign = [name for name in (LORA_FILE, "transformer", "README.md") if (output / name).exists()]
@@ -600,9 +606,10 @@ def check_folder(output: Path, resume: bool) -> None:
 SHEET_SIDE = 16_383
 """Pixels that a side of a validation picture may have, in webp. A larger one is scaled down, for no run ends by it."""
 
-FREE = ("max_train_steps", "lr_warmup_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
-        "validation_keep", "gradient_checkpointing", "version")  # fmt: skip
-"""What may change when a run is resumed. Everything else decides its weights."""
+FREE = ("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_keep",
+        "gradient_checkpointing", "version")  # fmt: skip
+"""What may change when a run is resumed: its length, and what does not decide its weights. So may a warm-up, where no
+step that is left tells."""
 
 
 def _check_same(output: Path, record: dict, resume: bool) -> None:
@@ -613,6 +620,12 @@ def _check_same(output: Path, record: dict, resume: bool) -> None:
     before = {name: before.get(name, defaults.get(name, record[name])) for name in record}
     before["dropping"] = defaults["dropping"] | before["dropping"]
     changed = [name for name in record if name not in FREE and record[name] != before[name]]
+    if "lr_warmup_steps" in changed:
+        rate, steps = SCHEDULES[record["lr_scheduler"]], record["max_train_steps"]
+        left = range(newest_step(output), steps)
+        if all(rate(step, steps, before["lr_warmup_steps"]) == rate(step, steps, record["lr_warmup_steps"])
+               for step in left):  # fmt: skip
+            changed.remove("lr_warmup_steps")
     if changed:
         says = "; ".join(f"{name} was {before.get(name)!r} and is now {record[name]!r}" for name in changed)
         raise ValueError(f"The run in {output} was started with other settings: {says}. Resume it with its own.")

@@ -45,6 +45,9 @@ class Host(Protocol):
     shift: float
     """How far noise levels move towards noise, as the scheduler's own `shift`; 1 leaves them."""
 
+    text_sees_references: bool
+    """Whether `encode_text` looks at the pictures. If not, what it makes of a prompt serves all that have it."""
+
     def lora_targets(self) -> list[str]:
         """The modules of the transformer that LoRA adapts by default."""
 
@@ -89,6 +92,8 @@ class Flux2:
     noise level 0, so that their keys and values hold for every step. That takes the KV attention processors (with the
     plain ones the transformer merely warns and attends fully); building that pipeline sets them.
     """
+
+    text_sees_references = False
 
     def __init__(self, pipe: Any, kv: bool = False) -> None:
         from diffusers import Flux2KleinKVPipeline, Flux2Pipeline
@@ -172,6 +177,8 @@ class Kontext:
     Position ids are (N, 3) and shared by the batch; axis 0 is 0 for the output and 1 for the reference.
     """
 
+    text_sees_references = False
+
     def __init__(self, pipe: Any, kv: bool = False) -> None:
         _refuse_kv(pipe, kv)
         self.pipe, self.transformer, self.token = pipe, pipe.transformer, 2 * pipe.vae_scale_factor
@@ -250,6 +257,8 @@ class QwenImageEditPlus:
     shape (N, 3). Its text encoder sees the references, in a smaller size; prompts are padded to a multiple of 512.
     """
 
+    text_sees_references = True
+
     def __init__(self, pipe: Any, kv: bool = False) -> None:
         _refuse_kv(pipe, kv)
         self.pipe, self.transformer, self.token = pipe, pipe.transformer, 2 * pipe.vae_scale_factor
@@ -326,6 +335,8 @@ class Flux3:
     Pictures are scaled and cropped as the pipeline does it with several references: to a megapixel at most. Position
     ids are (N, 4) and shared by the batch. A batch needs prompts of one padded length (a multiple of 80 tokens).
     """
+
+    text_sees_references = False
 
     def __init__(self, pipe: Any, kv: bool = False) -> None:
         _refuse_kv(pipe, kv)

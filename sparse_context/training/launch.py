@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import nn
 
 from ..generation import NO_LORA, call_settings, load_pipeline
 from ..manifest import read_samples
@@ -16,6 +18,7 @@ from .data import Batches, Cache, open_example
 from .dropping import Dropping
 from .finetune import EMBEDDED, FinetuneConfig, check_folder, finetune
 from .hosts import find_host
+from .loop import has_begun
 
 
 def launch(
@@ -73,7 +76,7 @@ def launch(
             f"validation_split is {validation_split!r}, but there is no data for it: name it with --validation-data, "
             "which may be the same as --data."
         )
-    check_folder(output, resume is not None)
+    check_folder(output, resume is not None, config.max_train_steps)
     samples = read_samples(data, **source)
     held_source = source if validation_split is None else {**source, "split": validation_split}
     held_out = [] if validation_data is None else read_samples(validation_data, **held_source)[:num_validation_images]
@@ -93,12 +96,26 @@ def launch(
     )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision is {accelerator.mixed_precision!r}: choose no or bf16.")
-    host = find_host(load_pipeline(model, dtype=dtype, device=str(accelerator.device), lora=NO_LORA), config.kv)
-    if report_to:
-        accelerator.init_trackers("tensorboard")
+    pipe = load_pipeline(model, dtype=dtype, device=str(accelerator.device), lora=NO_LORA)
+    host = find_host(pipe, config.kv)
+    if accelerator.is_main_process:
+        if resume and not has_begun(output):
+            print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
+        if config.kv and not getattr(pipe.config, "is_distilled", True):
+            print(f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "
+                  "validation pictures are made without.", file=sys.stderr)  # fmt: skip
+
+    def trackers() -> list[Any]:
+        if report_to and not accelerator.trackers:  # at the first record, for what is refused writes nothing
+            accelerator.init_trackers(report_to)
+        return accelerator.trackers
+
+    def log(step: int, record: Mapping[str, float]) -> None:
+        for tracker in trackers():
+            tracker.log({name: value for name, value in record.items() if name != "step"}, step=step)
 
     def log_picture(step: int, picture: Image.Image) -> None:
-        for tracker in accelerator.trackers:
+        for tracker in trackers():
             tracker.writer.add_image("validation", np.asarray(picture), step, dataformats="HWC")
 
     folder = cache_dir or output / "cache"
@@ -115,8 +132,8 @@ def launch(
             workers=dataloader_num_workers,
             validation=shown,
             latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
-            text_cache=Cache(folder / "text", host.pipe.text_encoder, call_settings(host.pipe)) if cache_text else None,
-            log=lambda step, record: accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step),
+            text_cache=Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe)) if cache_text else None,
+            log=log,
             log_picture=log_picture,
             batch=train_batch_size,
             samples=len(samples),
@@ -130,3 +147,9 @@ def launch(
         ) from error
     accelerator.end_training()
     return result if accelerator.is_main_process else None
+
+
+def text_encoders(pipe: Any) -> nn.ModuleList:
+    """All that a pipeline reads prompts with, as one module: FLUX.1 has two."""
+    parts = (pipe.components.get(name) for name in ("text_encoder", "text_encoder_2"))
+    return nn.ModuleList(part for part in parts if isinstance(part, nn.Module))

@@ -61,6 +61,8 @@ def _warm(step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / max(warmup, 1))
 
 
+SKIPPED = 20  # steps in a row without finite gradients, by which a run ends
+
 CLOCK = 10_000  # as many steps a run by the clock has, for its schedule
 
 SCHEDULES: Mapping[str, Callable[[int, int, int], float]] = {
@@ -117,15 +119,16 @@ def train(
     Step s averages the gradients of `loss(s * accumulate)` to `loss(s * accumulate + accumulate - 1)`, and with an
     `accelerate.Accelerator` those of all its processes; each must draw its own batches. `module` may be a part of what
     the loss runs through, as an adapter is: nothing is wrapped, gradients are averaged where they end up. A step
-    whose gradients are not finite changes nothing. `schedule` is a name of `SCHEDULES`. An `ema` of 0 averages nothing
-    and returns `module` itself.
+    whose gradients are not finite changes nothing, and the log counts it as `skipped`. `schedule` is a name of
+    `SCHEDULES`. An `ema` of 0 averages nothing and returns `module` itself.
 
     Continues from the newest checkpoint in `folder`, if there is one. `show(step, average)` runs every `show_every`
     steps and after the last, by the clock too (0: never), for sample sheets; `log(step, record)` beside every record of
     the log. `stop_after` is a number of seconds after which the run saves and returns. With `seconds` it does so then,
     and `schedule` goes by the clock, as if the last of `steps` came at that time (warm-up stays in steps): for a
     machine that is there for so long, and of unknown speed. Resumed, such a run has all its seconds again.
-    Raises OSError, in one sentence, where a file cannot be written; what was written before stays whole.
+    Raises OSError, in one sentence, where a file cannot be written, and ValueError where `SKIPPED` steps in a row were
+    skipped; what was written before stays whole.
     """
     main = accelerator is None or accelerator.is_main_process
     several = accelerator is not None and accelerator.num_processes > 1
@@ -138,6 +141,7 @@ def train(
         _tidy(folder, first)
     base_rates = [group["lr"] for o in optimisers for group in o.param_groups]
     started, window = time.monotonic(), []
+    skipped, in_a_row = 0, 0
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds is {seconds!r}: pass a number above 0.")
     stop_after = min((limit for limit in (stop_after, seconds) if limit is not None), default=None)
@@ -161,8 +165,16 @@ def train(
             _average_gradients(module, accelerator)
         norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
         if torch.isfinite(norm):
+            in_a_row = 0
             for optimiser in optimisers:
                 optimiser.step()
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            if in_a_row == SKIPPED:
+                raise ValueError(
+                    f"The gradients of steps {step + 2 - SKIPPED} to {step + 1} are not finite, so nothing is learned "
+                    "any more: begin a new run with a lower learning rate, or without mixed precision."
+                )
         module.zero_grad(set_to_none=True)
         if average is not module:
             _follow(average, module, min(ema, (step + 1) / (step + 10)))
@@ -171,7 +183,9 @@ def train(
             mean = (accelerator.reduce(mean, "mean") if several else mean).item()
             window.clear()
             bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-            record = {"step": step + 1, "loss": mean, "norm": norm.item(), "seconds": time.monotonic() - started}
+            record = {"step": step + 1, "loss": mean, "norm": norm.item(), "skipped": skipped,
+                      "seconds": time.monotonic() - started}  # fmt: skip
+            skipped = 0
             if main:
                 with writing(folder / "log.jsonl"), (folder / "log.jsonl").open("a") as f:
                     f.write(json.dumps(record) + "\n")
