@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -15,11 +16,22 @@ from PIL import Image
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 from transformers import Qwen2Tokenizer
+from typer.testing import CliRunner
 
 from sparse_context import SparseContextConfig
 from sparse_context.generation import generate, load_pipeline
 from sparse_context.mini import ADAPTERS, WEIGHTS, read_call_settings, recipe
-from sparse_context.mini.data import SPLITS, Assets, _clip_art_key, _emoji_key, _misses_a_link, _square, split_of
+from sparse_context.mini.__main__ import app
+from sparse_context.mini.data import (
+    SPLITS,
+    Assets,
+    _clip_art_key,
+    _emoji_key,
+    _misses_a_link,
+    _square,
+    load_assets,
+    split_of,
+)
 from sparse_context.mini.demo import read_examples, run_demo
 from sparse_context.mini.model import make_tokenizer, make_vae
 from sparse_context.mini.recipe import (
@@ -322,6 +334,69 @@ def test_a_restored_vae_goes_on_and_a_run_of_it_is_never_restored_over(assets, p
         VaeConfig(crop=30)
 
 
+def test_a_kill_after_the_last_step_of_a_restored_vae_loses_nothing(assets, tmp_path, monkeypatch):
+    save_assets(assets, tmp_path)
+    restore(WEIGHTS, tmp_path)
+    final, config = tmp_path / "vae" / "final", VaeConfig(steps=1, batch=2, crop=32)
+    before = load_vae(tmp_path).state_dict()
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "measure_latents", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_vae(tmp_path, config)
+    assert newest_step(tmp_path / "vae") == 1
+    final.rename(final.with_suffix(".old"))  # as a kill leaves it between the renames
+    assert all(torch.equal(weight, before[name]) for name, weight in load_vae(tmp_path).state_dict().items())
+    train_vae(tmp_path, config)
+    assert not torch.equal(load_vae(tmp_path).state_dict()["encoder.conv_in.weight"], before["encoder.conv_in.weight"])
+    at = final.stat().st_ino
+    train_vae(tmp_path, config)  # done, and so left as it is, with whatever a decoder's run made of it
+    assert final.stat().st_ino == at
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_the_recipe_as_commands_ends_at_the_same_model_however_often_it_is_stopped(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "TASKS", ("edit_background",))  # of the sheets, and of the tokenizer's prompts
+    monkeypatch.setattr(recipe, "EXAMPLES", {"one": ("edit_background", 6)})
+    monkeypatch.setattr(recipe, "measure_latents", partial(recipe.measure_latents, pictures=32))
+    three = Assets(assets.objects, np.concatenate([assets.photos, assets.photos[:1]]), assets.object_names,
+                   assets.object_split, np.array([0, 1, 2]))  # fmt: skip
+
+    def run(folder, *arguments):
+        done = CliRunner().invoke(app, [*map(str, arguments), "--folder", str(folder)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+
+    made = []
+    for name, stops in (("whole", [()]), ("stopped", [("--stop-after", 0)] * 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_assets(three, folder)
+        for step, batch in (("vae", 2), ("base", 1), ("decoder", 2)):
+            for stop in stops:
+                run(folder, step, "--steps", 2, "--batch", batch, *stop)
+            assert (folder / step / "sheet-0000002.png").is_file()
+        run(folder, "export", "--destination", folder / "weights")
+        run(folder, "examples", "--destination", folder / "examples")
+        assert not [*folder.rglob("*.partial"), *folder.rglob("*.old")]
+        assert read_examples(folder / "examples")[0]["truth"].size == (128, 128)
+        files = (folder / "weights").rglob("*.safetensors")
+        made.append({file.relative_to(folder): file.read_bytes() for file in files})
+    assert len(made[0]) == 3 and made[0] == made[1]
+
+
+def test_a_file_that_is_no_assets_is_one_sentence(assets, tmp_path):
+    save_assets(assets, tmp_path)
+    file = tmp_path / "assets.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[:-100], b"", whole.replace(b'"names"', b'"mames"')):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(file))} is no file of assets, or damaged .*: delete it"):
+            load_assets(file)
+
+
 # Under autocast torch says once that RMS norm, whose weights stay float32, is not fused
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_the_decoder_is_trained_and_latents_stay(assets, pipe, tmp_path):
@@ -378,6 +453,7 @@ def test_a_restored_base_trains_and_is_exported_without_the_adapter_of_the_old_o
     assert read_call_settings(weights)["training_steps"] == before + 1
     export(tmp_path, tmp_path / "exact", torch.float32)  # for another run to go on from
     assert not any(str(tmp_path) in file.read_text() for file in (tmp_path / "exact").rglob("*.json"))
+    assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("*.old")]
     restore(tmp_path / "exact", tmp_path / "next")
     modules = torch.nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
     parts = [copy.deepcopy(modules), copy.deepcopy(modules)]

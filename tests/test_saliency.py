@@ -159,14 +159,18 @@ def test_what_the_net_is_judged_with_was_not_trained_on():
     from sparse_context.mini.data import Assets
     from sparse_context.mini.saliency_net import BACKDROPS, held_out_sources, training_sources
 
-    objects, photos = np.arange(1701), np.arange(217)
+    objects, photos = np.arange(4293), np.arange(217)
     assets = Assets(objects, photos, [str(i) for i in objects], objects % 3, photos % 3)
     trained, judged = training_sources(assets), held_out_sources(assets)
     assert trained.objects.objects.tolist() == [i for i in range(1595) if i % 3 == 0]
-    assert judged.objects.objects.tolist() == list(range(1595, 1701))  # of every split
-    assert judged.objects.object_names == [str(i) for i in range(1595, 1701)]
+    assert judged.objects.objects.tolist() == list(range(1595, 4293))  # of every split
+    assert judged.objects.object_names == [str(i) for i in range(1595, 4293)]
     assert trained.backdrops.tolist() == [i for i in BACKDROPS if i % 3 == 0]
     assert judged.backdrops.tolist() == [i for i in BACKDROPS if i % 3 != 0]
+    others = Assets(objects[1:], photos, assets.object_names[1:], assets.object_split[1:], assets.photo_split)
+    for of in (training_sources, held_out_sources):
+        with pytest.raises(ValueError, match="hold 4292 objects and 217 photographs, and .* numbered for 4293 and 217"):
+            of(others)
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +303,7 @@ def test_the_recipe_trains_the_last_stages_and_exports_what_loads(sources, wheel
     assets = {"objects": objects, "photos": sources.backdrops, "object_split": np.zeros(6, np.int64),
               "photo_split": np.array([0, 1])}  # fmt: skip
     save_arrays(assets, tmp_path / "assets.safetensors", metadata={"names": json.dumps(list("abcdef"))})
+    monkeypatch.setattr(saliency_net, "BUILT", (6, 2))
     monkeypatch.setattr(saliency_net, "EMOJI", 3)
     monkeypatch.setattr(saliency_net, "BACKDROPS", (0, 1))
     monkeypatch.setattr(saliency_net, "fetch", lambda packages, file: wheel[0])

