@@ -1,8 +1,9 @@
 """How good the embedded model is with all its reference tokens, against the truth of scenes that it has not seen.
 
 - Subjects and object edits: PSNR inside the object's mask, and recognition: of 64 candidates that stand at the same
-  place of the same picture (the object, 61 others of the split, and the object as a flat colour and as a blur), is the
-  object the nearest by EfficientNet features? What the flat colour and the blur themselves score is measured too.
+  place of the same picture (the object, 61 of the split, and the object as a flat colour and as a blur), is the object
+  the nearest by EfficientNet features? (It may be among the 61 too, which counts as itself.) What the flat colour and
+  the blur themselves score is measured too.
 - Global edits: PSNR of the whole picture. The VAE alone: PSNR of the references, encoded and decoded.
 
     python runs/base_quality.py [--scenes 24]                    # validation, to tune on: into checkpoints/
@@ -51,7 +52,7 @@ def objects(scene: Scene) -> list[np.ndarray]:
 
 
 def with_other_objects(assets: Assets, task: str, seed: int) -> list[np.ndarray]:
-    """The truth of the same scene, had every object in it been another one: 61 pictures."""
+    """The truth of the same scene, had every object in it been one of 61 of the split: as many pictures."""
     chosen = np.random.default_rng(seed).permutation(len(assets.objects))[: CANDIDATES - 3]
     shape = assets.objects.shape
     return [make_scene(replace(assets, objects=np.broadcast_to(assets.objects[i], shape)), task, seed).target

@@ -6,8 +6,9 @@ pyramid kind (Lin et al., CVPR 2017) brings strides 32, 16, 8 and 4 together, an
 its coarsest level. `mini/saliency_net.py` trains it; the weights lie beside this file.
 
 The net finds animals and things against any background, and misses buildings; contrast.py finds whatever differs from
-the picture's border, and is lost where that is busy. Their errors differ, so the mean is better on photographs than
-either (`runs/saliency.py`). Both keep to a fixed scale: a picture without a subject is low all over.
+the picture's border, and is lost where that is busy. Their errors differ, so the mean is taken, which on photographs
+finds at least as much as the better of the two (`runs/saliency.py`). Both keep to a fixed scale: a picture without a
+subject is low all over.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from torch import nn
 from .contrast import contrast_map
 
 WEIGHTS = Path(__file__).with_name("saliency.safetensors")
-# Pixels of the net's input; the other side keeps the aspect, both are multiples of 32. It was trained at 256, and
-# found as much at 224 when that was tried, which are three quarters of the pixels.
+# Pixels of the net's input; the other side keeps the aspect, both are multiples of 32. It was trained at 256; 224 are
+# three quarters of the pixels.
 LONG_SIDE = 224
 NOTHING = 0.05  # a probability up to this is taken for none: it says no more than how sure the net is of background
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pictures that the trunk was trained on

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +80,30 @@ def test_what_is_written_is_a_manifest_and_its_pictures_to_the_last_pixel(recipe
     assert np.array_equal(np.asarray(samples[3].open_references()[0]), np.asarray(edits[1]["source_img"]))
     assert np.array_equal(np.asarray(samples[3].open_image()), np.asarray(edits[1]["target_img"]))
     assert len(list(tmp_path.iterdir())) == 1 + 2 * len(names)  # and no half-written picture
+
+
+@pytest.mark.parametrize("size", ["4b", "9b"])
+def test_the_whole_script_trains_a_tiny_model_in_the_place_of_the_large_one(size, tiny_model, tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        picture(64, 64, seed).save(tmp_path / f"{name}.png")
+    for name in ("train", "validation"):
+        row = {"references": ["a.png"], "image": "b.png", "prompt": "the cat"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    output = tmp_path / "out"
+    places = {
+        "DATA": str(tmp_path),
+        "OUTPUT": str(output),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    smaller = ["--model", tiny_model, "--max-train-steps", 1, "--gradient-accumulation-steps", 1, "--rank", 2,
+               "--mixed-precision", "no", "--dtype", "float32"]  # fmt: skip
+    done = subprocess.run(
+        ["bash", SCRIPT.with_name(f"train_klein_{size}.sh"), *map(str, smaller)],
+        env=os.environ | places, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = json.loads((output / "config.json").read_text())
+    assert config["distillation"] == 1 and config["subsets"] == 3 and config["lora_alpha"] == 64
+    assert config["dropping"]["mix"]["subject"] == 0.4 and config["dropping"]["coverage"] == [0.0, 0.1]
+    assert (output / "pytorch_lora_weights.safetensors").is_file() and (output / "step-0000001").is_dir()
+    assert [file.name for file in (output / "validation").iterdir()] == ["step-0000001.webp"]
