@@ -10,7 +10,8 @@
         --output results/ablations_random.json
     python runs/ablations.py --shipped mix --all-selectors --spread --runs dense dense:256:1 --methods --rank 44 \\
         --checkpoints checkpoints/control --output results/ablations_control.json
-    python runs/ablations.py --all-selectors --spread --runs mix --keeps 0.444 0.25 0.111 \\
+    python runs/ablations.py --all-selectors --spread --runs mix --keeps 0.444 0.25 0.111 --scenes 24 \\
+        --turns subject_place edit_background subject_pair subject_scene edit_object subject_quarters \\
         --checkpoints checkpoints/peers --output results/ablations_sides.json    # 192 pixels to 128, 96, 64
 
 The runs are folders that runs/train_ablations.sh makes. What a run changed is taken as the package takes its own: the

@@ -9,7 +9,7 @@
     python runs/base_quality.py [--scenes 24]                    # validation, to tune on: into checkpoints/
     python runs/base_quality.py --split test --scenes 32         # once a release: results/base_quality.json, docs/
     python runs/base_quality.py --split test --scenes 16 --unlike --output results/base_quality_unlike.json
-    python runs/base_quality.py --split test --scenes 32 --ceiling --output results/base_quality_ceiling.json
+    python runs/base_quality.py --split test --scenes 16 --ceiling --output results/base_quality_ceiling.json
 
 `--unlike` leaves out the objects that share a word of their names with one of the training split (data.py). `--ceiling`
 takes, in the model's place, the truth itself through the VAE: what a model without a fault would have.
