@@ -252,6 +252,8 @@ def check_budget(
             raise ValueError(
                 f"{name} has {len(values)} values for {references} references: pass one value, or one per reference."
             )
+    if _is_sequence(keep) and not len(keep):
+        raise ValueError(f"keep is {keep!r}: pass one value, or one per reference.")
     for own in keep if _is_sequence(keep) else [keep]:
         if not (own == "auto" if isinstance(own, str) else _is_within(own, 0, 1, above=True) or _is_count_at(own, 2)):
             raise ValueError(

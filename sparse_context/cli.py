@@ -46,7 +46,9 @@ Mask = Annotated[
 ]
 Coverage = Annotated[float | None, typer.Option(help="Share of the kept tokens spread evenly.", show_default="by task")]
 Merge = Annotated[float, typer.Option(help="Share of the kept tokens that are averages of the others, 0 to 1.")]
-Share = Annotated[str, typer.Option(help="equal: the same ratio of each reference. joint: they compete.")]
+Share = Annotated[
+    str, typer.Option(help="Of one ratio or count. equal: the same for each reference. joint: they compete for it.")
+]
 Lora = Annotated[
     str | None,
     typer.Option(
@@ -57,7 +59,7 @@ LoraScale = Annotated[float, typer.Option(help="How much of the LoRA to take: 0.
 KV = Annotated[
     bool, typer.Option("--kv", help="References go through the model once (FLUX.2 klein, with a LoRA of train --kv).")
 ]
-Floor = Annotated[int, typer.Option(help="Fewest tokens of each reference.")]
+Floor = Annotated[int, typer.Option(help="Fewest tokens of each reference, as far as a count holds them.")]
 ConfigName = Annotated[str | None, typer.Option(help="Of a data set that has several.")]
 Split = Annotated[str, typer.Option(help="Of a data set.")]
 ImageColumn = Annotated[str, typer.Option(help="The picture to be made.")]
@@ -100,11 +102,10 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Make a picture from references and a prompt, with a fraction of the reference tokens."""
-    from .images import check_output, open_mask, open_picture, save_picture
+    from .images import open_mask, open_picture, save_picture
 
     outputs = [path for path in (output, show_tokens, compare) if path is not None]
-    for path in outputs:
-        check_output(path)
+    _check_outputs(outputs, [*(image or []), *(mask or []), *([inpaint] if inpaint else [])])
     if len({path.resolve() for path in outputs}) < len(outputs):
         raise ValueError("Two of --output, --show-tokens and --compare name the same file: give each its own.")
     references = [open_picture(path) for path in image or []]
@@ -154,10 +155,16 @@ def generate(
         )
 
     if compare is not None:  # a first call pays for more than itself, so neither of the two is one
-        run(pipe, config, steps=1)
-        run(whole, everything, steps=1)
+        for one, own_config in ((pipe, config), (whole, everything)):
+            one.set_progress_bar_config(disable=True)
+            run(one, own_config, steps=1)
+            one.set_progress_bar_config(disable=False)
+        pipe.set_progress_bar_config(desc="kept tokens")
     result = run(pipe, config)
-    dense = None if compare is None else run(whole, everything)
+    dense = None
+    if compare is not None:
+        whole.set_progress_bar_config(desc="all tokens")
+        dense = run(whole, everything)
 
     pictures = {output: result.image}
     if show_tokens is not None and result.selection is not None:
@@ -194,15 +201,22 @@ def select(
     merge: Merge = 0.0,
     share: Share = "equal",
     floor: Floor = 1,
-    token: Annotated[int, typer.Option(help="Pixels a side of a token: 16 for FLUX.", min=1, max=256)] = 16,
+    token: Annotated[
+        int,
+        typer.Option(
+            help="Pixels a side of a token: 16 for FLUX; 8 for the embedded model, which scales what it is given.",
+            min=1,
+            max=256,
+        ),
+    ] = 16,
     output: Annotated[Path, typer.Option(help="Where the drawing goes.")] = Path("tokens.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show which tokens would be kept, with no model loaded."""
-    from .images import check_output, open_picture, save_picture
+    from .images import open_picture, save_picture
     from .preview import draw_selection, select_pictures
 
-    check_output(output)
+    _check_outputs([output], [*images, *(mask or [])])
     references = [open_picture(path) for path in images]
     config = _config(keep, selector, task, coverage, merge, share, floor, mask, references)
     selection = select_pictures(references, config, token)
@@ -292,7 +306,7 @@ def train(
         str | None, typer.Option(help="Of --validation-data, if it is a data set.", show_default="as --split")
     ] = None,
     validation_steps: Annotated[
-        int, typer.Option(help="Updates between validation pictures; the last has one too.")
+        int, typer.Option(help="Updates between validation pictures; the last has one too. 0: it alone.")
     ] = 500,
     validation_keep: Annotated[float, typer.Option(help="Keep ratio of the sparse one of them.")] = 0.2,
     num_validation_images: Annotated[int, typer.Option(help="How many samples are drawn.")] = 4,
@@ -423,7 +437,7 @@ def evaluate(
 ) -> None:
     """Measure quality against the tokens kept, on the same noise, with 95 % intervals."""
     from .evaluation.evaluate import evaluate, fingerprint, grid, maker, open_folder, table
-    from .evaluation.metrics import METRICS, find_metrics
+    from .evaluation.metrics import METRICS, find_metrics, try_out
     from .evaluation.pie_bench import PIE_METRICS, read_pie_bench
     from .evaluation.plots import check_matplotlib, draw_all
     from .manifest import read_samples
@@ -444,9 +458,10 @@ def evaluate(
     else:
         assert pie_bench is not None
         samples, part = read_pie_bench(pie_bench)[:limit], {}
+    _hide_loading_bars()
+    try_out(metrics)
     open_folder(output)
 
-    _hide_loading_bars()
     from .generation import check_references, load_pipeline
 
     for count in sorted({len(sample.references) for sample in samples}):
@@ -574,6 +589,17 @@ def _config(keep, selector, task, coverage, merge, share, floor, mask, reference
         share=share,
         floor=floor,
     )
+
+
+def _check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
+    """Raise ValueError where an output cannot be written, or would be written over a picture that is read."""
+    from .images import check_output
+
+    for path in outputs:
+        check_output(path)
+        for given in inputs:
+            if path.exists() and given.exists() and path.samefile(given):
+                raise ValueError(f"{path} is read too, and would be written over: name another file for the output.")
 
 
 def _with_masks(selector, given):

@@ -66,7 +66,7 @@ def load_pipeline(
     device: a torch device; None takes an accelerator if there is one. cpu_offload: "model" or "group".
     lora: a safetensors file for this model, or "none". None is the same as "none", but that the embedded model then has
     its own adapter, for dropped tokens, folded into its weights, where the package holds one. lora_scale: how much of
-    the file's change of the weights is taken, 0 or more; another than 1 without a file is refused.
+    the LoRA's change of the weights is taken, 0 or more; another than 1 without a LoRA is refused.
     kv: run a klein model as `Flux2KleinKVPipeline`, for a LoRA that was trained for that (`train --kv`). The embedded
     model then has its adapter for KV mode, where the package holds one. Other pipelines are refused, and klein models
     that need guidance, which that pipeline has none of.
@@ -85,8 +85,8 @@ def load_pipeline(
         raise ValueError(f"lora-scale is {lora_scale!r}: pass a number of 0 or more.")
     if lora is not None:
         _check_lora_file(lora)
-    elif lora_scale != 1:
-        raise ValueError(f"lora-scale is {lora_scale:g}, but no LoRA's file was named: pass --lora, or leave it out.")
+    elif lora_scale != 1 and not own:
+        raise ValueError(f"lora-scale is {lora_scale:g}, but there is no LoRA: name one with --lora, or leave it out.")
     path = str(WEIGHTS) if model is None else model
     kind = _class_name(path)
     if kv and kind not in (KLEIN, KLEIN_KV):
@@ -118,7 +118,7 @@ def load_pipeline(
         pipe = twin
     if own:
         _load_lora(pipe, str(adapter))
-        pipe.fuse_lora()
+        pipe.fuse_lora(lora_scale=lora_scale)
         pipe.unload_lora_weights()  # what was fused stays
     elif lora is not None:
         _load_lora(pipe, lora)

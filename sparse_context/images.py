@@ -17,6 +17,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -156,6 +157,16 @@ def save_text(text: str, path: str | os.PathLike[str]) -> None:
     """
     data = text.encode("utf-8", "backslashreplace")
     _write_whole(path, lambda file: file.write(data))
+
+
+def follow_folder(path: str | os.PathLike[str]) -> None:
+    """Let those read a file, or the files in a folder, who may read the folder that it is in: safetensors' own are
+    private, whatever the umask says."""
+    path = Path(path)
+    mode = path.parent.stat().st_mode & 0o666
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(mode)
 
 
 def _write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:

@@ -225,7 +225,7 @@ def _make_sample(
 ) -> Sample | list[str]:
     """A sample from a row of any source, or everything that is wrong with the row."""
     if not isinstance(row, Mapping):
-        return [f"{where} is no JSON object: write one as {{...}}."]
+        return [f"{where} is no JSON object: write one as {{...}}, on a line of its own."]
     known = {field: columns.get(field, field) for field in FIELDS}
     value = {field: row.get(column) for field, column in known.items()}
     problems = []
@@ -330,14 +330,16 @@ class _Table(Sequence):
                 table = builder.as_dataset(split=split)
                 self.split, self.config = split, builder.config.name
         except Exception as error:  # the library raises many kinds, and all of them mean this
-            reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+            said = [" ".join(str(one).split())[:300].rstrip(".") for one in (error, error.__cause__) if one is not None]
+            reason = ": ".join(filter(None, said)) or type(error).__name__
             raise ManifestError(f"The data set {source} does not load: {reason}.") from error
         self._names = {field: columns.get(field, field) for field in FIELDS}
         for field in ("references", "prompt", *(["image"] if needs_image else []), *columns):
             if self._names[field] not in table.column_names:
+                also = " A JSONL manifest is named by its own file." if folder and any(folder.glob("*.jsonl")) else ""
                 raise ManifestError(
                     f"The data set {source} has no column {self._names[field]!r} for the field {field!r}: its columns "
-                    f"are {', '.join(table.column_names)}."
+                    f"are {', '.join(table.column_names)}.{also}"
                 )
         table = table.select_columns([name for name in self._names.values() if name in table.column_names])
         for name in table.column_names:  # so that a picture is decoded here, by images.py, and by nothing else

@@ -217,6 +217,9 @@ class Selection:
         lines.append(f"total: {_tokens(self.kept, self.total)}, task {self.task}, in {1000 * self.seconds:.1f} ms")
         if any(kept.task == "global" and len(kept.index) < kept.scores.size for kept in self.references):
             lines.append("an edit of the whole picture loses by every token that is dropped: keep all, or keep='auto'")
+        for i, kept in enumerate(self.references, start=1):
+            if kept.selector == "mask" and not kept.scores.any():
+                lines.append(f"the mask of reference {i} marks nothing, so its tokens are spread evenly")
         return "\n".join(lines)
 
 

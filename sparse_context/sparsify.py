@@ -81,9 +81,11 @@ def apply_sparse_context(
         makes them anew. It is yours, so that it outlives applying again and can serve several pipelines.
 
     Applying again replaces what was applied before, and is cheap enough to do for each call. Raises TypeError for a
-    pipeline of another kind and ValueError for a setting out of range; the pipeline is then left as it was.
+    pipeline or a cache of another kind and ValueError for a setting out of range; the pipeline is then left as it was.
     """
     attach = find_family(pipe)
+    if not isinstance(cache, ReferenceCache | None):
+        raise TypeError(f"cache is {cache!r}: pass a ReferenceCache(), or None.")
     config = replace(config or SparseContextConfig(), **changes)
     remove_sparse_context(pipe)
     context = SparseContext(config, cache)

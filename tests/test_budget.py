@@ -282,6 +282,7 @@ def test_the_same_scores_give_the_same_tokens(scores, coverage):
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
+        ([], "keep has 0 values for 2 references"),
         (0, "keep is 0: pass a ratio above 0 and up to 1, a count of at least 2 tokens, or 'auto'"),
         (0.0, "keep is 0.0: pass a ratio"),
         (1.2, "keep is 1.2: pass a ratio"),

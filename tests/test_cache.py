@@ -365,3 +365,11 @@ def test_threads():
     assert failed == []
     assert cache.hits + cache.misses == 8 * 150
     assert cache.nbytes == sum(value.nbytes for value in cache._held.values()) <= 4000
+
+
+@pytest.mark.parametrize("cache", [{}, True])
+def test_a_cache_of_another_kind_is_refused_and_the_pipeline_left_as_it_was(cache):
+    pipe = build_flux2(Flux2KleinPipeline)
+    with pytest.raises(TypeError, match=r"cache is .*: pass a ReferenceCache\(\), or None"):
+        apply_sparse_context(pipe, cache=cache)
+    assert not [name for name in vars(pipe) if "sparse" in name]

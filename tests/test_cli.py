@@ -298,6 +298,9 @@ def test_a_bad_choice(refused, face, options, says):
         "generate --prompt x --mask {in}/corner.png": "There are 1 masks for 0 references",
         "generate --prompt x --output a.png --compare a.png": "name the same file",
         "generate --prompt x --image {in}/a.png --output a.png --show-tokens ./a.png": "name the same file",
+        "generate --prompt x --image {in}/a.png --output {in}/a.png": "a.png is read too, and would be written over",
+        "generate --prompt x --image {in}/a.png --mask {in}/corner.png --compare {in}/corner.png": "is read too, and",
+        "select {in}/a.png {in}/b.png --output {in}/b.png": "b.png is read too",
         "generate --prompt x --show-tokens no/t.png": "the folder",
         "generate --prompt x --compare c.bmp": "end it in .png",
     }.items(),
@@ -786,8 +789,7 @@ def test_a_kv_model_is_what_it_is_with_and_without_kv(generate, tiny_model, tmp_
 @pytest.mark.parametrize(
     "options, says",
     [
-        (["--lora-scale", "0.5"], "lora-scale is 0.5, but no LoRA's file was named"),
-        (["--lora", "none", "--lora-scale", "0.5"], "lora-scale is 0.5, but no LoRA's file was named"),
+        (["--lora", "none", "--lora-scale", "0.5"], "lora-scale is 0.5, but there is no LoRA: name one with --lora"),
         (
             ["--lora", "{loras}/fits.safetensors", "--lora-scale", "-1"],
             "lora-scale is -1.0: pass a number of 0 or more",

@@ -560,6 +560,7 @@ def test_other_weights_in_the_same_folder_are_noticed(manifest, tiny_model, tmp_
         (["--selector", "edge"], "edges"),
         (["--metric", "beauty"], "metric is 'beauty': choose from psnr"),
         (["--metric", "clip_i"], "The metric clip_i needs a model: write clip_i=PATH"),
+        (["--metric", "psnr", "--metric", "dino_i=no/dino"], "no/dino does not load"),
         (["--coverage", "2"], "coverage"),
         (["--limit", "0"], "--limit"),
         (["--steps", "0"], "steps is 0: pass a number above 0"),

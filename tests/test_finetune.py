@@ -417,6 +417,8 @@ def test_a_lora_of_a_run_gives_equal_outputs_in_plain_diffusers(kv, tmp_path):
     card = (result.parent / "README.md").read_text()
     assert "pipeline_tag: image-to-image" in card and 'base_model: "tiny"' in card
     assert not list(result.parent.glob("*.partial"))
+    for file in (result, *result.parent.glob("step-*/*")):  # for all who may read the folder
+        assert file.stat().st_mode & 0o777 == result.parent.stat().st_mode & 0o666
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such limit there")
@@ -681,11 +683,14 @@ def test_a_validation_picture_that_the_format_does_not_hold_is_scaled_down(monke
 def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_machine(tmp_path):
     record = {"data": str(tmp_path), "full": False, "kv": True, "steps": 3, "gradient_accumulation_steps": 1,
               "processes": 1, "rank": 4, "lora_alpha": 4, "learning_rate": 1e-4, "lr_scheduler": "constant",
-              "subsets": 1, "distillation": 0.0, "preservation": 0.0, "focus": 2.0, "unseen": 1.0, "version": "0",
+              "muon_learning_rate": 7e-4, "subsets": 1, "distillation": 0.0, "preservation": 0.0, "focus": 2.0,
+              "unseen": 1.0, "version": "0",
               "dropping": asdict(Dropping())}  # fmt: skip
     pipe = build_flux2(Flux2KleinKVPipeline)
     own = model_card({**record, "base": EMBEDDED}, pipe, pipe.transformer)
     assert "from_pretrained(WEIGHTS, " in own and "import WEIGHTS" in own and "base_model" not in own
+    assert "| learning rate | 0.0001, of Muon 0.0007, constant |" in own
+    assert "height=128, width=128, num_inference_steps=8, max_sequence_length=32, text_encoder_out_layers=[2]" in own
     assert "KV mode" in own and f"`{tmp_path.name}`" in own and str(tmp_path.parent) not in own
     local = model_card({**record, "base": str(tmp_path)}, pipe, pipe.transformer)
     assert f'from_pretrained("path/to/{tmp_path.name}", ' in local and str(tmp_path.parent) not in local

@@ -387,6 +387,12 @@ def test_the_recipe_as_commands_ends_at_the_same_model_however_often_it_is_stopp
     assert len(made[0]) == 3 and made[0] == made[1]
 
 
+def test_a_scene_of_a_photograph_alone_has_nothing_in_it(assets):
+    scenes = [make_scene(assets.without_objects(), "edit_global", seed) for seed in range(8)]
+    assert not any(scene.mask.any() or scene.reference_masks[0].any() for scene in scenes)
+    assert any(make_scene(assets, "edit_global", seed).mask.any() for seed in range(8))
+
+
 def test_a_file_that_is_no_assets_is_one_sentence(assets, tmp_path):
     save_assets(assets, tmp_path)
     file = tmp_path / "assets.safetensors"

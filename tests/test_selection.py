@@ -94,6 +94,19 @@ def test_an_edit_of_the_whole_picture_keeps_all_by_itself_and_says_so_where_it_m
 # What is kept
 
 
+def test_no_keep_at_all_is_refused_before_there_are_references():
+    with pytest.raises(ValueError, match=r"keep is \[\]: pass one value, or one per reference"):
+        Config(keep=[])
+
+
+def test_a_mask_that_marks_nothing_is_said():
+    marked = np.zeros((64, 64), np.uint8)
+    marked[:8, :8] = 255
+    pictures = [np.dstack([noise(i), one]) for i, one in enumerate((marked, np.zeros_like(marked)))]
+    lines = str(select_tokens(pictures, [GRID, GRID], Config(selector="mask"))).splitlines()
+    assert lines[3:] == ["the mask of reference 2 marks nothing, so its tokens are spread evenly"]
+
+
 @pytest.mark.parametrize(
     ("keep", "task", "everything"),
     [

@@ -211,7 +211,7 @@ def evaluate(
         masked = [counts[n] for n, cell in cells.items() if done[n] is None and _asks_for_masks(cell.config)]
         _check(samples[: counts[DENSE]], max(masked, default=0))
     left = sum(counts[name] for name, rows in done.items() if rows is None)
-    with tqdm(total=left, unit="sample", desc="evaluate", disable=not left) as bar:
+    with tqdm(total=left, unit="output", desc="evaluate", disable=not left) as bar:
         for name, cell in cells.items():
             if done[name] is None:
                 bar.set_postfix_str(name)

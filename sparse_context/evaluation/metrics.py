@@ -14,7 +14,7 @@ figures are never to be compared with published LPIPS, CLIP-I or DINO figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -262,6 +262,13 @@ METRICS: dict[str, Metric] = {
     "clip_t": Metric(clip_t, against="prompt", masked=False, model=CLIP_MODEL),
     "dino_i": Metric(dino_i, against="references", masked=False, model="a DINO such as facebook/dino-vits16"),
 }
+
+
+def try_out(metrics: Mapping[str, Metric]) -> None:
+    """Take each metric of a grey picture, so that what one of them misses is said before anything is made."""
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    for metric in metrics.values():
+        metric.function(grey, "grey" if metric.against in ("prompt", "caption") else grey)
 
 
 def find_metrics(names: Sequence[str], table: dict[str, Metric] = METRICS) -> dict[str, Metric]:

@@ -95,6 +95,11 @@ class Assets:
         o = np.array([words.isdisjoint(_words(name)) for name in self.object_names], bool)
         return self._part(o, np.ones(len(self.photos), bool))
 
+    def without_objects(self) -> "Assets":
+        """The same with one object that shows nothing: scenes of a photograph or texture alone."""
+        nothing = np.zeros_like(self.objects[:1])
+        return Assets(nothing, self.photos, ["nothing"], self.object_split[:1], self.photo_split)
+
     def _part(self, o: np.ndarray, p: np.ndarray) -> "Assets":
         names = [n for n, inside in zip(self.object_names, o, strict=True) if inside]
         return Assets(self.objects[o], self.photos[p], names, self.object_split[o], self.photo_split[p])

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..images import PictureError
+from ..images import PictureError, follow_folder
 from ..manifest import ManifestError, Sample
 from ..preview import MAX_AREA, fit_reference
 
@@ -229,6 +229,7 @@ class Cache:
         partial = file.with_suffix(f".{os.getpid()}.partial")
         try:
             save_file(made, partial)
+            follow_folder(partial)
             partial.replace(file)
         except (SafetensorError, OSError) as error:
             partial.unlink(missing_ok=True)

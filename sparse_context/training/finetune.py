@@ -31,7 +31,8 @@ from .. import __version__
 from ..families import family_of
 from ..families.pictures import to_uint8
 from ..generation import generate
-from ..images import save_picture, save_text
+from ..images import follow_folder, save_picture, save_text
+from ..mini import WEIGHTS, read_call_settings
 from ..preview import column, label, side_by_side
 from ..selection import SparseContextConfig
 from ..sparsify import remove_sparse_context
@@ -545,7 +546,7 @@ def finetune(
         save_every=config.checkpointing_steps,
         keep_last=config.checkpoints_total_limit,
         show=show if validation else None,
-        show_every=config.validation_steps,
+        show_every=config.validation_steps or config.max_train_steps,  # 0: after the last alone
         log=log,
         stop_after=stop_after,
         seconds=seconds,
@@ -606,10 +607,10 @@ def check_folder(output: Path, resume: bool, steps: int) -> None:
 SHEET_SIDE = 16_383
 """Pixels that a side of a validation picture may have, in webp. A larger one is scaled down, for no run ends by it."""
 
-FREE = ("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps", "validation_keep",
-        "gradient_checkpointing", "version")  # fmt: skip
-"""What may change when a run is resumed: its length, and what does not decide its weights. So may a warm-up, where no
-step that is left tells."""
+FREE = ("base", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
+        "validation_keep", "gradient_checkpointing", "version")  # fmt: skip
+"""What may change when a run is resumed: its length, and what does not decide its weights (the base is told by its own,
+not by its name). So may a warm-up, where no step that is left tells."""
 
 
 def _check_same(output: Path, record: dict, resume: bool) -> None:
@@ -675,6 +676,7 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
         if config.full:
             transformer.save_pretrained(partial)
             save_text(json.dumps(training_record(record), indent=2) + "\n", partial / RECORD_FILE)
+            follow_folder(partial)
             shutil.rmtree(result, ignore_errors=True)
             partial.rename(result)
         else:
@@ -691,6 +693,7 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
             with safe_open(partial / LORA_FILE, framework="pt") as file:
                 metadata = (file.metadata() or {}) | {"sparse_context": json.dumps(training_record(record))}
             save_file(load_file(partial / LORA_FILE), partial / "whole", metadata)
+            follow_folder(partial / "whole")
             (partial / "whole").replace(result)
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(".")
@@ -743,9 +746,16 @@ def model_card(record: Mapping[str, Any], pipe: Any, transformer: Any) -> str:
     if not full:
         load += f'\npipe.load_lora_weights(".", weight_name="{LORA_FILE}", use_safetensors=True)'
     weights = "\nfrom sparse_context.mini import WEIGHTS" if own else ""
+    call = ""
+    if own:
+        settings = read_call_settings(WEIGHTS) or {}
+        wanted = ("height", "width", "num_inference_steps", "max_sequence_length", "text_encoder_out_layers")
+        given = ", ".join(f"{name}={settings[name]!r}" for name in wanted if name in settings)
+        call = f'\nimage = pipe(image=[...], prompt="...", {given}).images[0]'
     imports = f"{f'{architecture}, ' if full else ''}{pipeline}"
     tags = "\n".join(f"- {tag}" for tag in ("diffusers", "diffusers-training", *([] if full else ["lora"]),
                                             "image-to-image", "sparse-context"))  # fmt: skip
+    muon = "" if record["muon_learning_rate"] is None else f", of Muon {record['muon_learning_rate']:g}"
     kv = "\n| KV mode | yes: for pipelines that cache the references |" if record["kv"] else ""
     return f"""---
 {hub}library_name: diffusers
@@ -765,7 +775,7 @@ from diffusers import {imports}
 from sparse_context import apply_sparse_context{weights}
 
 {load}
-apply_sparse_context(pipe, keep=0.2)
+apply_sparse_context(pipe, keep=0.2){call}
 ```
 
 | setting | value |
@@ -778,7 +788,7 @@ apply_sparse_context(pipe, keep=0.2)
 | drop mix | {mix} |
 | evenly spread share | one of {", ".join(f"{c:g}" for c in dropping["coverage"])} |
 | share of averages | one of {", ".join(f"{c:g}" for c in dropping["merge"])} |
-| learning rate | {record["learning_rate"]:g}, {record["lr_scheduler"]} |
+| learning rate | {record["learning_rate"]:g}{muon}, {record["lr_scheduler"]} |
 | distillation | {record["distillation"]:g} |
 | preservation | {record["preservation"]:g} |
 | weight of the object | {1 + record["focus"]:g} times |

@@ -126,7 +126,7 @@ def launch(
             output,
             config,
             base=model or EMBEDDED,
-            data=data,
+            data=str(Path(data).resolve()) if Path(data).exists() else data,  # the same from any folder
             accelerator=accelerator,
             resume=resume is not None,
             workers=dataloader_num_workers,

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from ..images import follow_folder
 from .muon import Muon
 
 # Schedules: (step, steps, warmup) -> the factor on the learning rate -------------------------------------------------
@@ -297,6 +298,7 @@ def _save(folder: Path, step: int, module: nn.Module, average: nn.Module, optimi
                 for name, tensor in entry.items()
             }
             save_file(_own(state), partial / "optimiser.safetensors")
+            follow_folder(partial)
             for path in (*partial.iterdir(), partial):
                 _sync(path)
             shutil.rmtree(whole, ignore_errors=True)
