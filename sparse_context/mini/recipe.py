@@ -727,7 +727,7 @@ def export_examples(folder: Path, destination: Path, scenes: dict[str, tuple[str
     destination.mkdir(parents=True, exist_ok=True)
     listing = []
     for name, (task, seed) in scenes.items():
-        scene = make_scene(assets.without_objects() if name in ALONE else assets, task, seed)
+        scene = make_scene(assets.without_objects() if name in PHOTOGRAPHS else assets, task, seed)
         files = [f"{name}-{i + 1}.webp" for i in range(len(scene.references))]
         for file, picture in zip([*files, f"{name}-truth.webp"], [*scene.references, scene.target], strict=True):
             Image.fromarray(picture).save(destination / file, lossless=True, method=6)
@@ -750,5 +750,5 @@ EXAMPLES = {
 }
 """The demo's scenes: name -> (task, seed). Chosen by their references and truths, before any output was seen."""
 
-ALONE = ("sepia",)
+PHOTOGRAPHS = ("sepia",)
 """Those of a whole photograph, with nothing pasted into it."""
