@@ -139,7 +139,8 @@ def base_quality() -> str:
     result = _read("base_quality")
     heads = ("task", "scenes", "whole picture", "inside the object", "its flat colour", "its blur", "recognised",
              "flat colour", "blur", "at most")  # fmt: skip
-    ceiling = _read("base_quality_ceiling")["figures"]
+    above = _read("base_quality_ceiling")
+    ceiling = above["figures"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for task, figures in result["figures"].items():
         if "psnr" not in figures or task == "vae":
@@ -169,7 +170,8 @@ def base_quality() -> str:
         f"{config['num_inference_steps']} steps, trained for {config['training_steps']:,} steps: PSNR, and how often "
         f"the object is nearest to itself among {config['candidates']} candidates by EfficientNet features; beside "
         f"both what its flat colour and a blur of it would have, and at most, what the truth itself has after the VAE, "
-        f"which is all that the transformer could reach. PSNR alone does not tell these from a recoloured "
+        f"which a transformer without a fault would reach ({above['config']['scenes']} of these scenes a task). PSNR "
+        f"alone does not tell these from a recoloured "
         f"object, nor from one whose scale changes; recognition does. The VAE alone: {vae['mean']:.1f} dB over "
         f"{vae['number']} references. Asked are 19 dB inside the object, 80 % recognised, 22 dB of global edits and "
         f"32 dB of the VAE; "
