@@ -3,6 +3,9 @@
 # Only some of them, and for longer, as for results/ablations_length.json:
 #   STEPS=500 FOLDER=checkpoints/length runs/train_ablations.sh random
 #   STEPS=600 FOLDER=checkpoints/length runs/train_ablations.sh dense
+# or for results/ablations_control.json, with as many samples as the adapter saw, and results/ablations_sides.json:
+#   STEPS=1940 FOLDER=checkpoints/control runs/train_ablations.sh dense
+#   FOLDER=checkpoints/peers runs/train_ablations.sh mix downscaled merged
 # Needs the assets: python -m sparse_context.mini data (CONTRIBUTING.md). Each run continues where it was killed.
 set -euo pipefail
 FOLDER=${FOLDER:-checkpoints/ablations}
