@@ -268,7 +268,7 @@ def try_out(metrics: Mapping[str, Metric]) -> None:
     """Take each metric of a grey picture, so that what one of them misses is said before anything is made."""
     grey = np.full((64, 64, 3), 128, np.uint8)
     for metric in metrics.values():
-        metric.function(grey, "grey" if metric.against in ("prompt", "caption") else grey)
+        metric.function(grey, "grey" if metric.against in ("prompt", "caption") else grey, None)
 
 
 def find_metrics(names: Sequence[str], table: dict[str, Metric] = METRICS) -> dict[str, Metric]:
