@@ -81,8 +81,7 @@ def load_pipeline(
     own = lora is None and model is None and adapter.is_file()
     if lora == NO_LORA:
         lora = None
-    if not 0 <= lora_scale < math.inf:
-        raise ValueError(f"lora-scale is {lora_scale!r}: pass a number of 0 or more.")
+    check_lora_scale(lora_scale)
     if lora is not None:
         _check_lora_file(lora)
     elif lora_scale != 1 and not own:
@@ -137,6 +136,12 @@ def load_pipeline(
     else:
         pipe.to(where)
     return pipe
+
+
+def check_lora_scale(lora_scale: float) -> None:
+    """Raise ValueError for a share of a LoRA that is out of range."""
+    if not 0 <= lora_scale < math.inf:
+        raise ValueError(f"lora-scale is {lora_scale!r}: pass a number of 0 or more.")
 
 
 def _load_plain(path: str, dtype: torch.dtype) -> Any:

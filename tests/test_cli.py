@@ -597,6 +597,21 @@ def test_with_all_tokens_the_embedded_model_runs_without_its_adapter(command):
     assert np.array_equal(pixels("own-0.2-both.png")[:128, -128:], pixels("own-0.2.png"))
 
 
+def test_a_part_of_the_embedded_models_own_adapter(command):
+    options = ("--prompt", "the object of image 1", "--image", "{in}/a.png", "--steps", 1)
+    for name, more in (("whole", ()), ("half", ("--lora-scale", 0.5, "--compare", "both.png")),
+                       ("nothing", ("--lora-scale", 0)), ("none", ("--lora", "none")),
+                       ("dense", ("--lora-scale", 0.5, "--keep", 1))):  # fmt: skip
+        code, _, err = command("generate", *options, *more, "--output", f"{name}.png")
+        assert code == 0, err
+    assert np.array_equal(pixels("nothing.png"), pixels("none.png"))
+    assert not np.array_equal(pixels("half.png"), pixels("none.png"))
+    assert not np.array_equal(pixels("half.png"), pixels("whole.png"))
+    assert np.array_equal(pixels("both.png")[:128, :128], pixels("dense.png"))
+    code, _, err = command("generate", *options, "--keep", 1, "--lora-scale", -1, "--output", "bad.png")
+    assert code == 2 and "lora-scale is -1.0: pass a number of 0 or more" in err
+
+
 def test_a_seed_makes_the_same_picture_again_and_another_another(generate):
     for seed, name in ((3, "a.png"), (3, "b.png"), (4, "c.png"), (0, "d.png")):
         generate("--image", "{in}/a.png", "--seed", seed, "--output", name)
