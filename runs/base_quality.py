@@ -2,8 +2,9 @@
 
 - Subjects and object edits: PSNR inside the object's mask, and recognition: of 64 candidates that stand at the same
   place of the same picture (the object, 61 of the split, and the object as a flat colour and as a blur), is the object
-  the nearest by EfficientNet features? (It may be among the 61 too, which counts as itself.) What the flat colour and
-  the blur themselves score is measured too.
+  the nearest by EfficientNet features? (It may be among the 61 too, which counts as itself.) If not, it is taken for
+  its own flat colour or blur, or for another. What these two themselves score is measured too, and what is recognised
+  of the objects that are not all but flat or blurred anyway (`ALIKE`).
 - Global edits: PSNR of the whole picture. The VAE alone: PSNR of the references, encoded and decoded.
 
     python runs/base_quality.py [--scenes 24]                    # validation, to tune on: into checkpoints/
@@ -39,6 +40,7 @@ from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = 64
+ALIKE = 0.95  # from this cosine with the truth on, its flat colour or its blur is the object, to all that is measured
 SHOWN = 3  # scenes of each task on the sheet
 LOOKED_AT = "edit_remove"  # what was behind the object can only be guessed: shown, not scored
 
@@ -59,10 +61,11 @@ def with_other_objects(assets: Assets, task: str, seed: int) -> list[np.ndarray]
             for i in chosen]  # fmt: skip
 
 
-def recognised(outputs: list[np.ndarray], scene: Scene, mask: np.ndarray, others: list[np.ndarray]) -> list[bool]:
-    """For each output, whether the object in `mask` is nearest to the true one, among all candidates."""
-    candidates = features([scene.target, *decoys(scene.target, mask), *others], mask)
-    return [nearest_of(seen, candidates) == 0 for seen in features(outputs, mask)]
+def nearest(outputs: list[np.ndarray], candidates: torch.Tensor, mask: np.ndarray) -> list[str]:
+    """What the object in `mask` of each output is taken for; candidates: of the truth, `decoys`, and other objects."""
+    names = ("itself", "its flat colour or blur", "its flat colour or blur")
+    found = [nearest_of(seen, candidates) for seen in features(outputs, mask)]
+    return [names[i] if i < len(names) else "another object" for i in found]
 
 
 def failures(scene: Scene, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -148,9 +151,17 @@ def main() -> None:
         others = with_other_objects(assets, task, seed)
         for mask in objects(scene):
             failing = failures(scene, mask)
-            found = recognised([output, *failing.values()], scene, mask, others)
-            for name, one in zip(("", *(f", {name}" for name in failing)), found, strict=True):
-                note(f"recognised{name}", one)
+            candidates = features([scene.target, *decoys(scene.target, mask), *others], mask)
+            taken, *of_failing = nearest([output, *failing.values()], candidates, mask)
+            note("recognised", taken == "itself")
+            for name in ("its flat colour or blur", "another object"):
+                note(f"taken for {name}", taken == name)
+            alike = float((candidates[1:3] @ candidates[0]).max()) >= ALIKE
+            note("alike", alike)
+            if not alike:
+                note("recognised, unlike", taken == "itself")
+            for name, one in zip(failing, of_failing, strict=True):
+                note(f"recognised, {name}", one == "itself")
             for name, picture in failing.items():
                 note(f"psnr inside, {name}", psnr(picture, scene.target, mask))
 
