@@ -324,9 +324,10 @@ def train(
     sparse_context.training, with the same options."""
     source = _source(dataset_config_name, split, image_column, cond_image_column, caption_column)
     if check_data:
+        from .generation import most_references
         from .manifest import check_samples
 
-        problems = check_samples(data, **source)
+        problems = check_samples(data, most_references=most_references(model), **source)
         print("\n".join(problems) if problems else f"{data}: every row is good.")
         return 2 if problems else 0
 
@@ -442,6 +443,7 @@ def evaluate(
     from .evaluation.metrics import METRICS, find_metrics, try_out
     from .evaluation.pie_bench import PIE_METRICS, read_pie_bench
     from .evaluation.plots import check_matplotlib, draw_all
+    from .generation import check_references, load_pipeline, most_references
     from .manifest import read_samples
 
     check_matplotlib()
@@ -455,7 +457,7 @@ def evaluate(
                  share=share, floor=floor)  # fmt: skip
     if manifest is not None:
         source = _source(dataset_config_name, split, image_column, cond_image_column, caption_column)
-        read = read_samples(manifest, needs_image=False, **source)
+        read = read_samples(manifest, needs_image=False, most_references=most_references(model), **source)
         samples, part = read[:limit], {"data_split": read.split, "data_config": read.config}
     else:
         assert pie_bench is not None
@@ -463,9 +465,6 @@ def evaluate(
     _hide_loading_bars()
     try_out(metrics)
     open_folder(output)
-
-    from .generation import check_references, load_pipeline
-
     for count in sorted({len(sample.references) for sample in samples}):
         check_references(model, count, inpaint=False)
     pipe = load_pipeline(

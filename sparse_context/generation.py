@@ -204,6 +204,16 @@ def check_references(model: str | None, count: int, inpaint: bool) -> None:
         _check_references(name, FAMILIES[name], count, inpaint)
 
 
+def most_references(model: str | None) -> int | None:
+    """How many references a model takes at most, by its index and its call settings; None where nothing says so.
+
+    No weights are read. Raises ValueError where the model is not there, or not supported.
+    """
+    path = str(WEIGHTS) if model is None else model
+    limits = FAMILIES[_class_name(path)].most, _read_settings(path).get("max_references")
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def _check_references(name: str, family: Family, count: int, inpaint: bool) -> None:
     if family.most is not None and count > family.most:
         raise ValueError(f"There are {count} references, and {name} takes at most {family.most}: pass fewer.")
@@ -318,15 +328,19 @@ def call_settings(pipe: Any) -> dict:
     source = getattr(pipe.config, "_name_or_path", None)  # None for a pipeline that was built in code
     if family_of(pipe).modular:
         source = pipe._pretrained_model_name_or_path
-    try:
-        settings = dict(read_call_settings(Path(source)) or {}) if source else {}
-    except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"The {CALL_FILE} of {source} holds no call settings: {_first_line(error)}.") from error
+    settings = _read_settings(source) if source else {}
     if not settings and getattr(pipe.config, "is_distilled", False):
         settings = {"num_inference_steps": 4}
     if family_of(pipe).guidance == "true_cfg_scale":  # which does nothing without a negative prompt
         settings.setdefault("negative_prompt", " ")
     return settings
+
+
+def _read_settings(source: str) -> dict:
+    try:
+        return dict(read_call_settings(Path(source)) or {})
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"The {CALL_FILE} of {source} holds no call settings: {_first_line(error)}.") from error
 
 
 def reference_sides(reference_size: Any, config: SparseContextConfig, count: int) -> list[int | None]:

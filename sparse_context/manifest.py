@@ -83,17 +83,18 @@ def read_samples(
     split: str = "train",
     config: str | None = None,
     needs_image: bool = True,
+    most_references: int | None = None,
 ) -> "Samples":
     """The samples of a JSONL manifest, of a folder that `datasets` reads, or of a hub name such as "owner/name".
 
     columns: the source's own name of a field, for those that differ: {"prompt": "instruction"}. split, config: of the
     `datasets` library; what has none, such as a manifest, ignores them. needs_image: whether a sample without `image`
-    is an error.
+    is an error. most_references: how many references a sample may have; any number without it.
 
     A manifest's rows are checked here (their pictures are not: see `check_samples`), those of `datasets` when they are
     taken. A hub name is fetched, because it was named. Raises `ManifestError`.
     """
-    rows = _read(source, columns or {}, split, config, needs_image)
+    rows = _read(source, columns or {}, split, config, needs_image, most_references)
     if isinstance(rows, list):
         bad = [problem for _, made in rows if isinstance(made, list) for problem in made]
         if bad:
@@ -109,6 +110,7 @@ def check_samples(
     split: str = "train",
     config: str | None = None,
     needs_image: bool = True,
+    most_references: int | None = None,
 ) -> list[str]:
     """Every bad row at once, pictures opened and all: one sentence each, with its line number; empty if all is well.
 
@@ -116,7 +118,7 @@ def check_samples(
     rows to check.
     """
     problems: list[str] = []
-    rows = _read(source, columns or {}, split, config, needs_image)
+    rows = _read(source, columns or {}, split, config, needs_image, most_references)
     opened: set[Picture] = set()
     for where, made in tqdm((rows[i] for i in range(len(rows))), total=len(rows), desc="data", unit="row", delay=2):
         if isinstance(made, list):
@@ -173,15 +175,17 @@ Rows = Sequence[tuple[str, Sample | list[str]]]
 """Where a row is, for messages, and the sample that it makes or everything that is wrong with it."""
 
 
-def _read(source: str | Path, columns: Mapping[str, str], split: str, config: str | None, needs_image: bool) -> Rows:
+def _read(
+    source: str | Path, columns: Mapping[str, str], split: str, config: str | None, needs_image: bool, most: int | None
+) -> Rows:
     unknown = [field for field in columns if field not in FIELDS]
     if unknown:
         raise ManifestError(f"There is no field {unknown[0]!r} in a sample: the fields are {', '.join(FIELDS)}.")
     path = Path(source)
     if path.is_file():
-        rows: Rows = _read_lines(path, columns, needs_image)
+        rows: Rows = _read_lines(path, columns, needs_image, most)
     elif path.is_dir() or (HUB_NAME.fullmatch(str(source)) and not path.parent.is_dir()):
-        rows = _Table(str(source), columns, split, config, needs_image)
+        rows = _Table(str(source), columns, split, config, needs_image, most)
     else:
         raise ManifestError(
             f"The data {str(source)!r} does not exist: pass a JSONL manifest, a folder of a data set, or a hub name "
@@ -195,7 +199,9 @@ def _read(source: str | Path, columns: Mapping[str, str], split: str, config: st
 # JSONL ----------------------------------------------------------------------------------------------------------------
 
 
-def _read_lines(path: Path, columns: Mapping[str, str], needs_image: bool) -> list[tuple[str, Sample | list[str]]]:
+def _read_lines(
+    path: Path, columns: Mapping[str, str], needs_image: bool, most: int | None
+) -> list[tuple[str, Sample | list[str]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -211,7 +217,7 @@ def _read_lines(path: Path, columns: Mapping[str, str], needs_image: bool) -> li
         except (ValueError, RecursionError) as error:
             made: Sample | list[str] = [f"{where} is no JSON ({error})."]
         else:
-            made = _make_sample(row, where, f"{number:06}", columns, needs_image, path.parent)
+            made = _make_sample(row, where, f"{number:06}", columns, needs_image, most, path.parent)
         if isinstance(made, Sample):
             first = names.setdefault(made.name, number)
             if first != number:
@@ -221,7 +227,13 @@ def _read_lines(path: Path, columns: Mapping[str, str], needs_image: bool) -> li
 
 
 def _make_sample(
-    row: Any, where: str, name: str, columns: Mapping[str, str], needs_image: bool, folder: Path | None
+    row: Any,
+    where: str,
+    name: str,
+    columns: Mapping[str, str],
+    needs_image: bool,
+    most: int | None,
+    folder: Path | None,
 ) -> Sample | list[str]:
     """A sample from a row of any source, or everything that is wrong with the row."""
     if not isinstance(row, Mapping):
@@ -261,6 +273,8 @@ def _make_sample(
     lists = [field if isinstance(field, list) else [field] for field in (references, masks)]
     if lists[1] and len(lists[1]) != len(lists[0]):
         problems.append(f"{where} has {len(lists[1])} reference masks for {len(lists[0])} references: write as many.")
+    if most is not None and len(lists[0]) > most:
+        problems.append(f"{where} has {len(lists[0])} references, and the model takes at most {most}: list fewer.")
     if value["prompt"] is None:
         problems.append(f"{where} has no {known['prompt']!r}.")
     if value["image"] is None and needs_image:
@@ -304,7 +318,13 @@ class _Table(Sequence):
     config: str | None = None
 
     def __init__(
-        self, source: str, columns: Mapping[str, str], split: str, config: str | None, needs_image: bool
+        self,
+        source: str,
+        columns: Mapping[str, str],
+        split: str,
+        config: str | None,
+        needs_image: bool,
+        most: int | None,
     ) -> None:
         try:
             import datasets
@@ -348,7 +368,7 @@ class _Table(Sequence):
                 table = table.cast_column(name, datasets.Image(decode=False))
             elif isinstance(getattr(feature, "feature", None), datasets.Image):
                 table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
-        self._table, self._columns, self._needs_image, self._folder = table, columns, needs_image, folder
+        self._table, self._rules = table, (columns, needs_image, most, folder)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -356,4 +376,4 @@ class _Table(Sequence):
     def __getitem__(self, i):
         i = range(len(self))[i]
         where = f"row {i + 1}"
-        return where, _make_sample(self._table[i], where, f"{i + 1:06}", self._columns, self._needs_image, self._folder)
+        return where, _make_sample(self._table[i], where, f"{i + 1:06}", *self._rules)

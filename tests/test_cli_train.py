@@ -170,12 +170,28 @@ def test_two_processes_train_as_one_and_only_the_first_writes_what_is_kept(data,
 
 
 def test_check_data_names_every_bad_row_and_loads_no_model(monkeypatch, capfd, data, tmp_path):
-    code, said, _ = call(monkeypatch, capfd, "--data", data / "bad.jsonl", "--check-data", "-m", "nowhere")
+    model = tmp_path / "model"  # of whose weights there are none
+    model.mkdir()
+    (model / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    code, said, _ = call(monkeypatch, capfd, "--data", data / "bad.jsonl", "--check-data", "-m", model)
     assert code == 2
     lines = said.strip().splitlines()
     assert [line.split(" ")[1].rstrip(":") for line in lines] == ["1", "1", "2"]
     code, said, _ = call(monkeypatch, capfd, "--data", data / "good.jsonl", "--check-data")
     assert code == 0 and "every row is good" in said
+
+
+def test_more_references_than_the_model_takes_are_refused_before_it_is_loaded(monkeypatch, capfd, data, tmp_path):
+    row = json.loads((data / "good.jsonl").read_text().splitlines()[0])
+    (data / "many.jsonl").write_text(json.dumps({**row, "references": row["references"][:1] * 5}))
+    said = "line 1 has 5 references, and the model takes at most 4: list fewer."  # the embedded model
+    code, out, _ = call(monkeypatch, capfd, "--data", data / "many.jsonl", "--check-data")
+    assert (code, out.strip()) == (2, said)
+    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    for options in (("--data", "many.jsonl"), ("--data", "good.jsonl", "--validation-data", "many.jsonl")):
+        given = [data / one if one.endswith("jsonl") else one for one in options]
+        code, _, err = call(monkeypatch, capfd, *given, "--output-dir", tmp_path / "run")
+        assert code == 2 and said in err and not (tmp_path / "run").exists()
 
 
 BAD = [

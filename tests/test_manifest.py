@@ -105,6 +105,15 @@ def test_every_bad_row_is_named_at_once(folder):
         read_samples(path)
 
 
+def test_more_references_than_a_model_takes_are_named(folder):
+    path = write(folder, GOOD, {**GOOD, "references": ["a.png"] * 3})
+    assert check_samples(path, most_references=3) == []
+    said = "line 2 has 3 references, and the model takes at most 2: list fewer."
+    assert check_samples(path, most_references=2) == [said]
+    with pytest.raises(ManifestError, match=said):
+        read_samples(path, most_references=2)
+
+
 def test_no_file_and_no_rows_are_said(folder):
     cases = ((folder / "nothing.jsonl", "does not exist"), ("no-folder/train.jsonl", "does not exist"),
              (write(folder, ""), "holds no sample"))  # fmt: skip

@@ -133,7 +133,7 @@ def test_evaluation_tells_limits_before_any_weights_are_read(command, tmp_path):
     rows = [{"references": names, "prompt": "x"} for names in (["a.png"], ["a.png", "b.png"])]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, out, err = command("evaluate", "--manifest", "samples.jsonl", "-m", model, "--metric", "psnr")
-    assert (code, out) == (2, "") and "There are 2 references, and FluxKontextPipeline takes at most 1" in err
+    assert (code, out) == (2, "") and "line 2 has 2 references, and the model takes at most 1: list fewer." in err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from ..generation import NO_LORA, call_settings, load_pipeline
+from ..generation import NO_LORA, call_settings, load_pipeline, most_references
 from ..manifest import read_samples
 from .data import Batches, Cache, open_example
 from .dropping import Dropping
@@ -77,9 +77,12 @@ def launch(
             "which may be the same as --data."
         )
     check_folder(output, resume is not None, config.max_train_steps)
-    samples = read_samples(data, **source)
-    held_source = source if validation_split is None else {**source, "split": validation_split}
-    held_out = [] if validation_data is None else read_samples(validation_data, **held_source)[:num_validation_images]
+    most = most_references(model)
+    samples = read_samples(data, most_references=most, **source)
+    held_out = []
+    if validation_data is not None:
+        held_source = source if validation_split is None else {**source, "split": validation_split}
+        held_out = read_samples(validation_data, most_references=most, **held_source)[:num_validation_images]
     shown = [open_example(sample, *sides.values()) for sample in held_out]
 
     import torch
