@@ -3,12 +3,16 @@
 Bad input raises ValueError (or one of its kinds) with one sentence that says what is wrong and what to do.
 """
 
+import contextlib
 import inspect
 import json
 import math
 import re
+import sys
 import textwrap
-from collections.abc import Callable, Container, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -18,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from .families import FAMILIES, Family, family_of
 from .mini import ADAPTERS, CALL_FILE, WEIGHTS, adapter_record, read_call_settings
@@ -34,6 +39,7 @@ NO_LORA = "none"
 KLEIN, KLEIN_KV = "Flux2KleinPipeline", "Flux2KleinKVPipeline"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_TIMEOUT = 10  # seconds until the hub counts as out of reach
+PATIENCE = 2.0  # seconds until one wants to know what is waited for
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ def load_pipeline(
         raise ValueError("cpu-offload is 'model', which a modular pipeline does not have: choose group.")
     automatic = torch.float32 if model is None and where.type == "cpu" else torch.bfloat16
     try:
-        pipe = (_load_modular if modular else _load_plain)(path, DTYPES.get(dtype, automatic))
+        with _clock(f"loading {path}"):
+            pipe = (_load_modular if modular else _load_plain)(path, DTYPES.get(dtype, automatic))
     except Exception as error:  # the loaders raise many kinds, and all of them mean this
         raise ValueError(f"The model {path} does not load: {_first_line(error)}.") from error
     for name, part in pipe.components.items():  # diffusers leaves a weight that is not in the file without a value
@@ -136,6 +143,36 @@ def load_pipeline(
     else:
         pipe.to(where)
     return pipe
+
+
+@contextlib.contextmanager
+def _clock(what: str) -> Iterator[None]:
+    """On a terminal, say after a while (`PATIENCE`) what is waited for, and for how long; nothing of it stays.
+
+    For the command line, which hides diffusers' own bars: they stay, and what is wrong is to be one sentence there.
+    """
+    from diffusers.utils.logging import is_progress_bar_enabled
+
+    if is_progress_bar_enabled() or not sys.stderr.isatty():
+        yield
+        return
+    done, start = threading.Event(), time.time()
+
+    def tick() -> None:
+        if done.wait(PATIENCE):
+            return
+        with tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False) as bar:  # which makes room for downloads
+            bar.start_t = start
+            while not done.wait(PATIENCE / 4):
+                bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def check_lora_scale(lora_scale: float) -> None:

@@ -1,12 +1,16 @@
 """What the faces call, from Python: `load_pipeline` and `generate`."""
 
 import http.server
+import io
 import json
+import shutil
 import socket
+import sys
 import threading
 import time
 from contextlib import contextmanager
 
+import diffusers.utils.logging
 import huggingface_hub.hf_api
 import numpy as np
 import pytest
@@ -63,6 +67,34 @@ def test_dtype(tiny_model, name, dtype):
     assert type(loaded) is Flux2KleinPipeline
     assert {part.dtype for part in (loaded.transformer, loaded.vae, loaded.text_encoder)} == {dtype}
     assert loaded.device.type == "cpu"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_model_that_loads_for_long_has_a_clock_on_a_terminal(tiny_model, tmp_path, monkeypatch, terminal):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    plain = sparse_context.generation._load_plain
+
+    def slow(path, dtype):
+        time.sleep(0.5)
+        return plain(path, dtype)
+
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(sparse_context.generation, "PATIENCE", 0.1)
+    monkeypatch.setattr(sparse_context.generation, "_load_plain", slow)
+    enabled = diffusers.utils.logging.is_progress_bar_enabled()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        load_pipeline(str(tiny_model), device="cpu")
+        said = stderr.getvalue()
+        shutil.copy(tiny_model / "model_index.json", tmp_path)
+        with pytest.raises(ValueError, match="does not load"):
+            load_pipeline(str(tmp_path), device="cpu")
+    finally:
+        (diffusers.utils.logging.enable_progress_bar if enabled else diffusers.utils.logging.disable_progress_bar)()
+    assert (f"loading {tiny_model}: 00:00" in said) == terminal
+    assert (f"loading {tmp_path}: 00:00" in stderr.getvalue()) == terminal
+    assert said.endswith(" \r") == terminal  # nothing of it stays
 
 
 def test_call_settings(pipe, foreign, tiny_model, tmp_path, monkeypatch):
