@@ -1,6 +1,7 @@
 """The embedded model: its scenes, its recipe's agreement with the pipeline, and what is shipped."""
 
 import copy
+import hashlib
 import json
 import math
 import re
@@ -23,12 +24,15 @@ from sparse_context.generation import generate, load_pipeline
 from sparse_context.mini import ADAPTERS, WEIGHTS, read_call_settings, recipe
 from sparse_context.mini.__main__ import app
 from sparse_context.mini.data import (
+    SHA256,
     SPLITS,
     Assets,
     _clip_art_key,
     _emoji_key,
+    _free_files,
     _misses_a_link,
     _square,
+    fetch,
     load_assets,
     split_of,
 )
@@ -564,6 +568,63 @@ def test_the_place_follows_from_the_prompt(assets):
         rows, columns = np.nonzero(scene.mask > 0.5)
         centre = (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2
         assert np.hypot(*np.subtract(centre, PLACES[where])) < 6
+
+
+README = """The pictures of this activity
+
+Public domain, https://example.org/a
+Files: monument.webp
+  gate.jpg
+
+License: CC-BY 4.0, by someone; the frame is public domain
+Files: castle.webp
+
+CC0
+Files: bridge.avif
+
+GFDL
+Files: tower.webp
+"""
+
+
+def test_only_photographs_that_are_free_are_taken():
+    assert _free_files(README) == ["monument.webp", "gate.jpg", "bridge.avif"]
+    assert _free_files("Files: of-nobody.webp") == []
+
+
+def test_a_package_is_fetched_once_and_checked_each_time(tmp_path, monkeypatch):
+    """By a client of the same name, for the registry is not there in a test."""
+    file, content = "openmoji-17.0.0.tgz", b"what the registry has"
+    client = tmp_path / "bin" / "npm"
+    client.parent.mkdir()
+    client.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\nprintf '{content.decode()}' > {file}\n")
+    client.chmod(0o755)
+    monkeypatch.setenv("PATH", str(client.parent), prepend=":")
+    packages = tmp_path / "packages"
+    with pytest.raises(
+        RuntimeError, match="has SHA-256 .* it is another version than openmoji@17.0.0, or damaged"
+    ):
+        fetch(packages, file)
+    monkeypatch.setitem(SHA256, file, hashlib.sha256(content).hexdigest())
+    assert fetch(packages, file).read_bytes() == content
+    assert (tmp_path / "calls").read_text() == "pack --silent openmoji@17.0.0\n"  # that of the first time
+    assert [path.name for path in packages.iterdir()] == [file]
+
+
+def test_a_client_that_fails_leaves_nothing_and_says_where_the_package_belongs(tmp_path, monkeypatch):
+    for status in (None, 1):
+        if status is not None:
+            client = tmp_path / "bin" / "npm"
+            client.parent.mkdir()
+            client.write_text(f"#!/bin/sh\nprintf half > openmoji-17.0.0.tgz\nexit {status}\n")
+            client.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path / "bin") + (":/usr/bin:/bin" if status else ""))
+        place = re.escape(str(tmp_path / "packages" / "openmoji-17.0.0.tgz"))
+        with pytest.raises(
+            RuntimeError, match=f"`npm pack .* failed; fetch the package another way and put it at {place}"
+        ):
+            fetch(tmp_path / "packages", "openmoji-17.0.0.tgz")
+        assert not [*(tmp_path / "packages").iterdir()]
 
 
 def test_splits_are_disjoint_and_by_name(assets):

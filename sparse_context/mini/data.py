@@ -321,16 +321,18 @@ def _photographs(packages: Path):
         QResource.unregisterResource(str(rcc), root)
         rcc.unlink()
         for readme in sorted(name for name in files if name.endswith("README")):
-            for stanza in files[readme].decode().split("\n\n"):
-                head, _, listing = stanza.partition("Files:")
-                if not FREE.search(head) or "CC-BY" in head:
+            for entry in _free_files(files[readme].decode()):
+                name = f"{readme.rpartition('/')[0]}/{entry}"
+                if name not in files or not re.search(r"\.(webp|jpe?g|avif)$", name):
                     continue
-                for entry in listing.split():
-                    name = f"{readme.rpartition('/')[0]}/{entry}"
-                    if name not in files or not re.search(r"\.(webp|jpe?g|avif)$", name):
-                        continue
-                    rgb = np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB"))
-                    side = min(rgb.shape[:2])
-                    top, left = (rgb.shape[0] - side) // 2, (rgb.shape[1] - side) // 2
-                    square = rgb[top : top + side, left : left + side]
-                    yield Path(entry).stem, cv2.resize(square, (PHOTO_SIZE,) * 2, interpolation=cv2.INTER_AREA)
+                rgb = np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB"))
+                side = min(rgb.shape[:2])
+                top, left = (rgb.shape[0] - side) // 2, (rgb.shape[1] - side) // 2
+                square = rgb[top : top + side, left : left + side]
+                yield Path(entry).stem, cv2.resize(square, (PHOTO_SIZE,) * 2, interpolation=cv2.INTER_AREA)
+
+
+def _free_files(readme: str) -> list[str]:
+    """The files that a README of photographs declares to be in the public domain or under CC0, stanza by stanza."""
+    stanzas = (stanza.partition("Files:") for stanza in readme.split("\n\n"))
+    return [file for head, _, files in stanzas if FREE.search(head) and "CC-BY" not in head for file in files.split()]
