@@ -601,9 +601,7 @@ def test_a_package_is_fetched_once_and_checked_each_time(tmp_path, monkeypatch):
     client.chmod(0o755)
     monkeypatch.setenv("PATH", str(client.parent), prepend=":")
     packages = tmp_path / "packages"
-    with pytest.raises(
-        RuntimeError, match="has SHA-256 .* it is another version than openmoji@17.0.0, or damaged"
-    ):
+    with pytest.raises(RuntimeError, match="has SHA-256 .* it is another version than openmoji@17.0.0, or damaged"):
         fetch(packages, file)
     monkeypatch.setitem(SHA256, file, hashlib.sha256(content).hexdigest())
     assert fetch(packages, file).read_bytes() == content
