@@ -197,7 +197,7 @@ def _rank_by_progress(
 
 
 def _is_sequence(value: Any) -> TypeGuard[Sequence]:
-    return isinstance(value, (list, tuple, np.ndarray))
+    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def _is_count(keep: Any) -> bool:
@@ -286,5 +286,8 @@ def _is_count_at(value: Any, least: int) -> bool:
 
 def _check_scores(scores: Sequence[np.ndarray]) -> None:
     for i, part in enumerate(scores):
-        if part.ndim != 2 or part.size == 0 or not np.isfinite(part).all():
-            raise ValueError(f"The scores of reference {i + 1} have shape {part.shape}: pass finite (rows, columns).")
+        if not isinstance(part, np.ndarray) or part.ndim != 2 or part.size == 0:
+            shape = f"have shape {part.shape}" if hasattr(part, "shape") else f"are {type(part).__name__!r}"
+            raise ValueError(f"The scores of reference {i + 1} {shape}: pass an array (rows, columns).")
+        if not np.isfinite(part).all():
+            raise ValueError(f"The scores of reference {i + 1} are not all numbers: pass finite ones, in [0, 1].")

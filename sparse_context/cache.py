@@ -66,14 +66,18 @@ class ReferenceCache:
         """`encode()`, or a copy of what it gave for the same content before.
 
         `pixels` (B, C, H, W) is the preprocessed picture, best on the CPU, where it is hashed. `image` is what the VAE
-        gets of it; of this, only device and dtype are looked at. A result that needs a gradient is not remembered.
+        gets of it; of this, only device and dtype are looked at. A result that needs a gradient is not remembered, nor
+        one of a VAE whose weights are elsewhere until it runs, as accelerate's sequential offloading has it.
         """
         about = (
             _name_of(encode), type(vae).__qualname__, _settings(vae), image.dtype, image.device,
             torch.is_autocast_enabled(image.device.type), torch.get_autocast_dtype(image.device.type),
             torch.is_inference_mode_enabled(),
         )  # fmt: skip
-        key = _digest(about, self._digest_of_weights(vae), pixels)
+        weights = self._digest_of_weights(vae)
+        if weights is None:
+            return encode()
+        key = _digest(about, weights, pixels)
         latents = self._find(key)
         if latents is None:
             latents = encode()
@@ -114,9 +118,12 @@ class ReferenceCache:
             self._held[key] = value
             self._bytes += value.nbytes
 
-    def _digest_of_weights(self, module: torch.nn.Module) -> bytes:
-        """Of every parameter and buffer; hashed anew only where torch says that one has changed or moved."""
+    def _digest_of_weights(self, module: torch.nn.Module) -> bytes | None:
+        """Of every parameter and buffer; hashed anew only where torch says that one has changed or moved. None where
+        one is not there to be hashed."""
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        if any(tensor.is_meta for tensor in tensors.values()):
+            return None
         state = [_state_of(tensor) for tensor in tensors.values()]
         with self._lock:
             before, digest = self._weights.get(module, (None, b""))

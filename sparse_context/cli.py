@@ -29,7 +29,9 @@ app = typer.Typer(
 
 Keep = Annotated[
     list[str] | None,
-    typer.Option(help="Ratio (0.2), count (400) or auto; repeat it for one per reference.", show_default="0.2"),
+    typer.Option(
+        help="Ratio (0.2; 1 is all), count (400) or auto; repeat it for one per reference.", show_default="0.2"
+    ),
 ]
 Selector = Annotated[
     list[str] | None,
@@ -207,8 +209,6 @@ def select(
         int,
         typer.Option(
             help="Pixels a side of a token: 16 for FLUX; 8 for the embedded model, which scales what it is given.",
-            min=1,
-            max=256,
         ),
     ] = 16,
     output: Annotated[Path, typer.Option(help="Where the drawing goes.")] = Path("tokens.png"),
@@ -218,6 +218,8 @@ def select(
     from .images import open_picture, save_picture
     from .preview import draw_selection, select_pictures
 
+    if not 1 <= token <= 256:
+        raise ValueError(f"token is {token}: pass its pixels a side, from 1 to 256.")
     _check_outputs([output], [*images, *(mask or [])])
     references = [open_picture(path) for path in images]
     config = _config(keep, selector, task, coverage, merge, share, floor, mask, references)
@@ -424,7 +426,7 @@ def evaluate(
     merge: Annotated[list[float] | None, typer.Option(help="As in generate; repeat it.", show_default="0")] = None,
     share: Share = "equal",
     floor: Floor = 1,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many samples.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many samples.")] = None,
     lora: Lora = None,
     lora_scale: LoraScale = 1.0,
     kv: KV = False,
@@ -447,6 +449,8 @@ def evaluate(
     from .manifest import read_samples
 
     check_matplotlib()
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: pass a number of samples, 1 or more.")
     if (manifest is None) == (pie_bench is None):
         raise ValueError("Name what to evaluate on: pass either --manifest or --pie-bench.")
     known = METRICS if pie_bench is None else PIE_METRICS | METRICS

@@ -38,6 +38,7 @@ INDEXES = ("model_index.json", "modular_model_index.json")
 NO_LORA = "none"
 KLEIN, KLEIN_KV = "Flux2KleinPipeline", "Flux2KleinKVPipeline"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MOST_STEPS, MOST_PIXELS = 1000, 16384  # of a call; pixels a side
 HUB_TIMEOUT = 10  # seconds until the hub counts as out of reach
 PATIENCE = 2.0  # seconds until one wants to know what is waited for
 
@@ -440,9 +441,12 @@ def generate(
         raise ValueError(f"There are {len(references)} references, and this model takes at most {most}: pass fewer.")
     _check_references(name, family, len(references), inpaint is not None)
     taken = call_inputs(pipe)
-    for dial, value in (("steps", steps), ("height", height), ("width", width)):
+    dials = ("steps", steps, MOST_STEPS), ("height", height, MOST_PIXELS), ("width", width, MOST_PIXELS)
+    for dial, value, most in dials:
         if value is not None and value < 1:
             raise ValueError(f"{dial} is {value}: pass a number above 0.")
+        if value is not None and value > most:
+            raise ValueError(f"{dial} is {value}: pass {most} at most.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError(f"The prompt {prompt!r} has bytes that are no text: write it in UTF-8.")
     if not 0 <= seed < 2**63:

@@ -213,9 +213,11 @@ def _read_lines(
             continue
         where = f"line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_once_each)
+        except ManifestError as error:
+            made: Sample | list[str] = [f"{where} {error}"]
         except (ValueError, RecursionError) as error:
-            made: Sample | list[str] = [f"{where} is no JSON ({error})."]
+            made = [f"{where} is no JSON ({error})."]
         else:
             made = _make_sample(row, where, f"{number:06}", columns, needs_image, most, path.parent)
         if isinstance(made, Sample):
@@ -224,6 +226,16 @@ def _read_lines(
                 made = [f"{where} has the name {made.name!r} of line {first}: give each its own."]
         rows.append((where, made))
     return rows
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Python's own reader takes the last value of a key that comes twice, without a word."""
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ManifestError(f"has {_short(key)} twice: write it once.")
+        made[key] = value
+    return made
 
 
 def _make_sample(

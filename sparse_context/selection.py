@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -86,10 +86,17 @@ class SparseContextConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # arrays cannot be compared, and one without a dimension is a number
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                object.__setattr__(self, field.name, tuple(value.tolist()) if value.ndim else value.item())
         if self.coverage is not None and np.ndim(self.coverage):
             raise ValueError(f"coverage is {self.coverage!r}: pass one share from 0 to 1, or None.")
         coverage = 0.0 if self.coverage is None else self.coverage
         check_budget(self.keep, self.share, self.floor, coverage, self.multiple_of, self.mass, self.merge)
+        for name, value in (("task", self.task), ("selector", self.selector)):
+            if isinstance(value, (list, tuple)) and not value:
+                raise ValueError(f"{name} is {value!r}: pass one value, or one per reference.")
         for task in self.task if isinstance(self.task, (list, tuple)) else [self.task]:
             if task not in TASKS:
                 raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
@@ -257,6 +264,12 @@ def select_tokens(
         raise ValueError(f"There are {len(images)} pictures for {count} token grids: pass one grid per picture.")
     grids = [(int(rows), int(columns)) for rows, columns in grids]
     sizes = [rows * columns for rows, columns in grids]
+    for i, (image, grid) in enumerate(zip(images, grids, strict=True), start=1):
+        if min(grid) < 1:
+            raise ValueError(f"The token grid of reference {i} is {grid}: a reference has at least one token.")
+        for one in image if isinstance(image, (list, tuple)) else [image]:
+            if one is not None and not isinstance(one, np.ndarray):
+                raise ValueError(f"Reference {i} is {one!r}: pass its pixels, a uint8 array (H, W, 3), or None.")
     pictures: list[Any] = [[image] if isinstance(image, np.ndarray) else image for image in images]
     check_budget(config.keep, references=count)
     tasks = per_reference("task", config.task, count)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import cv2
@@ -241,14 +241,16 @@ def mask(masks: Sequence) -> Mask:
     [0, 255] (a mask that holds only 0 and 1 is read as bool). None stands for that reference's alpha channel. Raises
     ValueError for anything else.
     """
-    if hasattr(masks, "convert") or getattr(masks, "ndim", None) == 2:
+    if hasattr(masks, "convert") or getattr(masks, "ndim", None) == 2 or not isinstance(masks, Iterable):
         raise ValueError("mask() takes a list with one mask per reference: write mask([m]) for a single one.")
     return Mask([None if given is None else _as_mask(given, i) for i, given in enumerate(masks)])
 
 
 def _as_mask(given, i: int) -> np.ndarray:
     """The mask of reference `i` as uint8 (H, W), 0 to 255."""
-    values = np.asarray(given.convert("L") if hasattr(given, "convert") else given)
+    if hasattr(given, "convert") and given.mode[0] not in "FI":  # which would be clipped to 255 on the way
+        given = given.convert("L")
+    values = _as_array(given)
     kind = values.dtype.kind
     if values.ndim != 2 or values.size == 0 or kind not in "buif":
         raise ValueError(
@@ -266,11 +268,21 @@ def _as_mask(given, i: int) -> np.ndarray:
     return values.astype(np.uint8)
 
 
+def _as_array(values) -> np.ndarray:
+    """An array from one, from lists, or from a tensor of any device and type, with a gradient or without."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values  # numpy has no bfloat16
+    return np.asarray(values)
+
+
 def find_mask(selector) -> Mask | None:
     """The `Mask` with a user's masks in a selector, blend or mapping, or None."""
     if isinstance(selector, Mask):
         return selector if selector.masks else None
-    parts = selector if isinstance(selector, Mapping) else [part for part, _ in getattr(selector, "parts", ())]
+    parts = selector if isinstance(selector, Mapping) else []
+    if isinstance(selector, Blend):
+        parts = [part for part, _ in selector.parts]
     return next((found for part in parts if (found := find_mask(part)) is not None), None)
 
 
@@ -329,6 +341,8 @@ def blend(weights: Mapping[str | Selector, float]) -> Blend:
     if sum(find_mask(selector) is not None for selector in weights) > 1:
         raise ValueError("A blend holds one mask([...]): combine several masks into one before you pass them.")
     total = sum(weights.values())
+    if not total < math.inf:
+        raise ValueError(f"The weights of the blend add up to {total}: pass smaller ones, for only their shares count.")
     return Blend([(selector, weight / total) for selector, weight in weights.items()])
 
 
@@ -343,15 +357,16 @@ def _label(selector) -> str:
 def resolve(selector: str | Mapping | Selector) -> tuple[str, Selector]:
     """A label for people and the function that scores, from a name, a mapping (a blend) or any callable.
 
-    A function that is not of this file is wrapped, so that what it returns is checked at each call. Raises ValueError
-    that names the value and lists what is known.
+    A function that is not of this file is wrapped, in `SELECTORS` too, so that what it returns is checked at each call.
+    Raises ValueError that names the value and lists what is known.
     """
     if isinstance(selector, str):
         if selector not in SELECTORS:
             near = difflib.get_close_matches(selector, SELECTORS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"There is no selector {selector!r}: choose one of {', '.join(SELECTORS)}.{hint}")
-        return selector, SELECTORS[selector]
+        named = SELECTORS[selector]
+        return selector, named if _is_own(named) else _checked(selector, named)
     if isinstance(selector, Mapping):
         selector = blend(selector)
     if not callable(selector):
@@ -360,16 +375,26 @@ def resolve(selector: str | Mapping | Selector) -> tuple[str, Selector]:
             "or a function (image, grid, generator) -> scores."
         )
     label = _label(selector)
-    if isinstance(selector, (Mask, Blend)) or any(selector is known for known in SELECTORS.values()):
-        return label, selector
-    return label, _checked(label, selector)
+    return label, selector if _is_own(selector) else _checked(label, selector)
+
+
+def _is_own(selector) -> bool:
+    """Whether it is of this file, and so needs no check."""
+    return getattr(selector, "__module__", None) == __name__
 
 
 def _checked(label: str, function: Selector) -> Selector:
     """`function`, with what it returns brought to float32 and held to the rules of a selector."""
 
     def scored(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
-        scores = np.asarray(function(image, grid, generator), dtype=np.float32)
+        given = function(image, grid, generator)
+        try:
+            scores = np.array(_as_array(given), dtype=np.float32)  # its own: the function may fill the same array again
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"The selector {label!r} returned {type(given).__name__!r} that is no array of numbers: "
+                f"the grid of this reference's tokens is {tuple(grid)}."
+            ) from error
         if scores.shape != tuple(grid):
             raise ValueError(
                 f"The selector {label!r} returned scores of shape {scores.shape}: "
@@ -390,8 +415,7 @@ def name_of(selector: str | Mapping | Selector) -> str | None:
     if isinstance(selector, Mask):
         return "mask"  # whose pixels are the picture's fourth channel
     if isinstance(selector, str):
-        own = SELECTORS.get(selector)
-        return selector if getattr(own, "__module__", None) == __name__ else None
+        return selector if _is_own(SELECTORS.get(selector)) else None
     if isinstance(selector, (Mapping, Blend)):
         parts = selector.items() if isinstance(selector, Mapping) else selector.parts
         names = [(name_of(part), weight) for part, weight in parts]

@@ -33,6 +33,12 @@ class SparseContext:
         self.selection: Selection | None = None
         self._overridden: list[tuple[Any, str, bool, Any]] = []
 
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise TypeError(
+            "A pipeline with Sparse Context cannot be copied, for what is installed would go on with the original's "
+            "parts: call remove_sparse_context first, and apply it to both again."
+        )
+
     def override(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name` on the instance, and remember what stood there."""
         own = vars(owner)
@@ -84,6 +90,8 @@ def apply_sparse_context(
     pipeline or a cache of another kind and ValueError for a setting out of range; the pipeline is then left as it was.
     """
     attach = find_family(pipe)
+    if not isinstance(config, SparseContextConfig | None):
+        raise TypeError(f"config is {config!r}: pass a SparseContextConfig, or name what it holds, as in keep=0.2.")
     if not isinstance(cache, ReferenceCache | None):
         raise TypeError(f"cache is {cache!r}: pass a ReferenceCache(), or None.")
     config = replace(config or SparseContextConfig(), **changes)

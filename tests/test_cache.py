@@ -2,6 +2,7 @@
 
 import threading
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -207,6 +208,18 @@ def test_inference_tensors_are_hashed_each_time(pipe):
     assert len(encoded) == 1
 
 
+def test_weights_that_are_elsewhere_between_calls_cannot_be_told_apart(pipe):
+    cache = ReferenceCache()
+    reference = [picture(64, 64)]
+    apply_sparse_context(pipe, keep=0.3)
+    expected = call_flux2(pipe, reference)
+    accelerate.cpu_offload(pipe.vae, torch.device("cpu"), offload_buffers=False)  # what sequential offloading does
+    apply_sparse_context(pipe, keep=0.3, cache=cache)
+    for call in range(2):
+        assert torch.equal(call_flux2(pipe, reference), expected)
+        assert (len(cache), cache.hits, cache.misses) == (1, call, 1)  # the scores
+
+
 def test_what_needs_a_gradient_is_not_remembered():
     cache, vae, image = ReferenceCache(), tiny_vae(), torch.randn(1, 3, 16, 16)
     for _ in range(2):
@@ -372,4 +385,6 @@ def test_a_cache_of_another_kind_is_refused_and_the_pipeline_left_as_it_was(cach
     pipe = build_flux2(Flux2KleinPipeline)
     with pytest.raises(TypeError, match=r"cache is .*: pass a ReferenceCache\(\), or None"):
         apply_sparse_context(pipe, cache=cache)
+    with pytest.raises(TypeError, match=r"config is 0.2: pass a SparseContextConfig, or name .* keep=0.2"):
+        apply_sparse_context(pipe, 0.2)
     assert not [name for name in vars(pipe) if "sparse" in name]

@@ -562,7 +562,7 @@ def test_other_weights_in_the_same_folder_are_noticed(manifest, tiny_model, tmp_
         (["--metric", "clip_i"], "The metric clip_i needs a model: write clip_i=PATH"),
         (["--metric", "psnr", "--metric", "dino_i=no/dino"], "no/dino does not load"),
         (["--coverage", "2"], "coverage"),
-        (["--limit", "0"], "--limit"),
+        (["--limit", "0"], "limit is 0: pass a number of samples"),
         (["--steps", "0"], "steps is 0: pass a number above 0"),
         (["--seed", "-1"], "seed"),
         (["--pie-bench", "x"], "either --manifest or --pie-bench"),

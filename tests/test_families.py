@@ -320,15 +320,18 @@ def corner(width, height):
     return m
 
 
-@pytest.mark.parametrize("by", ["mask", "alpha"])
+@pytest.mark.parametrize("by", ["mask", "alpha", "palette"])
 def test_masks_land_on_the_right_tokens(case, pipe, by):
     """Sizes that are no multiple of a token, so that the pipeline crops; and more than a megapixel would be scaled."""
     references = [picture(76, 92, 1), picture(100, 76, 2)][: max(case.counts)]
     masks = [corner(*r.size) for r in references]
-    if by == "alpha":
+    if by != "mask":
         references = [
             Image.merge("RGBA", (*r.split(), Image.fromarray(m))) for r, m in zip(references, masks, strict=True)
         ]
+    if by == "palette":
+        references = [r.quantize() for r in references]
+        assert {r.mode for r in references} == {"P"}
     apply_sparse_context(pipe, keep=0.25, selector=mask(masks) if by == "mask" else "mask", share="equal", coverage=0)
     case.call(pipe, references)
     for kept, reference in zip(last_selection(pipe).references, references, strict=True):
@@ -477,6 +480,8 @@ def test_a_deep_copy_is_independent(case, pipe):
     twin = copy.deepcopy(pipe)
     apply_sparse_context(pipe, keep=KEEP)
     assert last_selection(twin) is None
+    with pytest.raises(TypeError, match="cannot be copied.* call remove_sparse_context first"):  # it would run this VAE
+        copy.deepcopy(pipe)
 
 
 @pytest.mark.parametrize("name", ["qwen-edit", "qwen-edit-2511"])

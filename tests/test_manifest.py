@@ -80,6 +80,7 @@ def test_every_bad_row_is_named_at_once(folder):
         {**GOOD, "name": "twin"},
         {**GOOD, "name": "twin"},
         '{"references": "a.png", "image": "truth.png", "prompt": "a \\ud83d cat"}',
+        '{"references": "a.png", "image": "truth.png", "prompt": "a cat", "prompt": "a dog"}',
     )
     problems = check_samples(path)
     expected = [
@@ -97,11 +98,12 @@ def test_every_bad_row_is_named_at_once(folder):
         "line 10: the name 'a/b'",
         "line 12 has the name 'twin' of line 11",
         "line 13: 'prompt' holds half of a character",
+        "line 14 has 'prompt' twice: write it once.",
     ]
     assert len(problems) == len(expected)
     assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True)), problems
     assert "missing.png" in problems[7] and "text.png" in problems[8]
-    with pytest.raises(ManifestError, match=r"line 2 is no JSON.*\(10 more problems: --check-data"):
+    with pytest.raises(ManifestError, match=r"line 2 is no JSON.*\(11 more problems: --check-data"):
         read_samples(path)
 
 

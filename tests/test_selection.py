@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sparse_context.budget import merge_rest, rank_tokens
 from sparse_context.selection import SparseContextConfig, score_tokens, select_tokens, task_defaults
@@ -324,6 +325,8 @@ def test_masks_that_do_not_match_the_references_are_refused(selector, message):
         ({"mass": 1.5}, "mass is 1.5"),
         ({"seed": -1}, "seed is -1: pass a whole number"),
         ({"seed": 0.5}, "seed is 0.5"),
+        ({"selector": []}, r"selector is \[\]: pass one value, or one per reference"),
+        ({"task": ()}, r"task is \(\): pass one value, or one per reference"),
     ],
 )
 def test_a_config_names_the_bad_field_and_value(setting, message):
@@ -343,6 +346,21 @@ def test_a_config_names_the_bad_field_and_value(setting, message):
 def test_values_that_do_not_match_the_references_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         select_tokens([noise()] * 2, [GRID] * 2, Config(**setting))
+
+
+def test_what_is_no_array_of_pixels_and_a_grid_without_tokens_are_named():
+    picture = np.zeros((16, 16, 3), np.uint8)
+    with pytest.raises(ValueError, match="Reference 2 is <PIL.Image.*: pass its pixels, a uint8 array"):
+        select_tokens([picture, Image.fromarray(picture)], [(2, 2)] * 2, SparseContextConfig())
+    for keep in (0.5, 1.0):
+        with pytest.raises(ValueError, match=r"The token grid of reference 1 is \(0, 8\): a reference has"):
+            select_tokens([picture], [(0, 8)], SparseContextConfig(keep=keep))
+
+
+def test_arrays_in_a_config_are_numbers_and_tuples():
+    config = SparseContextConfig(keep=np.array([0.1, 0.2]), task=np.array(["edit", "subject"]), coverage=np.array(0.1))
+    assert config == SparseContextConfig(keep=(0.1, 0.2), task=("edit", "subject"), coverage=0.1)
+    assert SparseContextConfig(keep=np.array(0.2)).keep == 0.2
 
 
 def test_pictures_and_grids_come_in_pairs():

@@ -1,6 +1,7 @@
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -219,6 +220,10 @@ def test_mask_without_an_alpha_channel_refuses():
         np.array([[0.0, 1.0]]),
         Image.fromarray(np.array([[0, 255]], np.uint8)),
         Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"),
+        Image.fromarray(np.array([[0.0, 1.0]], np.float32)),
+        Image.fromarray(np.array([[0, 255]], np.uint16)),
+        torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16),
+        torch.tensor([[0.0, 1.0]], requires_grad=True),
     ],
 )
 def test_masks_of_any_kind_become_bytes(given):
@@ -255,6 +260,10 @@ def test_user_mask_finds_the_mask_of_its_reference():
         ([np.full((2, 2), 300)], r"runs from 300 to 300: an integer mask lies in \[0, 255\]"),
         ([np.full((2, 2), np.nan)], "runs from nan to nan"),
         ([np.array([["a"]])], "type <U1"),
+        ([Image.fromarray(np.full((2, 2), 40_000, np.uint16))], r"from 40000 to 40000: an integer mask lies in"),
+        ([Image.fromarray(np.full((2, 2), 40.0, np.float32))], r"from 40 to 40: a float mask lies in"),
+        (None, r"takes a list with one mask per reference"),
+        (3, r"takes a list with one mask per reference"),
     ],
 )
 def test_wrong_masks_are_refused(given, message):
@@ -316,15 +325,35 @@ def test_unknown_selectors_are_refused(selector, message):
         (np.full((2, 3), -0.5), "from -0.5"),
         (np.full((2, 3), np.nan), "from nan to nan"),
         (np.full((2, 3), np.inf), "from inf to inf"),
+        ([[0, 1, 0], [1]], r"'mine' returned 'list' that is no array of numbers: the grid .* is \(2, 3\)"),
+        ("edges", "'mine' returned 'str' that is no array of numbers"),
     ],
 )
-def test_a_user_s_scores_are_checked(scores, message):
+def test_a_user_s_scores_are_checked(scores, message, monkeypatch):
     def mine(image, grid, generator):
         return scores
 
-    for selector in (mine, {mine: 1.0, "uniform": 1.0}):
+    monkeypatch.setitem(SELECTORS, "mine", mine)
+    for selector in (mine, "mine", {mine: 1.0, "uniform": 1.0}):
         with pytest.raises(ValueError, match=message):
             resolve(selector)[1](None, (2, 3), rng())
+
+
+def test_a_user_s_function_may_fill_the_same_array_again_and_have_parts_of_its_own():
+    class Mine:
+        parts = 3
+
+        def __call__(self, image, grid, generator):
+            self.scores = getattr(self, "scores", np.zeros(grid, np.float32))
+            self.scores[:] = image[0, 0, 0] / 255
+            return self.scores
+
+    score = resolve(Mine())[1]
+    first = score(flat(colour=(255, 0, 0)), (2, 3), rng())
+    assert score(flat(colour=(0, 0, 0)), (2, 3), rng()).max() == 0 and first.min() == 1
+    assert user_mask(Mine(), 0) is None
+    tensor = torch.ones(2, 3, requires_grad=True)
+    assert resolve(lambda *_: tensor)[1](None, (2, 3), rng()).tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
 # The subject with its rim

@@ -26,7 +26,8 @@ def _opaque(image: Any) -> Any:
 
 
 def _has_alpha(image: Any) -> bool:
-    return isinstance(image, PIL.Image.Image) and "A" in image.getbands()
+    """Also in a palette, as small PNGs have it."""
+    return isinstance(image, PIL.Image.Image) and ("A" in image.getbands() or image.has_transparency_data)
 
 
 class Pictures:
@@ -99,7 +100,7 @@ def mask_of(
     `max_area` pixels.
     """
     if mask is None:
-        return original.getchannel("A") if _has_alpha(original) else None
+        return original.convert("RGBA").getchannel("A") if _has_alpha(original) else None
     width, height = original.size if isinstance(original, PIL.Image.Image) else _array_size(original)
     given = PIL.Image.fromarray(mask)
     limit = math.sqrt(max_area / (given.width * given.height))
