@@ -219,6 +219,7 @@ class Mask:
         return np.clip(_cell_means(cv2.extractChannel(image, 3), grid) / 255, 0, 1)
 
 
+NETS = ("saliency", "subject")  # those by the net
 SELECTORS: dict[str, Selector] = {
     "random": random,
     "uniform": uniform,
@@ -408,6 +409,17 @@ def _checked(label: str, function: Selector) -> Selector:
         return scores
 
     return scored
+
+
+def prepare(selector: str | Mapping | Selector) -> None:
+    """Read what a selector reads once, the saliency net, so that the time of the first choice is that of any other."""
+    if isinstance(selector, (Mapping, Blend)):
+        for part in selector if isinstance(selector, Mapping) else [part for part, _ in selector.parts]:
+            prepare(part)
+    elif selector is saliency or selector is subject or (isinstance(selector, str) and selector in NETS):
+        from .saliency import load_net
+
+        load_net()
 
 
 def name_of(selector: str | Mapping | Selector) -> str | None:

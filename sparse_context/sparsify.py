@@ -69,9 +69,10 @@ class SparseContext:
         """
         start = time.perf_counter()
         pictures = [picture(i, user_mask(self.config.selector, i)) for i in range(len(grids))]
+        making = time.perf_counter() - start  # which is a part of what choosing costs
         score = score_tokens if self.cache is None else self.cache.score
         selection = select_tokens(pictures, grids, self.config, shown, score)
-        self.selection = replace(selection, seconds=time.perf_counter() - start)  # making the pictures takes time too
+        self.selection = replace(selection, seconds=making + selection.seconds)
         return tokens.keep(selection.index, selection.into)
 
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sparse_context import saliency
 from sparse_context.budget import merge_rest, rank_tokens
 from sparse_context.selection import SparseContextConfig, score_tokens, select_tokens, task_defaults
-from sparse_context.selectors import SELECTORS, mask, uniform_order
+from sparse_context.selectors import SELECTORS, blend, mask, uniform_order
 
 Config = SparseContextConfig
 GRID = (8, 8)
@@ -230,6 +231,22 @@ def test_a_batch_of_pictures_shares_one_index_by_its_mean_scores():
     assert np.array_equal(kept.scores, (alone[0].scores + alone[1].scores) / 2)
     assert kept.picture is batch[0] and alone[1].picture is batch[1]
     assert select_tokens([None], [GRID], Config(selector="uniform")).references[0].picture is None
+
+
+@pytest.mark.parametrize("selector", ["saliency", {"edges": 1, "subject": 1}, blend({"saliency": 1}), "edges"])
+def test_the_time_of_choosing_is_without_what_is_read_once(selector, monkeypatch):
+    now, load_net = [0.0], saliency.load_net
+
+    def slow():
+        now[0] += 100 * (not loaded)
+        loaded.append(selector)
+        return load_net()
+
+    loaded = []
+    monkeypatch.setattr(saliency, "load_net", slow)
+    monkeypatch.setattr("sparse_context.selection.time.perf_counter", lambda: now[0])
+    assert select_tokens([noise()], [GRID], Config(selector=selector)).seconds == 0
+    assert bool(loaded) == (selector != "edges")
 
 
 def test_no_references_give_an_empty_selection():
