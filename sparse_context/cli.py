@@ -120,12 +120,13 @@ def generate(
     paint_mask = None if inpaint is None else open_mask(inpaint, references[0].size)
 
     _hide_loading_bars()
-    from .generation import NO_LORA, check_lora_scale, check_references, generate, load_pipeline
+    from .generation import NO_LORA, check_call, check_lora_scale, check_references, generate, load_pipeline
     from .preview import draw_selection, label, side_by_side
     from .selection import SparseContextConfig
 
     check_references(model, len(references), inpaint is not None)
     check_lora_scale(lora_scale)
+    check_call(prompt, seed, steps, height, width, guidance_scale)
     everything = SparseContextConfig(keep=1.0)
     own = model is None and lora is None and not kv  # the embedded model's adapter, which is for dropped tokens
 

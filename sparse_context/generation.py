@@ -237,9 +237,27 @@ def check_references(model: str | None, count: int, inpaint: bool) -> None:
 
     count: how many references there are. inpaint: whether there is a mask of what to paint over.
     """
-    if model is not None:
-        name = _class_name(model)
-        _check_references(name, FAMILIES[name], count, inpaint)
+    path = str(WEIGHTS) if model is None else model
+    name = _class_name(path)
+    _check_references(name, FAMILIES[name], count, inpaint, _read_settings(path).get("max_references"))
+
+
+def check_call(
+    prompt: str, seed: int, steps: int | None, height: int | None, width: int | None, guidance_scale: float | None
+) -> None:
+    """Raise ValueError for what no model takes, of the arguments of `generate`: before one is loaded, if need be."""
+    dials = ("steps", steps, MOST_STEPS), ("height", height, MOST_PIXELS), ("width", width, MOST_PIXELS)
+    for dial, value, most in dials:
+        if value is not None and value < 1:
+            raise ValueError(f"{dial} is {value}: pass a number above 0.")
+        if value is not None and value > most:
+            raise ValueError(f"{dial} is {value}: pass {most} at most.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"The prompt {prompt!r} has bytes that are no text: write it in UTF-8.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}: pass a number from 0 to {2**63 - 1}.")
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale is {guidance_scale}: pass a number of 0 or more.")
 
 
 def most_references(model: str | None) -> int | None:
@@ -252,7 +270,9 @@ def most_references(model: str | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _check_references(name: str, family: Family, count: int, inpaint: bool) -> None:
+def _check_references(name: str, family: Family, count: int, inpaint: bool, most: int | None) -> None:
+    if most is not None and count > most:
+        raise ValueError(f"There are {count} references, and this model takes at most {most}: pass fewer.")
     if family.most is not None and count > family.most:
         raise ValueError(f"There are {count} references, and {name} takes at most {family.most}: pass fewer.")
     if count < family.fewest:
@@ -436,21 +456,9 @@ def generate(
     family, name = family_of(pipe), type(pipe).__name__
     settings = call_settings(pipe)
     config = config or SparseContextConfig()
-    most = settings.get("max_references")
-    if most is not None and len(references) > most:
-        raise ValueError(f"There are {len(references)} references, and this model takes at most {most}: pass fewer.")
-    _check_references(name, family, len(references), inpaint is not None)
+    _check_references(name, family, len(references), inpaint is not None, settings.get("max_references"))
     taken = call_inputs(pipe)
-    dials = ("steps", steps, MOST_STEPS), ("height", height, MOST_PIXELS), ("width", width, MOST_PIXELS)
-    for dial, value, most in dials:
-        if value is not None and value < 1:
-            raise ValueError(f"{dial} is {value}: pass a number above 0.")
-        if value is not None and value > most:
-            raise ValueError(f"{dial} is {value}: pass {most} at most.")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError(f"The prompt {prompt!r} has bytes that are no text: write it in UTF-8.")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}: pass a number from 0 to {2**63 - 1}.")
+    check_call(prompt, seed, steps, height, width, guidance_scale)
     token = 2 * pipe.vae_scale_factor
     for dial, value in (("height", height), ("width", width)):
         if value is not None and dial not in taken:
@@ -459,11 +467,8 @@ def generate(
             near = max(1, round(value / token)) * token
             raise ValueError(f"{dial} is {value}: this model makes multiples of {token}, such as {near}.")
     distilled, guider = getattr(pipe.config, "is_distilled", False), getattr(pipe, "guider", None)
-    if guidance_scale is not None:
-        if not 0 <= guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale is {guidance_scale}: pass a number of 0 or more.")
-        if distilled or (guider is None and family.guidance not in taken):
-            raise ValueError(f"guidance_scale is {guidance_scale}, but this distilled model takes none: leave it out.")
+    if guidance_scale is not None and (distilled or (guider is None and family.guidance not in taken)):
+        raise ValueError(f"guidance_scale is {guidance_scale}, but this distilled model takes none: leave it out.")
     for i, reference in enumerate(references):
         reference_mask(config.selector, i, reference)  # raises for a mask of another size
     if inpaint is not None and inpaint.size != references[0].size:

@@ -355,6 +355,14 @@ def test_a_bad_option_of_generate(refused, options, says):
 
 
 @pytest.mark.parametrize(
+    "options", ["--steps 0", "--width 20000", "--seed -1", "--guidance-scale nan", "--image {in}/a.png"]
+)
+def test_what_no_model_takes_is_refused_before_one_is_loaded(refused, options, monkeypatch):
+    monkeypatch.setattr("sparse_context.generation.load_pipeline", None)
+    assert refused("generate", *["--image", "{in}/a.png"] * 4, "--prompt", "x", *options.split(" "))
+
+
+@pytest.mark.parametrize(
     ("name", "says"),
     {
         "nowhere": "does not exist: pass a folder in the diffusers layout or a hub id.",
