@@ -337,7 +337,8 @@ def _check_lora_file(path: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise ValueError(f"The LoRA {path} is not there: pass a .safetensors file.")
+        is_what = "a folder" if Path(path).is_dir() else "not there"
+        raise ValueError(f"The LoRA {path} is {is_what}: pass a .safetensors file.")
     try:
         if Path(path).suffix != ".safetensors":  # diffusers unpickles by any other name
             raise ValueError(f"its name ends in {Path(path).suffix or 'nothing'}")
@@ -359,6 +360,8 @@ def _load_lora(pipe: Any, path: str) -> None:
         wanted = {re.split(r"\.lo(?:ra|kr)_", key)[0].removeprefix("transformer.") for key in state}
         wanted = {name for name in wanted if not name.startswith("text_encoder")}
         unknown = sorted(wanted - {name for name, _ in transformer.named_modules()})
+        if not all(torch.isfinite(weight).all() for weight in state.values() if isinstance(weight, torch.Tensor)):
+            raise ValueError("some of its weights are no finite numbers")
         if unknown or not wanted:
             raise ValueError(f"{type(transformer).__name__} has no {unknown[0]}" if unknown else "it is empty")
         pipe.load_lora_weights(str(Path(path).parent), **file)

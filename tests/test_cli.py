@@ -140,6 +140,7 @@ def loras(tmp_path_factory):
     save_file(fitting | {key: weight.clone() for key, weight in foreign.items()}, folder / "half foreign.safetensors")
     save_file({"head.weight": torch.ones(2, 2)}, folder / "no lora.safetensors")
     save_file({}, folder / "empty.safetensors")
+    save_file({key: weight * torch.nan for key, weight in fitting.items()}, folder / "nan.safetensors")
     bare = {key.removeprefix("transformer."): weight for key, weight in fitting.items()}
     save_file(bare, folder / "no prefix.safetensors")
     block = "double_blocks.0.img_attn.proj"
@@ -401,7 +402,8 @@ def test_a_model_that_cannot_be_fetched(refused):
     ("name", "says"),
     {
         "missing.safetensors": "is not there: pass a .safetensors file.",
-        ".": "is not there: pass a .safetensors file.",
+        ".": "is a folder: pass a .safetensors file.",
+        "nan.safetensors": "does not fit this model: some of its weights are no finite numbers.",
         "pickle.bin": "is no safetensors file, and nothing else is read, for safety: its name ends in .bin.",
         "renamed.bin": "is no safetensors file, and nothing else is read",
         "renamed pickle.safetensors": "is no safetensors file, and nothing else is read",

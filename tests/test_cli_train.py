@@ -20,6 +20,7 @@ from sparse_context.images import open_picture
 from sparse_context.training.data import fingerprint
 from sparse_context.training.finetune import LORA_FILE
 from sparse_context.training.launch import text_encoders
+from sparse_context.training.loop import alone
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +193,15 @@ def test_more_references_than_the_model_takes_are_refused_before_it_is_loaded(mo
         given = [data / one if one.endswith("jsonl") else one for one in options]
         code, _, err = call(monkeypatch, capfd, *given, "--output-dir", tmp_path / "run")
         assert code == 2 and said in err and not (tmp_path / "run").exists()
+
+
+def test_two_runs_do_not_write_one_folder(monkeypatch, capfd, data, tmp_path):
+    with alone(tmp_path / "run"):
+        code, _, err = call(monkeypatch, capfd, "--data", data / "good.jsonl", "--output-dir", tmp_path / "run")
+    assert code == 2 and err == (
+        f"sparse-context: Another run is writing into {tmp_path / 'run'}: wait for its end, or name another folder.\n"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 BAD = [

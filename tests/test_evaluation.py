@@ -211,6 +211,33 @@ def test_a_sample_without_masks_cannot_be_evaluated_by_them(selector, pipe, samp
     assert not list(tmp_path.iterdir())  # it was told before anything was made
 
 
+def test_pictures_and_token_maps_of_samples_do_not_meet(pipe, samples, tmp_path):
+    named = [replace(samples[0], name=name) for name in ("x-tokens", "x", "tokens")]
+    evaluate(maker(pipe), named, grid([0.5], ["edges"]), METRICS, tmp_path)
+    place = tmp_path / "shown" / "edges-0.5"
+    assert sorted(path.name for path in place.iterdir()) == ["tokens", "tokens.png", "x-tokens.png", "x.png"]
+    assert len({open_picture(path).size for path in place.glob("*.png")}) == 1
+    assert len(list((place / "tokens").iterdir())) == 3
+
+
+def test_a_lost_picture_with_all_tokens_is_made_again(pipe, samples, tmp_path):
+    result = evaluate(maker(pipe), samples[:2], grid([0.5], ["edges"]), METRICS, tmp_path)
+    lost = tmp_path / DENSE / f"{samples[1].name}.png"
+    before = open_picture(lost).tobytes()
+    lost.unlink()
+    again = evaluate(maker(pipe), samples[:2], grid([0.5, 0.2], ["edges"]), METRICS, tmp_path)
+    assert open_picture(lost).tobytes() == before
+    figures = [without_times(one["figures"])["all"]["edges-0.5"] for one in (result, again)]
+    assert figures[0] == figures[1]
+
+
+def test_a_name_that_is_too_long_for_a_file_is_told_before_anything_is_made(pipe, samples, tmp_path):
+    named = [samples[0], replace(samples[1], name="ä" * 101)]
+    with pytest.raises(ValueError, match="^A sample's name has 202 bytes, .*: give it one of 200 at most"):
+        evaluate(maker(pipe), named, grid([0.5]), METRICS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["../outside", "a\\b", "..", ""])
 def test_a_sample_is_written_nowhere_but_in_the_folder(name, pipe, samples, tmp_path):
     with pytest.raises(ValueError, match="^A sample is named .*, which no file can be"):

@@ -660,6 +660,9 @@ def test_no_run_ends_by_its_validation_pictures(tmp_path, capsys):
         ("transformer/x", "mine"),
         ("config.json", "{}"),
         ("config.json", "x"),
+        ("log.jsonl", "mine"),
+        ("validation/x", "mine"),
+        ("step-1.partial/x", "mine"),
     ],
 )
 @pytest.mark.parametrize("resume", [False, True])

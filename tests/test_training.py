@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,8 @@ from sparse_context.training.dropping import Dropping, draw_selection
 from sparse_context.training.finetune import LORA_FILE
 from sparse_context.training.loop import (
     SCHEDULES,
+    _tidy,
+    alone,
     has_begun,
     learning_rate,
     load_average,
@@ -195,6 +198,25 @@ def test_the_log_has_a_record_every_so_often(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [3, 6, 9, 12]
     assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_a_log_keeps_its_records_alone(tmp_path):
+    (tmp_path / "log.jsonl").write_text('5\n{}\n{"step": 1}\n{"step": 4}\n[]\nhi\n{"step": 2')
+    _tidy(tmp_path, 3)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_folder_is_held_by_one_run(tmp_path):
+    folder = tmp_path / "run"
+    with alone(folder), pytest.raises(ValueError, match=f"^Another run is writing into {re.escape(str(folder))}: wait"):
+        with alone(folder):
+            pass
+    assert not folder.exists()  # nothing was written
+    with alone(folder):
+        (folder / "config.json").touch()
+    with alone(folder):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
 def test_a_folder_without_checkpoints_says_so(tmp_path):

@@ -42,6 +42,7 @@ from .networks import first_line
 DENSE = "dense"
 """The name of the setting that keeps all tokens. Every evaluation has it."""
 
+LONGEST_NAME = 200  # bytes: file systems have 255, and a file that is being written has a longer one
 SHOWN = 6
 """How many samples' pictures are kept for the contact sheets."""
 
@@ -201,7 +202,14 @@ def evaluate(
     }
     done = {name: _read_cell(folder / "cells" / f"{name}.json", configs[name]) for name in cells}
     names = [sample.name for sample in samples[: counts[DENSE]]]
+    if not all((folder / DENSE / f"{name}.png").is_file() for name in names):
+        done[DENSE] = None  # the others are compared with its pictures
     for name in names:
+        if len(name.encode()) > LONGEST_NAME:
+            raise ValueError(
+                f"A sample's name has {len(name.encode())} bytes, and its pictures go by it: give it one of "
+                f"{LONGEST_NAME} at most ({name[:40]} ...)."
+            )
         if name in ("", ".", "..") or re.search(r"[/\\\x00]", name):
             raise ValueError(f"A sample is named {name!r}, which no file can be: leave out slashes.")
     if len(set(names)) < len(names):
@@ -308,7 +316,8 @@ def _run(
         place.mkdir(parents=True, exist_ok=True)
         save_picture(output, place / f"{sample.name}.png")
         if made.selection is not None:
-            save_picture(draw_selection(made.selection, height=192), place / f"{sample.name}-tokens.png")
+            (place / "tokens").mkdir(exist_ok=True)
+            save_picture(draw_selection(made.selection, height=192), place / "tokens" / f"{sample.name}.png")
     tokens = (made.selection.kept, made.selection.total) if made.selection else (0, 0)
     return {"name": sample.name, "task": sample.task, "kept": tokens[0], "total": tokens[1],
             "seconds": round(made.times.total, 4), "scores": dict(_scores(output, sample, dense, metrics))}  # fmt: skip

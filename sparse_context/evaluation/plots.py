@@ -133,7 +133,7 @@ def draw_sheet(folder: Path, samples: Sequence[Sample], cells: Sequence[str], he
         tokens = []
         for name in cells:
             outputs.append(label(_scaled(open_picture(folder / "shown" / name / f"{sample.name}.png"), height), name))
-            drawn = folder / "shown" / name / f"{sample.name}-tokens.png"
+            drawn = folder / "shown" / name / "tokens" / f"{sample.name}.png"
             if drawn.is_file():
                 tokens.append(open_picture(drawn).convert("RGB"))
         rows.append(label(column([side_by_side(part) for part in (outputs, tokens) if part]), sample.prompt))

@@ -3,6 +3,7 @@
 Which samples a batch holds follows from (seed, batch number) alone, so nothing has to be stored to resume.
 """
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -225,13 +226,16 @@ class Cache:
             except (SafetensorError, OSError):
                 pass  # half a file of another file system's making
         made = {part: tensor.detach().cpu().contiguous() for part, tensor in make().items()}
-        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             save_file(made, partial)
             follow_folder(partial)
             partial.replace(file)
         except (SafetensorError, OSError) as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(f"The cache {file} could not be written ({error}): free some space.") from error
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise OSError(
+                f"The cache {file} could not be written ({error}): free some space, or name another folder."
+            ) from error
         return made

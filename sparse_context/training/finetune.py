@@ -582,8 +582,9 @@ def _evaluating(transformer: nn.Module) -> Iterator[None]:
 def check_folder(output: Path, resume: bool, steps: int) -> None:
     """Raise ValueError where a run of so many steps cannot begin, or cannot be continued, in `output`."""
     step = newest_step(output) if output.is_dir() else 0
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"The output {output} is a file: name a folder.")
+    there = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"The output {output} {'is' if there == output else 'lies below'} a file: name a folder.")
     if step and not resume:
         raise ValueError(
             f"The folder {output} holds a run at step {step}: continue it with --resume latest, or name another folder."
@@ -595,8 +596,13 @@ def check_folder(output: Path, resume: bool, steps: int) -> None:
         )
     if not step:
         foreign = [name for name in (LORA_FILE, "transformer", "README.md") if (output / name).exists()]
-        if (output / "config.json").exists() and "dropping" not in _read_record(output):
-            foreign.append("config.json")  # a run that was killed before its first checkpoint has one too
+        own = (output / "config.json").exists()
+        if own and "dropping" not in _read_record(output):
+            foreign.append("config.json")
+        if not own:  # what a run that was killed before its first checkpoint leaves, it leaves beside one
+            foreign += [
+                path.name for name in ("log.jsonl", "validation", "step-*.partial") for path in output.glob(name)
+            ]
         if foreign:
             raise ValueError(
                 f"The folder {output} holds {foreign[0]} and no checkpoint, and a run would write over it: name "
@@ -617,6 +623,8 @@ def _check_same(output: Path, record: dict, resume: bool) -> None:
     if not (resume and (output / "config.json").is_file()) or not has_begun(output):
         return
     before = _read_record(output)
+    if not isinstance(before.get("dropping"), dict):
+        raise ValueError(f"{output / 'config.json'} is no record of a run: put the run's own back, or begin anew.")
     defaults = json.loads(json.dumps(asdict(FinetuneConfig())))  # of a run begun before a setting was there
     before = {name: before.get(name, defaults.get(name, record[name])) for name in record}
     before["dropping"] = defaults["dropping"] | before["dropping"]

@@ -1,5 +1,6 @@
 """A run from options: what `sparse-context train` and `accelerate launch -m sparse_context.training` do."""
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -18,7 +19,7 @@ from .data import Batches, Cache, open_example
 from .dropping import Dropping
 from .finetune import EMBEDDED, FinetuneConfig, check_folder, finetune
 from .hosts import find_host
-from .loop import has_begun
+from .loop import alone, has_begun
 
 
 def launch(
@@ -123,26 +124,29 @@ def launch(
 
     folder = cache_dir or output / "cache"
     try:
-        result = finetune(
-            host,
-            Batches(samples, train_batch_size, config.seed, *sides.values()),
-            output,
-            config,
-            base=model or EMBEDDED,
-            data=str(Path(data).resolve()) if Path(data).exists() else data,  # the same from any folder
-            accelerator=accelerator,
-            resume=resume is not None,
-            workers=dataloader_num_workers,
-            validation=shown,
-            latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
-            text_cache=Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe)) if cache_text else None,
-            log=log,
-            log_picture=log_picture,
-            batch=train_batch_size,
-            samples=len(samples),
-            source=dict(source),
-            **sides,
-        )
+        with alone(output) if accelerator.is_main_process else contextlib.nullcontext():
+            result = finetune(
+                host,
+                Batches(samples, train_batch_size, config.seed, *sides.values()),
+                output,
+                config,
+                base=model or EMBEDDED,
+                data=str(Path(data).resolve()) if Path(data).exists() else data,  # the same from any folder
+                accelerator=accelerator,
+                resume=resume is not None,
+                workers=dataloader_num_workers,
+                validation=shown,
+                latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
+                text_cache=Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe))
+                if cache_text
+                else None,
+                log=log,
+                log_picture=log_picture,
+                batch=train_batch_size,
+                samples=len(samples),
+                source=dict(source),
+                **sides,
+            )
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "The device's memory ran out: pass a smaller --resolution or --train-batch-size, or "

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -263,11 +264,34 @@ def _tidy(folder: Path, first: int) -> None:
     if log.is_file():
         kept = []
         for line in log.read_text(errors="replace").splitlines(keepends=True):
-            with contextlib.suppress(ValueError):  # half a line
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or none of a log
                 kept += [line] if line.endswith("\n") and json.loads(line)["step"] <= first else []
         with writing(log):
             log.with_suffix(".partial").write_text("".join(kept))
             log.with_suffix(".partial").replace(log)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one run; ends with the process, however that ends. Raises ValueError where another holds it.
+
+    A folder that was not there is made, and removed again if nothing was written.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"Another run is writing into {folder}: wait for its end, or name another folder.") from error
+    try:
+        yield
+    finally:
+        (folder / ".lock").unlink(missing_ok=True)
+        lock.release()
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 @contextlib.contextmanager
