@@ -160,10 +160,11 @@ def base_quality() -> str:
             f"{show('recognised, flat colour', '{:.0%}')}{show('recognised, blur', ', {:.0%}')} |"
         )
 
-    def of_all(figures: dict, name: str) -> float:
-        """Over the objects of all tasks."""
+    def of_all(figures: dict, name: str) -> str:
+        """The share of the objects of all tasks."""
         found = [by_name[name] for by_name in figures.values() if name in by_name]
-        return sum(one["mean"] * one["number"] for one in found) / sum(one["number"] for one in found)
+        share = sum(one["mean"] * one["number"] for one in found) / sum(one["number"] for one in found)
+        return f"{share:.0%}".replace("%", " %")
 
     config, vae = result["config"], result["figures"]["vae"]["psnr"]
     short: dict[str, list[str]] = {}
@@ -180,9 +181,9 @@ def base_quality() -> str:
         f"the object is nearest to itself among {config['candidates']} candidates by EfficientNet features; beside "
         f"both what its flat colour and a blur of it would have, and at most, what the truth itself has after the VAE, "
         f"which a transformer without a fault would reach ({above['config']['scenes']} scenes a task). Of all objects "
-        f"{of_all(result['figures'], 'alike'):.0%} are all but their own flat colour or blur (a cosine of {ALIKE} and "
-        f"more); of the others {of_all(result['figures'], 'recognised, unlike'):.0%} are recognised, at most "
-        f"{of_all(ceiling, 'recognised, unlike'):.0%}. PSNR "
+        f"{of_all(result['figures'], 'alike')} are all but their own flat colour or blur (a cosine of {ALIKE} and "
+        f"more); of the others {of_all(result['figures'], 'recognised, unlike')} are recognised, at most "
+        f"{of_all(ceiling, 'recognised, unlike')}. PSNR "
         f"alone does not tell these from a recoloured "
         f"object, nor from one whose scale changes; recognition does. The VAE alone: {vae['mean']:.1f} dB over "
         f"{vae['number']} references. Asked are 19 dB inside the object, 80 % recognised, 22 dB of global edits and "

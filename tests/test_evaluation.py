@@ -232,10 +232,11 @@ def test_a_lost_picture_with_all_tokens_is_made_again(pipe, samples, tmp_path):
 
 
 def test_a_name_that_is_too_long_for_a_file_is_told_before_anything_is_made(pipe, samples, tmp_path):
-    named = [samples[0], replace(samples[1], name="ä" * 101)]
-    with pytest.raises(ValueError, match="^A sample's name has 202 bytes, .*: give it one of 200 at most"):
-        evaluate(maker(pipe), named, grid([0.5]), METRICS, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    for times in (101, 300):  # 255 is where the file system itself refuses
+        named = [samples[0], replace(samples[1], name="ä" * times)]
+        with pytest.raises(ValueError, match=f"^A sample's name has {2 * times} bytes, .*: give it one of 200 at most"):
+            evaluate(maker(pipe), named, grid([0.5]), METRICS, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["../outside", "a\\b", "..", ""])

@@ -202,19 +202,20 @@ def evaluate(
     }
     done = {name: _read_cell(folder / "cells" / f"{name}.json", configs[name]) for name in cells}
     names = [sample.name for sample in samples[: counts[DENSE]]]
-    if not all((folder / DENSE / f"{name}.png").is_file() for name in names):
-        done[DENSE] = None  # the others are compared with its pictures
     for name in names:
-        if len(name.encode()) > LONGEST_NAME:
+        size = len(name.encode("utf-8", "surrogatepass"))
+        if size > LONGEST_NAME:
             raise ValueError(
-                f"A sample's name has {len(name.encode())} bytes, and its pictures go by it: give it one of "
-                f"{LONGEST_NAME} at most ({name[:40]} ...)."
+                f"A sample's name has {size} bytes, and its pictures go by it: give it one of {LONGEST_NAME} at most "
+                f"({name[:40]} ...)."
             )
         if name in ("", ".", "..") or re.search(r"[/\\\x00]", name):
             raise ValueError(f"A sample is named {name!r}, which no file can be: leave out slashes.")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"Two samples are named {twice!r}: give each a name of its own.")
+    if not all((folder / DENSE / f"{name}.png").is_file() for name in names):
+        done[DENSE] = None  # the others are compared with its pictures
     if any(rows is None for rows in done.values()):
         masked = [counts[n] for n, cell in cells.items() if done[n] is None and _asks_for_masks(cell.config)]
         _check(samples[: counts[DENSE]], max(masked, default=0))

@@ -123,6 +123,8 @@ def launch(
             tracker.writer.add_image("validation", np.asarray(picture), step, dataformats="HWC")
 
     folder = cache_dir or output / "cache"
+    latent_cache = Cache(folder / "latents", host.pipe.vae) if cache_latents else None
+    text_cache = Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe)) if cache_text else None
     try:
         with alone(output) if accelerator.is_main_process else contextlib.nullcontext():
             result = finetune(
@@ -136,10 +138,8 @@ def launch(
                 resume=resume is not None,
                 workers=dataloader_num_workers,
                 validation=shown,
-                latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
-                text_cache=Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe))
-                if cache_text
-                else None,
+                latent_cache=latent_cache,
+                text_cache=text_cache,
                 log=log,
                 log_picture=log_picture,
                 batch=train_batch_size,

@@ -284,6 +284,8 @@ def alone(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(f"Another run is writing into {folder}: wait for its end, or name another folder.") from error
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error.strerror or error}): name another folder.") from error
     try:
         yield
     finally:
