@@ -5,7 +5,6 @@ ids (B, N, 4) back. The KV pipeline takes the number of reference tokens from th
 *latents* of its source picture, so the pixels behind them are taken one step earlier, in `prepare_latents`.
 """
 
-from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,29 +15,19 @@ from ..tokens import ReferenceTokens
 from .pictures import Pictures
 
 if TYPE_CHECKING:
-    from ..sparsify import SparseContext
+    from ..context import Call
 
 MAX_AREA = 1024 * 1024  # larger pictures are scaled down to this many pixels before they are preprocessed
 
 
-def attach(pipe: Any, context: "SparseContext") -> None:
-    """Cut the reference tokens that `pipe.prepare_image_latents` returns, on this instance only."""
-    pictures = Pictures(context, pipe.image_processor, MAX_AREA)
+def attach(pipe: Any, call: "Call") -> None:
+    """Cut the reference tokens that `pipe.prepare_image_latents` returns."""
+    pictures = Pictures(MAX_AREA)
     stands_for = WeakIdKeyDictionary()  # the latents of a preprocessed tensor -> that tensor
-    check_inputs, prepare_image_latents = pipe.check_inputs, pipe.prepare_image_latents
-    to_encode: deque = deque()  # the pixels of this call's references, still on the CPU
 
-    def start_call(*args, **kwargs):
-        context.selection = None
-        return check_inputs(*args, **kwargs)
-
-    def keep_essentials(images, batch_size, *args, **kwargs):
+    def keep_essentials(prepare_image_latents, images, batch_size, *args, **kwargs):
+        tokens = ReferenceTokens(*prepare_image_latents(images, batch_size, *args, **kwargs))
         channels = pipe.transformer.config.in_channels
-        to_encode.extend(image for image in images if image.shape[1] != channels)
-        try:
-            tokens = ReferenceTokens(*prepare_image_latents(images, batch_size, *args, **kwargs))
-        finally:
-            to_encode.clear()
         grids, seen = [], []
         for image in images:
             pixels = stands_for.get(image, image)
@@ -53,27 +42,23 @@ def attach(pipe: Any, context: "SparseContext") -> None:
             pixels, rows = seen[i]
             return None if pixels.shape[1] == channels else pictures.show(pixels, mask, i, rows)
 
-        kept = context.keep(tokens, grids, picture)
+        kept = call.keep(tokens, grids, picture)
         return kept.latents, kept.ids
 
-    context.override(pipe, "check_inputs", start_call)
-    context.override(pipe, "prepare_image_latents", keep_essentials)
+    def encode_once(encode, image, generator):  # which draws nothing from the generator: it takes the mode
+        remembered = call.context.cache
+        if remembered is None or "_encode_vae_image" in vars(pipe):  # the user's own function, known by no name
+            return encode(image=image, generator=generator)
+        # Named by what the VAE gets, so that no order of calls can put one picture's name on another's latents
+        return remembered.encode(image, image, pipe.vae, partial(encode, image=image, generator=generator))
 
-    if context.cache is not None:
-        cache, encode = context.cache, pipe._encode_vae_image
+    def remember_pixels(prepare_latents, image, *args, **kwargs):
+        prepared = prepare_latents(image, *args, **kwargs)
+        stands_for[prepared[3]] = image
+        return prepared
 
-        def encode_once(image, generator):  # which draws nothing from the generator: it takes the mode
-            pixels = to_encode.popleft() if to_encode else image
-            return cache.encode(pixels, image, pipe.vae, partial(encode, image=image, generator=generator))
-
-        context.override(pipe, "_encode_vae_image", encode_once)
-
+    call.replace("image_processor", pictures.watch)
+    call.around("prepare_image_latents", keep_essentials)
+    call.around("_encode_vae_image", encode_once)
     if hasattr(pipe, "prepare_mask_latents"):  # inpaint
-        prepare_latents = pipe.prepare_latents
-
-        def remember_pixels(image, *args, **kwargs):
-            prepared = prepare_latents(image, *args, **kwargs)
-            stands_for[prepared[3]] = image
-            return prepared
-
-        context.override(pipe, "prepare_latents", remember_pixels)
+        call.around("prepare_latents", remember_pixels)

@@ -10,6 +10,7 @@ among its blocks, and then takes `keep` and what goes with it in every call:
     made = pipe(image=[cat, room], prompt="the cat in the room", keep=0.2, output=["images", "selection"])
 """
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -19,29 +20,29 @@ from diffusers.modular_pipelines.flux2.inputs import Flux2ProcessImagesInputStep
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 
+from ..context import Call, SparseContext
 from ..selection import Selection, SparseContextConfig
-from ..sparsify import SparseContext
 from ..tokens import ReferenceTokens
 from .flux2 import MAX_AREA
 from .modular import attach_step, insert_behind
 from .pictures import mask_of, to_uint8
 
 
-def attach(pipe: Any, context: SparseContext) -> None:
-    """Put a step that cuts the reference tokens into a copy of the blocks of `pipe`."""
+def attach(pipe: Any, call: Call) -> None:
+    """Run a step that cuts the reference tokens behind the block that prepares them."""
     if _has_step(pipe._blocks):
         raise ValueError(
             f"This {type(pipe).__name__} has a SparseContextStep among its blocks, which drops tokens already: "
             "pass keep in the call, or build the pipeline without that step"
         )
-    attach_step(pipe, context, "image_latent_ids", lambda state: _keep_essentials(pipe, state, context))
+    attach_step(call, "image_latent_ids", lambda state: _keep_essentials(pipe, state, call))
 
 
 def insert_sparse_context(blocks: Any) -> Any:
     """A copy of FLUX.2's blocks with a `SparseContextStep` in its place. Raises ValueError where there is none."""
     if _has_step(blocks):
         raise ValueError(f"These {type(blocks).__name__} have a SparseContextStep already: insert it once.")
-    made = insert_behind(blocks, "image_latent_ids", SparseContextStep())
+    made = insert_behind(deepcopy(blocks), "image_latent_ids", SparseContextStep())
     if not _has_step(made):
         raise ValueError(
             f"These {type(blocks).__name__} have no step that makes image_latent_ids: pass FLUX.2's blocks, such as "
@@ -96,10 +97,10 @@ class SparseContextStep(ModularPipelineBlocks):
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         given = {name: state.get(name) for name in ("keep", "selector", "task", "coverage", "merge")}
         config = SparseContextConfig(**{name: value for name, value in given.items() if value is not None})
-        context = SparseContext(config)
+        call = Call(components, SparseContext(config, attach))
         if state.get("image_latent_ids") is not None:
-            _keep_essentials(components, state, context)
-        state.set("selection", context.selection)
+            _keep_essentials(components, state, call)
+        state.set("selection", call.selection)
         return components, state
 
 
@@ -107,7 +108,7 @@ def _has_step(blocks: Any) -> bool:
     return isinstance(blocks, SparseContextStep) or any(map(_has_step, blocks.sub_blocks.values()))
 
 
-def _keep_essentials(components: Any, state: PipelineState, context: SparseContext) -> None:
+def _keep_essentials(components: Any, state: PipelineState, call: Call) -> None:
     """Cut the reference tokens and position ids in the state."""
     tokens = ReferenceTokens(state.image_latents, state.image_latent_ids)
     images, pixels = state.get("image"), state.get("condition_images")  # no pixels where latents were passed
@@ -125,7 +126,7 @@ def _keep_essentials(components: Any, state: PipelineState, context: SparseConte
         Flux2ProcessImagesInputStep()(components, own)  # the same scaling and crop as the picture had
         return np.concatenate([seen, to_uint8(own.condition_images[0])[0, ..., :1]], axis=-1)
 
-    kept = context.keep(tokens, _grids(tokens.ids), picture)
+    kept = call.keep(tokens, _grids(tokens.ids), picture)
     state.set("image_latents", kept.latents)
     state.set("image_latent_ids", kept.ids)
 

@@ -1,7 +1,7 @@
 """FLUX.3, base and step-distilled, which are modular: blocks that hand a state on.
 
 The tokens (B, N, C) and position ids (N, 4) of all references stand in the state, next to their pixels, after the step
-that prepares them. So the pipeline gets a copy of its blocks with a step behind that one. A lone reference is padded to
+that prepares them. So a call runs a copy of the blocks with a step behind that one. A lone reference is padded to
 a canvas with its own reflection, which scores lowest where a token shows nothing else.
 """
 
@@ -14,11 +14,11 @@ from .modular import attach_step
 from .pictures import mask_of, to_uint8
 
 if TYPE_CHECKING:
-    from ..sparsify import SparseContext
+    from ..context import Call
 
 
-def attach(pipe: Any, context: "SparseContext") -> None:
-    """Put a step that cuts the reference tokens into a copy of the blocks of `pipe`."""
+def attach(pipe: Any, call: "Call") -> None:
+    """Run a step that cuts the reference tokens behind the block that prepares them."""
 
     def keep_essentials(state: Any) -> None:
         grids = [latents.shape[-2:] for latents in state.image_cond_latents]
@@ -41,11 +41,11 @@ def attach(pipe: Any, context: "SparseContext") -> None:
             _, canvas = pipe.image_processor.preprocess(images[0], resize_mode=resize_mode)
             shown = [_overlaps(canvas["reference_crop"], grids[0], pixels[0].shape[-2] // grids[0][0])]
         tokens = ReferenceTokens(state.image_cond_hidden_states, state.image_cond_ids)
-        kept = context.keep(tokens, grids, picture, shown)
+        kept = call.keep(tokens, grids, picture, shown)
         state.set("image_cond_hidden_states", kept.latents)
         state.set("image_cond_ids", kept.ids)
 
-    attach_step(pipe, context, "image_cond_ids", keep_essentials)
+    attach_step(call, "image_cond_ids", keep_essentials)
 
 
 def _overlaps(box: tuple[int, int, int, int], grid: tuple[int, int], side: int) -> np.ndarray:

@@ -14,13 +14,12 @@ from ..tokens import ReferenceTokens
 from .pictures import Pictures
 
 if TYPE_CHECKING:
-    from ..sparsify import SparseContext
+    from ..context import Call
 
 
-def attach(pipe: Any, context: "SparseContext") -> None:
-    """Cut the reference tokens that `pipe.prepare_latents` returns, on this instance only."""
-    pictures = Pictures(context, pipe.image_processor)
-    prepare_latents = pipe.prepare_latents
+def attach(pipe: Any, call: "Call") -> None:
+    """Cut the reference tokens that `pipe.prepare_latents` returns."""
+    pictures = Pictures()
 
     def keep(image: torch.Tensor, latents: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         is_latents = image.shape[1] == pipe.vae.config.latent_channels
@@ -30,11 +29,10 @@ def attach(pipe: Any, context: "SparseContext") -> None:
         def picture(i: int, mask: np.ndarray | None) -> list[np.ndarray] | None:
             return None if is_latents else pictures.show(image, mask, i)
 
-        kept = context.keep(ReferenceTokens(latents, ids), [grid], picture)
+        kept = call.keep(ReferenceTokens(latents, ids), [grid], picture)
         return kept.latents, kept.ids
 
-    def keep_essentials(*args, **kwargs):
-        context.selection = None
+    def keep_essentials(prepare_latents, *args, **kwargs):
         given = inspect.signature(prepare_latents).bind(*args, **kwargs).arguments
         if "image_reference" not in given:
             latents, image_latents, latent_ids, image_ids = prepare_latents(*args, **kwargs)
@@ -51,4 +49,5 @@ def attach(pipe: Any, context: "SparseContext") -> None:
             reference, reference_ids = keep(given["image_reference"], reference, reference_ids)
         return latents, source, reference, latent_ids, source_ids, reference_ids, noise
 
-    context.override(pipe, "prepare_latents", keep_essentials)
+    call.replace("image_processor", pictures.watch)
+    call.around("prepare_latents", keep_essentials)

@@ -1,17 +1,15 @@
 """The pictures behind the tensors that a host encodes: what selectors look at, and the way that a user's mask takes."""
 
+import copy
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import numpy as np
 import PIL.Image
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
-
-if TYPE_CHECKING:
-    from ..sparsify import SparseContext
 
 
 def _same(image: Any) -> Any:
@@ -31,21 +29,35 @@ def _has_alpha(image: Any) -> bool:
 
 
 class Pictures:
-    """Watches an image processor, on this instance only, and so knows what each preprocessed tensor was made from.
+    """Watches the image processor of one call, and so knows what each preprocessed tensor was made from.
 
     `max_area` is the number of pixels that the host scales larger pictures down to before the processor sees them; a
     mask of the size that the picture had before that is scaled with it. Where the host's own processor keeps an alpha
     channel, which its VAE cannot take, pictures go to it without, as FLUX.2's processor does by itself.
     """
 
-    def __init__(self, context: "SparseContext", processor: Any, max_area: float = math.inf) -> None:
+    def __init__(self, max_area: float = math.inf) -> None:
+        self.preprocessed: list[torch.Tensor] = []  # all that was made, in order
         self._max_area = max_area
         self._made_by = WeakIdKeyDictionary()  # what a step of the processor returned -> the step and its arguments
-        takes_alpha = processor.config.do_convert_rgb
-        context.override(processor, "resize", self._watched(processor.resize))
-        context.override(
-            processor, "preprocess", self._watched(processor.preprocess, _same if takes_alpha else _opaque)
-        )
+        self._copies: dict[int, tuple[Any, Any]] = {}  # the id of a processor -> it, and its watched copy
+
+    def watch(self, processor: Any) -> Any:
+        """A shallow copy of an image processor that is watched; the processor itself may serve others meanwhile."""
+        if id(processor) not in self._copies:
+            watched = copy.copy(processor)
+            prepare = _same if processor.config.do_convert_rgb else _opaque
+            watched.resize = self._watched(watched.resize)
+            watched.preprocess = self._listed(self._watched(watched.preprocess, prepare))
+            self._copies[id(processor)] = processor, watched
+        return self._copies[id(processor)][1]
+
+    def _listed(self, step: Callable) -> Callable:
+        def listed(*args, **kwargs):
+            self.preprocessed.append(step(*args, **kwargs))
+            return self.preprocessed[-1]
+
+        return listed
 
     def _watched(self, step: Callable, prepare: Callable = _same) -> Callable:
         def watched(image, *args, **kwargs):

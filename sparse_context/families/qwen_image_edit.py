@@ -2,19 +2,19 @@
 
 These have no position ids: the transformer derives its rotary rows from `img_shapes`, a local of the call. So tokens
 are chosen where `prepare_latents` makes them, their ids being the numbers of their rotary rows, and cut at the door of
-the transformer: hooks hand it the kept tokens as one strip and give each its own row. The hooks are there for the
-length of this pipeline's denoising loop and act in its thread alone, so another pipeline with the same transformer,
-even one that denoises at the same time, is as it was.
+the transformer. What is kept goes there with the call's inputs, in `attention_kwargs`, and hooks put it in its place.
+They look at nothing else, so they do for any number of calls at once, whoever makes them, leave a call without it
+alone, and can be compiled with the transformer.
 
 The text encoder sees the pictures as well, as vision tokens in the prompt, and those are left alone: what is dropped
 here still reaches the model that way, coarsely.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from math import prod
-from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -22,87 +22,142 @@ from ..tokens import ReferenceTokens
 from .pictures import Pictures
 
 if TYPE_CHECKING:
-    from ..sparsify import SparseContext
+    from ..context import Call
+
+KEY = "sparse_context"  # of the kept tokens in `attention_kwargs`
+
+Shape = tuple[int, int, int]  # 1, rows and columns
 
 
-def attach(pipe: Any, context: "SparseContext") -> None:
-    """Cut the reference tokens that `pipe` hands to its transformer, during its own calls only."""
-    pictures = Pictures(context, pipe.image_processor)
-    preprocess, check_inputs = pipe.image_processor.preprocess, pipe.check_inputs
-    prepare_latents, progress_bar = pipe.prepare_latents, pipe.progress_bar
-    seen: list[torch.Tensor] = []  # the preprocessed references of this call, which the host then hands on as views
-    kept = ReferenceTokens(torch.empty(1, 0, 1), torch.empty(0, 1))
-    shapes: list[tuple[int, int, int]] = []  # of the whole references, (1, rows, columns)
-    thread: int | None = None  # the one that denoises
+class KeptTokens(NamedTuple):
+    """What a call keeps of its references.
 
-    def start_call(*args, **kwargs):
-        context.selection = None
-        seen.clear()
-        return check_inputs(*args, **kwargs)
+    latents: (B, K, C). rows: their rotary rows (K,), int64, counted over all tokens of whole references.
+    shapes: of the whole references.
+    """
 
-    def remember(image, *args, **kwargs):
-        seen.append(preprocess(image, *args, **kwargs))
-        return seen[-1]
+    latents: torch.Tensor
+    rows: torch.Tensor
+    shapes: list[Shape]
 
-    def choose(*args, **kwargs):
-        nonlocal kept, shapes
+
+def attach(pipe: Any, call: "Call") -> None:
+    """Cut the reference tokens that `pipe` hands to its transformer."""
+    pictures = Pictures()
+    kept: KeptTokens | None = None
+    hooked: set[int] = set()  # the ids of the transformers that this call has run on
+
+    def choose(prepare_latents, *args, **kwargs):
+        nonlocal kept
         prepared = prepare_latents(*args, **kwargs)
+        seen = pictures.preprocessed  # the references, which the host then hands on as views
         side = 2 * pipe.vae_scale_factor
         grids = [(pixels.shape[2] // side, pixels.shape[3] // side) for pixels in seen]
         tokens = ReferenceTokens(prepared[-1], torch.arange(prepared[-1].shape[1])[:, None])
-        kept = context.keep(tokens, grids, lambda i, mask: pictures.show(seen[i], mask, i))
-        shapes = [(1, *grid) for grid in grids]
-        seen.clear()
+        chosen = call.keep(tokens, grids, lambda i, mask: pictures.show(seen[i], mask, i))
+        rows = chosen.ids[:, 0].to(chosen.latents.device, non_blocking=True)
+        kept = KeptTokens(chosen.latents, rows, [(1, *grid) for grid in grids])
         return prepared
 
-    # A hook that another thread removes in the middle of a forward is called without its `kwargs` there
-    def hand_over_kept(transformer, args, kwargs=None):
-        if get_ident() != thread:
-            return None
-        output = kwargs["img_shapes"][0][0]
-        strip = [[output, (1, 1, len(kept))]] * len(kwargs["img_shapes"])
-        tokens = torch.cat([kwargs["hidden_states"][:, : prod(output)], kept.latents], dim=1)
-        return args, kwargs | {"hidden_states": tokens, "img_shapes": strip}
+    def hand_over(attention_kwargs):
+        """The host asks for them anew for every forward, so a transformer that was exchanged has its hooks as well."""
+        if kept is None or attention_kwargs is None:
+            return attention_kwargs
+        if id(pipe.transformer) not in hooked:
+            hooked.add(id(pipe.transformer))
+            call.closing.enter_context(taking_kept_tokens(pipe.transformer))
+        return {**attention_kwargs, KEY: kept}
 
-    @contextmanager
-    def denoise(*args, **kwargs):
-        nonlocal thread
-        thread = get_ident()
-        hook = pipe.transformer.register_forward_pre_hook(hand_over_kept, with_kwargs=True)
-        try:
-            with rotary_rows(pipe.transformer, shapes, kept.ids[:, 0]), progress_bar(*args, **kwargs) as bar:
-                yield bar
-        finally:
-            hook.remove()
-
-    context.override(pipe, "check_inputs", start_call)
-    context.override(pipe.image_processor, "preprocess", remember)
-    context.override(pipe, "prepare_latents", choose)
-    context.override(pipe, "progress_bar", denoise)
+    call.replace("image_processor", pictures.watch)
+    call.around("prepare_latents", choose)
+    call.replace("_attention_kwargs", hand_over)
 
 
 @contextmanager
-def rotary_rows(transformer: Any, shapes: Sequence[tuple[int, int, int]], rows: torch.Tensor) -> Iterator[None]:
-    """Within it and in this thread, reference tokens have the rotary rows `rows` of whole references of these shapes.
+def taking_kept_tokens(transformer: Any) -> Iterator[None]:
+    """Within it, a forward with `attention_kwargs={KEY: KeptTokens(...)}` sees those as all of its references.
 
-    shapes: (1, rows, columns) of each reference. rows: int64, 1-D, counted over all their tokens. The transformer is to
-    be called with the output's shape first, and any shapes with as many tokens as `rows` has behind it.
+    Without, it is as it was. `img_shapes` is to have the output's shape first, and `hidden_states` its tokens.
     """
-    thread = get_ident()
-
-    def ask_for_whole(pos_embed, args):
-        if get_ident() != thread:
-            return None
-        return [[sample[0], *shapes] for sample in args[0]], *args[1:]
-
-    def take_own_rows(pos_embed, args, rotary):
-        if get_ident() != thread:
-            return None
-        output = prod(args[0][0][0])
-        own = torch.cat([torch.arange(output), output + rows])
-        return rotary[0].index_select(0, own.to(rotary[0].device)), rotary[1]
-
-    with ExitStack() as hooks:
-        hooks.callback(transformer.pos_embed.register_forward_pre_hook(ask_for_whole).remove)
-        hooks.callback(transformer.pos_embed.register_forward_hook(take_own_rows).remove)
+    with _hooked(transformer, _at_the_door), _hooked(transformer.pos_embed, _around_rotary_rows):
         yield
+
+
+class _Shapes(list):
+    """What the transformer counts its tokens by, with what `pos_embed` finds their rotary rows by."""
+
+    def __init__(self, shapes: Sequence[Shape], rows: torch.Tensor, whole: Sequence[Shape]) -> None:
+        super().__init__(shapes)
+        self.rows, self.whole = rows, whole
+
+    def to(self, device: Any, non_blocking: bool = False) -> "_Shapes":
+        """So that accelerate's offloading moves it as a whole, and does not take it for a list."""
+        return _Shapes(self, self.rows.to(device, non_blocking=non_blocking), self.whole)
+
+
+def _count(shape: Shape) -> int:
+    return shape[0] * shape[1] * shape[2]
+
+
+# A hook that another thread removes in the middle of a forward is called without its `kwargs` there
+def _put_kept_tokens(transformer, args, kwargs=None):
+    attention_kwargs = (kwargs or {}).get("attention_kwargs") or {}
+    if KEY not in attention_kwargs:
+        return None
+    latents, rows, whole = attention_kwargs[KEY]
+    output = kwargs["img_shapes"][0][0]
+    shapes = _Shapes([output, (1, 1, latents.shape[1])], rows, whole)
+    return args, kwargs | {
+        "hidden_states": torch.cat([kwargs["hidden_states"][:, : _count(output)], latents], dim=1),
+        "img_shapes": [shapes] * len(kwargs["img_shapes"]),
+        "attention_kwargs": {name: value for name, value in attention_kwargs.items() if name != KEY},
+    }
+
+
+def _ask_for_whole(pos_embed, args):
+    if not isinstance(args[0][0], _Shapes):
+        return None
+    shapes = args[0][0]
+    return [_Shapes([shapes[0], *shapes.whole], shapes.rows, shapes.whole)], *args[1:]
+
+
+def _take_kept_rows(pos_embed, args, rotary):
+    if not isinstance(args[0][0], _Shapes):
+        return None
+    shapes = args[0][0]
+    output = _count(shapes[0])
+    rows = torch.cat([torch.arange(output, device=shapes.rows.device), output + shapes.rows])
+    return rotary[0].index_select(0, rows.to(rotary[0].device)), rotary[1]
+
+
+_installed: WeakKeyDictionary[torch.nn.Module, tuple[list, int]] = WeakKeyDictionary()  # hooks, and how many need them
+_lock = Lock()
+
+
+@contextmanager
+def _hooked(module: Any, register: Callable[[Any], list]) -> Iterator[None]:
+    """Within it, `module` has the hooks that `register` puts on it: once, however many calls need them at a time."""
+    with _lock:
+        hooks, needed_by = _installed.get(module) or (register(module), 0)
+        _installed[module] = hooks, needed_by + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            hooks, needed_by = _installed.pop(module)
+            if needed_by > 1:
+                _installed[module] = hooks, needed_by - 1
+            else:
+                for hook in hooks:
+                    hook.remove()
+
+
+def _at_the_door(transformer: Any) -> list:
+    return [transformer.register_forward_pre_hook(_put_kept_tokens, with_kwargs=True)]
+
+
+def _around_rotary_rows(pos_embed: Any) -> list:
+    return [
+        pos_embed.register_forward_pre_hook(_ask_for_whole),
+        pos_embed.register_forward_hook(_take_kept_rows),
+    ]

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from ..cache import ReferenceCache
+from ..context import Call, SparseContext, install
 from ..selection import Selection, SparseContextConfig, per_reference
-from ..sparsify import ATTRIBUTE, SparseContext, apply_sparse_context, remove_sparse_context
+from ..sparsify import apply_sparse_context, remove_sparse_context
 from ..tokens import ReferenceTokens
 
 Grid = tuple[int, int]
@@ -40,7 +41,9 @@ def make_hosts(pipe: Any) -> Hosts:
     from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
 
     kv = None
-    if type(pipe) is Flux2KleinPipeline:  # Flux2KleinKVPipeline sets attention processors on its transformer, so that
+    if isinstance(
+        pipe, Flux2KleinPipeline
+    ):  # Flux2KleinKVPipeline sets attention processors on its transformer, so that
         weights = [
             *pipe.transformer.parameters(),
             *pipe.transformer.buffers(),
@@ -88,8 +91,16 @@ def sparse_kv(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
 def downscaled(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
     """References scaled down to (as near as a grid comes) as many tokens as the others keep."""
     pipe = hosts.plain
-    context = _override(pipe, keep)
-    context.override(pipe.image_processor, "check_image_input", lambda image: image)  # it refuses less than 64 pixels
+
+    def lenient(processor: Any) -> Any:
+        processor = copy.copy(processor)
+        processor.check_image_input = lambda image: image  # it refuses less than 64 pixels
+        return processor
+
+    def attach(pipe: Any, call: Call) -> None:
+        call.replace("image_processor", lenient)
+
+    install(pipe, SparseContext(SparseContextConfig(keep=keep), attach))
     token = 2 * pipe.vae_scale_factor
     smaller = []
     for reference in references:
@@ -100,19 +111,21 @@ def downscaled(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
 
 def merged(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
     """Neighbouring tokens that are alike become one, their mean, at their centre: see `merge_tokens`."""
-    pipe = hosts.plain
-    context = _override(pipe, keep)
-    prepare, token = pipe.prepare_image_latents, 2 * pipe.vae_scale_factor
 
-    def merge(images: list, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = ReferenceTokens(*prepare(images, *args, **kwargs))
-        start = time.perf_counter()
-        kept = merge_tokens(tokens, [(i.shape[2] // token, i.shape[3] // token) for i in images], keep)
-        context.selection = Selection((), "merge", (), time.perf_counter() - start)
-        return kept.latents, kept.ids
+    def attach(pipe: Any, call: Call) -> None:
+        token = 2 * pipe.vae_scale_factor
 
-    context.override(pipe, "prepare_image_latents", merge)
-    return pipe, references
+        def merge(prepare: Callable, images: list, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens = ReferenceTokens(*prepare(images, *args, **kwargs))
+            start = time.perf_counter()
+            kept = merge_tokens(tokens, [(i.shape[2] // token, i.shape[3] // token) for i in images], keep)
+            call.select(Selection((), "merge", (), time.perf_counter() - start))
+            return kept.latents, kept.ids
+
+        call.around("prepare_image_latents", merge)
+
+    install(hosts.plain, SparseContext(SparseContextConfig(keep=keep), attach))
+    return hosts.plain, references
 
 
 def no_references(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
@@ -247,11 +260,3 @@ def _merge(tokens: ReferenceTokens, grid: Grid, count: int) -> ReferenceTokens:
         return (sums / members[:, None]).index_select(-2, places)
 
     return ReferenceTokens(mean(tokens.latents).to(tokens.latents.dtype), mean(tokens.ids))
-
-
-def _override(pipe: Any, keep: float) -> SparseContext:
-    """A context of ours on `pipe`, so that what it overrides is undone as any other is."""
-    remove_sparse_context(pipe)
-    context = SparseContext(SparseContextConfig(keep=keep))
-    setattr(pipe, ATTRIBUTE, context)
-    return context

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from ..families.qwen_image_edit import rotary_rows
+from ..families.qwen_image_edit import KEY, KeptTokens, taking_kept_tokens
 from ..generation import call_settings
 from ..tokens import ReferenceTokens
 
@@ -316,14 +316,15 @@ class QwenImageEditPlus:
         teacher: bool = False,
     ) -> torch.Tensor:
         dtype = self.transformer.dtype
-        shapes = [tuple(noisy.ids[0].tolist()), (1, 1, len(references))]
-        with rotary_rows(self.transformer, self._shapes, references.ids[:, 0]):
+        kept = KeptTokens(references.latents.to(dtype), references.ids[:, 0], self._shapes)
+        with taking_kept_tokens(self.transformer):
             velocity = self.transformer(
-                hidden_states=torch.cat([noisy.latents, references.latents], dim=1).to(dtype),
+                hidden_states=noisy.latents.to(dtype),
                 encoder_hidden_states=text["prompt_embeds"].to(dtype),
                 encoder_hidden_states_mask=text["prompt_embeds_mask"],
                 timestep=sigma,
-                img_shapes=[shapes] * len(noisy.latents),
+                img_shapes=[[tuple(noisy.ids[0].tolist())]] * len(noisy.latents),
+                attention_kwargs={KEY: kept},
                 return_dict=False,
             )[0]
         return velocity[:, : len(noisy)]

@@ -1,0 +1,209 @@
+"""What is installed on a pipeline, and what each of its calls makes of it.
+
+Applying gives one pipeline object a class of its own, below its class and with the same name. That class changes
+nothing but calls and copies: a shallow copy is sparse on its own, and a call sees some of the pipeline's attributes as
+its family wants them. Nothing is written to the pipeline for that, so there is nothing to undo, parts that are
+exchanged are taken as they are by then, and calls know nothing of each other: neither those of copies, nor one inside
+another's callback, nor those of other threads.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
+from typing import Any
+
+import numpy as np
+
+from .cache import ReferenceCache
+from .selection import Selection, SparseContextConfig, score_tokens, select_tokens
+from .selectors import user_mask
+from .tokens import ReferenceTokens
+
+ATTRIBUTE = "_sparse_context"
+
+
+@dataclass
+class SparseContext:
+    """What is installed on one pipeline object.
+
+    attach: `attach(pipe, call)` of its family says what a call sees, by `Call.replace` and `Call.around`.
+    selection: of the last call. None before the first, or where it had no references.
+    """
+
+    config: SparseContextConfig
+    attach: Callable[[Any, "Call"], None]
+    cache: ReferenceCache | None = None
+    selection: Selection | None = None
+
+
+def context_of(pipe: Any) -> SparseContext | None:
+    """What is installed on a pipeline."""
+    return vars(pipe).get(ATTRIBUTE)
+
+
+def install(pipe: Any, context: SparseContext) -> None:
+    """From the next call on, `pipe` is called as `context` says, instead of what was installed before.
+
+    Raises what `context.attach` raises for a pipeline that it cannot serve, which is then left as it was.
+    """
+    context.attach(pipe, Call(pipe, context))
+    with _lock:
+        setattr(pipe, ATTRIBUTE, context)
+        if not _is_sparse(type(pipe)):
+            pipe.__class__ = _sparse(type(pipe))
+
+
+def uninstall(pipe: Any) -> None:
+    """From the next call on, `pipe` is as it was. Does nothing where nothing is installed."""
+    with _lock:
+        if vars(pipe).pop(ATTRIBUTE, None) is not None:
+            _restore_class(pipe)
+
+
+class Call:
+    """One call of a sparse pipeline: what it sees of the pipeline, and what it kept.
+
+    It is open from the first line of the pipeline's `__call__` to the last; `closing` is closed with it.
+    """
+
+    def __init__(self, pipe: Any, context: SparseContext) -> None:
+        self.pipe = pipe
+        self.context = context
+        self.selection: Selection | None = None
+        self.closing = ExitStack()
+        self._replacements: dict[str, Callable[[Any], Any]] = {}
+
+    def replace(self, name: str, replacement: Callable[[Any], Any]) -> None:
+        """Within the call, `pipe.<name>` is `replacement` of what it is by then."""
+        self._replacements[name] = replacement
+
+    def around(self, method: str, function: Callable) -> None:
+        """Within the call, `pipe.<method>(...)` is `function(<the pipeline's own>, ...)`."""
+        self.replace(method, lambda original: partial(function, original))
+
+    def keep(
+        self,
+        tokens: ReferenceTokens,
+        grids: Sequence[tuple[int, int]],
+        picture: Callable[[int, np.ndarray | None], Any],
+        shown: Sequence[np.ndarray | None] | None = None,
+    ) -> ReferenceTokens:
+        """Choose among the reference tokens of the call, return what is kept of them, and remember the selection.
+
+        `grids` is one (rows, columns) per reference; `picture(i, mask)` gives the pixels of reference i as selectors
+        want them, with the user's mask (or None) carried through the pipeline's own resize and crop. `shown` tells
+        tokens from padding (`select_tokens`). Raises ValueError where the grids hold another number of tokens.
+        """
+        start = time.perf_counter()
+        total = sum(rows * columns for rows, columns in grids)
+        if total != len(tokens):
+            raise ValueError(
+                f"The pipeline made {len(tokens)} reference tokens where {len(grids)} pictures of {total} tokens were "
+                "seen, so a part of it works in another way than Sparse Context knows: call remove_sparse_context, "
+                "or give it the part that it had."
+            )
+        config, remembered = self.context.config, self.context.cache
+        pictures = [picture(i, user_mask(config.selector, i)) for i in range(len(grids))]
+        making = time.perf_counter() - start  # which is a part of what choosing costs
+        score = score_tokens if remembered is None else remembered.score
+        selection = select_tokens(pictures, grids, config, shown, score)
+        self.select(replace(selection, seconds=making + selection.seconds))
+        return tokens.keep(selection.index, selection.into)
+
+    def select(self, selection: Selection) -> None:
+        """Remember what was kept."""
+        self.selection = self.context.selection = selection
+
+    def seen(self, name: str, value: Any) -> Any:
+        """What the call sees of an attribute with this value."""
+        replacement = self._replacements.get(name)
+        return value if replacement is None else replacement(value)
+
+    def __enter__(self) -> "Call":
+        self.context.selection = None
+        self.context.attach(self.pipe, self)
+        with _lock:
+            _running[id(self.pipe)] += 1
+        self._token = _calls.set((*_calls.get(), self))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        _calls.reset(self._token)
+        self.closing.close()
+        self.context.selection = self.selection  # which a call inside this one may have set to its own
+        with _lock:
+            _running[id(self.pipe)] -= 1
+            if context_of(self.pipe) is None:
+                _restore_class(self.pipe)
+
+
+# The calls that are open where the code runs, in this thread or task, each inside the one before
+_calls: ContextVar[tuple[Call, ...]] = ContextVar("sparse_context_calls", default=())
+_running: Counter[int] = Counter()  # the id of a pipeline -> how many calls of it are open, in any thread
+_lock = threading.Lock()
+
+
+def _restore_class(pipe: Any) -> None:
+    """Give `pipe` its class back, once no call is open that would miss what it sees."""
+    if not _running[id(pipe)]:
+        del _running[id(pipe)]
+        if _is_sparse(type(pipe)):
+            pipe.__class__ = type(pipe).__base__
+
+
+def _is_sparse(cls: type) -> bool:
+    return vars(cls).get("__deepcopy__") is _refuse_copy
+
+
+def _refuse_copy(pipe: Any, *args: Any) -> Any:
+    raise TypeError(
+        "A pipeline with Sparse Context cannot be copied whole or pickled, for its selectors and its cache stay with "
+        "the process: call remove_sparse_context first, and apply it to both again."
+    )
+
+
+@cache
+def _sparse(cls: type) -> Any:
+    """The class below `cls`, of the same name, whose objects are called as the context on them says."""
+
+    @wraps(cls.__call__)
+    def call_sparsely(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        context = context_of(pipe)
+        if context is None:  # removed in the middle of another call
+            return cls.__call__(pipe, *args, **kwargs)
+        with Call(pipe, context):
+            return cls.__call__(pipe, *args, **kwargs)
+
+    def see(pipe: Any, name: str) -> Any:
+        value = cls.__getattribute__(pipe, name)
+        for call in reversed(_calls.get()):
+            if call.pipe is pipe:
+                return call.seen(name, value)
+        return value
+
+    def copy_shallowly(pipe: Any) -> Any:
+        twin = object.__new__(cls)
+        vars(twin).update(vars(pipe))
+        context = vars(twin).pop(ATTRIBUTE, None)
+        if context is not None:
+            install(twin, replace(context, selection=None))
+        return twin
+
+    @wraps(cls.__init__, assigned=())
+    def make_plain(sparse: type, *args: Any, **kwargs: Any) -> Any:
+        return cls(*args, **kwargs)  # `type(pipe)(...)` is a pipeline to which nothing was applied
+
+    return type(
+        cls.__name__,
+        (cls,),
+        {
+            "__call__": call_sparsely, "__getattribute__": see, "__copy__": copy_shallowly,
+            "__deepcopy__": _refuse_copy, "__reduce_ex__": _refuse_copy, "__new__": make_plain,
+            "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
+        },
+    )  # fmt: skip
