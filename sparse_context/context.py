@@ -54,8 +54,9 @@ def install(pipe: Any, context: SparseContext) -> None:
     context.attach(pipe, Call(pipe, context))
     with _lock:
         setattr(pipe, ATTRIBUTE, context)
-        if not _is_sparse(type(pipe)):
-            pipe.__class__ = _sparse(type(pipe))
+        cls: Any = type(pipe)
+        if not _is_sparse(cls):
+            pipe.__class__ = _sparse(cls)
 
 
 def uninstall(pipe: Any) -> None:
@@ -168,7 +169,7 @@ def _refuse_copy(pipe: Any, *args: Any) -> Any:
 
 
 @cache
-def _sparse(cls: type) -> Any:
+def _sparse(cls: Any) -> Any:
     """The class below `cls`, of the same name, whose objects are called as the context on them says."""
 
     @wraps(cls.__call__)

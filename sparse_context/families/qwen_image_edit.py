@@ -32,13 +32,17 @@ Shape = tuple[int, int, int]  # 1, rows and columns
 class KeptTokens(NamedTuple):
     """What a call keeps of its references.
 
-    latents: (B, K, C). rows: their rotary rows (K,), int64, counted over all tokens of whole references.
+    rows: the rotary rows of the kept tokens (K,), int64, counted over all tokens of whole references.
+    strip: their shape, (1, 1, K): as a number of its own, so that no graph has to derive it.
     shapes: of the whole references.
+    latents: the kept tokens (B, K, C), to take the place of the whole references in `hidden_states`; None where
+        they stand there already.
     """
 
-    latents: torch.Tensor
     rows: torch.Tensor
+    strip: Shape
     shapes: list[Shape]
+    latents: torch.Tensor | None = None
 
 
 def attach(pipe: Any, call: "Call") -> None:
@@ -56,8 +60,11 @@ def attach(pipe: Any, call: "Call") -> None:
         tokens = ReferenceTokens(prepared[-1], torch.arange(prepared[-1].shape[1])[:, None])
         chosen = call.keep(tokens, grids, lambda i, mask: pictures.show(seen[i], mask, i))
         rows = chosen.ids[:, 0].to(chosen.latents.device, non_blocking=True)
-        kept = KeptTokens(chosen.latents, rows, [(1, *grid) for grid in grids])
-        return prepared
+        kept = KeptTokens(rows, (1, 1, len(rows)), [(1, *grid) for grid in grids])
+        if hasattr(pipe, "prepare_mask_latents"):  # inpaint, which blends with the whole source at every step
+            kept = kept._replace(latents=chosen.latents)
+            return prepared
+        return *prepared[:-1], chosen.latents
 
     def hand_over(attention_kwargs):
         """The host asks for them anew for every forward, so a transformer that was exchanged has its hooks as well."""
@@ -77,7 +84,7 @@ def attach(pipe: Any, call: "Call") -> None:
 def taking_kept_tokens(transformer: Any) -> Iterator[None]:
     """Within it, a forward with `attention_kwargs={KEY: KeptTokens(...)}` sees those as all of its references.
 
-    Without, it is as it was. `img_shapes` is to have the output's shape first, and `hidden_states` its tokens.
+    Any other is as it was. `img_shapes` is to have the output's shape first, and `hidden_states` its tokens.
     """
     with _hooked(transformer, _at_the_door), _hooked(transformer.pos_embed, _around_rotary_rows):
         yield
@@ -104,12 +111,14 @@ def _put_kept_tokens(transformer, args, kwargs=None):
     attention_kwargs = (kwargs or {}).get("attention_kwargs") or {}
     if KEY not in attention_kwargs:
         return None
-    latents, rows, whole = attention_kwargs[KEY]
+    rows, strip, whole, latents = attention_kwargs[KEY]
     output = kwargs["img_shapes"][0][0]
-    shapes = _Shapes([output, (1, 1, latents.shape[1])], rows, whole)
+    hidden_states = kwargs["hidden_states"]
+    if latents is not None:
+        hidden_states = torch.cat([hidden_states[:, : _count(output)], latents], dim=1)
     return args, kwargs | {
-        "hidden_states": torch.cat([kwargs["hidden_states"][:, : _count(output)], latents], dim=1),
-        "img_shapes": [shapes] * len(kwargs["img_shapes"]),
+        "hidden_states": hidden_states,
+        "img_shapes": [_Shapes([output, strip], rows, whole)] * len(kwargs["img_shapes"]),
         "attention_kwargs": {name: value for name, value in attention_kwargs.items() if name != KEY},
     }
 

@@ -316,10 +316,10 @@ class QwenImageEditPlus:
         teacher: bool = False,
     ) -> torch.Tensor:
         dtype = self.transformer.dtype
-        kept = KeptTokens(references.latents.to(dtype), references.ids[:, 0], self._shapes)
+        kept = KeptTokens(references.ids[:, 0], (1, 1, len(references)), self._shapes)
         with taking_kept_tokens(self.transformer):
             velocity = self.transformer(
-                hidden_states=noisy.latents.to(dtype),
+                hidden_states=torch.cat([noisy.latents, references.latents], dim=1).to(dtype),
                 encoder_hidden_states=text["prompt_embeds"].to(dtype),
                 encoder_hidden_states_mask=text["prompt_embeds_mask"],
                 timestep=sigma,
