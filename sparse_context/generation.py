@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .families import FAMILIES, Family, family_of
+from .lora import check_lora_file, load_lora, read_lora
 from .mini import ADAPTERS, CALL_FILE, WEIGHTS, adapter_record, read_call_settings
 from .preview import fit_reference, reference_mask
 from .selection import Selection, SparseContextConfig, per_reference
@@ -71,9 +72,10 @@ def load_pipeline(
 
     dtype: a name of `DTYPES`, or "auto": float32 for the embedded model on a CPU, else bfloat16.
     device: a torch device; None takes an accelerator if there is one. cpu_offload: "model" or "group".
-    lora: a safetensors file for this model, or "none". None is the same as "none", but that the embedded model then has
-    its own adapter, for dropped tokens, folded into its weights, where the package holds one. lora_scale: how much of
-    the LoRA's change of the weights is taken, 0 or more; another than 1 without a LoRA is refused.
+    lora: a safetensors file for this model, under whichever of the common names (lora.py), or "none". None is the same
+    as "none", but that the embedded model then has its own adapter, for dropped tokens, folded into its weights, where
+    the package holds one. lora_scale: how much of the LoRA's change of the weights is taken, 0 or more; another than 1
+    without a LoRA is refused.
     kv: run a klein model as `Flux2KleinKVPipeline`, for a LoRA that was trained for that (`train --kv`). The embedded
     model then has its adapter for KV mode, where the package holds one. Other pipelines are refused, and klein models
     that need guidance, which that pipeline has none of.
@@ -90,7 +92,7 @@ def load_pipeline(
         lora = None
     check_lora_scale(lora_scale)
     if lora is not None:
-        _check_lora_file(lora)
+        check_lora_file(lora)
     elif lora_scale != 1 and not own:
         raise ValueError(f"lora-scale is {lora_scale:g}, but there is no LoRA: name one with --lora, or leave it out.")
     path = str(WEIGHTS) if model is None else model
@@ -101,6 +103,13 @@ def load_pipeline(
     if lora is not None and adapter_record(Path(lora)).get("kv", in_kv_mode) != in_kv_mode:
         does = "was not trained for KV mode: leave kv out" if in_kv_mode else "was trained for KV mode: pass kv"
         raise ValueError(f"The LoRA {lora} {does}, or name another one.")
+    file = None
+    if own or lora is not None:
+        import diffusers
+
+        if not hasattr(getattr(diffusers, kind), "load_lora_weights"):
+            raise ValueError(f"{kind} loads no LoRA: leave it out.")
+        file = read_lora(str(adapter) if lora is None else lora)
     modular = FAMILIES[kind].modular
     if modular and cpu_offload == "model":
         raise ValueError("cpu-offload is 'model', which a modular pipeline does not have: choose group.")
@@ -123,14 +132,11 @@ def load_pipeline(
         twin = Flux2KleinKVPipeline(**pipe.components)
         twin.register_to_config(_name_or_path=pipe.config._name_or_path)  # by which its call settings are found
         pipe = twin
+    if file is not None:
+        load_lora(pipe, file, lora_scale)
     if own:
-        _load_lora(pipe, str(adapter))
-        pipe.fuse_lora(lora_scale=lora_scale)
+        pipe.fuse_lora()
         pipe.unload_lora_weights()  # what was fused stays
-    elif lora is not None:
-        _load_lora(pipe, lora)
-        if lora_scale != 1:
-            pipe.set_adapters(pipe.get_active_adapters(), lora_scale)
     if cpu_offload == "model":
         pipe.enable_model_cpu_offload(device=where)
     elif cpu_offload == "group" and modular:
@@ -291,8 +297,19 @@ def _class_name(model: str) -> str:
         index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
         if index is None:
             raise ValueError(f"The folder {model} holds no {INDEXES[0]}: pass a model in the diffusers layout.")
-    elif HUB_ID.fullmatch(model) and not folder.exists():
+    elif HUB_ID.fullmatch(model) and not folder.exists() and not folder.is_symlink():
         index = _fetch_index(model)
+    elif folder.name in INDEXES and folder.is_file():
+        raise ValueError(f"The model {model} is a file, the index of a model: pass the folder that holds it.")
+    elif folder.is_file():
+        raise ValueError(
+            f"The model {model} is a file, and a pipeline is many: pass a folder in the diffusers layout or a hub id."
+        )
+    elif folder.exists() or folder.is_symlink():
+        raise ValueError(
+            f"The model {model} is {'neither a folder nor a file' if folder.exists() else 'a link to nothing'}: pass a "
+            "folder in the diffusers layout or a hub id."
+        )
     else:
         raise ValueError(f"The model {model} does not exist: pass a folder in the diffusers layout or a hub id.")
     try:
@@ -331,44 +348,6 @@ def _fetch_index(model: str) -> Path:
             other = f"it is out of reach, check the connection ({other})"
         reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), other)
         raise ValueError(f"The model {model} is no folder here, and the hub does not give it: {reason}.") from error
-
-
-def _check_lora_file(path: str) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        is_what = "a folder" if Path(path).is_dir() else "not there"
-        raise ValueError(f"The LoRA {path} is {is_what}: pass a .safetensors file.")
-    try:
-        if Path(path).suffix != ".safetensors":  # diffusers unpickles by any other name
-            raise ValueError(f"its name ends in {Path(path).suffix or 'nothing'}")
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(
-            f"The LoRA {path} is no safetensors file, and nothing else is read, for safety: {_first_line(error)}."
-        ) from error
-
-
-def _load_lora(pipe: Any, path: str) -> None:
-    file = {"weight_name": Path(path).name, "use_safetensors": True, "local_files_only": True}
-    transformer = pipe.transformer
-    if not hasattr(pipe, "load_lora_weights"):
-        raise ValueError(f"{type(pipe).__name__} loads no LoRA: leave it out.")
-    try:
-        state = pipe.lora_state_dict(str(Path(path).parent), **file)  # in the names of diffusers, whoever wrote it
-        wanted = {re.split(r"\.lo(?:ra|kr)_", key)[0].removeprefix("transformer.") for key in state}
-        wanted = {name for name in wanted if not name.startswith("text_encoder")}
-        unknown = sorted(wanted - {name for name, _ in transformer.named_modules()})
-        if not all(torch.isfinite(weight).all() for weight in state.values() if isinstance(weight, torch.Tensor)):
-            raise ValueError("some of its weights are no finite numbers")
-        if unknown or not wanted:
-            raise ValueError(f"{type(transformer).__name__} has no {unknown[0]}" if unknown else "it is empty")
-        pipe.load_lora_weights(str(Path(path).parent), **file)
-        if not getattr(transformer, "peft_config", None):
-            raise ValueError("its weights go by names that diffusers does not read")
-    except Exception as error:  # the loaders raise many kinds, and all of them mean this
-        raise ValueError(f"The LoRA {path} does not fit this model: {_first_line(error)}.") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -127,12 +127,16 @@ class Decoder(nn.Module):
 class SaliencyNet(nn.Module):
     """Pictures (B, 3, H, W) in [0, 1], sides multiples of 32 -> logits (B, 1, H / 4, W / 4) of "this is subject"."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.trunk = Trunk()
         self.decoder = Decoder()
-        self.register_buffer("mean", torch.tensor(MEAN, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD, dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", MEAN), ("std", STD)):  # with real values also where the rest is built without
+            tensor = torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.trunk((pictures - self.mean) / self.std))
@@ -143,10 +147,10 @@ _LOADING = threading.Lock()
 
 @lru_cache(maxsize=1)
 def _read(path: Path) -> SaliencyNet:
-    with torch.device("cpu"):  # whatever a user made the default
-        net = SaliencyNet().float()
+    with torch.device("meta"):  # weights on the CPU would first be drawn from torch's generator, which is the user's
+        net = SaliencyNet()
     try:
-        net.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+        net.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()}, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(
             f"The saliency net's weights {path} cannot be read ({str(error).splitlines()[0]}): "

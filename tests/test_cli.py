@@ -18,6 +18,7 @@ import torch
 from conftest import CALL
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_lora import DOWN_UP, ORIGINAL, REFUSED, flat, make
 from tiny import picture, tiny_transformer
 
 from sparse_context.cli import main
@@ -373,7 +374,7 @@ def test_what_no_model_takes_is_refused_before_one_is_loaded(refused, options, m
         "no class": "is no diffusers model index",
         "odd class": "is a []; the supported pipelines are Flux2Pipeline, Flux2KleinPipeline",
         "ddpm": "is a DDPMPipeline; the supported pipelines are Flux2Pipeline, Flux2KleinPipeline",
-        "ddpm/model_index.json": "does not exist: pass a folder",
+        "ddpm/model_index.json": "is a file, the index of a model: pass the folder that holds it.",
         "inpaint": "paints into its first picture: pass --inpaint",
         "no weights": "does not load: Error no file named diffusion_pytorch_model.safetensors",
         "truncated weights": "does not load: ",
@@ -412,12 +413,40 @@ def test_a_model_that_cannot_be_fetched(refused):
         "half foreign.safetensors": "does not fit this model: Flux2Transformer2DModel has no ",
         "no lora.safetensors": "does not fit this model: ",
         "empty.safetensors": "does not fit this model: it is empty.",
-        "no prefix.safetensors": "does not fit this model: its weights go by names that diffusers does not read.",
     }.items(),
 )
 def test_a_bad_lora(refused, loras, name, says):
     message = refused("generate", "-m", "{model}", "--image", "{in}/a.png", "--prompt", "x", "--lora", loras / name)
     assert says in message and name in message
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_would_be_lost_or_is_broken_is_one_sentence(kind, refused, tmp_path):
+    tensors, says = REFUSED[kind]
+    file = tmp_path / f"{kind}.safetensors"
+    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, file)
+    message = refused("generate", "-m", "{model}", "--image", "{in}/a.png", "--prompt", "x", "--lora", file)
+    assert says in message and str(file) in message and "does not fit this model" in message
+    assert len(message) < 600 and "\n" not in message.strip()
+
+
+def test_a_model_that_is_no_folder_is_told_what_it_is(refused, tiny_model, tmp_path):
+    (tmp_path / "single.safetensors").write_bytes(b"x")
+    (tmp_path / "model.gguf").write_bytes(b"x")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "nobody").mkdir()
+    (tmp_path / "nobody" / "file").write_bytes(b"x")  # which looks like an id of the hub
+    for name, says in {
+        "single.safetensors": "is a file, and a pipeline is many: pass a folder in the diffusers layout or a hub id.",
+        "model.gguf": "is a file, and a pipeline is many",
+        "nobody/file": "is a file, and a pipeline is many",
+        tiny_model / "model_index.json": "is a file, the index of a model: pass the folder that holds it.",
+        "gone": "is a link to nothing: pass a folder",
+        "/dev/null": "is neither a folder nor a file: pass a folder",
+        "./nowhere/at/all": "does not exist: pass a folder in the diffusers layout or a hub id.",
+    }.items():
+        message = refused("generate", "-m", name, "--image", "{in}/a.png", "--prompt", "x")
+        assert f"The model {name} {says}" in message
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -835,7 +864,7 @@ def test_a_scale_without_a_lora_or_out_of_range_is_refused(refused, loras, optio
 
 def test_loras_of_other_tools(generate, loras):
     generate("--image", "{in}/a.png", "--output", "plain.png")
-    for name in ("ai-toolkit", "peft", "kohya"):
+    for name in ("ai-toolkit", "peft", "kohya", "no prefix"):
         generate("--image", "{in}/a.png", "--lora", loras / f"{name}.safetensors")
         assert not np.array_equal(pixels("plain.png"), pixels("out.png"))
 
@@ -1073,3 +1102,24 @@ def test_an_interrupted_run_ends_quietly(tiny_model, inputs, tmp_path):
     assert run.returncode == 130
     assert out == b"" and b"Traceback" not in err
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("kv", [False, True])
+def test_the_command_takes_it_as_python_does(command, tiny_model, tmp_path, kv):
+    """By kohya's names with alphas, at half its scale, in one picture."""
+    from sparse_context.generation import generate, load_pipeline
+
+    transformer = tiny_transformer()
+    tensors, changes = make(transformer, ORIGINAL["klein"], flat("lora_unet_"), DOWN_UP, (1.0, 3.0))
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    options = ["-m", "{model}", "--image", "{in}/a.png", "--prompt", "the cat", "--dtype", "float32"]
+    options += ["--lora", tmp_path / "a.safetensors", "--lora-scale", 0.5, *(["--kv"] if kv else [])]
+    code, _, err = command("generate", *options)
+    assert code == 0, err
+    pipe = load_pipeline(str(tiny_model), dtype="float32", device="cpu", kv=kv)
+    with torch.no_grad():
+        for name, change in changes.items():
+            pipe.transformer.get_submodule(name).weight += 0.5 * change
+    made = pixels("out.png").astype(int)
+    direct = np.asarray(generate(pipe, [colourful(0)], "the cat").image).astype(int)
+    assert np.abs(made - direct).max() <= 1

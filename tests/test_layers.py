@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "sparse_context"
 
 IDEA = {"tokens", "selectors", "budget", "selection", "saliency", "contrast", "images", "result", "preview"}
 HOSTS = {"sparsify", "families", "cache"}
-WORK = {"manifest", "training", "evaluation", "speed", "mini"}
+WORK = {"manifest", "lora", "generation", "training", "evaluation", "speed", "mini"}
 FACES = {"cli", "app", "server"}
 
 IDEA_MAY_IMPORT = {"numpy", "cv2", "PIL", "safetensors"} | sys.stdlib_module_names

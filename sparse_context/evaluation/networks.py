@@ -6,8 +6,8 @@ nothing else; those of `st_lpips` and `identity` only if their SHA-256 is the kn
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,15 @@ def accelerator() -> torch.device:
 
 def _frozen(net: nn.Module) -> nn.Module:
     return net.eval().requires_grad_(False).to(accelerator())
+
+
+def _without_weights(build: Callable[[], Any]) -> Any:
+    """What `build` makes, on the meta device, for weights from a file to be assigned to.
+
+    Elsewhere its layers would first draw their weights from torch's global generator, which is the user's.
+    """
+    with torch.device("meta"):
+        return build()
 
 
 def _packaged(package: str, file: str, sha256: str) -> dict[str, Tensor]:
@@ -153,8 +162,9 @@ def _heads(weights: dict[str, Tensor]) -> list[Tensor]:
 def st_lpips_net() -> nn.Module:
     """ST-LPIPS on AlexNet, with the weights in the package stlpips-pytorch (BSD-2)."""
     weights = _packaged(*ST_LPIPS)
-    layers = shift_tolerant_alexnet_layers()
-    layers.load_state_dict({key.split(".", 2)[2]: value for key, value in weights.items() if key.startswith("net.")})
+    layers = _without_weights(shift_tolerant_alexnet_layers)
+    found = {key.split(".", 2)[2]: value for key, value in weights.items() if key.startswith("net.")}
+    layers.load_state_dict(found, assign=True)
     return _frozen(Lpips(layers, (2, 6, 10, 12, 14), _heads(weights)))
 
 
@@ -182,9 +192,9 @@ def lpips_net(file: str) -> nn.Module:
     if heads is None or heads.origin is None:
         raise ValueError("torchmetrics is not installed: `pip install 'sparse-context[evaluate]'`.")
     for name, (make_layers, taps) in TRUNKS.items():
-        layers = make_layers()
+        layers = _without_weights(make_layers)
         if found.keys() == layers.state_dict().keys():
-            layers.load_state_dict(found)
+            layers.load_state_dict(found, assign=True)
             ours = Path(heads.origin).parent / "functional" / "image" / "lpips_models" / f"{name}.pth"
             return _frozen(Lpips(layers, taps, _heads(torch.load(ours, map_location="cpu", weights_only=True))))
     raise ValueError(f"{file} is neither torchvision's AlexNet nor its SqueezeNet 1.1: give one of these two.")
@@ -203,8 +213,8 @@ def efficientnet() -> nn.Module:
         raise ValueError(
             "efficientnet-lite-pytorch is not installed: `pip install 'sparse-context[evaluate]'`."
         ) from error
-    net = EfficientNet.from_name("efficientnet-lite0")
-    net.load_state_dict(weights)
+    net = _without_weights(partial(EfficientNet.from_name, "efficientnet-lite0"))
+    net.load_state_dict(weights, assign=True)
     return _frozen(net)
 
 
@@ -237,9 +247,10 @@ def _pretrained(model: str, net: Any, *others: Any) -> list[Any]:
         try:
             if not local_only:  # `from_pretrained` would try for a minute when offline
                 huggingface_hub.model_info(model, timeout=10)
-            own, report = net.from_pretrained(
-                model, local_files_only=local_only, use_safetensors=True, output_loading_info=True
-            )
+            with torch.random.fork_rng(devices=()):  # what a file lacks is drawn, and the generator is the user's
+                own, report = net.from_pretrained(
+                    model, local_files_only=local_only, use_safetensors=True, output_loading_info=True
+                )
             # What the file lacks would be random. A pooler, which nothing here asks, is not published with every model.
             missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
             if missing:

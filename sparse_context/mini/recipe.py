@@ -25,7 +25,7 @@ from ..images import save_text
 from ..training.attention import MatmulAttention
 from ..training.data import Ahead, fingerprint
 from ..training.finetune import noise_levels
-from ..training.loop import load_average, make_optimisers, newest_step, start_from, train
+from ..training.loop import drawn_from, load_average, make_optimisers, newest_step, start_from, train
 from . import ADAPTERS, adapter_record
 from .data import Assets, load_assets
 from .model import (
@@ -101,8 +101,8 @@ def train_vae(folder: Path, config: VaeConfig = VaeConfig(), stop_after: float |
     everything = load_assets(folder / "assets.safetensors")
     assets = everything.split("train")
     device = default_device()
-    torch.manual_seed(config.seed)
-    vae = (load_vae(folder).requires_grad_(True) if _has_vae(folder) else make_vae()).to(device)
+    with drawn_from(config.seed):
+        vae = (load_vae(folder).requires_grad_(True) if _has_vae(folder) else make_vae()).to(device)
     crops = Ahead(partial(_crops, assets, config), workers)
 
     def loss(step: int) -> torch.Tensor:
@@ -524,11 +524,11 @@ def train_base(folder: Path, config: BaseConfig = BaseConfig(), stop_after: floa
     assets = everything.split("train")
     device = default_device()
     vae = load_vae(folder).to(device)
-    torch.manual_seed(config.seed)
     if not (folder / "tokenizer").is_dir():  # its ids belong to the embeddings that are being trained
         _save_whole(make_tokenizer(prompt_corpus(assets), config.vocabulary), folder / "tokenizer")
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
-    modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
+    with drawn_from(config.seed):
+        modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     modules.to(device)
     of_batches = replace(config, steps=max(1, config.steps // config.repeats))  # whose steps its shares are of
     batches = Ahead(partial(make_batch, assets, of_batches, tokenizer), workers)
@@ -685,7 +685,8 @@ def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16)
     if knows.is_file() and knows.read_text().strip() != fingerprint(vae.encoder):
         raise ValueError(f"The VAE in {folder / 'vae'} was trained after the base, which has to follow: run `base`.")
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
-    modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
+    with drawn_from(0):  # and then loaded
+        modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
     step = load_average(folder / "base", modules) + _steps_before(folder)
     pipe = make_pipeline(vae, modules["transformer"], modules["text_encoder"], tokenizer)
     pipe.vae.register_to_config(_name_or_path="")  # else its config names the working folder of this machine

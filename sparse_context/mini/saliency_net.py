@@ -31,7 +31,7 @@ from torch import nn
 
 from ..saliency import STAGES, SaliencyNet
 from ..training.data import Ahead
-from ..training.loop import load_average, train
+from ..training.loop import drawn_from, load_average, train
 from .data import Assets, fetch, load_assets
 from .recipe import check_config, default_device, save_config
 from .scenes import draw_object, place, texture
@@ -262,8 +262,8 @@ def train_saliency(
     check_config(folder / "saliency", config)
     assets = load_assets(folder / "assets.safetensors")
     sources = training_sources(assets)
-    torch.manual_seed(config.seed)
-    net = SaliencyNet()
+    with drawn_from(config.seed):
+        net = SaliencyNet()
     load_trunk(net, fetch(folder / "packages", TRUNK))
     device = default_device()
     net = net.to(device, memory_format=torch.channels_last)
@@ -313,7 +313,8 @@ def sample_sheet(net: nn.Module, assets: Assets, pictures: int = 24) -> Image.Im
 
 def export_saliency(folder: Path, destination: Path) -> None:
     """Write the averaged weights of the newest checkpoint to the file `destination`, in half precision."""
-    net = SaliencyNet()
+    with drawn_from(0):  # and then loaded
+        net = SaliencyNet()
     step = load_average(folder / "saliency", net)
     unfinished = destination.with_suffix(".partial")
     weights = {name: tensor.half().contiguous() for name, tensor in net.state_dict().items()}

@@ -181,7 +181,8 @@ class Ahead:
         before = cv2.getNumThreads()
         cv2.setNumThreads(1)
         numbers = cast(Dataset, range(first, sys.maxsize))
-        made = iter(DataLoader(numbers, batch_size=None, num_workers=self._workers,
+        # The loader draws seeds for its processes, which nothing here uses: without a generator, from the user's
+        made = iter(DataLoader(numbers, batch_size=None, num_workers=self._workers, generator=torch.Generator(),
                                collate_fn=partial(_or_error, self._make), multiprocessing_context="fork",
                                pin_memory=torch.cuda.is_available()))  # fmt: skip
         cv2.setNumThreads(before)

@@ -41,7 +41,7 @@ from .attention import MatmulAttention
 from .data import Ahead, Cache, Example, fingerprint
 from .dropping import Dropping, draw_selection
 from .hosts import Host, Text
-from .loop import SCHEDULES, has_begun, make_optimisers, newest_step, train
+from .loop import SCHEDULES, drawn_from, has_begun, make_optimisers, newest_step, train
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 RECORD_FILE = "sparse_context.json"  # beside all weights, what the metadata of a LoRA holds
@@ -417,14 +417,14 @@ def prepare(host: Host, config: FinetuneConfig) -> Trainable:
         from peft import LoraConfig
 
         targets = list(config.lora_layers) if config.lora_layers else host.lora_targets()
-        torch.manual_seed(config.seed)
         lora = LoraConfig(r=config.rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian",
                           target_modules=targets)  # fmt: skip
         try:
             for name in targets:  # those that peft finds nowhere it passes over, as long as it finds others
                 if not name or not any(f".{layer}".endswith(f".{name}") for layer, _ in transformer.named_modules()):
                     raise ValueError(f"it has no {name!r}")
-            transformer.add_adapter(lora)
+            with drawn_from(config.seed):
+                transformer.add_adapter(lora)
         except ValueError as error:
             raise ValueError(
                 f"lora_layers is {', '.join(targets)}, and the transformer takes no LoRA there "

@@ -76,6 +76,17 @@ SCHEDULES: Mapping[str, Callable[[int, int, int], float]] = {
 }
 
 
+@contextlib.contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """What layers draw from torch's global generator as they are built on the CPU comes from `seed` inside.
+
+    Afterwards that generator is where it was before, for it is the user's.
+    """
+    with torch.random.fork_rng(devices=()), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 def make_optimisers(
     module: nn.Module, matrices: Sequence[str], lr: float, muon_lr: float, weight_decay: float = 0.0
 ) -> list[torch.optim.Optimizer]:
