@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def generate(
 
     outputs = [path for path in (output, show_tokens, compare) if path is not None]
     _check_outputs(outputs, [*(image or []), *(mask or []), *([inpaint] if inpaint else [])])
-    if len({path.resolve() for path in outputs}) < len(outputs):
+    if len({os.path.normcase(path.resolve()) for path in outputs}) < len(outputs):
         raise ValueError("Two of --output, --show-tokens and --compare name the same file: give each its own.")
     references = [open_picture(path) for path in image or []]
     if show_tokens is not None and not references:

@@ -536,9 +536,13 @@ def test_the_log_has_a_record_every_so_often(tmp_path):
 
 
 def test_a_log_keeps_its_records_alone(tmp_path):
+    for name in (".a.part", "validation/.b.part", "step-0000004.partial/half"):  # what a kill leaves
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     (tmp_path / "log.jsonl").write_text('5\n{}\n{"step": 1}\n{"step": 4}\n[]\nhi\n{"step": 2')
     _tidy(tmp_path, 3)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
+    assert {path.name for path in tmp_path.rglob("*")} == {"log.jsonl", "validation"}
 
 
 def test_a_folder_is_held_by_one_run(tmp_path):
@@ -948,12 +952,13 @@ def test_two_processes_fine_tune_one_lora_with_ratios_of_their_own(tmp_path):
 def test_two_processes_go_on_from_a_checkpoint_to_equal_weights_and_only_from_one(tmp_path):
     two_processes(tmp_path, script=FINETUNE)
     run = tmp_path / "run"
-    whole = load_file(run / LORA_FILE)
+    whole, log = load_file(run / LORA_FILE), contents(run)["log"]
     for left in (run / "step-0000010", run / LORA_FILE):  # as if both had been killed in the last step
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     shutil.copytree(run, tmp_path / "other")
     two_processes(tmp_path, script=FINETUNE)
     resumed = load_file(run / LORA_FILE)
+    assert contents(run)["log"] == log and len(log) == 3
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
 
     (run / LORA_FILE).unlink()

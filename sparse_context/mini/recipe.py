@@ -5,6 +5,7 @@ and sample sheets; `export` writes what is shipped.
 """
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -583,6 +584,8 @@ def check_config(run: Path, config: Any) -> None:
     if not newest_step(run):
         return
     begun = read_record(run)
+    if "steps" not in begun:
+        raise ValueError(f"{run / 'config.json'} is no record of a run: put the run's own back, or move it away.")
     record, own = (json.loads(json.dumps(asdict(each))) for each in (config, type(config)()))
     for name, value in record.items():
         before = begun.get(name, own[name])  # of a run begun before a setting was there
@@ -628,10 +631,8 @@ def load_vae(folder: Path):
 
     if not _has_vae(folder):
         raise FileNotFoundError(f"{folder / 'vae' / 'final'} is missing: run `python -m sparse_context.mini vae` first")
-    vae = AutoencoderKLFlux2.from_pretrained(folder / "vae" / "final").eval().requires_grad_(False)
-    for tensor in (*vae.parameters(), *vae.buffers()):  # copies: a trained decoder takes the place of this file, which
-        tensor.data = tensor.data.clone()  # Windows does not move as long as it is mapped
-    return vae
+    # A copy: a trained decoder takes the place of this file, which Windows does not move as long as it is mapped
+    return copy.deepcopy(AutoencoderKLFlux2.from_pretrained(folder / "vae" / "final")).eval().requires_grad_(False)
 
 
 def sample_sheet(pipe, assets: Assets, per_task: int = 2) -> Image.Image:

@@ -300,7 +300,7 @@ def _step(checkpoint: Path) -> int:
 
 def _tidy(folder: Path, first: int) -> None:
     """Remove what a kill left behind: halves of checkpoints and files, and log records of steps to be taken again."""
-    for left in (*folder.glob("step-*.partial"), *folder.glob(".*.part")):  # the last are of images.py
+    for left in (*folder.glob("step-*.partial"), *folder.glob(".*.part"), *folder.glob("*/.*.part")):  # of images.py
         with contextlib.suppress(OSError):  # Windows removes nothing that somebody has open; it is in nobody's way
             remove(left)
     log = folder / "log.jsonl"
