@@ -107,7 +107,9 @@ def main() -> None:
         about = {"weights": fingerprint(pipe), "scale": scale}
         evaluate(make, samples, cells, find_metrics(["psnr"]), place / name, about=about)
         files = {cell: place / name / "cells" / f"{cell}.json" for cell in cells}
-        return {cell: json.loads(file.read_text())["figures"]["samples"] for cell, file in files.items()}
+        return {
+            cell: json.loads(file.read_text(encoding="utf-8"))["figures"]["samples"] for cell, file in files.items()
+        }
 
     def won(rows: dict[str, list[dict]], other: dict[str, list[dict]]) -> dict[str, dict]:
         """What one run has won over another in the settings of both, by group and setting."""

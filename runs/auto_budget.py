@@ -66,7 +66,7 @@ def main() -> None:
         cells[f"mass-{mass:g}"] = grid(["auto"], mass=mass)["auto-auto"]
     evaluate(make, samples, cells, find_metrics(["psnr"]), folder, about=about)
     files = {cell: folder / "cells" / f"{cell}.json" for cell in cells}
-    found = {cell: json.loads(file.read_text())["figures"]["samples"] for cell, file in files.items()}
+    found = {cell: json.loads(file.read_text(encoding="utf-8"))["figures"]["samples"] for cell, file in files.items()}
     fixed = {ratio: found[DENSE if ratio == 1 else f"auto-{ratio:g}"] for ratio in FIXED}
     figures = {}
     for mass in arguments.masses:

@@ -37,7 +37,7 @@ def known_quality(group: str = "subjects", score: str = "psnr_in_mask") -> dict[
     found = {}
     for method, (result, setting) in QUALITY.items():
         file = ROOT / "results" / f"{result}.json"
-        figures = json.loads(file.read_text())["figures"] if file.is_file() else {}
+        figures = json.loads(file.read_text(encoding="utf-8"))["figures"] if file.is_file() else {}
         if setting in figures.get(group, {}):
             found[method] = figures[group][setting]["scores"][score]
     return found

@@ -44,7 +44,7 @@ def main() -> None:
         sys.exit("There are no results of a GPU yet: run runs/bench_gpu.sh where one is.")
     missed = False
     for path in paths:
-        for name, (value, _, _, reached) in check(json.loads(path.read_text())["figures"]).items():
+        for name, (value, _, _, reached) in check(json.loads(path.read_text(encoding="utf-8"))["figures"]).items():
             missed |= not reached
             print(f"{path.stem}: {'yes' if reached else 'NO ':3} {name}: {value:.2f}")
     sys.exit(missed)

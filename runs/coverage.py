@@ -49,7 +49,10 @@ def main() -> None:
     folder = ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
     about = {"split": arguments.split, "lora": arguments.lora or "the package's own", "weights": fingerprint(pipe)}
     evaluate(make, samples, cells, find_metrics(["psnr"]), folder, about=about)
-    rows = {name: json.loads((folder / "cells" / f"{name}.json").read_text())["figures"]["samples"] for name in cells}
+    rows = {
+        name: json.loads((folder / "cells" / f"{name}.json").read_text(encoding="utf-8"))["figures"]["samples"]
+        for name in cells
+    }
     without, *others = (name for name in cells if name != DENSE)
     figures = summarise({DENSE: rows[without]} | {name: rows[name] for name in others})
     config = about | {"keep": arguments.keep, "kinds": KINDS, "coverages": COVERAGES}

@@ -47,7 +47,7 @@ def main() -> None:
         evaluate(make, samples, cells, find_metrics(["psnr"]), folder, about=about)
         for cell in cells:
             file = folder / "cells" / f"{cell}.json"
-            rows[f"{name}, {cell}"] = json.loads(file.read_text())["figures"]["samples"]
+            rows[f"{name}, {cell}"] = json.loads(file.read_text(encoding="utf-8"))["figures"]["samples"]
     dense = rows.pop(f"training-free, {DENSE}")
     figures = summarise({DENSE: dense} | rows)["all"]
     for name, entry in figures.items():

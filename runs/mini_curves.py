@@ -62,7 +62,7 @@ def working_folder(output: Path, split: str) -> Path:
 
 def rows(folder: Path, cell: str) -> list[dict]:
     """The figures of every scene under one setting."""
-    return json.loads((folder / "cells" / f"{cell}.json").read_text())["figures"]["samples"]
+    return json.loads((folder / "cells" / f"{cell}.json").read_text(encoding="utf-8"))["figures"]["samples"]
 
 
 def share_kept(scene: Scene, keep: float, token: int) -> float:
@@ -79,7 +79,7 @@ def share_kept(scene: Scene, keep: float, token: int) -> float:
 
 def read_base(path: Path, about: dict, names: list[str]) -> dict:
     """The result of the dense base, as `evaluate` returns it. Ends the script where it is none for these scenes."""
-    base = json.loads(path.read_text())
+    base = json.loads(path.read_text(encoding="utf-8"))
     config, folder = base["config"], working_folder(path, about["split"])
     differs = [key for key in ("split", "steps", "call") if config[key] != about[key]]
     if config["lora"] != NO_LORA or config["weights"] == about["weights"] or differs:

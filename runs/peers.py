@@ -136,7 +136,7 @@ def main() -> None:
 
     def rows(way: str, keep: float) -> list[dict]:
         file = folder / "cells" / f"{way} {keep:g}.json"
-        return json.loads(file.read_text())["figures"]["samples"]
+        return json.loads(file.read_text(encoding="utf-8"))["figures"]["samples"]
 
     grids = [[(r.shape[0] // TOKEN, r.shape[1] // TOKEN) for r in scene.references] for scene, _, _ in scenes.values()]
     figures = result["figures"] | {

@@ -86,7 +86,7 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(validation))  # so that the first few show both tasks
     for file, samples in (("train.jsonl", train), ("validation.jsonl", [validation[i] for i in order])):
         partial = arguments.folder / f"{file}.partial"
-        partial.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        partial.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8", newline="\n")
         partial.replace(arguments.folder / file)
     print(f"{len(train)} samples in {arguments.folder / 'train.jsonl'}")
 

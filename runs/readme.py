@@ -42,7 +42,7 @@ def _references(family: Family) -> str:
 
 
 def _read(name: str) -> dict:
-    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _machine(result: dict) -> str:
@@ -113,7 +113,8 @@ def lines() -> str:
     shared = sorted(path.stem for path in folder.glob("*.py") if path.stem not in files)
     for file in [*files, *shared]:
         count = sum(family.file == file for family in FAMILIES.values())
-        rows.append(f"| `{file}.py` | {count or 'shared'} | {_code_lines((folder / f'{file}.py').read_text())} |")
+        lines = _code_lines((folder / f"{file}.py").read_text(encoding="utf-8"))
+        rows.append(f"| `{file}.py` | {count or 'shared'} | {lines} |")
     return "\n".join(rows)
 
 
@@ -1098,12 +1099,12 @@ def render(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
 def main() -> None:
     for page, tables in PAGES.items():
         path = ROOT / page
-        before = path.read_text()
+        before = path.read_text(encoding="utf-8")
         after = render(before, tables)
         if "--check" in sys.argv[1:] and after != before:
             sys.exit(f"{page} is out of date: run `python runs/readme.py`")
         elif after != before:
-            path.write_text(after)
+            path.write_text(after, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def photographs(assets) -> list[tuple[str, np.ndarray, np.ndarray]]:
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("runs/saliency.py: five photographs come with scikit-image: pip install scikit-image")
     shown = []
-    for row in json.loads((ROOT / "runs" / "saliency_boxes.json").read_text()):
+    for row in json.loads((ROOT / "runs" / "saliency_boxes.json").read_text(encoding="utf-8")):
         if row["source"] == "photos":
             image = assets.photos[row["key"]]
         else:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def generate(
 
     outputs = [path for path in (output, show_tokens, compare) if path is not None]
     _check_outputs(outputs, [*(image or []), *(mask or []), *([inpaint] if inpaint else [])])
-    if len({path.resolve() for path in outputs}) < len(outputs):
+    if len({os.path.normcase(path.resolve()) for path in outputs}) < len(outputs):
         raise ValueError("Two of --output, --show-tokens and --compare name the same file: give each its own.")
     references = [open_picture(path) for path in image or []]
     if show_tokens is not None and not references:
@@ -445,11 +446,10 @@ def evaluate(
     from .evaluation.evaluate import evaluate, fingerprint, grid, maker, open_folder, table
     from .evaluation.metrics import METRICS, find_metrics, try_out
     from .evaluation.pie_bench import PIE_METRICS, read_pie_bench
-    from .evaluation.plots import check_matplotlib, draw_all
+    from .evaluation.plots import check_installed, draw_all
     from .generation import check_references, load_pipeline, most_references
     from .manifest import read_samples
 
-    check_matplotlib()
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: pass a number of samples, 1 or more.")
     if (manifest is None) == (pie_bench is None):
@@ -457,6 +457,7 @@ def evaluate(
     known = METRICS if pie_bench is None else PIE_METRICS | METRICS
     usual = METRICS if pie_bench is None else PIE_METRICS
     metrics = find_metrics(metric or [name for name, one in usual.items() if one.model is None], known)
+    check_installed(metrics, manifest)
     keeps, selectors = [_number(k) for k in keep.split(",")], [_selector(s) for s in selector or ["auto"]]
     cells = grid(keeps, selectors, tasks=task or ["auto"], coverages=coverage or [None], merges=merge or [0.0],
                  share=share, floor=floor)  # fmt: skip

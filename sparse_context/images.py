@@ -15,6 +15,7 @@ import stat
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,7 +167,19 @@ def follow_folder(path: str | os.PathLike[str]) -> None:
     mode = path.parent.stat().st_mode & 0o666
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file():
-            file.chmod(mode)
+            with contextlib.suppress(OSError):  # a file system without modes
+                file.chmod(mode)
+
+
+def put_in_place(new: str | os.PathLike[str], place: str | os.PathLike[str]) -> None:
+    """`os.replace`. Windows refuses it while a viewer or a virus scanner has a file of it open, most for a moment: so
+    it is tried for a second before PermissionError is raised."""
+    for pause in (0.05, 0.15, 0.3, 0.5):
+        try:
+            return os.replace(new, place)
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(new, place)
 
 
 def _write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
@@ -183,13 +196,17 @@ def _write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
                 file.flush()
                 os.fsync(file.fileno())
             if os.path.exists(target):
-                os.chmod(part, stat.S_IMODE(os.stat(target).st_mode))
-            os.replace(part, target)
+                with contextlib.suppress(OSError):  # a file system without modes
+                    os.chmod(part, stat.S_IMODE(os.stat(target).st_mode))
+            put_in_place(part, target)
         except BaseException:
-            os.unlink(part)
+            with contextlib.suppress(OSError):
+                os.unlink(part)
             raise
     except (OSError, ValueError) as error:
         advice = "free some space" if getattr(error, "errno", None) == errno.ENOSPC else "choose another place"
+        if isinstance(error, PermissionError) and os.path.exists(target):
+            advice = "close what has it open, or choose another place"
         raise PictureError(f"{name} could not be written ({_reason(error)}); {advice}") from error
 
 
@@ -256,11 +273,13 @@ def _upright_8bit(image: Image.Image) -> Image.Image:
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
     """libtiff writes its complaints straight to file descriptor 2, past Python, before Pillow raises its error."""
-    if sys.stderr is None:  # started without one
+    try:
+        kept = os.dup(2)
+    except OSError:  # started without one, as programs with windows are on Windows
         yield
         return
-    sys.stderr.flush()
-    kept = os.dup(2)
+    if sys.stderr is not None:
+        sys.stderr.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)

@@ -8,18 +8,21 @@ A manifest is a JSONL file with one object a line:
 - `mask`: where the object is in `image`; `reference_masks`: where it is in each reference, null for none.
 - `task`: a group for reports, such as "edit" or "subject"; `name`: unique, letters that a file name can have.
 
-Paths are relative to the manifest. Other keys are ignored, unless they look like one of these misspelt. In the place of
-a file, a folder or a hub name is read with the `datasets` library; its columns have the same names, or those that
-`columns` says, and `references` may hold one picture or a list. Pictures are opened when they are asked for.
+Paths are relative to the manifest, with slashes or, as Windows writes them, backslashes. Other keys are ignored, unless
+they look like one of these misspelt. In the place of a file, a folder or a hub name is read with the `datasets`
+library; its columns have the same names, or those that `columns` says, and `references` may hold one picture or a list.
+Pictures are opened when they are asked for.
 """
 
 import difflib
 import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from PIL import Image
@@ -30,6 +33,23 @@ from .images import PictureError, open_mask, open_picture
 FIELDS = ("references", "prompt", "image", "mask", "reference_masks", "task", "name")
 FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # of the `datasets` library
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.jsonl)(?<!\.json)")  # but a manifest that is missing is none
+
+CHECKED = 250
+"""As many samples have their pictures opened before a training: to open those of a large data set takes hours."""
+
+DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    "conin$",
+    "conout$",
+    *(f"{kind}{i}" for kind in ("com", "lpt") for i in "0123456789¹²³"),
+}
+"""What Windows opens in the place of a file, whatever comes after a dot."""
+
+ILLEGAL = r'[/\\\x00-\x1f<>:"|?*]'
+"""Characters that a file's name has not, on one system or another."""
 
 Picture = Path | bytes
 """A picture that is not opened yet: a file, or the bytes of one."""
@@ -128,6 +148,63 @@ def check_samples(
     return problems
 
 
+def check_pictures(samples: "Samples") -> None:
+    """Raise `ManifestError` that names a sample whose pictures cannot be used: those of the first `CHECKED` are opened,
+    and of the rest of a manifest all have to be there. Shows a progress bar."""
+    opened: set[Picture] = set()
+    rows = samples._rows
+    count = len(rows) if isinstance(rows, list) else min(len(rows), CHECKED)  # to take a row of a data set costs more
+    for i in tqdm(range(count), desc="pictures", unit="sample", delay=2):
+        sample = samples[i]
+        problems = _bad_pictures(sample, opened) if i < CHECKED else _lost_pictures(sample)
+        if problems:
+            raise ManifestError(
+                f"The sample {sample.name} cannot be used: {problems[0]} (--check-data names every bad row)."
+            )
+
+
+def needs_datasets(source: str | Path) -> bool:
+    """Whether the `datasets` library reads this source."""
+    path = Path(source)
+    return path.is_dir() or bool(not path.is_file() and HUB_NAME.fullmatch(str(source)) and not path.parent.is_dir())
+
+
+def name_problem(name: str) -> str | None:
+    """What to do about a sample's name that no file can have on some system; None where all is well."""
+    if not name.strip() or name in (".", ".."):
+        return "write letters"
+    if re.search(ILLEGAL, name):
+        return 'leave out slashes, line ends and < > : " | ? *'
+    if name[-1] in ". ":
+        return "leave out the dot or space at its end"
+    if name.split(".")[0].rstrip().casefold() in DEVICES:
+        return "choose another, for Windows has a device of that name"
+    return None
+
+
+def same_file(names: Iterable[str]) -> tuple[str, str] | None:
+    """The first two names that are those of one file on some system: Windows and macOS tell no capitals apart, and
+    macOS no ways to write an accent."""
+    found: dict[str, str] = {}
+    for name in names:
+        if file_key(name) in found:
+            return found[file_key(name)], name
+        found[file_key(name)] = name
+    return None
+
+
+def file_key(name: str) -> str:
+    """Equal for names that are one file on some system."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def find_picture(entry: str, folder: Path) -> Path:
+    """The file that `entry` names, relative to `folder`: with backslashes as Windows has them, where no file has these
+    in its name."""
+    path = folder / entry
+    return folder / entry.replace("\\", "/") if "\\" in entry and not path.exists() else path
+
+
 class Samples(Sequence[Sample]):
     """Rows as samples. A bad row raises `ManifestError` when it is taken.
 
@@ -171,6 +248,12 @@ def _bad_pictures(sample: Sample, opened: set[Picture]) -> list[str]:
     return list(problems)
 
 
+def _lost_pictures(sample: Sample) -> list[str]:
+    pictures = (*sample.references, sample.image, sample.mask, *sample.reference_masks)
+    lost = [picture for picture in pictures if isinstance(picture, Path) and not picture.is_file()]
+    return [f"{str(picture)!r} does not exist; check the name and the folder" for picture in lost]
+
+
 Rows = Sequence[tuple[str, Sample | list[str]]]
 """Where a row is, for messages, and the sample that it makes or everything that is wrong with it."""
 
@@ -184,7 +267,7 @@ def _read(
     path = Path(source)
     if path.is_file():
         rows: Rows = _read_lines(path, columns, needs_image, most)
-    elif path.is_dir() or (HUB_NAME.fullmatch(str(source)) and not path.parent.is_dir()):
+    elif needs_datasets(source):
         rows = _Table(str(source), columns, split, config, needs_image, most)
     else:
         raise ManifestError(
@@ -207,7 +290,7 @@ def _read_lines(
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"The manifest {path} cannot be read as text ({error}): pass JSONL in UTF-8.") from error
     rows: list[tuple[str, Sample | list[str]]] = []
-    names: dict[str, int] = {}
+    names: dict[str, tuple[int, str]] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -221,9 +304,10 @@ def _read_lines(
         else:
             made = _make_sample(row, where, f"{number:06}", columns, needs_image, most, path.parent)
         if isinstance(made, Sample):
-            first = names.setdefault(made.name, number)
+            first, name = names.setdefault(file_key(made.name), (number, made.name))
             if first != number:
-                made = [f"{where} has the name {made.name!r} of line {first}: give each its own."]
+                other = "" if name == made.name else f", which is {name!r} on Windows or macOS,"
+                made = [f"{where} has the name {made.name!r}{other} of line {first}: give each its own."]
         rows.append((where, made))
     return rows
 
@@ -262,6 +346,11 @@ def _make_sample(
         made: list[Picture | None] = []
         for entry in given:
             picture = None if entry is None and field == "reference_masks" else _as_picture(entry, folder)
+            if isinstance(picture, Path) and _is_elsewhere(entry, picture):
+                problems.append(
+                    f"{where}: {known[field]!r} has {_short(entry)}, a path of a Windows machine: write it relative to "
+                    "the manifest."
+                )
             if picture is None and not (entry is None and field == "reference_masks"):
                 problems.append(f"{where}: {known[field]!r} has {_short(entry)} where the path of a picture belongs.")
             made.append(picture)
@@ -294,8 +383,8 @@ def _make_sample(
     if value["mask"] is not None and value["image"] is None:
         problems.append(f"{where} has a mask but no {known['image']!r} that it could belong to.")
     own = texts("name")
-    if own is not None and (not own.strip() or re.search(r"[/\\\x00-\x1f]", own) or own in (".", "..")):
-        problems.append(f"{where}: the name {own!r} cannot be that of a file: leave out slashes and line ends.")
+    if own is not None and (advice := name_problem(own)):
+        problems.append(f"{where}: the name {own!r} cannot be that of a file: {advice}.")
     prompt, task = texts("prompt"), texts("task")
     opened = pictures("references", lists[0]), pictures("reference_masks", lists[1])
     single = [pictures(f, [value[f]])[0] if value[f] is not None else None for f in ("image", "mask")]
@@ -309,7 +398,19 @@ def _as_picture(entry: Any, folder: Path | None) -> Picture | None:
         entry = entry.get("bytes") or entry.get("path")
     if isinstance(entry, bytes):
         return entry
-    return (folder or Path()) / entry if isinstance(entry, str) and entry and "\0" not in entry else None
+    return find_picture(entry, folder or Path()) if isinstance(entry, str) and entry and "\0" not in entry else None
+
+
+def _is_elsewhere(entry: Any, picture: Path) -> bool:
+    """Whether a path begins with a drive, or a share, that this system has not."""
+    if isinstance(entry, Mapping):
+        entry = entry.get("path")
+    return (
+        os.name != "nt"
+        and not str(entry).startswith("/")
+        and PureWindowsPath(str(entry)).is_absolute()
+        and not picture.exists()
+    )
 
 
 def _short(value: Any) -> str:

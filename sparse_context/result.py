@@ -22,7 +22,7 @@ def make_result(name: str, config: dict[str, Any], figures: dict[str, Any]) -> d
 
     Adds the versions (`selection_version` among them), the commit of the checkout that this package is in and whether
     its code was dirty (None outside of one), as they were when this module was imported, and the hardware with its load
-    average over the last minute.
+    average over the last minute (None where the system keeps none, as Windows).
     """
     versions = {"python": platform.python_version(), "selection": selection_version()}
     for package in PACKAGES:
@@ -35,7 +35,7 @@ def make_result(name: str, config: dict[str, Any], figures: dict[str, Any]) -> d
         "config": config,
         "versions": versions,
         **CHECKOUT,
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "load": _load()},
         "figures": figures,
     }
 
@@ -58,7 +58,12 @@ def selection_version() -> str:
 def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
         )
     except OSError:
         return ""
@@ -74,9 +79,16 @@ def _checkout() -> dict[str, Any]:
 CHECKOUT = _checkout()  # now, for what is committed while a run goes on is not what ran
 
 
+def _load() -> float | None:
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

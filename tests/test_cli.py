@@ -312,6 +312,11 @@ def test_bad_arguments(refused, arguments, says):
     assert says in refused(*arguments.split(" "))
 
 
+def test_outputs_that_differ_in_capitals_alone_are_one_where_the_system_says_so(refused, monkeypatch):
+    monkeypatch.setattr("os.path.normcase", lambda path: str(path).lower())  # as on Windows
+    assert "name the same file" in refused(*"generate --prompt x --output a.png --compare A.png".split(" "))
+
+
 def test_a_folder_as_output(refused, tmp_path):
     (tmp_path / "out.png").mkdir()
     assert "is a folder; give the name of a picture file inside it" in refused(

@@ -204,6 +204,92 @@ def test_two_runs_do_not_write_one_folder(monkeypatch, capfd, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_in_a_folder_in_use_nothing_is_said_but_that(monkeypatch, capfd, data, tmp_path):
+    """Not that it starts anew, and no model is loaded first."""
+    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    for made in (False, True):
+        if made:
+            (tmp_path / "run" / "step-0000001").mkdir(parents=True)
+            (tmp_path / "run" / "config.json").write_text('{"dropping": {}}')
+        with alone(tmp_path / "run"):
+            code, out, err = call(monkeypatch, capfd, "--data", data / "good.jsonl", "--output-dir", tmp_path / "run",
+                                  "--resume", "latest")  # fmt: skip
+        said = f"Another run is writing into {tmp_path / 'run'}: wait for its end, or name another folder."
+        assert (code, out, err) == (2, "", f"sparse-context: {said}\n")
+
+
+def spoil(folder, kind):
+    """A manifest whose second row has a picture that cannot be used."""
+    rows = [json.loads(line) for line in (folder / "good.jsonl").read_text().splitlines()]
+    names = {"text": "text.png", "cut": "cut.png", "empty": "empty.png", "gone": "gone.png", "folder": "folder.png"}
+    (folder / "text.png").write_text("no picture")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:-2000])
+    (folder / "empty.png").touch()
+    (folder / "folder.png").mkdir(exist_ok=True)
+    picture(32, 64).convert("L").save(folder / "small.png")
+    if kind == "mask":
+        rows[1]["reference_masks"] = ["small.png"]
+    elif kind == "image":
+        rows[1]["image"] = "cut.png"
+    else:
+        rows[1]["references"] = [names[kind]]
+    (folder / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / f"{kind}.jsonl"
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "empty", "gone", "folder", "mask", "image"])
+def test_bad_pictures_are_found_before_a_model_is_loaded(kind, monkeypatch, capfd, data, tmp_path):
+    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    code, _, err = call(monkeypatch, capfd, "--data", spoil(data, kind), "--output-dir", tmp_path / "run")
+    assert code == 2 and err.startswith("sparse-context: The sample 000002 cannot be used: ") and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_a_large_manifest_all_pictures_have_to_be_there_and_the_first_are_opened(monkeypatch, capfd, data, tmp_path):
+    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    monkeypatch.setattr("sparse_context.manifest.CHECKED", 1)
+    code, _, err = call(monkeypatch, capfd, "--data", spoil(data, "gone"), "--output-dir", tmp_path / "run")
+    assert code == 2 and "The sample 000002 cannot be used: " in err and "gone.png" in err
+    with pytest.raises(TypeError, match="NoneType"):  # it got as far as the model
+        call(monkeypatch, capfd, "--data", spoil(data, "cut"), "--output-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_run_needs_to_go_on_is_missed_before_a_model_is_loaded(monkeypatch, capfd, data, tmp_path):
+    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    (tmp_path / "run" / "step-0000001").mkdir(parents=True)
+    given = ["--data", data / "good.jsonl", "--output-dir", tmp_path / "run", "--resume", "latest"]
+    code, _, err = call(monkeypatch, capfd, *given)
+    assert code == 2 and "config.json cannot be read (No such file or directory)" in err
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "step-0000002").touch()
+    code, _, err = call(monkeypatch, capfd, *given)
+    assert code == 2 and "step-0000002 is no folder, and has the name of a checkpoint: move it away." in err
+
+
+def test_processes_that_cannot_be_forked_are_refused_before_a_model_is_loaded(monkeypatch, capfd, data, tmp_path):
+    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    code, _, err = call(monkeypatch, capfd, "--data", data / "good.jsonl", "--output-dir", tmp_path / "run",
+                        "--dataloader-num-workers", 2)  # fmt: skip
+    assert code == 2 and "The number of processes is 2, which this system cannot fork: pass 0" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_that_is_not_installed_is_named_at_once(monkeypatch, capfd, data, tmp_path):
+    for name in ("tensorboard", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    common = ["--output-dir", tmp_path / "run", "--report-to", "tensorboard"]
+    code, _, err = call(monkeypatch, capfd, "--data", data, *common)
+    assert code == 2 and "TensorBoard" in err and "datasets" in err and err.count("sparse-context[train]") == 1
+    code, _, err = call(monkeypatch, capfd, "--data", data / "good.jsonl", *common)
+    assert code == 2 and "TensorBoard" in err and "datasets" not in err
+    code, _, err = call(monkeypatch, capfd, "--data", data / "good.jsonl", "--validation-data", "owner/name",
+                        "--output-dir", tmp_path / "run")  # fmt: skip
+    assert code == 2 and "TensorBoard" not in err and "datasets" in err and "reading owner/name" in err
+    assert not (tmp_path / "run").exists()
+
+
 BAD = [
     (["--data", "nowhere.jsonl"], "does not exist"),
     (["--data", "{data}/bad.jsonl"], "line 1 has no 'references'"),

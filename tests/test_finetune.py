@@ -2,7 +2,11 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +41,8 @@ from sparse_context.training.finetune import (
     without_adapter,
 )
 from sparse_context.training.hosts import find_host
-from sparse_context.training.lora import extract_lora
+from sparse_context.training.loop import start_from
+from sparse_context.training.lora import extract_lora, save_lora
 
 SMALL = {"rank": 2, "lora_alpha": 2, "max_train_steps": 3, "checkpointing_steps": 10, "learning_rate": 1e-2}
 
@@ -601,6 +606,97 @@ def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+LOST = {
+    "gone": (None, r"config.json cannot be read \(No such file or directory\), so nothing tells"),
+    "half": ('{"seed": 0', "config.json cannot be read"),
+    "not UTF-8": (b"\xff\xfe{", "config.json cannot be read"),
+    "of something else": ("{}", "config.json is no record of a run"),
+    "a list": ("[1]", "config.json is no record of a run"),
+    "next to nothing": ('{"dropping": {}}', "config.json is no record of a run"),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_without_its_settings_no_run_goes_on(lost, tmp_path):
+    config = FinetuneConfig(**SMALL | {"max_train_steps": 1})
+    finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    data, message = LOST[lost]
+    (tmp_path / "config.json").unlink()
+    if data is not None:
+        (tmp_path / "config.json").write_bytes(data if isinstance(data, bytes) else data.encode())
+    longer = FinetuneConfig(**SMALL | {"max_train_steps": 2})
+    with pytest.raises(ValueError, match=message):
+        finetune(klein(), batches, tmp_path, longer, base="tiny", data="x", resume=True)
+    assert not (tmp_path / "step-0000002").exists()
+
+
+@pytest.mark.parametrize("name", ["base_weights", "data", "processes", "mixed_precision", "dropping"])
+def test_a_record_that_lacks_what_each_has_is_none(name, tmp_path):
+    config = FinetuneConfig(**SMALL | {"max_train_steps": 1})
+    finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record[name]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="config.json is no record of a run"):
+        finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True)
+
+
+def test_a_start_that_was_written_has_no_settings_yet(tmp_path):
+    config = FinetuneConfig(**SMALL | {"max_train_steps": 1})
+    start_from(prepare(klein(), config), tmp_path)
+    assert finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True).is_file()
+
+
+def test_two_results_of_one_training_are_equal_to_the_byte(tmp_path):
+    """In processes of their own, for sets have another order in each."""
+    script = """
+import sys
+from pathlib import Path
+from test_finetune import FinetuneConfig, SMALL, batches, finetune, klein
+finetune(klein(), batches, Path(sys.argv[1]), FinetuneConfig(**SMALL), base="tiny", data="x")
+"""
+    results = []
+    for seed in "012":
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / seed)], check=True, env=environment,
+                       capture_output=True)  # fmt: skip
+        results.append((tmp_path / seed / LORA_FILE).read_bytes())
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_written_lora_is_what_was_to_be_written(tmp_path):
+    tensors = {name: torch.randn(3, 2) for name in ("b", "a")}
+    settings = {"transformer.r": 2, "transformer.target_modules": ["to_v", "to_q"], "transformer.ranks": [3, 1, "x"]}
+    said = {"größe": '"1"\n\u0007\u2028\\', "format": "pt", "lora_adapter_metadata": json.dumps(settings)}
+    said |= {str(i): "" for i in range(9)}
+    for name in ("one", "other"):
+        save_lora(tensors, tmp_path / name, said)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    loaded = load_file(tmp_path / "one")
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    with safe_open(tmp_path / "one", framework="pt") as file:
+        found = file.metadata()
+    written = json.loads(found.pop("lora_adapter_metadata"))
+    assert written == settings | {"transformer.target_modules": ["to_q", "to_v"]}
+    assert found == {name: text for name, text in said.items() if name != "lora_adapter_metadata"}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_is_in_the_way_of_the_result_is_told(full, tmp_path):
+    config = FinetuneConfig(full=full, **SMALL | {"max_train_steps": 1})
+    finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    result = tmp_path / ("transformer" if full else LORA_FILE)
+    shutil.rmtree(result) if full else result.unlink()
+    (tmp_path / "result.partial").touch()  # what is left of a run is in nobody's way
+    if not full:
+        result.mkdir()
+        (result / "mine").touch()
+        with pytest.raises(OSError, match="could not be written .*: move what has its name away and resume"):
+            finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True)
+        shutil.rmtree(result)
+    assert finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True) == result
+
+
 def test_a_warm_up_may_change_once_it_is_over(tmp_path):
     def run(steps, warmup, resume=True):
         changes = {"max_train_steps": steps, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": warmup}
@@ -856,6 +952,50 @@ def test_cached_latents_and_text_are_those_of_the_encoders(tmp_path):
     files[0].write_bytes(b"half")
     again = klein()
     assert torch.allclose(encode(again, batch, caches[0]).target, plain.target, atol=1e-5)
+
+
+def swap(one, other):
+    one.write_bytes(other.read_bytes())
+
+
+OTHERS = {
+    "half": lambda file, other: file.write_bytes(file.read_bytes()[:-3]),
+    "of another key": swap,
+    "zeroed": lambda file, other: file.write_bytes(file.read_bytes()[:-8] + bytes(8)),
+    "of other names": lambda file, other: save_torch({"y": torch.ones(4)}, file),
+    "of another shape": lambda file, other: save_torch({"x": torch.ones(5)}, file),
+    "of another type": lambda file, other: save_torch({"x": torch.ones(4).half()}, file),
+    "of before there were digests": lambda file, other: save_torch({"x": torch.ones(4)}, file),
+    "without a tensor": lambda file, other: save_torch({}, file),
+    "no file of the kind": lambda file, other: file.write_text("mine"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_cache_makes_anew_what_is_of_something_else(other, tmp_path):
+    cache = Cache(tmp_path, torch.nn.Linear(2, 2))
+    values = {key: {"x": torch.full((4,), float(i)), "count": torch.tensor(i)} for i, key in ((1, b"a"), (2, b"b"))}
+    files = []
+    for key in values:
+        cache.get(key, lambda key=key: values[key])
+        files += sorted(set(tmp_path.rglob("*.safetensors")) - set(files))
+    OTHERS[other](*files)
+    made = []
+    for _ in range(2):
+        found = cache.get(b"a", lambda: made.append(1) or values[b"a"])
+        assert found.keys() == {"x", "count"} and torch.equal(found["x"], torch.ones(4)) and found["count"] == 1
+    assert made == [1]
+    assert torch.equal(cache.get(b"b", lambda: None)["x"], torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int64, torch.float8_e4m3fn])
+def test_a_cache_keeps_tensors_of_any_type_and_shape(dtype, tmp_path):
+    cache, tensors = Cache(tmp_path, torch.nn.Linear(2, 2)), {"x": torch.ones(2, 3).to(dtype), "none": torch.ones(0, 2)}
+    for make in (lambda: tensors, None):
+        found = cache.get(b"a", make)
+        assert (
+            found["x"].dtype == dtype and torch.equal(found["x"].float(), torch.ones(2, 3)) and len(found["none"]) == 0
+        )
 
 
 @pytest.mark.parametrize("sees", [False, True])

@@ -1,6 +1,7 @@
 """Samples: what a manifest or a data set gives, and that every bad row is named at once."""
 
 import json
+import os
 import re
 import tarfile
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny import picture
 
-from sparse_context.manifest import ManifestError, Sample, check_samples, read_samples
+from sparse_context.manifest import ManifestError, Sample, check_pictures, check_samples, read_samples
 
 
 @pytest.fixture
@@ -211,3 +212,69 @@ def test_a_hub_name_out_of_reach_is_one_sentence():
     pytest.importorskip("datasets")
     with pytest.raises(ManifestError, match="The data set some/where does not load: "):
         read_samples("some/where")
+
+
+# Manifests of other systems -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entry", ["sub\\deep\\c.png", ".\\sub\\deep\\c.png", "sub/deep\\c.png", "sub\\deep/../deep/c.png"]
+)
+def test_backslashes_are_slashes_where_no_file_has_them(entry, folder):
+    (folder / "sub" / "deep").mkdir(parents=True)
+    picture(96, 64).save(folder / "sub" / "deep" / "c.png")
+    Image.new("L", (96, 64), 255).save(folder / "sub" / "deep" / "mask.png")
+    mask = entry.replace("c.png", "mask.png")
+    row = {**GOOD, "references": [entry], "image": entry, "mask": mask, "reference_masks": [mask]}
+    (sample,) = read_samples(write(folder, row))
+    check_pictures(read_samples(write(folder, row)))
+    assert sample.references[0].resolve() == folder / "sub" / "deep" / "c.png" and sample.open_mask().size == (96, 64)
+    assert check_samples(write(folder, row)) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there it is no letter of a name")
+def test_a_file_with_a_backslash_in_its_name_is_that_file(folder):
+    picture(32, 32).save(folder / "a\\b.png")
+    (folder / "a").mkdir()
+    picture(96, 64).save(folder / "a" / "b.png")
+    (sample,) = read_samples(write(folder, {**GOOD, "references": ["a\\b.png"]}))
+    assert sample.open_references()[0].size == (32, 32)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there it is a path")
+@pytest.mark.parametrize("entry", ["C:\\data\\a.png", "d:/data/a.png", "\\\\server\\share\\a.png"])
+@pytest.mark.parametrize("field", ["references", "image", "mask", "reference_masks"])
+def test_a_path_on_a_drive_of_windows_is_told_for_what_it_is(entry, field, folder):
+    row = {**GOOD, field: [entry] if field.startswith("ref") else entry}
+    with pytest.raises(
+        ManifestError, match=f"line 1: '{field}' has .*a.png', a path of a Windows machine: write it rel"
+    ):
+        read_samples(write(folder, row))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such names there")
+def test_a_folder_that_looks_like_a_drive_is_a_folder(folder):
+    (folder / "C:").mkdir()
+    picture(32, 32).save(folder / "C:" / "a.png")
+    (sample,) = read_samples(write(folder, {**GOOD, "references": ["C:/a.png"]}))
+    assert sample.open_references()[0].size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "name", ["con", "NUL", "com1.x", "a.", "a ", "a:b", "a?b", "a*", "<a>", '"a"', "a|b", "a\\b", "a/b"]
+)
+def test_names_that_no_file_has_on_some_system_are_told(name, folder):
+    with pytest.raises(ManifestError, match="line 1: the name .* cannot be that of a file: "):
+        read_samples(write(folder, {**GOOD, "name": name}))
+
+
+def test_names_that_differ_in_capitals_alone_are_one(folder):
+    with pytest.raises(ManifestError, match="line 2 has the name 'cat', which is 'Cat' on Windows or macOS, of line 1"):
+        read_samples(write(folder, {**GOOD, "name": "Cat"}, {**GOOD, "name": "cat"}))
+
+
+def test_a_manifest_with_the_line_ends_of_windows_is_read(folder):
+    path = folder / "manifest.jsonl"
+    line = json.dumps({**GOOD, "prompt": "größer"}, ensure_ascii=False) + "\r\n"
+    path.write_bytes((2 * line).encode("utf-8-sig"))
+    assert [sample.prompt for sample in read_samples(path)] == ["größer"] * 2

@@ -4,15 +4,18 @@ import copy
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+from elsewhere import open_files
 from PIL import Image
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
@@ -46,6 +49,7 @@ from sparse_context.mini.recipe import (
     VaeConfig,
     batch_number,
     batch_scenes,
+    check_config,
     compiled_blocks,
     correspondence_loss,
     decoded_sheet,
@@ -275,6 +279,26 @@ def test_a_batch_that_is_repeated_is_composed_once(assets, tmp_path, monkeypatch
     assert composed[:4] == [0, 1, 2, 3] and len(composed) <= 5  # one may be made ahead
     pictures, seeds = zip(*noises, strict=True)
     assert pictures[4:] == pictures[:2] and len(set(pictures)) == 4 and len(set(seeds)) == 6
+
+
+@pytest.mark.parametrize("data", [None, "{", "{}", "[1]", '{"seed": 0}'])
+def test_without_its_settings_no_run_of_the_recipe_goes_on(data, tmp_path):
+    (tmp_path / "step-0000001").mkdir()
+    if data is not None:
+        (tmp_path / "config.json").write_text(data)
+    with pytest.raises(ValueError, match="config.json (cannot be read|is no record of a run)"):
+        check_config(tmp_path, VaeConfig())
+    (tmp_path / "step-0000001").rename(tmp_path / "step-0000000")
+    check_config(tmp_path, VaeConfig())  # what was restored has seen no settings
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="nothing tells what is mapped")
+def test_a_vae_is_read_into_memory_so_that_another_can_take_its_place(pipe, tmp_path):
+    """Windows moves no file that is mapped."""
+    pipe.vae.save_pretrained(tmp_path / "vae" / "final")
+    vae = load_vae(tmp_path)
+    assert not [path for path in open_files() if path.startswith(os.path.realpath(tmp_path) + os.sep)]
+    assert all(torch.equal(weight, pipe.vae.state_dict()[name]) for name, weight in vae.state_dict().items())
 
 
 def test_what_is_shipped_can_be_trained_further(pipe, tmp_path):

@@ -1,10 +1,12 @@
 """What the benchmark counts and compares. No test here looks at a time."""
 
 import dataclasses
+import errno
 import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -369,6 +371,17 @@ def test_quality_that_could_not_be_drawn_is_refused(tmp_path, change):
         read_quality(tmp_path / "quality.json")
 
 
+def test_quality_that_may_not_be_read_is_told_so(tmp_path, monkeypatch):
+    (tmp_path / "quality.json").write_text("[]")
+
+    def refused(path, **given):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(ValueError, match=r"quality.json cannot be read \(Permission denied\): make it readable\.$"):
+        read_quality(tmp_path / "quality.json")
+
+
 def test_what_ends_a_call_before_its_first_step_is_what_is_raised(monkeypatch):
     pipe = tiny.build_flux2(Flux2KleinPipeline, is_distilled=True)
     monkeypatch.setattr(bench_module, "_call", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
@@ -581,7 +594,8 @@ def command(monkeypatch, capsys, *arguments):
         (["--output", "no/where.json"], "no/where.json cannot be written: the folder no does not exist"),
         (["--output", "."], ". is a folder: name a file in it."),
         (["--plot", "no/where.png"], "cannot be written: the folder"),
-        (["--quality", "missing.json"], "missing.json holds no quality figures: pass a JSON list of"),
+        (["--quality", "missing.json"], "missing.json does not exist: pass a JSON list of"),
+        (["--quality", "."], ". is a folder: pass a JSON list of"),
     ],
 )
 def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path, arguments, says):

@@ -1,6 +1,7 @@
 """The training loop: schedule, averaging, checkpoints, and resuming to equal weights."""
 
 import copy
+import errno
 import json
 import math
 import os
@@ -14,9 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from elsewhere import open_files
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sparse_context.training import loop
 from sparse_context.training.dropping import Dropping, draw_selection
 from sparse_context.training.finetune import LORA_FILE
 from sparse_context.training.loop import (
@@ -170,6 +173,338 @@ def test_checkpoints_go_by_their_number_and_copies_beside_them_are_left_alone(tm
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-10000000 copy", "step-10000001", "step-notes.txt"]
 
 
+def contents(folder):
+    """All that a run has written, by path: bytes, and of the log its records without their seconds."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    records = [json.loads(line) for line in found.pop("log.jsonl", b"").splitlines()]
+    return found | {"log": [{name: value for name, value in one.items() if name != "seconds"} for one in records]}
+
+
+# What else may have happened to a checkpoint ------------------------------------------------------------------------
+
+
+def change(tensors):
+    """A file whose tensors another function of them takes the place of."""
+
+    def changed(path):
+        save_file(tensors(load_file(path)), path)
+
+    return changed
+
+
+def zeroed(path):
+    """What a disk or a copy may lose without a word."""
+    data = path.read_bytes()
+    assert any(data[-8:])
+    path.write_bytes(data[:-8] + bytes(8))
+
+
+def first(tensors, become):
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    return {**tensors, name: become(tensors[name])}
+
+
+DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "no file of the kind": lambda path: path.write_bytes(b"half"),
+    "nothing": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "no keys": change(lambda tensors: {}),
+    "renamed": change(lambda tensors: {f"x{name}": tensor for name, tensor in tensors.items()}),
+    "renamed ends": change(lambda tensors: {f"{name}x": tensor for name, tensor in tensors.items()}),
+    "one key fewer": change(lambda tensors: dict(list(tensors.items())[1:])),
+    "one key more": change(lambda tensors: {**tensors, "0.99.exp_avg": torch.zeros(2)}),
+    "another type": change(lambda tensors: first(tensors, lambda tensor: tensor.bfloat16())),
+    "another shape": change(lambda tensors: first(tensors, lambda tensor: tensor[:1])),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that ended, and one that was killed after its second checkpoint."""
+    folder = tmp_path_factory.mktemp("killed")
+    run(folder / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(folder / "killed", stop_at=8)
+    return folder
+
+
+def without_sums(checkpoint):
+    """As checkpoints were before there were sums."""
+    for name in ("SHA256SUMS", "progress.json"):
+        (checkpoint / name).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("file", ["weights", "average", "optimiser"])
+@pytest.mark.parametrize("damage", [*DAMAGE, "zeroed"])
+@pytest.mark.parametrize("old", [False, True], ids=["with sums", "without"])
+def test_a_checkpoint_that_is_not_what_was_written_is_one_sentence(file, damage, old, killed, tmp_path):
+    if old and damage == "zeroed":
+        pytest.skip("nothing tells, without sums")
+    folder = shutil.copytree(killed / "killed", tmp_path / "killed")
+    newest = folder / "step-0000006"
+    (DAMAGE | {"zeroed": zeroed})[damage](newest / f"{file}.safetensors")
+    if old:
+        without_sums(newest)
+    with pytest.raises(OSError, match=r"step-0000006 cannot be continued \(.*\): delete it") as raised:
+        run(folder)
+    assert "\n" not in str(raised.value) and "Traceback" not in str(raised.value)
+    shutil.rmtree(newest)
+    run(folder)
+    assert contents(folder) == contents(killed / "whole")
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "cut", "gone", "another type", "renamed"])
+def test_averaged_weights_are_proven_before_anything_is_made_of_them(damage, killed, tmp_path):
+    folder = shutil.copytree(killed / "whole", tmp_path / "whole")
+    (DAMAGE | {"zeroed": zeroed})[damage](folder / "step-0000012" / "average.safetensors")
+    with pytest.raises(OSError, match="step-0000012 cannot be continued"):
+        load_average(folder, problem()[0])
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "progress.json"])
+@pytest.mark.parametrize("data", [b"", b"half", b"\xff\xfe", b"[1]"])
+def test_what_lies_beside_the_tensors_is_checked_too(name, data, killed, tmp_path):
+    folder = shutil.copytree(killed / "killed", tmp_path / "killed")
+    (folder / "step-0000006" / name).write_bytes(data)
+    with pytest.raises(OSError, match=r"step-0000006 cannot be continued \(.*\): delete it"):
+        run(folder)
+
+
+def test_a_checkpoint_of_before_there_were_sums_goes_on_to_equal_weights(killed, tmp_path):
+    folder = shutil.copytree(killed / "killed", tmp_path / "killed")
+    for checkpoint in folder.glob("step-*"):
+        without_sums(checkpoint)
+    run(folder)
+    assert contents(folder) == contents(killed / "whole")  # with sums again
+
+
+def test_sums_are_such_as_sha256sum_reads(killed):
+    checkpoint = killed / "whole" / "step-0000012"
+    lines = (checkpoint / "SHA256SUMS").read_text().splitlines()
+    assert sorted(line.split("  ")[1] for line in lines) == [
+        "average.safetensors", "optimiser.safetensors", "progress.json", "weights.safetensors"
+    ]  # fmt: skip
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=checkpoint, check=True)
+
+
+def test_a_parameter_whose_whole_state_is_lost_is_noticed_at_its_first_gradient(killed, tmp_path):
+    folder = shutil.copytree(killed / "killed", tmp_path / "killed")
+    newest = folder / "step-0000006"
+    without_sums(newest)
+    change(lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("0.1.")})(
+        newest / "optimiser.safetensors"
+    )
+    with pytest.raises(OSError, match=r"step-0000006 cannot be continued \(.* lacks the state of 1 of 3 parameters\)"):
+        run(folder)
+
+
+def test_without_a_gradient_there_is_no_state_to_miss(tmp_path):
+    """A parameter that no step reaches has none, be it with sums or without."""
+    for old in (False, True):
+        folder = tmp_path / str(old)
+        for steps in (3, 6):
+            module = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+            train(module, [torch.optim.AdamW(module.parameters())], lambda step, used=module["used"]:
+                  used(torch.ones(2)).square().mean(), folder, steps=steps, save_every=3)  # fmt: skip
+            if old:
+                without_sums(folder / f"step-000000{steps}")
+        assert newest_step(folder) == 6
+
+
+def test_a_run_whose_first_steps_were_skipped_has_no_state_either(tmp_path):
+    for steps in (3, 6):
+        module, optimisers, loss = problem()
+        train(module, optimisers, lambda step, loss=loss: loss(step) * (math.nan if step < 4 else 1.0), tmp_path,
+              steps=steps, save_every=3)  # fmt: skip
+    assert newest_step(tmp_path) == 6
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_to_be_deleted(killed, tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(loop, "load_file", refused)
+    folder = shutil.copytree(killed / "killed", tmp_path / "killed")
+    with pytest.raises(OSError, match=r"cannot be read \(Permission denied\): make its files readable\.$"):
+        run(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="nothing tells what is mapped")
+def test_a_resumed_run_holds_no_file_of_a_checkpoint(killed, tmp_path):
+    """Windows neither removes nor replaces what is mapped, and the optimisers' states go on for the whole run."""
+    folder = shutil.copytree(killed / "killed", tmp_path / "killed")
+    module, optimisers, loss = problem()
+    held = []
+
+    def watched(step):
+        held.extend(path for path in open_files() if path.startswith(os.path.realpath(folder) + os.sep))
+        return loss(step)
+
+    train(module, optimisers, watched, folder, steps=12, warmup=2, save_every=3, log_every=3)
+    assert held == []
+
+
+# What is in the way, or full ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["step-0000003", "step-0000012", "step-4"])
+def test_a_file_with_the_name_of_a_checkpoint_is_told_before_a_step_is_taken(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OSError, match=f"{name} is no folder, and has the name of a checkpoint: move it away") as raised:
+        run(tmp_path, stop_at=0)
+    assert "free some space" not in str(raised.value) and (tmp_path / name).read_text() == "mine"
+
+
+def test_what_comes_into_the_way_during_a_run_ends_it_with_what_to_do_and_it_goes_on(killed, tmp_path):
+    module, optimisers, loss = problem()
+    log, file = tmp_path / "log.jsonl", tmp_path / "step-0000009"
+
+    def disturbed(path, make):
+        def until(step):
+            if step == 8:
+                make(path)
+            return loss(step)
+
+        return until
+
+    settings = {"steps": 12, "warmup": 2, "save_every": 3, "log_every": 3}
+    with pytest.raises(OSError, match="step-0000009 is no folder.*: move it away"):
+        train(module, optimisers, disturbed(file, Path.touch), tmp_path, **settings)
+    file.unlink()
+
+    def folder(path):
+        path.unlink()
+        path.mkdir()
+
+    module, optimisers, loss = problem()
+    with pytest.raises(
+        OSError, match=r"log.jsonl could not be written \(Is a directory\): move what has its name away"
+    ):
+        train(module, optimisers, disturbed(log, folder), tmp_path, **settings)
+    log.rmdir()
+    resumed, whole = run(tmp_path), run(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(resumed, whole, strict=True) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space and resume"),
+        (errno.EDQUOT, "free some space and resume"),
+        (errno.EACCES, "see that its folder is writable and that nothing has it open"),
+        (errno.EROFS, "see that its folder is writable"),
+        (errno.ENOTDIR, "move what has its name away"),
+    ],
+)
+def test_what_cannot_be_written_is_told_by_its_cause(number, advice, tmp_path, monkeypatch):
+    def fails(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match=rf"step-0000003 could not be written \({os.strerror(number)}\): {advice}"):
+        run(tmp_path)
+    assert not list(tmp_path.glob("step-*"))
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run_and_goes_later(tmp_path, monkeypatch, capsys):
+    replace, refused = os.replace, []
+
+    def used(source, target):
+        if Path(source).name == "step-0000003" and len(refused) < 5:  # as long as is tried at one checkpoint
+            refused.append(source)
+            raise PermissionError(errno.EACCES, "it is open", str(source))
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", used)
+    monkeypatch.setattr("sparse_context.images.time.sleep", lambda seconds: None)
+    run(tmp_path)
+    assert len(refused) == 5 and "step-0000003 could not be removed (it is open)" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-0000009", "step-0000012"]
+
+
+def test_a_kill_before_the_pruning_leaves_no_checkpoint_too_many(tmp_path):
+    run(tmp_path, keep_last=4)
+    assert len(list(tmp_path.glob("step-*"))) == 4
+    run(tmp_path)  # which has no step left
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-0000009", "step-0000012"]
+
+
+def test_a_kill_before_the_pictures_of_a_checkpoint_loses_none(tmp_path):
+    shown = []
+
+    def show(step, average):
+        shown.append(step)
+        if shown == [6]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, show=show, show_every=6)
+    run(tmp_path, show=show, show_every=6)
+    assert shown == [6, 6, 12]
+
+
+# The log of a killed run ----------------------------------------------------------------------------------------------
+
+
+def broken_run(folder, kill_at=None, **changes):
+    """A run with steps whose gradients are not finite, on either side of checkpoints and records."""
+    module, optimisers, loss = problem()
+
+    def until_killed(batch):
+        if kill_at is not None and batch >= kill_at:
+            raise KeyboardInterrupt
+        return loss(batch) * (math.nan if batch // 2 in (1, 3, 4, 10) else 1.0)
+
+    settings = {"steps": 12, "warmup": 2, "save_every": 3, "log_every": 5, "accumulate": 2} | changes
+    train(module, optimisers, until_killed, folder, **settings)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"log_every": 4, "save_every": 1}, {"log_every": 7, "save_every": 6, "ema": 0}]
+)
+def test_a_run_killed_in_any_batch_leaves_what_an_unbroken_one_does(changes, tmp_path):
+    broken_run(tmp_path / "whole", **changes)
+    whole = contents(tmp_path / "whole")
+    every = changes.get("log_every", 5)
+    assert [record["step"] for record in whole["log"]] == [*range(every, 12, every), 12]
+    for kill_at in range(24):
+        folder = tmp_path / str(kill_at)
+        with pytest.raises(KeyboardInterrupt):
+            broken_run(folder, kill_at, **changes)
+        broken_run(folder, **changes)
+        assert json.dumps(str(contents(folder))) == json.dumps(str(whole)), kill_at  # as text, where nan equals nan
+
+
+def test_steps_in_a_row_are_counted_over_kills(tmp_path):
+    """Else a run that is killed often enough would learn nothing for ever."""
+    module, optimisers, loss = problem()
+    taken = []
+
+    def broken(kill_at):
+        def until_killed(step):
+            if step >= kill_at:
+                raise KeyboardInterrupt
+            taken.append(step)
+            return loss(step) * math.nan
+
+        return until_killed
+
+    with pytest.raises(KeyboardInterrupt):
+        train(module, optimisers, broken(17), tmp_path, steps=99, save_every=8, log_every=2)
+    with pytest.raises(ValueError, match="^The gradients of steps 1 to 20 are not finite"):
+        train(module, optimisers, broken(99), tmp_path, steps=99, save_every=8, log_every=2)
+    assert taken == [*range(17), *range(16, 20)]
+
+
+def test_a_log_has_the_same_line_ends_everywhere(tmp_path):
+    run(tmp_path)
+    data = (tmp_path / "log.jsonl").read_bytes()
+    assert data.count(b"\n") == 4 and b"\r" not in data
+
+
 def test_a_damaged_checkpoint_is_one_sentence_and_without_it_the_run_continues(tmp_path):
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -201,9 +536,13 @@ def test_the_log_has_a_record_every_so_often(tmp_path):
 
 
 def test_a_log_keeps_its_records_alone(tmp_path):
+    for name in (".a.part", "validation/.b.part", "step-0000004.partial/half"):  # what a kill leaves
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     (tmp_path / "log.jsonl").write_text('5\n{}\n{"step": 1}\n{"step": 4}\n[]\nhi\n{"step": 2')
     _tidy(tmp_path, 3)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
+    assert {path.name for path in tmp_path.rglob("*")} == {"log.jsonl", "validation"}
 
 
 def test_a_folder_is_held_by_one_run(tmp_path):
@@ -217,6 +556,20 @@ def test_a_folder_is_held_by_one_run(tmp_path):
     with alone(folder):
         pass
     assert [path.name for path in folder.iterdir()] == ["config.json"]
+    with alone(tmp_path / "above" / "below"):
+        pass
+    assert not (tmp_path / "above").exists()
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no locks here"), OSError(errno.EROFS, "Read-only file system")])
+def test_a_folder_that_cannot_be_locked_is_one_sentence(error, tmp_path, monkeypatch):
+    def fails(self, timeout):
+        raise error
+
+    monkeypatch.setattr(loop.FileLock, "acquire", fails)
+    with pytest.raises(OSError, match=r"run cannot be written \(.*\): name another folder\.$"), alone(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_checkpoints_says_so(tmp_path):
@@ -365,7 +718,7 @@ def loss(step):
     return (module(x) - x.flip(1)).square().mean()
 
 average = train(module, [torch.optim.AdamW(module.parameters(), lr=1e-2)], loss, folder,
-                steps=10**6 if seconds else 40, warmup=2, save_every=10**6 if seconds else 2, log_every=1,
+                steps=10**6 if seconds else 40, warmup=2, save_every=10**6 if seconds else 2, log_every=3,
                 accelerator=accelerator, seconds=seconds)
 if accelerator is not None:
     torch.manual_seed(0)
@@ -472,10 +825,7 @@ def kill(tmp_path, script, kills, *modules):
 def test_killed_at_random_moments_it_ends_at_equal_weights(tmp_path):
     """kill -9, twenty times; what is there is whole each time, and the end is that of an unbroken run."""
     kill(tmp_path, RUN, 20, "sparse_context.training.loop")
-    for name in ("weights", "average", "optimiser"):
-        one, other = (load_file(tmp_path / w / "step-0000040" / f"{name}.safetensors") for w in ("whole", "killed"))
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert not list((tmp_path / "killed").glob("*.partial"))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 FINETUNE = """
@@ -501,7 +851,7 @@ def batches(number):
 
 config = tuning.FinetuneConfig(rank=2, lora_alpha=2, max_train_steps=10, checkpointing_steps=3, learning_rate=1e-2,
                                subsets=2, gradient_accumulation_steps=2, ema=0.9, caption_dropout=0.3)
-tuning.finetune(host, batches, folder, config, base="tiny", data="x", accelerator=accelerator, resume=True, log_every=1)
+tuning.finetune(host, batches, folder, config, base="tiny", data="x", accelerator=accelerator, resume=True, log_every=4)
 if accelerator is not None:
     trained = sum(p.double().sum().item() for p in host.transformer.parameters() if p.requires_grad)
     record = {"ratios": ratios[:10], "sum": trained}  # the thread that prepares is one ahead
@@ -514,14 +864,10 @@ if accelerator is not None:
 def test_a_fine_tuning_killed_at_random_moments_writes_an_equal_lora(tmp_path):
     """The same of a whole fine-tuning of a pipeline, whose checkpoints are several steps apart, of several batches."""
     kill(tmp_path, FINETUNE, 12, "tiny", "accelerate", "peft", "sparse_context.training.finetune")
-    one, other = (load_file(tmp_path / where / LORA_FILE) for where in ("whole", "killed"))
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    for name in ("weights", "average", "optimiser"):
-        one, other = (load_file(tmp_path / w / "step-0000010" / f"{name}.safetensors") for w in ("whole", "killed"))
-        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    whole, killed = ({path.name for path in (tmp_path / where).iterdir()} for where in ("whole", "killed"))
-    assert killed == whole == {LORA_FILE, "README.md", "config.json", "log.jsonl",
-                               *(f"step-{step:07d}" for step in (9, 10))}  # fmt: skip
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {
+        LORA_FILE, "README.md", "config.json", "log.jsonl", "step-0000009", "step-0000010"
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
@@ -606,12 +952,13 @@ def test_two_processes_fine_tune_one_lora_with_ratios_of_their_own(tmp_path):
 def test_two_processes_go_on_from_a_checkpoint_to_equal_weights_and_only_from_one(tmp_path):
     two_processes(tmp_path, script=FINETUNE)
     run = tmp_path / "run"
-    whole = load_file(run / LORA_FILE)
+    whole, log = load_file(run / LORA_FILE), contents(run)["log"]
     for left in (run / "step-0000010", run / LORA_FILE):  # as if both had been killed in the last step
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     shutil.copytree(run, tmp_path / "other")
     two_processes(tmp_path, script=FINETUNE)
     resumed = load_file(run / LORA_FILE)
+    assert contents(run)["log"] == log and len(log) == 3
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
 
     (run / LORA_FILE).unlink()

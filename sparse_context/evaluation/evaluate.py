@@ -31,7 +31,7 @@ from tqdm import tqdm
 from ..budget import check_budget
 from ..generation import Generation, call_inputs, call_settings, generate
 from ..images import check_output, open_picture, save_picture
-from ..manifest import Sample
+from ..manifest import Sample, name_problem, same_file
 from ..preview import MAX_AREA, draw_selection
 from ..result import selection_version, write_result
 from ..selection import TASKS, SparseContextConfig
@@ -209,11 +209,14 @@ def evaluate(
                 f"A sample's name has {size} bytes, and its pictures go by it: give it one of {LONGEST_NAME} at most "
                 f"({name[:40]} ...)."
             )
-        if name in ("", ".", "..") or re.search(r"[/\\\x00]", name):
-            raise ValueError(f"A sample is named {name!r}, which no file can be: leave out slashes.")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"Two samples are named {twice!r}: give each a name of its own.")
+        if advice := name_problem(name):
+            raise ValueError(f"A sample is named {name!r}, which no file can be: {advice}.")
+    for kind, each in (("samples", names), ("settings", list(cells))):
+        if twice := same_file(each):
+            says = (
+                repr(twice[0]) if twice[0] == twice[1] else f"{twice[0]!r} and {twice[1]!r}, one file on some systems"
+            )
+            raise ValueError(f"Two {kind} are named {says}: give each a name of its own.")
     if not all((folder / DENSE / f"{name}.png").is_file() for name in names):
         done[DENSE] = None  # the others are compared with its pictures
     if any(rows is None for rows in done.values()):

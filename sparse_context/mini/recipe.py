@@ -5,6 +5,7 @@ and sample sheets; `export` writes what is shipped.
 """
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +22,10 @@ from torch import nn
 from transformers import Qwen2Tokenizer
 
 from ..generation import load_pipeline
-from ..images import save_text
+from ..images import put_in_place, save_text
 from ..training.attention import MatmulAttention
 from ..training.data import Ahead, fingerprint
-from ..training.finetune import noise_levels
+from ..training.finetune import noise_levels, read_record
 from ..training.loop import drawn_from, load_average, make_optimisers, newest_step, start_from, train
 from . import ADAPTERS, adapter_record
 from .data import Assets, load_assets
@@ -146,8 +147,8 @@ def _put(new: Path, place: Path) -> None:
     old = place.with_suffix(place.suffix + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if place.is_dir():
-        place.rename(old)
-    new.replace(place)
+        put_in_place(place, old)
+    put_in_place(new, place)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -156,7 +157,7 @@ def _has_vae(folder: Path) -> bool:
     final = folder / "vae" / "final"
     aside = final.with_suffix(".old")
     if aside.is_dir() and not final.is_dir():
-        aside.rename(final)
+        put_in_place(aside, final)
     return final.is_dir()
 
 
@@ -215,7 +216,8 @@ def train_decoder(folder: Path, config: DecoderConfig = DecoderConfig(), stop_af
         decoder.load_state_dict(average.state_dict())
         _save_whole(vae, folder / "vae" / "final")
         for checkpoint in sorted((folder / "decoder").glob("step-*")):  # of a half of one no run would go on
-            shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(".partial")))
+            put_in_place(checkpoint, checkpoint.with_suffix(".partial"))
+            shutil.rmtree(checkpoint.with_suffix(".partial"))
 
 
 @torch.no_grad()
@@ -577,11 +579,13 @@ def save_config(run: Path, config: Any) -> None:
 
 
 def check_config(run: Path, config: Any) -> None:
-    """Raise ValueError where the folder `run` holds a run that was begun with another config of this dataclass."""
-    file = run / "config.json"
-    if not newest_step(run) or not file.is_file():
+    """Raise ValueError where the folder `run` holds a run that was begun with another config of this dataclass, or one
+    whose config cannot be read."""
+    if not newest_step(run):
         return
-    begun = json.loads(file.read_text())
+    begun = read_record(run)
+    if "steps" not in begun:
+        raise ValueError(f"{run / 'config.json'} is no record of a run: put the run's own back, or move it away.")
     record, own = (json.loads(json.dumps(asdict(each))) for each in (config, type(config)()))
     for name, value in record.items():
         before = begun.get(name, own[name])  # of a run begun before a setting was there
@@ -599,7 +603,7 @@ BEFORE = "before.json"
 def _steps_before(folder: Path) -> int:
     """The steps that the base's weights had seen when they were restored; 0 for a base from nothing."""
     before = folder / "base" / BEFORE
-    return json.loads(before.read_text())["training_steps"] if before.is_file() else 0
+    return json.loads(before.read_text(encoding="utf-8"))["training_steps"] if before.is_file() else 0
 
 
 def restore(weights: Path, folder: Path) -> None:
@@ -618,7 +622,7 @@ def restore(weights: Path, folder: Path) -> None:
     start_from(nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}), partial)
     shutil.copy(weights / "call.json", partial / BEFORE)
     save_text(fingerprint(pipe.vae.encoder) + "\n", partial / LATENTS)
-    partial.rename(folder / "base")
+    put_in_place(partial, folder / "base")
 
 
 def load_vae(folder: Path):
@@ -627,7 +631,8 @@ def load_vae(folder: Path):
 
     if not _has_vae(folder):
         raise FileNotFoundError(f"{folder / 'vae' / 'final'} is missing: run `python -m sparse_context.mini vae` first")
-    return AutoencoderKLFlux2.from_pretrained(folder / "vae" / "final").eval().requires_grad_(False)
+    # A copy: a trained decoder takes the place of this file, which Windows does not move as long as it is mapped
+    return copy.deepcopy(AutoencoderKLFlux2.from_pretrained(folder / "vae" / "final")).eval().requires_grad_(False)
 
 
 def sample_sheet(pipe, assets: Assets, per_task: int = 2) -> Image.Image:
@@ -682,7 +687,7 @@ def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16)
     after the base, which does not know its latents then.
     """
     vae, knows = load_vae(folder), folder / "base" / LATENTS
-    if knows.is_file() and knows.read_text().strip() != fingerprint(vae.encoder):
+    if knows.is_file() and knows.read_text(encoding="utf-8").strip() != fingerprint(vae.encoder):
         raise ValueError(f"The VAE in {folder / 'vae'} was trained after the base, which has to follow: run `base`.")
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     with drawn_from(0):  # and then loaded
@@ -698,7 +703,8 @@ def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16)
     pipe.save_pretrained(partial, safe_serialization=True)
     # Loaded without a dtype, diffusers makes its parts float32, and transformers what this says: they have to agree
     config = partial / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    encoder = json.loads(config.read_text(encoding="utf-8"))
+    save_text(json.dumps(encoder | {"dtype": "float32"}, indent=2) + "\n", config)
     settings = {
         "height": SIZE,
         "width": SIZE,
@@ -709,7 +715,7 @@ def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16)
         "text_encoder_out_layers": list(TEXT_LAYERS),
         "training_steps": step,
     }
-    (partial / "call.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_text(json.dumps(settings, indent=2) + "\n", partial / "call.json")
     destination.mkdir(parents=True, exist_ok=True)
     for adapter in (destination / own.name for own in ADAPTERS.values()):
         if adapter.is_file() and adapter_record(adapter).get("base_weights") != now:
@@ -734,7 +740,7 @@ def export_examples(folder: Path, destination: Path, scenes: dict[str, tuple[str
             Image.fromarray(picture).save(destination / file, lossless=True, method=6)
         listing.append({"name": name, "task": scene.task, "tasks": tasks_of(scene), "prompt": scene.prompt,
                         "references": files, "truth": f"{name}-truth.webp"})  # fmt: skip
-    (destination / "scenes.json").write_text(json.dumps(listing, indent=2) + "\n")
+    save_text(json.dumps(listing, indent=2) + "\n", destination / "scenes.json")
 
 
 EXAMPLES = {

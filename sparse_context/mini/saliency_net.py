@@ -29,6 +29,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from ..images import put_in_place
 from ..saliency import STAGES, SaliencyNet
 from ..training.data import Ahead
 from ..training.loop import drawn_from, load_average, train
@@ -319,4 +320,4 @@ def export_saliency(folder: Path, destination: Path) -> None:
     unfinished = destination.with_suffix(".partial")
     weights = {name: tensor.half().contiguous() for name, tensor in net.state_dict().items()}
     save_file(weights, unfinished, metadata={"training_steps": str(step)})
-    unfinished.replace(destination)
+    put_in_place(unfinished, destination)

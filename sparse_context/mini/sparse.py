@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..generation import NO_LORA, load_pipeline
+from ..images import put_in_place
 from ..training.data import Example, fingerprint
 from ..training.dropping import MIX, Dropping
 from ..training.finetune import EMBEDDED, LORA_FILE, RECORD_FILE, FinetuneConfig, finetune, prepare
 from ..training.hosts import find_host
 from ..training.loop import has_begun, newest_step, start_from, writing
-from ..training.lora import extract_lora
+from ..training.lora import extract_lora, save_lora
 from . import ADAPTERS, WEIGHTS, adapter_record
 from .data import Assets, load_assets
 from .recipe import TOWARDS_NOISE, BaseConfig, batch_scenes, default_device
@@ -217,7 +218,7 @@ def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0
         raise FileNotFoundError(f"{source} is missing: run `python -m sparse_context.mini sparse` first")
     base = load_pipeline(dtype="float32", device="cpu", lora=NO_LORA).transformer
     if full:
-        about = json.loads((tuned / RECORD_FILE).read_text()) | {"rank": rank}
+        about = json.loads((tuned / RECORD_FILE).read_text(encoding="utf-8")) | {"rank": rank}
     else:
         about = adapter_record(source)
     if about["base_weights"] != fingerprint(base):
@@ -235,8 +236,8 @@ def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0
     result = destination / ADAPTERS["kv" if about["kv"] else "plain"].name
     partial = result.with_suffix(".partial")
     with writing(result):
-        save_file(weights, partial, metadata)
-        partial.replace(result)
+        save_lora(weights, partial, metadata)
+        put_in_place(partial, result)
     return result
 
 

@@ -278,6 +278,9 @@ def read_quality(path: Path) -> list[dict[str, Any]]:
     """Known quality from a JSON list of {"method", "keep", "references", "value", "metric"}; raises ValueError."""
     names: dict[str, Any] = {"method": str, "keep": int | float | None, "references": int, "value": int | float,
                              "metric": str}  # fmt: skip
+    wanted = f"pass a JSON list of {{{', '.join(sorted(names))}}}"
+    if not path.is_file():
+        raise ValueError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: {wanted}.")
     try:
         points = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(points, list) or not all(
@@ -285,10 +288,10 @@ def read_quality(path: Path) -> list[dict[str, Any]]:
             for p in points
         ):
             raise ValueError("it is no list of points")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} holds no quality figures: pass a JSON list of {{{', '.join(sorted(names))}}}."
-        ) from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): make it readable.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} holds no quality figures: {wanted}.") from error
     return points
 
 

@@ -30,13 +30,13 @@ class Peak:
         elif os.access(_RESET, os.W_OK):
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)
-            _RESET.write_text("5")
+            _RESET.write_text("5", encoding="ascii")
 
     def read(self) -> int | None:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self._before
         if self.device.type != "cpu" or not os.access(_RESET, os.W_OK):
             return None
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
         kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
         return max(0, 1024 * kilobytes - self._before)

@@ -21,12 +21,12 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..images import PictureError, follow_folder
+from ..images import PictureError, follow_folder, put_in_place
 from ..manifest import ManifestError, Sample
 from ..preview import MAX_AREA, fit_reference
 
@@ -142,6 +142,12 @@ class Batches:
         return alike([open_example(self._samples[int(i)], *self._resolutions) for i in self.indices(number)])
 
 
+def check_workers(workers: int) -> None:
+    """Raise ValueError for processes where they cannot be forked. macOS can, but its libraries crash in what is."""
+    if workers and (sys.platform == "darwin" or "fork" not in multiprocessing.get_all_start_methods()):
+        raise ValueError(f"The number of processes is {workers}, which this system cannot fork: pass 0, for a thread.")
+
+
 class Ahead:
     """`make(number)`, for numbers that follow each other, with the next ones being made meanwhile.
 
@@ -151,10 +157,7 @@ class Ahead:
     """
 
     def __init__(self, make: Callable[[int], Any], workers: int = 0) -> None:
-        if workers and "fork" not in multiprocessing.get_all_start_methods():
-            raise ValueError(
-                f"The number of processes is {workers}, which this system cannot fork: pass 0, for a thread."
-            )
+        check_workers(workers)
         self._make, self._workers = make, workers
         self._made: Iterator[Any] = iter(())
         self._next: int | None = None
@@ -209,7 +212,8 @@ def fingerprint(module: nn.Module) -> str:
 class Cache:
     """What an encoder made, on disk: one safetensors file each, under a hash of what it was made from and by.
 
-    On disk and not in memory, because it outlives the run and processes share it. Damaged files are made anew.
+    On disk and not in memory, because it outlives the run and processes share it. Files that are damaged, or hold what
+    was made from something else, are made anew: each has a digest of its key and of its tensors.
     """
 
     def __init__(self, folder: Path, encoder: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
@@ -223,20 +227,35 @@ class Cache:
         file = self._folder / name[:2] / f"{name}.safetensors"
         if file.is_file():
             try:
-                return load_file(file)
+                with safe_open(file, framework="pt") as found:
+                    # Copies, for Windows replaces no file that is mapped
+                    tensors = {part: found.get_tensor(part).clone() for part in found.keys()}  # noqa: SIM118
+                    digest = (found.metadata() or {}).get("digest")
+                if digest == _digest(name, tensors):
+                    return tensors
             except (SafetensorError, OSError):
                 pass  # half a file of another file system's making
         made = {part: tensor.detach().cpu().contiguous() for part, tensor in make().items()}
         partial = file.with_suffix(f".{os.getpid()}.partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(made, partial)
+            save_file(made, partial, {"digest": _digest(name, made)})
             follow_folder(partial)
-            partial.replace(file)
+            put_in_place(partial, file)
         except (SafetensorError, OSError) as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
+            if isinstance(error, PermissionError) and file.is_file():
+                return made  # on Windows: another process has just written the same, and reads it
             raise OSError(
                 f"The cache {file} could not be written ({error}): free some space, or name another folder."
             ) from error
         return made
+
+
+def _digest(name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(name.encode())
+    for part, tensor in sorted(tensors.items()):
+        digest.update(f"{part} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ from .. import __version__
 from ..families import family_of
 from ..families.pictures import to_uint8
 from ..generation import generate
-from ..images import follow_folder, save_picture, save_text
+from ..images import follow_folder, put_in_place, save_picture, save_text
 from ..mini import WEIGHTS, read_call_settings
 from ..preview import column, label, side_by_side
 from ..selection import SparseContextConfig
@@ -41,7 +40,18 @@ from .attention import MatmulAttention
 from .data import Ahead, Cache, Example, fingerprint
 from .dropping import Dropping, draw_selection
 from .hosts import Host, Text
-from .loop import SCHEDULES, drawn_from, has_begun, make_optimisers, newest_step, train
+from .loop import (
+    SCHEDULES,
+    check_names,
+    drawn_from,
+    has_begun,
+    make_optimisers,
+    newest_step,
+    not_written,
+    remove,
+    train,
+)
+from .lora import save_lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 RECORD_FILE = "sparse_context.json"  # beside all weights, what the metadata of a LoRA holds
@@ -511,11 +521,13 @@ def finetune(
         try:
             with weights_of(average, trained), _evaluating(host.transformer), _autocast(accelerator)(), _as_text(host):
                 sheet = draw_validation(host, validation, config)
-        except ValueError as error:  # such as memory that suffices for training alone: no run ends by its pictures
+            folder = output / "validation"
+            folder.mkdir(exist_ok=True)
+            save_picture(sheet, folder / f"step-{step:07d}.webp")
+        except (ValueError, OSError) as error:
+            # Such as memory that suffices for training alone, or a picture that is open in a viewer on Windows: no run
+            # ends by its pictures
             return tqdm.write(f"No validation pictures at step {step}: {error}")
-        folder = output / "validation"
-        folder.mkdir(exist_ok=True)
-        save_picture(sheet, folder / f"step-{step:07d}.webp")
         if log_picture is not None:
             log_picture(step, sheet)
 
@@ -580,15 +592,18 @@ def _evaluating(transformer: nn.Module) -> Iterator[None]:
 
 
 def check_folder(output: Path, resume: bool, steps: int) -> None:
-    """Raise ValueError where a run of so many steps cannot begin, or cannot be continued, in `output`."""
+    """Raise ValueError or OSError where a run of so many steps cannot begin, or cannot be continued, in `output`."""
     step = newest_step(output) if output.is_dir() else 0
     there = next(place for place in (output, *output.absolute().parents) if place.exists())
     if not there.is_dir():
         raise ValueError(f"The output {output} {'is' if there == output else 'lies below'} a file: name a folder.")
+    check_names(output)
     if step and not resume:
         raise ValueError(
             f"The folder {output} holds a run at step {step}: continue it with --resume latest, or name another folder."
         )
+    if step:
+        read_record(output)  # now, and not after a model was loaded
     if step > steps:
         raise ValueError(
             f"The run in {output} is at step {step}, and max_train_steps is {steps}: pass at least as many, or name "
@@ -597,7 +612,7 @@ def check_folder(output: Path, resume: bool, steps: int) -> None:
     if not step:
         foreign = [name for name in (LORA_FILE, "transformer", "README.md") if (output / name).exists()]
         own = (output / "config.json").exists()
-        if own and "dropping" not in _read_record(output):
+        if own and "dropping" not in read_record(output):
             foreign.append("config.json")
         if not own:  # what a run that was killed before its first checkpoint leaves, it leaves beside one
             foreign += [
@@ -619,11 +634,17 @@ FREE = ("base", "max_train_steps", "checkpointing_steps", "checkpoints_total_lim
 not by its name). So may a warm-up, where no step that is left tells."""
 
 
+ALWAYS = {"base_weights": str, "data": str, "processes": int, "mixed_precision": str, "dropping": dict}
+"""What every record of a run has, and of which kind it is. What came later and lacks there is the default."""
+
+
 def _check_same(output: Path, record: dict, resume: bool) -> None:
-    if not (resume and (output / "config.json").is_file()) or not has_begun(output):
+    if not resume or not has_begun(output):
         return
-    before = _read_record(output)
-    if not isinstance(before.get("dropping"), dict):
+    if not newest_step(output) and not (output / "config.json").exists():
+        return  # the start that `loop.start_from` writes has seen no settings
+    before = read_record(output)
+    if not all(isinstance(before.get(name), kind) for name, kind in ALWAYS.items()):
         raise ValueError(f"{output / 'config.json'} is no record of a run: put the run's own back, or begin anew.")
     defaults = json.loads(json.dumps(asdict(FinetuneConfig())))  # of a run begun before a setting was there
     before = {name: before.get(name, defaults.get(name, record[name])) for name in record}
@@ -640,10 +661,17 @@ def _check_same(output: Path, record: dict, resume: bool) -> None:
         raise ValueError(f"The run in {output} was started with other settings: {says}. Resume it with its own.")
 
 
-def _read_record(output: Path) -> dict:
+def read_record(output: Path) -> dict:
+    """The settings of the run in `output`; empty where its config.json is of something else. Raises ValueError where
+    that is gone or damaged."""
     file = output / "config.json"
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error.strerror}), so nothing tells whether the run goes on as it was begun: put "
+            "it back, or name another folder."
+        ) from error
     except ValueError as error:
         raise ValueError(f"{file} cannot be read, so the run cannot be continued as it was: {error}.") from error
     return record if isinstance(record, dict) else {}
@@ -679,14 +707,14 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
     """Write what was trained to `result`, whole or not at all, and a model card beside it."""
     transformer: Any = host.transformer
     partial = result.parent / "result.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     try:
+        remove(partial)
         if config.full:
             transformer.save_pretrained(partial)
             save_text(json.dumps(training_record(record), indent=2) + "\n", partial / RECORD_FILE)
             follow_folder(partial)
-            shutil.rmtree(result, ignore_errors=True)
-            partial.rename(result)
+            remove(result)
+            put_in_place(partial, result)
         else:
             from diffusers.training_utils import _collate_lora_metadata
             from peft import get_peft_model_state_dict
@@ -700,14 +728,14 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Fin
             )
             with safe_open(partial / LORA_FILE, framework="pt") as file:
                 metadata = (file.metadata() or {}) | {"sparse_context": json.dumps(training_record(record))}
-            save_file(load_file(partial / LORA_FILE), partial / "whole", metadata)
+            save_lora(load_file(partial / LORA_FILE), partial / "whole", metadata)
             follow_folder(partial / "whole")
-            (partial / "whole").replace(result)
-    except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise OSError(f"{result} could not be written ({reason}): free some space and resume.") from error
+            put_in_place(partial / "whole", result)
+    except Exception as error:  # the libraries that write raise many kinds
+        raise not_written(result, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(partial)
     save_text(model_card(record, host.pipe, transformer), result.parent / "README.md")
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from ..generation import NO_LORA, call_settings, load_pipeline, most_references
-from ..manifest import read_samples
-from .data import Batches, Cache, open_example
+from ..manifest import check_pictures, needs_datasets, read_samples
+from .data import Batches, Cache, check_workers, open_example
 from .dropping import Dropping
 from .finetune import EMBEDDED, FinetuneConfig, check_folder, finetune
 from .hosts import find_host
@@ -58,8 +58,7 @@ def launch(
         raise ValueError(f"mixed_precision is {mixed_precision!r}: choose no or bf16.")
     if report_to not in (None, "tensorboard"):
         raise ValueError(f"report_to is {report_to!r}: pass tensorboard, or leave it out.")
-    if report_to and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("TensorBoard is not installed: pip install 'sparse-context[train]', or leave --report-to out.")
+    _check_installed(report_to, data, validation_data)
     if dtype in ("float16", "fp16"):
         raise ValueError(f"dtype is {dtype!r}, in which gradients vanish: choose auto, bfloat16 or float32.")
     sides = {"resolution": resolution,
@@ -72,6 +71,7 @@ def launch(
             raise ValueError(f"{name} is {count}: pass a whole number, 1 or more.")
     if dataloader_num_workers < 0:
         raise ValueError(f"dataloader_num_workers is {dataloader_num_workers}: pass a number of processes, or 0.")
+    check_workers(dataloader_num_workers)
     if validation_split is not None and validation_data is None:
         raise ValueError(
             f"validation_split is {validation_split!r}, but there is no data for it: name it with --validation-data, "
@@ -85,6 +85,7 @@ def launch(
         held_source = source if validation_split is None else {**source, "split": validation_split}
         held_out = read_samples(validation_data, most_references=most, **held_source)[:num_validation_images]
     shown = [open_example(sample, *sides.values()) for sample in held_out]
+    check_pictures(samples)
 
     import torch
     from accelerate import Accelerator
@@ -100,14 +101,6 @@ def launch(
     )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision is {accelerator.mixed_precision!r}: choose no or bf16.")
-    pipe = load_pipeline(model, dtype=dtype, device=str(accelerator.device), lora=NO_LORA)
-    host = find_host(pipe, config.kv)
-    if accelerator.is_main_process:
-        if resume and not has_begun(output):
-            print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
-        if config.kv and not getattr(pipe.config, "is_distilled", True):
-            print(f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "
-                  "validation pictures are made without.", file=sys.stderr)  # fmt: skip
 
     def trackers() -> list[Any]:
         if report_to and not accelerator.trackers:  # at the first record, for what is refused writes nothing
@@ -123,10 +116,15 @@ def launch(
             tracker.writer.add_image("validation", np.asarray(picture), step, dataformats="HWC")
 
     folder = cache_dir or output / "cache"
-    latent_cache = Cache(folder / "latents", host.pipe.vae) if cache_latents else None
-    text_cache = Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe)) if cache_text else None
     try:
         with alone(output) if accelerator.is_main_process else contextlib.nullcontext():
+            if accelerator.is_main_process and resume and not has_begun(output):
+                print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
+            pipe = load_pipeline(model, dtype=dtype, device=str(accelerator.device), lora=NO_LORA)
+            host = find_host(pipe, config.kv)
+            if accelerator.is_main_process and config.kv and not getattr(pipe.config, "is_distilled", True):
+                print(f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "
+                      "validation pictures are made without.", file=sys.stderr)  # fmt: skip
             result = finetune(
                 host,
                 Batches(samples, train_batch_size, config.seed, *sides.values()),
@@ -138,8 +136,10 @@ def launch(
                 resume=resume is not None,
                 workers=dataloader_num_workers,
                 validation=shown,
-                latent_cache=latent_cache,
-                text_cache=text_cache,
+                latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
+                text_cache=Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe))
+                if cache_text
+                else None,
                 log=log,
                 log_picture=log_picture,
                 batch=train_batch_size,
@@ -154,6 +154,21 @@ def launch(
         ) from error
     accelerator.end_training()
     return result if accelerator.is_main_process else None
+
+
+def _check_installed(report_to: str | None, *sources: str | None) -> None:
+    """Raise ValueError that names all that is needed and not installed."""
+    missing = []
+    if report_to and importlib.util.find_spec("tensorboard") is None:
+        missing.append("TensorBoard is not installed, which --report-to needs")
+    named = [source for source in sources if source is not None and needs_datasets(source)]
+    if named and importlib.util.find_spec("datasets") is None:
+        missing.append(
+            f"{'the' if missing else 'The'} datasets library is not installed, which reading {named[0]} needs"
+        )
+    if missing:
+        raise ValueError(f"{', and '.join(missing)}: pip install 'sparse-context[train]', or leave --report-to out and "
+                         "pass a JSONL manifest.")  # fmt: skip
 
 
 def text_encoders(pipe: Any) -> nn.ModuleList:

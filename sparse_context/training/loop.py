@@ -5,11 +5,15 @@ sees the same batches and ends at the same weights as one that was not; no gener
 folder of safetensors files (nothing is pickled) that is renamed into place when it is whole.
 
 Output contract, in `folder`: `step-0001000/{weights,average,optimiser}.safetensors` (the last two are kept), and
-`log.jsonl` with one record every `log_every` steps.
+`log.jsonl` with one record every `log_every` steps. Beside the tensors are `progress.json`, what the log's next record
+needs of the steps before (`Progress`), and `SHA256SUMS`, which `sha256sum -c` reads. A run that was killed and resumed
+ends with the weights, checkpoints and records of an unbroken one, but for the seconds.
 """
 
 import contextlib
 import copy
+import errno
+import hashlib
 import json
 import math
 import os
@@ -17,6 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from ..images import follow_folder
+from ..images import follow_folder, put_in_place
 from .muon import Muon
 
 # Schedules: (step, steps, warmup) -> the factor on the learning rate -------------------------------------------------
@@ -136,30 +141,35 @@ def train(
     `SCHEDULES`. An `ema` of 0 averages nothing and returns `module` itself.
 
     Continues from the newest checkpoint in `folder`, if there is one. `show(step, average)` runs every `show_every`
-    steps and after the last, by the clock too (0: never), for sample sheets; `log(step, record)` beside every record of
+    steps and after the last, by the clock too (0: never), for sample sheets, and again where a run goes on from such a
+    step, for a kill may have come before it; `log(step, record)` beside every record of
     the log. `stop_after` is a number of seconds after which the run saves and returns. With `seconds` it does so then,
     and `schedule` goes by the clock, as if the last of `steps` came at that time (warm-up stays in steps): for a
     machine that is there for so long, and of unknown speed. Resumed, such a run has all its seconds again.
-    Raises OSError, in one sentence, where a file cannot be written, and ValueError where `SKIPPED` steps in a row were
-    skipped; what was written before stays whole.
+    Raises OSError, in one sentence, where a file cannot be written or a checkpoint not be continued, and ValueError
+    where `SKIPPED` steps in a row were skipped; what was written before stays whole.
     """
     main = accelerator is None or accelerator.is_main_process
     several = accelerator is not None and accelerator.num_processes > 1
     folder.mkdir(parents=True, exist_ok=True)
+    check_names(folder)
     average = copy.deepcopy(module).eval().requires_grad_(False) if ema else module
-    first = _resume(folder, module, average, optimisers)
+    first, progress, proven = _resume(folder, module, average, optimisers)
     if several:
         _agree_on_start(module, average, first, accelerator)
     if main:
         _tidy(folder, first)
+        _prune(folder, keep_last)
     base_rates = [group["lr"] for o in optimisers for group in o.param_groups]
-    started, window = time.monotonic(), []
-    skipped, in_a_row = 0, 0
+    started = time.monotonic()
+    window: list[torch.Tensor] = []  # the losses that are still on the device
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds is {seconds!r}: pass a number above 0.")
     stop_after = min((limit for limit in (stop_after, seconds) if limit is not None), default=None)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=folder.name, unit="step", mininterval=5,
                disable=not main)  # fmt: skip
+    if main and show is not None and show_every > 0 and 0 < first and (first % show_every == 0 or first == steps):
+        show(first, average)
     for step in bar:
         factor = SCHEDULES[schedule](step, steps, warmup)
         if seconds is not None:
@@ -176,14 +186,17 @@ def train(
             window.append(value.detach())
         if several:
             _average_gradients(module, accelerator)
+        if not proven:
+            _check_complete(folder, first, optimisers)
+            proven = True
         norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
         if torch.isfinite(norm):
-            in_a_row = 0
+            progress.in_a_row = 0
             for optimiser in optimisers:
                 optimiser.step()
         else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            if in_a_row == SKIPPED:
+            progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
+            if progress.in_a_row >= SKIPPED:
                 raise ValueError(
                     f"The gradients of steps {step + 2 - SKIPPED} to {step + 1} are not finite, so nothing is learned "
                     "any more: begin a new run with a lower learning rate, or without mixed precision."
@@ -191,27 +204,31 @@ def train(
         module.zero_grad(set_to_none=True)
         if average is not module:
             _follow(average, module, min(ema, (step + 1) / (step + 10)))
-        if (step + 1) % log_every == 0 or step + 1 == steps:
-            mean = torch.stack(window).mean()
-            mean = (accelerator.reduce(mean, "mean") if several else mean).item()
-            window.clear()
-            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-            record = {"step": step + 1, "loss": mean, "norm": norm.item(), "skipped": skipped,
-                      "seconds": time.monotonic() - started}  # fmt: skip
-            skipped = 0
-            if main:
-                with writing(folder / "log.jsonl"), (folder / "log.jsonl").open("a") as f:
-                    f.write(json.dumps(record) + "\n")
-                if log is not None:
-                    log(step + 1, {**record, "learning rate": base_rates[0] * factor})
         out_of_time = stop_after is not None and time.monotonic() - started > stop_after
         if several and stop_after is not None:  # all stop where the first one does
             out_of_time = bool(accelerator.reduce(norm.new_tensor(float(out_of_time)), "sum") > 0)
         last = step + 1 == steps or (out_of_time and stop_after == seconds)
-        if main and ((step + 1) % save_every == 0 or last or out_of_time):
+        logs = (step + 1) % log_every == 0 or step + 1 == steps
+        saves = (step + 1) % save_every == 0 or last or out_of_time
+        if logs or saves:
+            losses = torch.stack(window)
+            progress.losses += (accelerator.reduce(losses, "mean") if several else losses).tolist()
+            window.clear()
+        if logs:
+            mean = torch.tensor(progress.losses, dtype=torch.float64).mean().item()
+            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+            record = {"step": step + 1, "loss": mean, "norm": norm.item(), "skipped": progress.skipped,
+                      "seconds": time.monotonic() - started}  # fmt: skip
+            progress.losses, progress.skipped = [], 0
+            if main:
+                with writing(folder / "log.jsonl"), (folder / "log.jsonl").open("ab") as f:
+                    f.write(json.dumps(record).encode() + b"\n")
+                if log is not None:
+                    log(step + 1, {**record, "learning rate": base_rates[0] * factor})
+        if main and saves:
             for group, rate in zip((g for o in optimisers for g in o.param_groups), base_rates, strict=True):
                 group["lr"] = rate
-            _save(folder, step + 1, module, average, optimisers, keep_last)
+            _save(folder, step + 1, module, average, optimisers, keep_last, progress)
         shows = show is not None and show_every > 0 and ((step + 1) % show_every == 0 or last)
         if main and show is not None and shows:
             show(step + 1, average)
@@ -255,6 +272,33 @@ def _follow(average: nn.Module, module: nn.Module, decay: float) -> None:
         kept.copy_(new)
 
 
+# Checkpoints and the log --------------------------------------------------------------------------------------------
+
+TENSORS = ("weights.safetensors", "average.safetensors", "optimiser.safetensors")
+PROGRESS_FILE = "progress.json"
+SUMS_FILE = "SHA256SUMS"
+
+
+@dataclass
+class Progress:
+    """What was counted since the last record of the log, which a checkpoint holds, so that no kill changes a record.
+
+    losses: of every batch, each the mean over all processes. skipped: how many steps were; in_a_row: how many of the
+    last steps, whose count goes on over records.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    in_a_row: int = 0
+
+
+def check_names(folder: Path) -> None:
+    """Raise FileExistsError where something else than a folder has the name of a checkpoint."""
+    for path in folder.glob("step-*"):
+        if re.fullmatch(r"step-\d+", path.name) and not path.is_dir():
+            raise FileExistsError(f"{path} is no folder, and has the name of a checkpoint: move it away.")
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """The checkpoints by their steps. Copies that somebody put beside them under other names are none."""
     named = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
@@ -267,44 +311,98 @@ def _step(checkpoint: Path) -> int:
 
 def _tidy(folder: Path, first: int) -> None:
     """Remove what a kill left behind: halves of checkpoints and files, and log records of steps to be taken again."""
-    for partial in folder.glob("step-*.partial"):
-        shutil.rmtree(partial)
-    for part in folder.glob(".*.part"):  # of images.py
-        part.unlink()
+    for left in (*folder.glob("step-*.partial"), *folder.glob(".*.part"), *folder.glob("*/.*.part")):  # of images.py
+        with contextlib.suppress(OSError):  # Windows removes nothing that somebody has open; it is in nobody's way
+            remove(left)
     log = folder / "log.jsonl"
     if log.is_file():
         kept = []
-        for line in log.read_text(errors="replace").splitlines(keepends=True):
+        for line in log.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or none of a log
-                kept += [line] if line.endswith("\n") and json.loads(line)["step"] <= first else []
+                kept += [line] if line.endswith(b"\n") and json.loads(line)["step"] <= first else []
         with writing(log):
-            log.with_suffix(".partial").write_text("".join(kept))
-            log.with_suffix(".partial").replace(log)
+            log.with_suffix(".partial").write_bytes(b"".join(kept))
+            put_in_place(log.with_suffix(".partial"), log)
+
+
+def _prune(folder: Path, keep_last: int) -> None:
+    """Remove all checkpoints but the last."""
+    for old in _checkpoints(folder)[:-keep_last]:
+        partial = old.with_suffix(".partial")
+        try:
+            remove(partial)
+            put_in_place(old, partial)  # so that half of it is never taken for a whole one
+            remove(partial)
+        except OSError as error:  # no run ends by it: somebody may have a file of it open
+            tqdm.write(f"{old} could not be removed ({_reason(error)}), and stays until the next checkpoint.")
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, a file, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold `folder` for one run; ends with the process, however that ends. Raises ValueError where another holds it.
 
-    A folder that was not there is made, and removed again if nothing was written.
+    Folders that were not there are made, and removed again if nothing was written.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    held = folder / ".lock"
+    lock = FileLock(held)
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"Another run is writing into {folder}: wait for its end, or name another folder.") from error
-    except OSError as error:
-        raise OSError(f"{folder} cannot be written ({error.strerror or error}): name another folder.") from error
-    try:
-        yield
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"Another run is writing into {folder}: wait for its end, or name another folder."
+            ) from error
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+            with contextlib.suppress(OSError):
+                held.unlink(missing_ok=True)
+            raise OSError(f"{folder} cannot be written ({_reason(error)}): name another folder.") from error
+        try:
+            yield
+        finally:
+            try:
+                held.unlink(missing_ok=True)  # while it is held, or it might be the next run's
+                lock.release()
+            except OSError:  # Windows removes no file that is open, so there it is never the next run's
+                lock.release()
+                with contextlib.suppress(OSError):
+                    held.unlink(missing_ok=True)
     finally:
-        (folder / ".lock").unlink(missing_ok=True)
-        lock.release()
-        if made:
+        for place in made:
             with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
+                place.rmdir()
+
+
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC), 112}
+"""Of a disk, a quota or a limit that is reached; 112 is Windows' own number, which safetensors tells."""
+
+IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY}
+
+
+def not_written(path: Path, error: Exception) -> OSError:
+    """What went wrong while `path` was written, as one sentence with what to do about it."""
+    told = re.search(r"os error (\d+)", str(error))  # safetensors has no errno
+    number = getattr(error, "errno", None) or (int(told[1]) if told else None)
+    if number in FULL:
+        advice = "free some space"
+    elif number in IN_THE_WAY:
+        advice = "move what has its name away"
+    else:
+        advice = "see that its folder is writable and that nothing has it open"
+    return OSError(f"{path} could not be written ({_reason(error)}): {advice} and resume; older checkpoints are whole.")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200].rstrip(".") or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -313,47 +411,65 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
-        raise OSError(
-            f"{path} could not be written ({reason}): free some space and resume; older checkpoints are whole."
-        ) from error
+        raise not_written(path, error) from error
 
 
-def _save(folder: Path, step: int, module: nn.Module, average: nn.Module, optimisers, keep_last: int) -> None:
+def _save(
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    average: nn.Module,
+    optimisers: Sequence[torch.optim.Optimizer],
+    keep_last: int,
+    progress: Progress,
+) -> None:
     whole = folder / f"step-{step:07d}"
     partial = whole.with_suffix(".partial")
+    state = {
+        f"{i}.{index}.{name}": tensor
+        for i, optimiser in enumerate(optimisers)
+        for index, entry in optimiser.state_dict()["state"].items()
+        for name, tensor in entry.items()
+    }
     try:
+        check_names(folder)
         with writing(whole):
-            shutil.rmtree(partial, ignore_errors=True)  # of a kill
+            remove(partial)  # of a kill
             partial.mkdir()
-            save_file(_own(module.state_dict()), partial / "weights.safetensors")
-            save_file(_own(average.state_dict()), partial / "average.safetensors")
-            state = {
-                f"{i}.{index}.{name}": tensor
-                for i, optimiser in enumerate(optimisers)
-                for index, entry in optimiser.state_dict()["state"].items()
-                for name, tensor in entry.items()
-            }
-            save_file(_own(state), partial / "optimiser.safetensors")
+            for name, tensors in zip(TENSORS, (module.state_dict(), average.state_dict(), state), strict=True):
+                save_file(_own(tensors), partial / name)
+            (partial / PROGRESS_FILE).write_bytes(json.dumps(asdict(progress)).encode())
+            sums = [f"{_sha256(partial / name)}  {name}\n" for name in (*TENSORS, PROGRESS_FILE)]
+            (partial / SUMS_FILE).write_bytes("".join(sums).encode())
             follow_folder(partial)
             for path in (*partial.iterdir(), partial):
                 _sync(path)
-            shutil.rmtree(whole, ignore_errors=True)
-            partial.rename(whole)
+            remove(whole)
+            put_in_place(partial, whole)
             _sync(folder)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in _checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old.rename(old.with_suffix(".partial")))  # so that half of it is never taken for a whole one
+    _prune(folder, keep_last)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Have a file, or what a folder says is in it, on the disk. Windows opens no folder, and some file systems know
+    nothing of the kind; there the files are synced, which is what loses a checkpoint."""
+    if not path.is_dir():
+        with path.open("r+b") as file:  # for writing, or Windows refuses
+            return os.fsync(file.fileno())
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -372,43 +488,139 @@ def has_begun(folder: Path) -> bool:
     return bool(_checkpoints(folder))
 
 
-def _resume(folder: Path, module: nn.Module, average: nn.Module, optimisers) -> int:
-    """Load the newest checkpoint and return the number of steps that it has seen (0 without one)."""
+@contextlib.contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """What is wrong with a checkpoint, as one sentence."""
+    try:
+        yield
+    except PermissionError as error:
+        raise OSError(
+            f"The checkpoint {checkpoint} cannot be read ({_reason(error)}): make its files readable."
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:  # RuntimeError: other names or shapes
+        raise OSError(
+            f"The checkpoint {checkpoint} cannot be continued ({_reason(error)}): delete it, and the run continues "
+            "from the one before."
+        ) from error
+
+
+def _verify(checkpoint: Path) -> bool:
+    """Whether the files of a checkpoint are proven to be what was written; False for one of before there were sums.
+
+    Raises ValueError where one is another.
+    """
+    for name in TENSORS:
+        if not (checkpoint / name).is_file():
+            raise ValueError(f"{name} is missing")
+    if not (checkpoint / SUMS_FILE).exists():
+        return False
+    lines = (checkpoint / SUMS_FILE).read_bytes().decode("ascii", "replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in (*TENSORS, PROGRESS_FILE):
+        if name not in sums:
+            raise ValueError(f"{SUMS_FILE} has no {name}")
+        if not (checkpoint / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if _sha256(checkpoint / name) != sums[name]:
+            raise ValueError(f"{name} or its sum in {SUMS_FILE} is damaged")
+    return True
+
+
+def _load(module: nn.Module, file: Path) -> None:
+    """Load tensors of just the names, shapes and types of `module`; torch itself would cast them."""
+    tensors = load_file(file)
+    for name, tensor in module.state_dict().items():
+        if name in tensors and tensors[name].dtype != tensor.dtype:
+            raise ValueError(f"{name} in {file.name} is {tensors[name].dtype} and not {tensor.dtype}")
+    module.load_state_dict(tensors)
+
+
+STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+"""What each kind of optimiser remembers of a parameter that had a gradient: a count, or a tensor of its shape."""
+
+
+def _load_states(optimisers: Sequence[torch.optim.Optimizer], file: Path) -> None:
+    """Load the optimisers' states. Raises ValueError for other names, shapes and types than they have."""
+    states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimisers]
+    for key, tensor in load_file(file).items():
+        found = re.fullmatch(r"(\d+)\.(\d+)\.(\w+)", key)
+        which, index = (int(found[1]), int(found[2])) if found else (len(optimisers), 0)
+        parameters = [] if which >= len(optimisers) else _parameters(optimisers[which])
+        if found is None or index >= len(parameters):
+            raise ValueError(f"{file.name} has {key}, of which the optimisers know nothing")
+        model = parameters[index].new_empty((), dtype=torch.float32) if found[3] == "step" else parameters[index]
+        if (tensor.shape, tensor.dtype) != (model.shape, model.dtype):
+            raise ValueError(
+                f"{key} in {file.name} is {tensor.dtype} of shape {tuple(tensor.shape)} and not {model.dtype} of "
+                f"{tuple(model.shape)}"
+            )
+        # A copy, for torch keeps the tensor itself: as long as it is mapped, Windows removes no checkpoint
+        states[which].setdefault(index, {})[found[3]] = tensor.clone()
+    for i, (optimiser, state) in enumerate(zip(optimisers, states, strict=True)):
+        for index, entry in state.items():
+            wanted = STATE.get(type(optimiser).__name__, entry.keys())
+            if entry.keys() != wanted:
+                names = ", ".join(sorted(entry.keys() ^ wanted))
+                raise ValueError(f"{file.name} has other names than {type(optimiser).__name__} at {i}.{index}: {names}")
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _parameters(optimiser: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def _check_complete(folder: Path, step: int, optimisers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise OSError where a parameter has a gradient now, and its optimiser forgot it: sums would have told."""
+    for optimiser in optimisers:
+        lost = [p for p in _parameters(optimiser) if p.grad is not None and not optimiser.state.get(p)]
+        if lost:
+            with _reading(folder / f"step-{step:07d}"):
+                raise ValueError(
+                    f"{TENSORS[2]} lacks the state of {len(lost)} of {len(_parameters(optimiser))} parameters"
+                )
+
+
+def _resume(
+    folder: Path, module: nn.Module, average: nn.Module, optimisers: Sequence[torch.optim.Optimizer]
+) -> tuple[int, Progress, bool]:
+    """Load the newest checkpoint: the number of steps that it has seen (0 without one), what was counted for the log,
+    and whether it is known to hold all that the optimisers remember."""
     checkpoints = _checkpoints(folder)
     if not checkpoints:
-        return 0
+        return 0, Progress(), True
     newest = checkpoints[-1]
-    try:
-        module.load_state_dict(load_file(newest / "weights.safetensors"))
+    with _reading(newest):
+        proven = _verify(newest)
+        _load(module, newest / TENSORS[0])
         if average is not module:
-            average.load_state_dict(load_file(newest / "average.safetensors"))
-        flat = load_file(newest / "optimiser.safetensors")
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: weights of other names or shapes
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200].rstrip(".")
-        raise OSError(
-            f"The checkpoint {newest} cannot be continued ({reason}): delete it, and the run continues from the one "
-            "before."
-        ) from error
-    for i, optimiser in enumerate(optimisers):
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, tensor in flat.items():
-            which, index, name = key.split(".", 2)
-            if int(which) == i:
-                state.setdefault(int(index), {})[name] = tensor
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return _step(newest)
+            _load(average, newest / TENSORS[1])
+        _load_states(optimisers, newest / TENSORS[2])
+        progress = Progress()
+        if (newest / PROGRESS_FILE).exists():
+            try:
+                progress = Progress(**json.loads((newest / PROGRESS_FILE).read_bytes()))
+            except TypeError as error:
+                raise ValueError(f"{PROGRESS_FILE} is no record of progress") from error
+        if not proven and _step(newest) and not any(optimiser.state for optimiser in optimisers):
+            raise ValueError(f"{TENSORS[2]} is empty")
+    return _step(newest), progress, proven or not _step(newest)
 
 
 def start_from(module: nn.Module, folder: Path) -> None:
     """Write the weights of `module` as the checkpoint of step 0, from which `train` goes on with fresh optimisers."""
     folder.mkdir(parents=True, exist_ok=True)
-    _save(folder, 0, module, module, (), keep_last=1)
+    _save(folder, 0, module, module, (), keep_last=1, progress=Progress())
 
 
 def load_average(folder: Path, module: nn.Module) -> int:
-    """Load the averaged weights of the newest checkpoint in `folder` into `module` and return its step."""
+    """Load the averaged weights of the newest checkpoint in `folder` into `module` and return its step.
+
+    Raises FileNotFoundError without one, and OSError for one that is damaged or of another module.
+    """
     checkpoints = _checkpoints(folder)
     if not checkpoints:
         raise FileNotFoundError(f"{folder} holds no checkpoint: run the step of the recipe that writes it first")
-    module.load_state_dict(load_file(checkpoints[-1] / "average.safetensors"))
+    with _reading(checkpoints[-1]):
+        _verify(checkpoints[-1])
+        _load(module, checkpoints[-1] / TENSORS[1])
     return _step(checkpoints[-1])

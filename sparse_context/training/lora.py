@@ -1,7 +1,33 @@
-"""A LoRA made of a full fine-tuning: of what that changed, the directions that carry most."""
+"""A LoRA made of a full fine-tuning: of what that changed, the directions that carry most. Also how one is written."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
+
+
+def save_lora(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a LoRA so that equal tensors and metadata are equal bytes.
+
+    safetensors orders metadata differently each time, and peft the names in its settings, which are sets.
+    """
+    said = dict(sorted(metadata.items()))
+    if "lora_adapter_metadata" in said:
+        settings = json.loads(said["lora_adapter_metadata"])
+        for name, value in settings.items():
+            if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+                settings[name] = sorted(value)
+        said["lora_adapter_metadata"] = json.dumps(settings, indent=2, sort_keys=True)
+    save_file(dict(tensors), path, said)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size)) | {"__metadata__": said}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(size))  # the same letters in another order
 
 
 @torch.no_grad()
