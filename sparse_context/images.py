@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import secrets
 import stat
 import sys
@@ -171,6 +172,16 @@ def follow_folder(path: str | os.PathLike[str]) -> None:
                 file.chmod(mode)
 
 
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC), 112}
+"""Of a disk, a quota or a limit that is reached; 112 is Windows' own number, which safetensors tells."""
+
+
+def error_number(error: BaseException) -> int | None:
+    """The system's number of what went wrong; safetensors has it in its text alone."""
+    told = re.search(r"os error (\d+)", str(error))
+    return getattr(error, "errno", None) or (int(told[1]) if told else None)
+
+
 def put_in_place(new: str | os.PathLike[str], place: str | os.PathLike[str]) -> None:
     """`os.replace`. Windows refuses it while a viewer or a virus scanner has a file of it open, most for a moment: so
     it is tried for a second before PermissionError is raised."""
@@ -204,7 +215,7 @@ def _write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
                 os.unlink(part)
             raise
     except (OSError, ValueError) as error:
-        advice = "free some space" if getattr(error, "errno", None) == errno.ENOSPC else "choose another place"
+        advice = "free some space" if error_number(error) in FULL else "choose another place"
         if isinstance(error, PermissionError) and os.path.exists(target):
             advice = "close what has it open, or choose another place"
         raise PictureError(f"{name} could not be written ({_reason(error)}); {advice}") from error

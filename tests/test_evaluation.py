@@ -286,6 +286,14 @@ def test_settings_that_are_one_file_on_some_system_are_told(pipe, samples, tmp_p
         evaluate(maker(pipe), samples, cells, METRICS, tmp_path / "out")
 
 
+def test_drawings_have_names_that_files_have_on_every_system(pipe, samples, tmp_path):
+    cells = grid([0.5], [lambda image, grid, generator: generator.random(grid)])
+    result = evaluate(maker(pipe), samples[:1], cells, METRICS, tmp_path)
+    drawn = [path.stem for path in draw_all(result, tmp_path, samples[:1])]
+    assert drawn[-1] == "sheet-_lambda_"
+    assert not [path.name for path in tmp_path.rglob("*") if name_problem(path.stem)]
+
+
 def test_the_output_has_the_size_of_the_truth_where_the_model_names_none(tiny_model, samples, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "call.json").write_text(

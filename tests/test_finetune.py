@@ -1,5 +1,6 @@
 """Fine-tuning: the loss, LoRA through plain diffusers, KV mode, caches, and what a run writes."""
 
+import errno
 import json
 import os
 import shutil
@@ -687,12 +688,29 @@ def test_what_is_in_the_way_of_the_result_is_told(full, tmp_path):
     finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
     result = tmp_path / ("transformer" if full else LORA_FILE)
     shutil.rmtree(result) if full else result.unlink()
-    (tmp_path / "result.partial").touch()  # what is left of a run is in nobody's way
+    (tmp_path / "result.partial").touch()  # what is left of a run, which is in nobody's way
+    for name in ("log.jsonl", "README.md", LORA_FILE, "transformer", "validation"):
+        kept = tmp_path / "kept"
+        if (tmp_path / name).exists():
+            (tmp_path / name).rename(kept)
+        folder = name in ("transformer", "validation")
+        (tmp_path / name).touch() if folder else (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=f"{name} is no {'folder' if folder else 'file'}, .*: move it away"):
+            finetune(None, None, tmp_path, config, base="tiny", data="x", resume=True)
+        (tmp_path / name).unlink() if folder else (tmp_path / name).rmdir()
+        if kept.exists():
+            kept.rename(tmp_path / name)
+
     if not full:
-        result.mkdir()
-        (result / "mine").touch()
-        with pytest.raises(OSError, match="could not be written .*: move what has its name away and resume"):
-            finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True)
+        with pytest.MonkeyPatch.context() as patch:
+
+            def meanwhile(record):  # it comes into the way as the result is written
+                (result / "mine").mkdir(parents=True)
+                return {}
+
+            patch.setattr("sparse_context.training.finetune.training_record", meanwhile)
+            with pytest.raises(OSError, match="could not be written .*: move what has its name away and resume"):
+                finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True)
         shutil.rmtree(result)
     assert finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True) == result
 
@@ -986,6 +1004,22 @@ def test_a_cache_makes_anew_what_is_of_something_else(other, tmp_path):
         assert found.keys() == {"x", "count"} and torch.equal(found["x"], torch.ones(4)) and found["count"] == 1
     assert made == [1]
     assert torch.equal(cache.get(b"b", lambda: None)["x"], torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "free some space, or name"), (errno.EDQUOT, "free some space, or name"),
+     (errno.EACCES, "see that its folder is writable, or name"), (errno.ENOTDIR, "see that its folder is writable")],
+)  # fmt: skip
+def test_a_cache_that_cannot_be_written_says_why(number, advice, tmp_path, monkeypatch):
+    def fails(source, target):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", fails)
+    monkeypatch.setattr("sparse_context.images.time.sleep", lambda seconds: None)
+    with pytest.raises(OSError, match=f"could not be written .*{os.strerror(number)}.*: {advice}"):
+        Cache(tmp_path, torch.nn.Linear(2, 2)).get(b"a", lambda: {"x": torch.ones(1)})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int64, torch.float8_e4m3fn])

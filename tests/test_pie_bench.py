@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -64,6 +65,15 @@ def test_a_folder_is_read_in_its_order(pie):
     assert first.open_image() is None
     assert first.open_references()[0].size == (512, 512)
     assert np.array_equal(np.asarray(first.open_reference_masks()[0]), decode_mask(BOX))
+
+
+def test_paths_with_the_backslashes_of_windows_are_read(pie, tmp_path):
+    entries = json.loads((pie / "mapping_file.json").read_text())
+    for entry in entries.values():
+        entry["image_path"] = entry["image_path"].replace("/", "\\")
+    (tmp_path / "mapping_file.json").write_text(json.dumps(entries))
+    shutil.copytree(pie / "annotation_images", tmp_path / "annotation_images")
+    assert [sample.open_references()[0].size for sample in read_pie_bench(tmp_path)] == [(512, 512)] * 2
 
 
 def test_masks_are_runs_over_the_pixels_row_by_row():

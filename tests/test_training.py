@@ -353,8 +353,9 @@ def test_a_resumed_run_holds_no_file_of_a_checkpoint(killed, tmp_path):
 @pytest.mark.parametrize("name", ["step-0000003", "step-0000012", "step-4"])
 def test_a_file_with_the_name_of_a_checkpoint_is_told_before_a_step_is_taken(name, tmp_path):
     (tmp_path / name).write_text("mine")
+    module, optimisers, _ = problem()
     with pytest.raises(OSError, match=f"{name} is no folder, and has the name of a checkpoint: move it away") as raised:
-        run(tmp_path, stop_at=0)
+        train(module, optimisers, lambda step: pytest.fail("a step was taken"), tmp_path, steps=12)
     assert "free some space" not in str(raised.value) and (tmp_path / name).read_text() == "mine"
 
 

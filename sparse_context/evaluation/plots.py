@@ -27,16 +27,16 @@ def check_matplotlib() -> None:
 def check_installed(metrics: Mapping[str, Metric], source: str | None) -> None:
     """Raise ValueError that names all that an evaluation needs and is not installed: for the curves, for each metric,
     and for reading the data."""
-    needs = {"a plot": ["matplotlib"]} | {f"the metric {name}": list(one.packages) for name, one in metrics.items()}
-    extras = ["evaluate"]
+    needs = {"a plot": ["matplotlib"]}
+    needs |= {f"the metric {name}": list(metric.packages) for name, metric in metrics.items()}
     if source is not None and needs_datasets(source):
         needs[f"reading {source}"] = ["datasets"]
     missing = {what: [name for name in packages if find_spec(name) is None] for what, packages in needs.items()}
     missing = {what: [name.replace("_", "-") for name in names] for what, names in missing.items() if names}
     if not missing:
         return
-    if f"reading {source}" in missing:
-        extras = [*(["evaluate"] if len(missing) > 1 else []), "train"]
+    reads = f"reading {source}" in missing
+    extras = [*(["evaluate"] if len(missing) > reads else []), *(["train"] if reads else [])]
     said = ", ".join(f"{what} needs {' and '.join(names)}" for what, names in missing.items())
     raise ValueError(f"{said[0].upper()}{said[1:]}: pip install 'sparse-context[{','.join(extras)}]'.")
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..images import PictureError, follow_folder, put_in_place
+from ..images import FULL, PictureError, error_number, follow_folder, put_in_place
 from ..manifest import ManifestError, Sample
 from ..preview import MAX_AREA, fit_reference
 
@@ -247,8 +247,9 @@ class Cache:
                 partial.unlink(missing_ok=True)
             if isinstance(error, PermissionError) and file.is_file():
                 return made  # on Windows: another process has just written the same, and reads it
+            advice = "free some space" if error_number(error) in FULL else "see that its folder is writable"
             raise OSError(
-                f"The cache {file} could not be written ({error}): free some space, or name another folder."
+                f"The cache {file} could not be written ({error}): {advice}, or name another folder."
             ) from error
         return made
 

@@ -623,6 +623,14 @@ def check_folder(output: Path, resume: bool, steps: int) -> None:
                 f"The folder {output} holds {foreign[0]} and no checkpoint, and a run would write over it: name "
                 "another folder."
             )
+    for name, kind in WRITTEN.items():
+        if (output / name).exists() and (output / name).is_dir() != (kind == "folder"):
+            raise ValueError(f"{output / name} is no {kind}, and a run writes one of that name: move it away.")
+
+
+WRITTEN = {"config.json": "file", "log.jsonl": "file", "README.md": "file", LORA_FILE: "file", "transformer": "folder",
+           "validation": "folder"}  # fmt: skip
+"""What a run writes beside its checkpoints."""
 
 
 SHEET_SIDE = 16_383

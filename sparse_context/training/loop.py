@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from ..images import follow_folder, put_in_place
+from ..images import FULL, error_number, follow_folder, put_in_place
 from .muon import Muon
 
 # Schedules: (step, steps, warmup) -> the factor on the learning rate -------------------------------------------------
@@ -351,7 +351,7 @@ def alone(folder: Path) -> Iterator[None]:
 
     Folders that were not there are made, and removed again if nothing was written.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     held = folder / ".lock"
     lock = FileLock(held)
     try:
@@ -377,22 +377,17 @@ def alone(folder: Path) -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     held.unlink(missing_ok=True)
     finally:
-        for place in made:
+        for place in missing:
             with contextlib.suppress(OSError):  # it is not empty
                 place.rmdir()
 
-
-FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC), 112}
-"""Of a disk, a quota or a limit that is reached; 112 is Windows' own number, which safetensors tells."""
 
 IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY}
 
 
 def not_written(path: Path, error: Exception) -> OSError:
     """What went wrong while `path` was written, as one sentence with what to do about it."""
-    told = re.search(r"os error (\d+)", str(error))  # safetensors has no errno
-    number = getattr(error, "errno", None) or (int(told[1]) if told else None)
-    if number in FULL:
+    if (number := error_number(error)) in FULL:
         advice = "free some space"
     elif number in IN_THE_WAY:
         advice = "move what has its name away"
