@@ -37,7 +37,7 @@ XLABS = {"down": re.compile(r"(.+_lora\d?)\.down\.weight"), "up": re.compile(r"(
 
 PREFIX = re.compile(
     r"(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|lora_unet_|lora_transformer_"
-    r"|lycoris_)+"
+    r"|lycoris_|module\.|_orig_mod\.)+"
 )
 TEXT = re.compile(r"(?:base_model\.model\.)?(?:text_encoder|text_model|lora_te|te\d?[._]|cond_stage_model|conditioner)")
 TEXT_PREFIX = re.compile(r"(?:text_encoder\.|lora_te1?_|text_encoders\.clip_l\.transformer\.)(?:text_model[._])?")
@@ -97,7 +97,7 @@ def check_lora_file(path: str) -> None:
 
 def misfit(path: str, cause: str) -> ValueError:
     """The error for a LoRA that is not taken. cause: a clause, and after a colon what to do."""
-    return ValueError(f"The LoRA {path} does not fit this model: {cause}.")
+    return ValueError(f"The LoRA {path} does not fit this model: {' '.join(cause.split())}.")
 
 
 def read_lora(path: str) -> LoraFile:
@@ -138,9 +138,7 @@ def read_lora(path: str) -> LoraFile:
     if unknown and not any(len(layer.keys.keys() - {"alpha"}) for layer in (*layers.values(), *text_layers.values())):
         raise misfit(path, f"it holds no LoRA, but {_some(unknown, 'key')}: pass a LoRA")
     if unknown:
-        raise misfit(
-            path, f"{_some(unknown, 'key')} would be lost, as diffusers knows nothing of the kind: pass a plain LoRA"
-        )
+        raise misfit(path, f"{_some(unknown, 'key')} would be lost, being no matrices of a LoRA: pass a plain one")
     for layer in (*layers.values(), *text_layers.values()):
         _check_layer(path, layer)
     return LoraFile(path, layers, text_layers, settings)

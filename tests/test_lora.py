@@ -160,6 +160,7 @@ SCHEMES = {
     "comfy with diffusers' names": (None, dotted("diffusion_model."), DOWN_UP),
     "kohya with diffusers' names": (None, flat("lora_unet_"), DOWN_UP),
     "kohya of the transformer": (None, flat("lora_transformer_"), DOWN_UP),
+    "a compiled transformer's": (None, dotted("transformer._orig_mod."), A_B),
     "lora.down": (None, dotted("transformer."), OLD),
     "ai-toolkit": (ORIGINAL, dotted("diffusion_model."), A_B),
     "comfy": (ORIGINAL, dotted("diffusion_model."), DOWN_UP),
@@ -568,10 +569,11 @@ REFUSED = {
     "half a LoKr": ({f"{X}.lokr_w1": draw(2, 2)}, f"{X}.lokr_w1 is there without a factor of its Kronecker product"),
     "bias differences": (
         GOOD | {f"{X}.diff_b": draw(32)},
-        f"1 key ({X}.diff_b) would be lost, as diffusers knows nothing of the kind: pass a plain LoRA.",
+        f"1 key ({X}.diff_b) would be lost, being no matrices of a LoRA: pass a plain one.",
     ),
     "norms": (GOOD | {f"{Q}.norm.diff": draw(32)}, f"1 key ({Q}.norm.diff) would be lost"),
     "norms of a control LoRA": (GOOD | {f"{Q}.norm_q.weight": draw(16)}, f"1 key ({Q}.norm_q.weight) would be lost"),
+    "a key of two lines": (GOOD | {"x\ny.weight": draw(2)}, "1 key (x y.weight) would be lost"),
     "LoHa": (
         {f"lycoris_x.hada_{name}": draw(2, 2) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
         "it holds no LoRA, but 4 keys (lycoris_x.hada_w1_a and lycoris_x.hada_w1_b ...): pass a LoRA.",
