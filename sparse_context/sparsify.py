@@ -5,7 +5,8 @@
     print(last_selection(pipe))
     remove_sparse_context(pipe)
 
-Only this instance is changed: its class, other pipelines and the shared transformer stay as they are.
+Only this instance is changed: its class, other pipelines and the shared transformer stay as they are. A shallow copy of
+it is another sparse pipeline, with the same config and cache; deep copies and pickles are refused.
 """
 
 from dataclasses import replace

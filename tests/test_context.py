@@ -506,17 +506,15 @@ def test_a_cache_is_right_whatever_order_a_pipeline_encodes_in(name):
 # Qwen compiled whole -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["torch.compile", "module.compile"])
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, "torch.compile") for name in QWEN), *((name, "module.compile") for name in QWEN[-1:] + QWEN[1:2])],
+)
 def test_qwen_is_one_graph_whether_compiled_dense_or_sparse_first(name, how):
     case = CASES[name]
     references = case.references()
-    expected = {
-        1.0: case.call(case.build(), references),
-        KEEP: sparse_picture(case, KEEP),
-        0.5: sparse_picture(case, 0.5),
-    }
-    for keeps in ((1.0, KEEP, 1.0, 0.5, KEEP), (KEEP, 1.0, KEEP)):
+    expected = {1.0: case.call(case.build(), references), KEEP: sparse_picture(case, KEEP)}
+    for keeps in ((1.0, KEEP, 1.0), (KEEP, 1.0)):
         torch._dynamo.reset()
         pipe, graphs = case.build(), []
 
@@ -549,10 +547,11 @@ def test_other_counts_make_no_more_graphs_of_qwen(name):
         return graph.forward
 
     pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=count)
-    for keep in (20, 31, 40, 57, 80):
+    for keep in (20, 31, 57):
         apply_sparse_context(pipe, keep=keep)
-        case.call(pipe, case.references())
+        made = case.call(pipe, case.references())
     assert len(graphs) == 2
+    assert (made - sparse_picture(case, 57)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", QWEN)

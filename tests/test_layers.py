@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sparse_context"
 
 IDEA = {"tokens", "selectors", "budget", "selection", "saliency", "contrast", "images", "result", "preview"}
-HOSTS = {"sparsify", "families", "cache"}
+HOSTS = {"sparsify", "context", "families", "cache"}
 WORK = {"manifest", "lora", "generation", "training", "evaluation", "speed", "mini"}
 FACES = {"cli", "app", "server"}
 

@@ -10,7 +10,7 @@ from importlib import import_module
 class Family:
     """What is known of a pipeline class before it is loaded.
 
-    file: the module here whose `attach(pipe, context)` knows where its reference tokens enter.
+    file: the module here whose `attach(pipe, call)` knows where its reference tokens enter.
     fewest, most: how many references a call takes (most None: the host sets no limit).
     modular: whether it is made of blocks; its index is then `modular_model_index.json`.
     paints: whether it paints into its first picture, where a mask says so.
@@ -68,5 +68,5 @@ def family_of(pipe: object) -> Family:
 
 
 def find_family(pipe: object) -> Callable:
-    """The `attach(pipe, context)` of a pipeline's family. Raises TypeError as `family_of` does."""
+    """The `attach(pipe, call)` of a pipeline's family. Raises TypeError as `family_of` does."""
     return import_module(f".{family_of(pipe).file}", __name__).attach

@@ -33,7 +33,7 @@ def attach(pipe: Any, call: "Call") -> None:
         return kept.latents, kept.ids
 
     def keep_essentials(prepare_latents, *args, **kwargs):
-        given = inspect.signature(prepare_latents).bind(*args, **kwargs).arguments
+        given = inspect.signature(type(pipe).prepare_latents).bind(pipe, *args, **kwargs).arguments
         if "image_reference" not in given:
             latents, image_latents, latent_ids, image_ids = prepare_latents(*args, **kwargs)
             if image_latents is not None:
