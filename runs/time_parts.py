@@ -1,4 +1,4 @@
-"""What was weighed on the way to docs/performance.md: hashes, pixels as 8 bits, ways to encode references, and scenes.
+"""What was weighed on the way to the published speed: hashes, 8-bit pixels, ways to encode references, and scenes.
 
 Processor time on one thread, so that a busy machine changes little; the median of the runs after a warm-up. Training
 scenes differ, so theirs is the mean over the batches of the base's recipe once all tasks are drawn; without the assets
