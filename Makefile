@@ -24,7 +24,7 @@ lint: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	@$(VENV_PYTHON) docs/include.py --check
 	@$(VENV_PYTHON) docs/generate.py
-	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --quiet --strict --site-dir build/docs
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --site-dir build/docs
 	@echo "wrote build/docs/index.html"
 
 wheel: $(VENV)/.installed
