@@ -5,7 +5,7 @@ VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
 REQUIRED := pyproject.toml constraints.txt
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint docs wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -19,6 +19,13 @@ lint: $(VENV)/.installed-test
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+# Strictly, offline, and outside the tree of the pages: build/docs/index.html.
+docs: $(VENV)/.installed-docs
+	@$(VENV_PYTHON) docs/include.py --check
+	@$(VENV_PYTHON) docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --site-dir build/docs
+	@echo "wrote build/docs/index.html"
 
 wheel: $(VENV)/.installed
 	@$(PIP) wheel --quiet --no-deps --wheel-dir dist .
@@ -44,4 +51,9 @@ $(VENV)/.installed: $(REQUIRED)
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "Installing what the tests need"
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "Installing what the pages need"
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@

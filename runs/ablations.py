@@ -32,10 +32,12 @@ It needs the scenes' objects: `python -m sparse_context.mini data`.
 import argparse
 import json
 from collections import defaultdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 from peers import PEERS, peer_maker
+from tables import SCORES, difference, draw, read, score_of, table
 
 from sparse_context.evaluation.evaluate import DENSE, Cell, evaluate, fingerprint, grid, maker, summarise
 from sparse_context.evaluation.metrics import find_metrics
@@ -66,6 +68,151 @@ def read_run(text: str) -> tuple[str, int | None, float | None]:
     return name, int(rank), float(share)
 
 
+OBJECTS = ("subjects", "edits")
+"""The groups that are scored inside an object."""
+SELECTORS = ("random", "uniform", "edges", "saliency", "subject", "mask")
+
+
+def named(selector: str) -> str:
+    return "task default" if selector == "auto" else selector
+
+
+def won_by_keep(name: str = "ablations") -> str:
+    """What each run wins over the base with the tokens that the tasks choose."""
+    result = read(name)
+    keeps, figures = result["config"]["keeps"], result["figures"]
+    rows = []
+    for group, of in SCORES.items():
+        base = figures["against dense"][BASE][group]
+        cells = [difference(score_of(base, f"auto-{keep:g}", of), interval=False) for keep in keeps]
+        rows.append([group, "the base, against all tokens", "", *cells])
+        for run, groups in figures["won"].items():
+            if run in result["config"]["runs"] and f"auto-{keeps[0]:g}" in groups[group]:
+                full = difference(score_of(figures["against dense"][run][group], "all tokens", of))
+                cells = [difference(score_of(groups[group], f"auto-{keep:g}", of)) for keep in keeps]
+                rows.append([group, run, full, *cells])
+    return table(["task", "run", "all tokens", *(f"keep {keep:g}" for keep in keeps)], rows)
+
+
+def pairs(name: str = "ablations") -> str:
+    """Runs against each other, with the tokens that the tasks choose."""
+    result = read(name)
+    columns = [(group, of, keep) for group, of in SCORES.items() for keep in result["config"]["keeps"]]
+    rows = [
+        [pair, *(difference(score_of(groups[group], f"auto-{keep:g}", of)) for group, of, keep in columns)]
+        for pair, groups in result["figures"]["pairs"].items()
+    ]
+    return table(["runs", *(f"{group}, keep {keep:g}" for group, _, keep in columns)], rows)
+
+
+def mix_over_random(name: str = "ablations") -> str:
+    """The mix against random sets alone, for every selector: a difference of pairs."""
+    result = read(name)
+    keeps, found = result["config"]["keeps"], result["figures"]["pairs"]["mix over random"]
+    rows = [
+        [
+            f"{named(selector)}, keep {keep:g}",
+            *(difference(score_of(found[group], f"{selector}-{keep:g}", of)) for group, of in SCORES.items()),
+        ]
+        for selector in ("auto", *SELECTORS)
+        if f"{selector}-{keeps[0]:g}" in found["all"]
+        for keep in keeps
+    ]
+    return table(["selector", *SCORES], rows)
+
+
+def won_by_selector(name: str = "ablations_length") -> str:
+    """What the runs that were measured with every selector win over the base, by selector."""
+    result = read(name)
+    config = result["config"]
+    runs = [run for run in (config.get("shipped"), *config["all selectors"]) if run]
+    columns = [(run, group) for run in runs for group in OBJECTS]
+    rows = [
+        [
+            f"{selector}, keep {keep:g}",
+            *(
+                difference(score_of(result["figures"]["won"][run][group], f"{selector}-{keep:g}", SCORES[group]))
+                for run, group in columns
+            ),
+        ]
+        for selector in SELECTORS
+        for keep in config["keeps"]
+    ]
+    return table(["selector", *(f"{run}, {group}" for run, group in columns)], rows)
+
+
+def random_alone() -> str:
+    """Random sets alone, by learning rate, loss and how much of what they changed is taken, for every selector."""
+    result = read("ablations_random")
+    config, figures = result["config"], result["figures"]
+    (keep,) = config["keeps"]
+    selectors = ("auto", *SELECTORS)
+    rows = []
+    for group in OBJECTS:
+        of = SCORES[group]
+        base = figures["against dense"][BASE][group]
+        cells = [difference(score_of(base, f"{selector}-{keep:g}", of)) for selector in selectors]
+        rows.append([group, "the base, against all tokens", "", "", "", *cells])
+        for run, record in config["runs"].items():
+            name, _, cut = run.partition(":")
+            won = figures["won"][run][group]
+            cells = [group, name, cut.partition(":")[0] or str(config["rank"]), f"{record['share']:g}"]
+            cells.append(difference(score_of(figures["against dense"][run][group], "all tokens", of)))
+            rows.append([*cells, *(difference(score_of(won, f"{selector}-{keep:g}", of)) for selector in selectors)])
+    return table(["task", "run", "rank", "share", "all tokens", *map(named, selectors)], rows)
+
+
+def spread() -> str:
+    """Evenly spread tokens, in training and at inference."""
+    result = read("ablations")
+    config = result["config"]
+    columns = [(group, of, share) for group in OBJECTS for of in ("psnr_in_mask", "psnr") for share in (0, 0.3)]
+    places = {"psnr_in_mask": "object", "psnr": "picture"}
+    rows = []
+    for run in (BASE, *config["all selectors"], *config["spread"]):
+        figures, setting = result["figures"]["against dense"][run], f"auto-{config['keeps'][0]:g}-coverage"
+        cells = (score_of(figures[group], f"{setting}={share:g}", of) for group, of, share in columns)
+        rows.append([run, *(difference(cell, interval=False) for cell in cells)])
+    return table(["run", *(f"{group}, {places[of]}, coverage {share:g}" for group, of, share in columns)], rows)
+
+
+def methods(name: str = "ablations") -> str:
+    """The peers' ways of saving tokens, each fine-tuned for as long."""
+    result = read(name)
+    keeps, peers, figures = result["config"]["keeps"], result["config"]["methods"], result["figures"]
+    columns = [(group, keep) for group in OBJECTS for keep in keeps]
+    own = next(iter(result["config"]["runs"]))
+
+    def cells(settings: dict, method: str) -> list[str]:
+        return [difference(score_of(settings[group], f"{method}-{keep:g}", SCORES[group])) for group, keep in columns]
+
+    rows = []
+    for shown, method, run in (("sparse", "auto", own), *((peer, peer, peer) for peer in peers)):
+        rows.append([f"{shown}, training-free", *cells(figures["against dense"][BASE], method)])
+        rows.append([f"{shown}, fine-tuned", *cells(figures["against dense"][run], method)])
+    for run, ways in figures.get("over peers", {}).items():
+        weights = "training-free" if run == BASE else "each fine-tuned"
+        rows += [[f"**sparse over {peer}**, {weights}", *cells(ways[peer], "auto")] for peer in peers]
+    return table(["method", *(f"{group}, keep {keep:g}" for group, keep in columns)], rows)
+
+
+TABLES = {
+    "ablations": won_by_keep,
+    "ablations-pairs": pairs,
+    "ablations-selectors": mix_over_random,
+    "ablations-coverage": spread,
+    "ablations-methods": methods,
+    "ablations_length": partial(won_by_keep, "ablations_length"),
+    "ablations_length-pairs": partial(pairs, "ablations_length"),
+    "ablations_length-won": won_by_selector,
+    "ablations_length-selectors": partial(mix_over_random, "ablations_length"),
+    "ablations_control": partial(won_by_keep, "ablations_control"),
+    "ablations_control-pairs": partial(pairs, "ablations_control"),
+    "ablations_random": random_alone,
+    "ablations_sides": partial(methods, "ablations_sides"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality after variants of its fine-tuning.")
     parser.add_argument("--all-selectors", nargs="*", default=ALL, help="runs, by their folders")
@@ -81,7 +228,10 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints" / "ablations", help="working folder")
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "ablations.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     assets = load_assets(arguments.assets).split("validation")
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED["validation"], arguments.turns)
@@ -149,11 +299,12 @@ def main() -> None:
     config = {"split": "validation", "keeps": arguments.keeps, "scale": arguments.scale, "rank": arguments.rank,
               "all selectors": arguments.all_selectors, "spread": arguments.spread, "methods": arguments.methods,
               "turns": list(arguments.turns), "shipped": arguments.shipped, "runs": records}  # fmt: skip
-    pairs = {
+    compared = {
         f"{one} over {other}": won(found[one], found[other]) for one, other in PAIRS if {one, other} <= found.keys()
     }
-    figures = {"against dense": against_dense, "won": gains, "pairs": pairs, "over peers": over_peers}
+    figures = {"against dense": against_dense, "won": gains, "pairs": compared, "over peers": over_peers}
     write_result(arguments.output, arguments.output.stem, config, figures)
+    draw(TABLES)
     print(f"wrote {arguments.output}")
 
 

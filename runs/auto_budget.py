@@ -13,9 +13,11 @@ It needs the scenes' objects: `python -m sparse_context.mini data`.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tables import SCORES, difference, draw, read, score_of, table
 
 from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
 from sparse_context.evaluation.metrics import find_metrics
@@ -43,6 +45,23 @@ def between(rows: dict[float, list[dict]], shares: dict[str, float]) -> list[dic
     return made
 
 
+def auto_budget(name: str = "auto_budget") -> str:
+    """What an adaptive budget gains over a fixed ratio of as many tokens; global edits keep all."""
+    figures = read(name)["figures"]
+    rows = []
+    for group in ("subjects", "edits"):
+        for mass, groups in figures.items():
+            gain = difference(score_of(groups[group], "auto", SCORES[group]))
+            rows.append([group, mass, f"{groups[group]['auto']['kept']:.0%}", gain])
+    return table(["task", "mass", "kept", "auto against the fixed ratio"], rows)
+
+
+TABLES = {
+    "auto_budget": auto_budget,
+    "auto_budget_tuned": partial(auto_budget, "auto_budget_tuned"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description='keep="auto" against fixed ratios, on the embedded model.')
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
@@ -51,7 +70,10 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "auto_budget.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
@@ -83,6 +105,7 @@ def main() -> None:
             entry = settings["auto"]
             print(f"mass {mass:g}, {group}: keeps {entry['kept']:.3f}, {entry['scores'][score]['difference']:+.2f} dB")
     write_result(arguments.output, arguments.output.stem, about | {"masses": arguments.masses}, figures)
+    draw(TABLES)
     print(f"wrote {arguments.output}")
 
 

@@ -8,7 +8,7 @@
 - Global edits: PSNR of the whole picture. The VAE alone: PSNR of the references, encoded and decoded.
 
     python runs/base_quality.py [--scenes 24]                    # validation, to tune on: into checkpoints/
-    python runs/base_quality.py --split test --scenes 32         # once a release: results/base_quality.json, docs/
+    python runs/base_quality.py --split test --scenes 32         # once a release: results/base_quality.json
     python runs/base_quality.py --split test --scenes 16 --unlike --output results/base_quality_unlike.json
     python runs/base_quality.py --split test --scenes 16 --ceiling --output results/base_quality_ceiling.json
 
@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from tables import draw, read, table
 from tqdm import tqdm
 
 from sparse_context import SparseContextConfig
@@ -98,6 +99,78 @@ def check(figures: dict) -> dict[str, tuple[float, float, bool, bool]]:
     return found
 
 
+def base_quality() -> str:
+    """The dense base against the truth, by task."""
+    figures, ceiling = read("base_quality")["figures"], read("base_quality_ceiling")["figures"]
+    columns = {
+        "whole picture": ("psnr", "{:.1f} dB"),
+        "object": ("psnr inside", "{:.1f} dB"),
+        "its flat colour": ("psnr inside, flat colour", "{:.1f} dB"),
+        "its blur": ("psnr inside, blur", "{:.1f} dB"),
+        "recognised": ("recognised", "{:.0%}"),
+    }
+    more = {
+        "taken for its flat colour or blur": ("taken for its flat colour or blur", "{:.0%}"),
+        "taken for another object": ("taken for another object", "{:.0%}"),
+        "flat colour recognised": ("recognised, flat colour", "{:.0%}"),
+        "blur recognised": ("recognised, blur", "{:.0%}"),
+    }
+
+    def shown(of: dict, name: str, pattern: str) -> str:
+        return pattern.format(of[name]["mean"]) if name in of else ""
+
+    rows = [
+        [
+            task.replace("_", ", "),
+            str(of["psnr"]["number"]),
+            *(shown(of, *column) for column in columns.values()),
+            shown(ceiling[task], "recognised", "{:.0%}"),
+            *(shown(of, *column) for column in more.values()),
+        ]
+        for task, of in figures.items()
+        if "psnr" in of and task != "vae"
+    ]
+    return table(["task", "scenes", *columns, "recognised after the VAE alone", *more], rows)
+
+
+def over_all() -> str:
+    """The shares of the objects of all tasks, and the VAE alone."""
+    figures, ceiling = read("base_quality")["figures"], read("base_quality_ceiling")["figures"]
+
+    def share(of: dict, name: str) -> str:
+        found = [by_name[name] for by_name in of.values() if name in by_name]
+        return f"{sum(one['mean'] * one['number'] for one in found) / sum(one['number'] for one in found):.0%}"
+
+    cells = [share(figures, "alike"), share(figures, "recognised, unlike"), share(ceiling, "recognised, unlike")]
+    head = [
+        "objects that look like their flat colour or blur",
+        "the others: recognised",
+        "the others: recognised after the VAE alone",
+        "VAE alone",
+    ]
+    return table(head, [[*cells, f"{figures['vae']['psnr']['mean']:.1f} dB"]])
+
+
+def unlike() -> str:
+    """The dense base on the held-out objects whose names have nothing of a training one's, beside all of them."""
+    every, apart = read("base_quality")["figures"], read("base_quality_unlike")["figures"]
+    rows = []
+    for task, figures in apart.items():
+        if "psnr inside" in figures:
+            both = (every[task], figures)
+            cells = [f"{of['psnr inside']['mean']:.1f} dB" for of in both]
+            cells += [f"{of['recognised']['mean']:.0%} of {of['recognised']['number']}" for of in both]
+            rows.append([task.replace("_", ", "), *cells])
+    return table(["task", "object", "object, unlike", "recognised", "recognised, unlike"], rows)
+
+
+TABLES = {
+    "base_quality": base_quality,
+    "base_quality-all": over_all,
+    "base_quality_unlike": unlike,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The dense embedded model against the truth.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
@@ -107,11 +180,13 @@ def main() -> None:
     parser.add_argument("--model", help="Another model of the same layout; else the embedded one.")
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--output", type=Path, help="results/ for the test split of the package's weights")
-    parser.add_argument("--sheet", type=Path, help="docs/ for that")
+    parser.add_argument("--sheet", type=Path, default=ROOT / "checkpoints" / "base_quality.webp")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
     published = arguments.split == "test" and not (arguments.model or arguments.unlike or arguments.ceiling)
     output_file = arguments.output or ROOT / ("results" if published else "checkpoints") / "base_quality.json"
-    sheet_file = arguments.sheet or ROOT / ("docs" if published else "checkpoints") / "base_quality.webp"
 
     everything = load_assets(arguments.assets)
     assets = everything.split(arguments.split)
@@ -177,7 +252,8 @@ def main() -> None:
               "model": arguments.model or "embedded", "unlike": arguments.unlike, "ceiling": arguments.ceiling,
               "objects": len(assets.objects), **call_settings(pipe)}  # fmt: skip
     write_result(output_file, "base_quality", config, figures)
-    save_picture(column([label(side_by_side(tiles), task) for task, tiles in shown.items()]), sheet_file)
+    draw(TABLES)
+    save_picture(column([label(side_by_side(tiles), task) for task, tiles in shown.items()]), arguments.sheet)
 
 
 if __name__ == "__main__":

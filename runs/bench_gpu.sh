@@ -7,9 +7,11 @@
 set -eu
 cd "$(dirname "$0")/.."
 python="${1:-python}"
+mkdir -p checkpoints
 for shape in klein-9b klein-4b; do
     "$python" -m sparse_context bench --random-weights "$shape" --device cuda --size 1024 --size 512 \
         --references 1 --references 2 --references 4 --references 8 --references 10 --keep 0.3 --keep 0.2 --keep 0.1 \
-        --turns 5 --minutes 20 --output "results/bench_gpu_$shape.json" --plot "docs/bench-gpu-$shape.png"
+        --turns 5 --minutes 20 --output "results/bench_gpu_$shape.json" --plot "checkpoints/bench-gpu-$shape.png"
 done
+"$python" runs/check_gpu.py --table
 "$python" runs/check_gpu.py

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from tables import bench_table, draw, read
 
 from sparse_context.result import write_result
 from sparse_context.speed.bench import BenchConfig, bench_blocks, table
@@ -20,12 +21,24 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAST = {1: 1.8, 4: 4.4}
 
 
+def blocks() -> str:
+    return bench_table(read("bench_klein_9b_blocks")["figures"]["rows"])
+
+
+TABLES = {
+    "bench_klein_9b_blocks": blocks,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Blocks of klein-9B on a CPU.")
     parser.add_argument("--size", type=int, default=1024, help="pixels a side of the output and the references")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "bench_klein_9b_blocks.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     config = BenchConfig(
         references=(4, 1), keep=(0.1,), size=(arguments.size,), methods=("dense", "sparse", "no_references"),
@@ -44,6 +57,7 @@ def main() -> None:
     settings = {"shape": "klein-9b", "keep": 0.1, "size": arguments.size, "dtype": "bfloat16",
                 "threads": torch.get_num_threads(), "warm_up": "the shortest forward"}  # fmt: skip
     write_result(arguments.output, "bench_klein_9b_blocks", settings, figures)
+    draw(TABLES)
 
 
 if __name__ == "__main__":

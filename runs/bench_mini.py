@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import torch
+from tables import bench_table, draw, read
 
 from sparse_context.generation import load_pipeline
 from sparse_context.mini.demo import read_examples
@@ -54,12 +55,29 @@ def check(figures: dict) -> dict[str, tuple[float, float, bool, bool]]:
     return {name: (value, bound, True, value > bound) for name, (value, bound) in asked.items()}
 
 
+def bench_mini() -> str:
+    """The benchmark, with what each method costs in quality at that keep."""
+    costs = {
+        f"{group}, dB": {method: f"{entry['difference']:+.1f}" for method, entry in known_quality(group).items()}
+        for group in ("subjects", "edits")
+    }
+    return bench_table(read("bench_mini")["figures"]["rows"], costs)
+
+
+TABLES = {
+    "bench_mini": bench_mini,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Every method on the embedded model, end to end.")
     parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "bench_mini.json")
-    parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "bench-mini.png")
+    parser.add_argument("--plot", type=Path, default=ROOT / "checkpoints" / "bench-mini.png")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     pipe = load_pipeline(device="cpu")
@@ -72,6 +90,7 @@ def main() -> None:
     settings = {"keep": KEEP, "references": 4, "dtype": "float32", "threads": torch.get_num_threads(),
                 "scene": scene["name"]}  # fmt: skip
     write_result(arguments.output, "bench_mini", settings, figures)
+    draw(TABLES)
     quality = [
         {"method": name, "keep": rows[name]["keep"], "references": 4, "value": entry["mean"],
          "metric": "PSNR inside the objects, dB"}

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from tables import draw, read, speedup, table
 from tqdm import tqdm
 
 from sparse_context import SparseContextConfig, apply_sparse_context, last_selection, remove_sparse_context
@@ -29,11 +30,37 @@ ROOT = Path(__file__).resolve().parents[1]
 TURNS = 7
 
 
+def core_speed() -> str:
+    """Sparse, and patched with all tokens kept, against the untouched pipeline."""
+    rows = []
+    for count, row in read("core_speed")["figures"].items():
+        faster, kept = row["times faster"], row["keep 1 to untouched"]
+        rows.append(
+            [
+                count,
+                f"{row['tokens']['kept']} of {row['tokens']['of']}",
+                speedup(faster["total"]),
+                f"{faster['denoise']['median']:.2f}x",
+                f"{kept['median']:.2f} ({kept['min']:.2f} to {kept['max']:.2f})",
+            ]
+        )
+    head = ["references", "tokens kept", "end to end", "denoising", "all tokens kept / untouched, time"]
+    return table(head, rows)
+
+
+TABLES = {
+    "core_speed": core_speed,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Dense against sparse on the embedded model.")
     parser.add_argument("--keep", type=float, default=0.15)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "core_speed.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     pipe = load_pipeline(device="cpu")
@@ -79,6 +106,7 @@ def main() -> None:
     config = {"keep": arguments.keep, "turns": TURNS, "dtype": "float32", "threads": torch.get_num_threads(),
               **{k: v for k, v in settings.items() if k != "training_steps"}}  # fmt: skip
     write_result(arguments.output, "core_speed", config, rows)
+    draw(TABLES)
 
 
 if __name__ == "__main__":

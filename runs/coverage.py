@@ -12,7 +12,10 @@ It needs the scenes' objects: `python -m sparse_context.mini data`.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
+
+from tables import difference, draw, read, score_of, table
 
 from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
 from sparse_context.evaluation.metrics import find_metrics
@@ -29,6 +32,24 @@ COVERAGES = (0.0, 0.1, 0.3)
 SHOWN = (0, 3)  # scenes of either kind, and of different objects
 
 
+def coverage(name: str = "coverage") -> str:
+    """What evenly spread tokens among the kept ones buy, of the object and of the whole picture."""
+    result = read(name)
+    rows = []
+    for group in ("subjects", "edits"):
+        settings = result["figures"][group]
+        for of, place in (("psnr_in_mask", "object"), ("psnr", "whole picture")):
+            found = [difference(score_of(settings, setting, of)) for setting in settings if setting != DENSE]
+            rows.append([group, place, f"{score_of(settings, DENSE, of)['mean']:.1f} dB", *found])
+    return table(["task", "PSNR of", *(f"coverage {share:g}" for share in result["config"]["coverages"])], rows)
+
+
+TABLES = {
+    "coverage": coverage,
+    "coverage_tuned": partial(coverage, "coverage_tuned"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model with a share of its tokens spread evenly.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
@@ -36,9 +57,12 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.2)
     parser.add_argument("--scenes", type=int, default=30)
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
-    parser.add_argument("--pictures", type=Path, default=ROOT / "docs", help="the folder for the sheet")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "checkpoints", help="the folder for the sheet")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "coverage.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split], KINDS)
@@ -57,6 +81,7 @@ def main() -> None:
     figures = summarise({DENSE: rows[without]} | {name: rows[name] for name in others})
     config = about | {"keep": arguments.keep, "kinds": KINDS, "coverages": COVERAGES}
     write_result(arguments.output, arguments.output.stem, config, figures)
+    draw(TABLES)
     sheet = draw_sheet(folder, [samples[i] for i in SHOWN], [without, *others])
     save_picture(sheet, arguments.pictures / f"{arguments.output.stem}.webp")
     for group, settings in figures.items():

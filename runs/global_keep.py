@@ -14,6 +14,8 @@ import argparse
 import json
 from pathlib import Path
 
+from tables import difference, draw, read, score_of, table
+
 from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.generation import NO_LORA, load_pipeline
@@ -25,6 +27,26 @@ ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = {"training-free": NO_LORA, "fine-tuned": None}
 
 
+def global_keep() -> str:
+    """What an edit of the whole picture loses just below all tokens."""
+    result = read("global_keep")
+    keeps = [f"{keep:g}" for keep in result["config"]["keeps"]]
+    rows = [
+        [
+            arm,
+            difference(score_of(result["figures"], f"{arm}, {DENSE}", "psnr")) or "0",
+            *(difference(score_of(result["figures"], f"{arm}, auto-{keep}", "psnr")) for keep in keeps),
+        ]
+        for arm in WEIGHTS
+    ]
+    return table(["weights", "all tokens", *keeps], rows)
+
+
+TABLES = {
+    "global_keep": global_keep,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Edits of the whole picture just below all tokens.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
@@ -32,7 +54,10 @@ def main() -> None:
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7, 0.5])
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "global_keep.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split], ["edit_global"])
@@ -54,6 +79,7 @@ def main() -> None:
         print(f"{name}: {entry['scores']['psnr']['difference']:+.2f} dB")
     config = {"split": arguments.split, "keeps": arguments.keeps, "weights": weights}
     write_result(arguments.output, arguments.output.stem, config, figures)
+    draw(TABLES)
     print(f"wrote {arguments.output}")
 
 

@@ -13,8 +13,11 @@ It needs the scenes' objects: `python -m sparse_context.mini data`.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tables import SCORES, difference, draw, read, score_of, table
 
 from sparse_context.evaluation.evaluate import Cell, Maker, evaluate, fingerprint, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
@@ -28,6 +31,22 @@ from sparse_context.selection import SparseContextConfig
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def kv(name: str = "kv") -> str:
+    """What KV mode costs, before and after a fine-tuning for it."""
+    figures = read(name)["figures"]
+    ways = [way for way in figures["all"] if way != "dense"]
+    return table(
+        ["weights and tokens", *SCORES],
+        ([way, *(difference(score_of(figures[group], way, of)) for group, of in SCORES.items())] for way in ways),
+    )
+
+
+TABLES = {
+    "kv": kv,
+    "kv_test": partial(kv, "kv_test"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model in KV mode, before and after fine-tuning.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
@@ -36,7 +55,10 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints", help="the working folder")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "kv.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     assets = load_assets(arguments.checkpoints / "assets.safetensors").split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
@@ -68,6 +90,7 @@ def main() -> None:
     figures = evaluate(make(plain), samples, cells, find_metrics(["psnr"]), folder, about=about)["figures"]
     config = {"split": arguments.split, "keeps": arguments.keeps, "adapter": record}
     write_result(arguments.output, arguments.output.stem, config, figures)
+    draw(TABLES)
     for group, settings in figures.items():
         score = "psnr" if group == "global edits" else "psnr_in_mask"
         shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items())

@@ -11,7 +11,7 @@ there. Settings are chosen on "validation"; "test" is run for the published tabl
     python runs/mini_curves.py --split test --lora none --output results/mini_curves_base_test.json
     python runs/mini_curves.py --base results/mini_curves_base.json
     python runs/mini_curves.py --split test --base results/mini_curves_base_test.json \\
-        --output results/mini_curves_test.json --pictures checkpoints/mini_curves_test-test
+        --output results/mini_curves_test.json
 
 The first line is the dense base, training-free, and the second that on the test split. The third is the model as it is
 shipped, fine-tuned with dropping: its figures are also compared with the base's outputs with all tokens, pair by pair,
@@ -26,7 +26,7 @@ import json
 import math
 import sys
 from collections.abc import Collection
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
@@ -34,6 +34,8 @@ import numpy as np
 import torch
 from base_quality import objects, with_other_objects
 from PIL import Image
+from tables import SCORES, difference, draw, read, score_of
+from tables import table as markdown
 
 from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise, table
 from sparse_context.evaluation.metrics import Metric, decoys, features, find_metrics, nearest_of
@@ -91,6 +93,164 @@ def read_base(path: Path, about: dict, names: list[str]) -> dict:
     return base | {"figures": base["figures"]["groups"]}
 
 
+OWN = "task default"
+RESULTS = ("mini_curves_base", "mini_curves", "mini_curves_base_test", "mini_curves_test")
+
+
+def weights(result: dict) -> str:
+    return "training-free" if result["config"]["lora"] == NO_LORA else "fine-tuned"
+
+
+def lines(result: dict) -> dict[str, dict[float, str]]:
+    """The settings of a result by line of the curves and keep."""
+    found: dict[str, dict[float, str]] = {}
+    for name, cell in result["config"]["cells"].items():
+        if name != DENSE:
+            line = OWN if cell["selector"] == "auto" else cell["selector"]
+            line += f", coverage {cell['coverage']:g}" if cell["coverage"] else ""
+            line += f", merge {cell['merge']:g}" if cell.get("merge") else ""
+            found.setdefault(line, {})[cell["keep"]] = name
+    return found
+
+
+def curves(name: str) -> str:
+    """Every selector at every keep, against the dense base with all tokens."""
+    result = read(name)
+    found = lines(result)
+    against = "groups" if weights(result) == "training-free" else "to the dense base"
+    keeps = sorted({keep for line in found.values() for keep in line}, reverse=True)
+    rows = []
+    for group, of in SCORES.items():
+        settings = result["figures"][against][group]
+        dense = score_of(settings, DENSE, of)
+        full = difference(score_of(settings, "all tokens", of)) or f"{dense['mean']:.1f} dB"
+        rows.append([f"{group} ({dense['n']})", "1", full, *[""] * (len(found) - 1)])
+        for keep in keeps:
+            cells = (difference(score_of(settings, line.get(keep, ""), of)) for line in found.values())
+            rows.append([group, f"{keep:g}", *cells])
+    return markdown(["task (scenes)", "keep", *found], rows)
+
+
+def by_keep() -> str:
+    """What each task loses by keep, with its own choice of tokens: test split, before and after the fine-tuning."""
+    results = (read("mini_curves_base_test"), read("mini_curves_test"))
+    rows = []
+    for group, of in SCORES.items():
+        for result in results:
+            settings = result["figures"]["groups" if result is results[0] else "to the dense base"][group]
+            full = difference(score_of(settings, "all tokens", of), interval=False)
+            rows.append(
+                [group, weights(result), full or f"{score_of(settings, DENSE, of)['mean']:.1f} dB"]
+                + [difference(score_of(settings, f"auto-{keep}", of), interval=False) for keep in ("0.5", "0.2", "0.1")]
+                + [difference(score_of(settings, "random-0.1", of), interval=False)]
+            )
+    head = ["task", "weights", "all tokens", "keep 0.5", "keep 0.2", "keep 0.1", "keep 0.1, at random"]
+    return markdown(head, rows)
+
+
+def by_selector() -> str:
+    """The selectors side by side at a fifth of the tokens: test split, fine-tuned."""
+    settings = read("mini_curves_test")["figures"]["to the dense base"]
+    rows = [
+        [named, *(difference(score_of(settings[group], f"{selector}-0.2", of)) for group, of in SCORES.items())]
+        for named, selector in {OWN: "auto", **{f"`{selector}`": selector for selector in SELECTORS}}.items()
+    ]
+    return markdown(["selector", *SCORES], rows)
+
+
+def over_random() -> str:
+    """What the tasks' own choice wins over random tokens."""
+    columns = [*SCORES.items(), ("edits", "psnr")]
+    rows = []
+    for result in map(read, RESULTS):
+        for keep in ("0.2", "0.1"):
+            groups = result["figures"]["over random"][keep]
+            won = (difference(score_of(groups[group], "auto", of)) for group, of in columns)
+            rows.append([weights(result), result["config"]["split"], keep, *won])
+    return markdown(["weights", "split", "keep", *SCORES, "edits, whole picture"], rows)
+
+
+def recognised() -> str:
+    """How often an object is nearest to itself, by keep and selector: test split."""
+    kinds, keeps = {OWN: "auto", "random": "random", "mask": "mask"}, ("0.5", "0.2", "0.1")
+    cells = [DENSE, *(f"{kind}-{keep}" for kind in kinds.values() for keep in keeps)]
+    rows = []
+    for result in map(read, RESULTS[2:]):
+        for group in ("subjects", "edits"):
+            figures = result["figures"]["groups"][group]
+            shares = (f"{score_of(figures, cell, 'recognised_in_mask')['mean']:.0%}" for cell in cells)
+            rows.append([weights(result), group, *shares])
+    return markdown(["weights", "objects of", "all tokens", *(f"{k}, {keep}" for k in kinds for keep in keeps)], rows)
+
+
+def by_kept() -> str:
+    """What subjects lose where all of their objects was kept, and where it was not."""
+    rows = []
+    for result in map(read, RESULTS):
+        for keep, parts in result["figures"]["subjects by what was kept"].items():
+            cells = [
+                f"{difference(score_of(parts[part], 'auto', 'psnr_in_mask'))}, {parts[part]['auto']['samples']} scenes"
+                if part in parts
+                else ""
+                for part in ("whole", "in part")
+            ]
+            rows.append([weights(result), result["config"]["split"], keep, *cells])
+    return markdown(["weights", "split", "keep", "objects kept whole", "objects kept in part"], rows)
+
+
+def tuned() -> str:
+    """What the adapter wins over the training-free base with the same tokens."""
+    rows = []
+    for result in (read("mini_curves"), read("mini_curves_test")):
+        for keep in ("0.5", "0.2", "0.1"):
+            groups = result["figures"]["won by fine-tuning"][keep]
+            won = (difference(score_of(groups[group], "auto", of)) for group, of in SCORES.items())
+            rows.append([result["config"]["split"], keep, *won])
+    return markdown(["split", "keep", *SCORES], rows)
+
+
+def other_scores() -> str:
+    """What else was measured, before and after the fine-tuning: validation split."""
+    results = (read("mini_curves_base"), read("mini_curves"))
+    kinds = {"ssim": "SSIM", "st_lpips": "ST-LPIPS", "identity": "identity", "psnr_to_dense": "PSNR to all tokens"}
+    cells = {
+        "all tokens": DENSE,
+        "keep 0.2": "auto-0.2",
+        "keep 0.1": "auto-0.1",
+        "random, 0.2": "random-0.2",
+        "random, 0.1": "random-0.1",
+    }
+
+    def mean(entry: dict, digits: int) -> str:
+        low, high = entry["interval"]
+        return f"{entry['mean']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+    rows = []
+    for kind, shown in kinds.items():
+        for group, of in SCORES.items():
+            for result in results:
+                name = kind if kind.endswith("to_dense") else kind + of.removeprefix("psnr")
+                found = (score_of(result["figures"]["groups"][group], cell, name) for cell in cells.values())
+                means = (mean(entry, 1 if "psnr" in kind else 2) if entry else "" for entry in found)
+                rows.append([shown, group, weights(result), *means])
+    return markdown(["score", "of", "weights", *cells], rows)
+
+
+TABLES = {
+    "mini_curves_base": partial(curves, "mini_curves_base"),
+    "mini_curves_base_test": partial(curves, "mini_curves_base_test"),
+    "mini_curves": partial(curves, "mini_curves"),
+    "mini_curves_test": partial(curves, "mini_curves_test"),
+    "mini_curves-keep": by_keep,
+    "mini_curves-selectors": by_selector,
+    "mini_curves-over-random": over_random,
+    "mini_curves-recognised": recognised,
+    "mini_curves-kept": by_kept,
+    "mini_curves-tuned": tuned,
+    "mini_curves-scores": other_scores,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality against the tokens kept.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
@@ -113,10 +273,11 @@ def main() -> None:
         "--folder", type=Path, help="working folder; checkpoints/NAME-SPLIT of the output's NAME without it"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "mini_curves.json")
-    parser.add_argument(
-        "--pictures", type=Path, help="a folder; docs/ for the package's own adapter, else the working one"
-    )
+    parser.add_argument("--pictures", type=Path, help="a folder; the working one without it")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
@@ -187,11 +348,12 @@ def main() -> None:
         )
         figures["won by fine-tuning"] = {f"{keep:g}": gains(keep, dense_folder, f"auto-{keep:g}") for keep in keeps[1:]}
     write_result(arguments.output, arguments.output.stem, result["config"], figures)
+    draw(TABLES)
 
-    pictures = arguments.pictures or (ROOT / "docs" if own else folder)
+    pictures = arguments.pictures or folder
     pictures.mkdir(parents=True, exist_ok=True)
     for score in ("psnr", "psnr_in_mask"):
-        save_picture(draw_curves(result, score, base), pictures / f"{arguments.output.stem}-{score}.webp")
+        save_picture(draw_curves(result, score_of, base), pictures / f"{arguments.output.stem}-{score}.webp")
     save_picture(draw_sheet(folder, samples[: arguments.few], SHEET), pictures / f"{arguments.output.stem}-sheet.webp")
     print(table(result))
     dense = result["figures"]["all"][DENSE]

@@ -23,12 +23,14 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
+from tables import SCORES, difference, draw, read, score_of, table
 
 from sparse_context.evaluation.evaluate import DENSE, Cell, Maker, evaluate, fingerprint, grid, maker, summarise
 from sparse_context.evaluation.metrics import find_metrics
@@ -88,6 +90,75 @@ def filling_maker(scenes: Mapping[str, Scene], dense: Path) -> Maker:
     return make
 
 
+def peers(name: str = "peers") -> str:
+    """Quality at equal numbers of tokens, and of the fine-tuned model with all tokens."""
+    result = read(name)
+    methods, figures = result["config"]["methods"], result["figures"]
+    rows = []
+    for group, of in SCORES.items():
+        whole = difference(score_of(figures[group], f"{TUNED}, all tokens", of))
+        rows.append([group, "1", *(whole if method == TUNED else "" for method in methods)])
+        for keep in result["config"]["keeps"]:
+            cells = [difference(score_of(figures[group], f"{method} {keep:g}", of)) for method in methods]
+            rows.append([group, f"{keep:g}", *cells])
+    return table(["task", "keep", *methods], rows)
+
+
+def tokens() -> str:
+    """How many reference tokens all scenes have together, by keep and method."""
+    rows = []
+    for name in ("peers", "peers_test", "peers_sides"):
+        result = read(name)
+        for keep in result["config"]["keeps"]:
+            counts = result["figures"]["tokens"][f"{keep:g}"]
+            rows.append([f"`{name}.json`", f"{keep:g}", *(str(counts[way]) for way in ("dense", "sparse", *PEERS))])
+    return table(["result", "keep", "dense", "sparse", *PEERS], rows)
+
+
+def pairs(name: str = "peers_sides") -> str:
+    """The other ways against `sparse`, scene by scene."""
+    result = read(name)
+    ways = [way for way in result["config"]["methods"] if way not in ("sparse", "copied and filled")]
+    rows = [
+        [
+            group,
+            f"{keep:g}",
+            *(difference(score_of(result["figures"]["to sparse"][f"{keep:g}"][group], way, of)) for way in ways),
+        ]
+        for group, of in SCORES.items()
+        for keep in result["config"]["keeps"]
+    ]
+    return table(["task", "keep", *ways], rows)
+
+
+def chosen() -> str:
+    """Dropping beside downscaling and merging on the test split, training-free and with as many tokens."""
+    result = read("peers_test")
+    rows = [
+        [
+            group,
+            f"{keep:g}",
+            *(
+                difference(score_of(result["figures"][group], f"{way} {keep:g}", of))
+                for way in ("sparse", "merged", "downscaled")
+            ),
+        ]
+        for group, of in SCORES.items()
+        for keep in (0.2, 0.1)
+    ]
+    return table(["task", "keep", "dropping", "merging", "downscaling"], rows)
+
+
+TABLES = {
+    "peers": peers,
+    "peers_test": partial(peers, "peers_test"),
+    "peers_sides": partial(peers, "peers_sides"),
+    "peers_sides-pairs": pairs,
+    "peers-tokens": tokens,
+    "peers_test-chosen": chosen,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The embedded model's quality at equal numbers of tokens.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
@@ -97,7 +168,10 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--folder", type=Path, help="working folder; checkpoints/NAME-SPLIT of the output without it")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "peers.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
@@ -152,6 +226,7 @@ def main() -> None:
     }  # fmt: skip
     config = about | {"keeps": arguments.keeps, "methods": list(ways), "adapter": record}
     write_result(arguments.output, arguments.output.stem, config, figures)
+    draw(TABLES)
     for group, settings in result["figures"].items():
         score = "psnr" if group == "global edits" else "psnr_in_mask"
         shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items())

@@ -2,7 +2,7 @@
 
     python -m sparse_context.mini data
     pip install scikit-image                # five of the photographs
-    python runs/saliency.py [--folder checkpoints] [--output results/saliency.json] [--sheet docs/saliency.webp]
+    python runs/saliency.py [--folder checkpoints] [--output results/saliency.json] [--sheet checkpoints/saliency.webp]
 
 Nothing that is scored here was trained on:
 
@@ -42,6 +42,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from tables import draw, read, table
 from time_selection import GRID, picture
 from tqdm import tqdm
 
@@ -232,12 +233,44 @@ def times() -> dict:
     return {"milliseconds": milliseconds, "ratio to edges": ratio}
 
 
+def recall() -> str:
+    """How much of the subject's tokens the selector finds at keep 0.2, beside simpler ways."""
+    ways = ("saliency", "net", "contrast", "centre", "edges", "uniform")
+    rows = []
+    for name, figures in read("saliency")["figures"].items():
+        if isinstance(figures, dict) and "recall" in figures:
+            found = figures["recall"]
+            cells = [f"{found[way]['0.2']['recall']:.2f}" if way in found else "" for way in ways]
+            rows.append([name, str(figures["pictures"]), *cells])
+    return table(["pictures", "number", *ways], rows)
+
+
+def behind() -> str:
+    """How many objects are kept whole, by what is behind them in the reference."""
+    splits = read("saliency")["figures"]["objects kept whole"]
+    rows = [
+        [split, keep, *(f"{kind[keep]['whole']:.0%} of {kind['objects']}" for kind in kinds.values())]
+        for split, kinds in splits.items()
+        for keep in ("0.2", "0.1")
+    ]
+    return table(["split", "keep", *next(iter(splits.values()))], rows)
+
+
+TABLES = {
+    "saliency": recall,
+    "saliency-behind": behind,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Judge the saliency net on what it was not trained on.")
     parser.add_argument("--folder", type=Path, default=ROOT / "checkpoints")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "saliency.json")
-    parser.add_argument("--sheet", type=Path, default=ROOT / "docs" / "saliency.webp")
+    parser.add_argument("--sheet", type=Path, default=ROOT / "checkpoints" / "saliency.webp")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     assets = load_assets(arguments.folder / "assets.safetensors")
     sources = held_out_sources(assets)
@@ -280,6 +313,7 @@ def main() -> None:
     }
     settings = {"keep": list(KEEPS), "composites": COMPOSITES, "composite size": SIZE, "token": TOKEN, "runs": RUNS}
     write_result(arguments.output, "saliency", settings, figures)
+    draw(TABLES)
     columns = 4
     sheet = np.hstack([np.vstack(tiles[i::columns][: len(tiles) // columns]) for i in range(columns)])
     save_picture(Image.fromarray(sheet), arguments.sheet)

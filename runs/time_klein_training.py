@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from tables import draw, read, speedup, table
 from tqdm import tqdm
 
 from sparse_context.generation import find_device
@@ -31,6 +32,26 @@ from sparse_context.training.hosts import find_host
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def klein_training() -> str:
+    """Time and memory of a step of fine-tuning at a part of klein-4B's shape, with all tokens and with a fifth."""
+    figures = read("klein_training")["figures"]
+    faster = {"dense": "1.00x", "sparse": speedup(figures["times faster"])}
+    rows = [
+        [
+            f"{figures['tokens'][name]['references']:,}",
+            faster[name],
+            f"{figures['memory above the weights'][name] / 2**30:.2f} GiB",
+        ]
+        for name in faster
+    ]
+    return table(["reference tokens", "speed-up of a step", "memory beside the weights"], rows)
+
+
+TABLES = {
+    "klein_training": klein_training,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tuning steps at the shape of a real model.")
     parser.add_argument("--shape", choices=[name for name in SHAPES if name.startswith("klein")], default="klein-4b")
@@ -41,7 +62,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="of each kind, in place of all")
     parser.add_argument("--device")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "klein_training.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     whole = replace(SHAPES[arguments.shape], encoder={})
     shape = whole if arguments.blocks is None else with_blocks(whole, arguments.blocks)
@@ -113,6 +137,7 @@ def main() -> None:
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
              "threads": torch.get_num_threads()}  # fmt: skip
     write_result(arguments.output, "klein_training", about, figures)
+    draw(TABLES)
 
 
 if __name__ == "__main__":

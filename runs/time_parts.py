@@ -1,4 +1,4 @@
-"""What was weighed on the way to docs/performance.md: hashes, pixels as 8 bits, ways to encode references, and scenes.
+"""What was weighed on the way to the published speed: hashes, 8-bit pixels, ways to encode references, and scenes.
 
 Processor time on one thread, so that a busy machine changes little; the median of the runs after a warm-up. Training
 scenes differ, so theirs is the mean over the batches of the base's recipe once all tasks are drawn; without the assets
@@ -16,6 +16,7 @@ from statistics import median
 
 import cv2
 import torch
+from tables import draw, read, table
 
 from sparse_context.families.pictures import to_uint8
 from sparse_context.generation import load_pipeline
@@ -49,12 +50,25 @@ def milliseconds_a_scene(assets: Assets) -> float:
     return 1000 * (time.process_time() - start) / scenes
 
 
+def parts() -> str:
+    times = read("parts")["figures"]["milliseconds"]
+    return table(["part", "milliseconds"], ([name, f"{value:.1f}"] for name, value in times.items()))
+
+
+TABLES = {
+    "parts": parts,
+}
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the parts that were weighed against each other.")
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "parts.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -97,6 +111,7 @@ def main() -> None:
         print(f"{arguments.assets} is missing, so composing scenes is left out: `python -m sparse_context.mini data`.")
     about = {"runs": RUNS, "warm_up": WARM_UP, "batches of scenes": BATCHES, "threads": 1}
     write_result(arguments.output, "parts", about, figures)
+    draw(TABLES)
     for name, milliseconds in figures["milliseconds"].items():
         print(f"{name:24}{milliseconds:8.2f} ms")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from tables import draw, read, table
 
 from sparse_context.result import write_result
 from sparse_context.selection import SparseContextConfig, select_tokens
@@ -49,10 +50,25 @@ def milliseconds(image: np.ndarray, config: SparseContextConfig) -> dict[str, fl
     return {name: round(float(value), 3) for name, value in figures.items()}
 
 
+def selection() -> str:
+    """The time of every selector, as a share of that of `edges`."""
+    times = read("selection")["figures"]["milliseconds"]
+    rows = [[f"{each['median'] / times['edges']['median']:.2f}" for each in times.values()]]
+    return table([*times], rows)
+
+
+TABLES = {
+    "selection": selection,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time token selection for a 1-megapixel reference on one core.")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "selection.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     cv2.setNumThreads(1)
     image = picture()
@@ -66,6 +82,7 @@ def main() -> None:
     settings = {"picture": [SIDE, SIDE], "grid": list(GRID), "keep": SparseContextConfig().keep,
                 "runs": RUNS, "warm_up": WARM_UP, "threads": cv2.getNumThreads()}  # fmt: skip
     write_result(arguments.output, "selection", settings, {"milliseconds": figures})
+    draw(TABLES)
     print(f"written to {arguments.output}")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from tables import draw, read, speedup, table
 from tqdm import tqdm
 
 from sparse_context.generation import NO_LORA, load_pipeline
@@ -36,11 +37,27 @@ KINDS = {
 }
 
 
+def training_speed() -> str:
+    """How many times faster a sparse step of fine-tuning is than a dense one."""
+    result = read("training_speed")
+    config = result["config"]
+    cells = [str(config["references"]), f"{config['keep']:g}", speedup(result["figures"]["times faster"])]
+    return table(["references", "keep", "speed-up of a step"], [cells])
+
+
+TABLES = {
+    "training_speed": training_speed,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="A training step with dropped references against one with all.")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "training_speed.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    if arguments.table:
+        return draw(TABLES)
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     example = Example(scene["prompt"], tuple(scene["references"]), scene["truth"], (None,) * 4)
@@ -71,6 +88,7 @@ def main() -> None:
               "memory is reused": os.environ.get("MALLOC_MMAP_MAX_") == "0"}  # fmt: skip
     figures = {"seconds": seconds, "times faster": faster, "reached": {f"{LEAST}x": faster["median"] >= LEAST}}
     write_result(arguments.output, "training_speed", about, figures)
+    draw(TABLES)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 #   - the data: two sets by hub name, written as one manifest by the first command (some 40 GB are fetched).
 #
 # Its target is what the base says with all tokens: a LoRA of the embedded model learns about as much from that as from
-# the truth (docs/quality.md). It is trained on the undistilled base; the LoRA is then loaded into that model, or tried on its
+# the truth (docs/benchmarks/quality.md). It is trained on the undistilled base; the LoRA is then loaded into that model, or tried on its
 # distilled sibling.
 # Several GPUs: put `accelerate launch --multi_gpu -m sparse_context.training` in the place of
 # `sparse-context train`. Run again after a kill, it continues from its last checkpoint.

@@ -1,0 +1,220 @@
+"""The pictures of the README and of docs/, from results and from what the demo and the runs draw. Nothing is measured.
+
+    sparse-context demo --output demo
+    python runs/pictures.py [--demo demo/demo.png] [--coverage checkpoints/coverage.webp]
+
+A picture whose file is not named is left as it is. Each is WebP of at most 150 KB, since every version of it stays in
+the history. The charts need `pip install 'sparse-context[plots]'`.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tables import SCORES, read, score_of
+
+from sparse_context import SparseContextConfig, draw_kept, select_tokens
+from sparse_context.mini.demo import EXAMPLES, read_examples
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
+MOST = 150_000  # bytes
+TILE, CAPTION, GAP = 192, 19, 8  # of the demo's sheets, in pixels
+ROW = TILE + CAPTION + 35  # with the line of the prompt
+SELECTORS = ("random", "uniform", "edges", "detail", "contrast", "saliency", "subject")
+
+
+def save(picture: Image.Image, name: str) -> None:
+    """As WebP of the best quality that the limit allows."""
+    path = IMAGES / f"{name}.webp"
+    for quality in range(90, 40, -5):
+        picture.convert("RGB").save(path, quality=quality, method=6)
+        if path.stat().st_size <= MOST:
+            break
+    print(f"wrote {path} ({picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} KB)")
+
+
+def written(width: int, text: str, size: int, bold: bool = False) -> Image.Image:
+    line = Image.new("RGB", (width, round(1.5 * size)), "white")
+    draw = ImageDraw.Draw(line)
+    draw.text(
+        (0, 0),
+        text,
+        fill=(30, 30, 30),
+        font=ImageFont.load_default(size),
+        stroke_width=int(bold),
+        stroke_fill=(30, 30, 30),
+    )
+    return line
+
+
+class Demo:
+    """The sheet of all scenes of the demo, cut into its parts."""
+
+    def __init__(self, path: Path) -> None:
+        self.sheet = Image.open(path).convert("RGB")
+        self.examples = read_examples()
+        self.names = [example["name"] for example in self.examples]
+
+    def tile(self, name: str, column: int) -> Image.Image:
+        """A picture of a scene with its caption; the references come first, then truth, dense, sparse, and KV."""
+        left, top = column * (TILE + GAP), self.names.index(name) * (ROW + GAP)
+        return self.sheet.crop((left, top, left + TILE, top + TILE + CAPTION))
+
+    def scene(self, name: str, outputs: tuple[int, ...], slots: int) -> Image.Image:
+        """A row: the prompt, the references in `slots` places, and the chosen outputs at the right (0 is the truth)."""
+        example = self.examples[self.names.index(name)]
+        count = len(example["references"])
+        width = slots * (TILE + GAP) + 3 * GAP + len(outputs) * (TILE + GAP) - GAP
+        row = Image.new("RGB", (width, TILE + CAPTION + 36), "white")
+        row.paste(written(width, example["prompt"], 21), (0, 4))
+        for i in range(count):
+            row.paste(self.tile(name, i), (i * (TILE + GAP), 36))
+        for place, output in enumerate(outputs):
+            row.paste(self.tile(name, count + output), ((slots + place) * (TILE + GAP) + 3 * GAP, 36))
+        return row
+
+
+def stacked(rows: list[Image.Image], gap: int = 10) -> Image.Image:
+    height = sum(row.height for row in rows) + gap * (len(rows) - 1)
+    sheet = Image.new("RGB", (max(row.width for row in rows), height), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height + gap
+    return sheet
+
+
+def scaled(picture: Image.Image, width: int) -> Image.Image:
+    return picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+
+
+def selectors() -> Image.Image:
+    """One photograph, and the fifth of its tokens that each selector keeps."""
+    side, grid = 256, (16, 16)
+    owl = Image.open(EXAMPLES / "sepia-1.webp").convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    pixels = np.asarray(owl)
+    tiles = [("the reference", owl)]
+    for name in SELECTORS:
+        selection = select_tokens([pixels], [grid], SparseContextConfig(keep=0.2, selector=name))
+        tiles.append((name, draw_kept(pixels, selection.references[0])))
+    sheet = Image.new("RGB", (4 * (side + GAP) - GAP, 2 * (side + 40)), "white")
+    for i, (name, tile) in enumerate(tiles):
+        left, top = i % 4 * (side + GAP), i // 4 * (side + 40)
+        sheet.paste(tile, (left, top))
+        sheet.paste(written(side, name, 20), (left, top + side + 4))
+    return sheet
+
+
+def chart(figure) -> Image.Image:
+    """A figure of matplotlib as a picture."""
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
+def new_figure(columns: int, width: float, height: float):
+    """A figure that needs no screen, and its axes, without the frame at the top and the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def speed() -> Image.Image:
+    """The seconds of a whole call of klein-9B with four references, by method."""
+    rows = {
+        (row["method"], row["keep"]): row["seconds"]["total"]["median"]
+        for row in read("bench_gpu_klein-9b")["figures"]["rows"]
+        if row["references"] == 4 and row["size"] == 1024
+    }
+    shown = {
+        "all tokens": ("dense", None),
+        "KV cache": ("kv", None),
+        "keep 0.2": ("sparse", 0.2),
+        "keep 0.1": ("sparse", 0.1),
+        "keep 0.1 + KV": ("sparse_kv", 0.1),
+        "keep 0.1, references cached": ("sparse_cached", 0.1),
+        "no references (the limit)": ("no_references", None),
+    }
+    seconds = [rows[way] for way in shown.values()]
+    figure, (axes,) = new_figure(1, 8, 2.9)
+    colours = ["#9aa3ad", "#9aa3ad", *["#e24c3c"] * 4, "#d8dce0"]
+    bars = axes.barh(list(shown), seconds, color=colours, height=0.7)
+    axes.bar_label(bars, [f"{each:.2f} s, {seconds[0] / each:.1f}x" for each in seconds], padding=4)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.2 * seconds[0])
+    axes.set_xlabel("seconds per image, four references (shape of klein-9B, random weights, one H200)")
+    return chart(figure)
+
+
+def curves() -> Image.Image:
+    """What subjects and edits lose by keep and selector: test split, fine-tuned."""
+    result = read("mini_curves_test")
+    named = {
+        "auto": "task default",
+        "mask": "mask (knows the object)",
+        "subject": "subject",
+        "saliency": "saliency",
+        "edges": "edges",
+        "random": "random",
+    }
+    figure, panels = new_figure(2, 9, 3.7)
+    for axes, group in zip(panels, ("subjects", "edits"), strict=True):
+        settings = result["figures"]["to the dense base"][group]
+        for selector, name in named.items():
+            found = {1.0: score_of(settings, "all tokens", SCORES[group])["difference"]}
+            for cell, config in result["config"]["cells"].items():
+                plain = not config["coverage"] and not config.get("merge")
+                if config["selector"] == selector and plain and cell != "dense":
+                    found[config["keep"]] = score_of(settings, cell, SCORES[group])["difference"]
+            keeps = sorted(found)
+            axes.plot(
+                keeps,
+                [found[keep] for keep in keeps],
+                marker="o",
+                markersize=3.5,
+                label=name,
+                linewidth=2.2 if selector == "auto" else 1.2,
+                linestyle="--" if selector == "mask" else "-",
+            )
+        axes.set_xscale("log")
+        axes.set_xticks([0.05, 0.1, 0.2, 0.3, 0.5, 1], ["0.05", "0.1", "0.2", "0.3", "0.5", "all"])
+        axes.minorticks_off()
+        axes.axhline(0, color="#9aa3ad", linewidth=0.8)
+        axes.set_title(group)
+        axes.set_xlabel("share of tokens kept")
+        axes.set_ylim(-15, 2)
+    panels[0].set_ylabel("PSNR against all tokens, dB")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=6
+    )
+    return chart(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The pictures of the documents.")
+    parser.add_argument("--demo", type=Path, help="the sheet of all scenes that the demo writes")
+    parser.add_argument("--coverage", type=Path, help="coverage.webp of runs/coverage.py")
+    arguments = parser.parse_args()
+
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for make in (selectors, speed, curves):
+        save(make(), make.__name__)
+    if arguments.demo:
+        demo = Demo(arguments.demo)
+        rows = [demo.scene(name, (0, 1, 2), 4) for name in ("placed", "side-by-side", "quarters")]
+        save(scaled(stacked(rows), 1200), "hero")
+        rows = [demo.scene(name, (0, 1, 2, 3), 2) for name in ("recoloured", "in-front")]
+        save(scaled(stacked(rows), 1000), "failures")
+    if arguments.coverage:
+        save(Image.open(arguments.coverage), "coverage")
+
+
+if __name__ == "__main__":
+    main()
