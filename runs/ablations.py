@@ -26,7 +26,7 @@ against the truth, inside the object or, for global edits, of the whole picture:
 tokens, and what a run has won over the base, and over another run (`PAIRS`), with the same tokens, scene by scene; and
 what `auto` has won over each peer's way with as many tokens, in the base and, each fine-tuned for its own, in a run.
 
-It needs the scenes' objects: `python -m sparse_context.mini data`.
+It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
@@ -39,23 +39,32 @@ from pathlib import Path
 from peers import PEERS, peer_maker
 from tables import SCORES, difference, draw, read, score_of, table
 
-from sparse_context.evaluation.evaluate import DENSE, Cell, evaluate, fingerprint, grid, maker, summarise
+from recipes.mini.data import load_assets
+from recipes.mini.samples import FIRST_SEED, TURNS, scene_samples, tasks_of
+from recipes.mini.sparse import export_adapter
+from sparse_context.config import SparseContextConfig
+from sparse_context.evaluation.evaluate import evaluate, fingerprint
+from sparse_context.evaluation.grid import DENSE, Cell, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
-from sparse_context.generation import NO_LORA, load_pipeline
-from sparse_context.mini import ADAPTERS, adapter_record
-from sparse_context.mini.data import load_assets
-from sparse_context.mini.samples import FIRST_SEED, TURNS, scene_samples, tasks_of
-from sparse_context.mini.sparse import export_adapter
+from sparse_context.evaluation.statistics import summarise
+from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.result import write_result
-from sparse_context.selection import SparseContextConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "base"
 ALL = ["mix", "random"]
 SPREAD = ["coverage-0", "coverage-0.3"]
 RUNS = ["dense", "lora", "lora-distilled"]
-PAIRS = (("mix", "random"), ("mix", "dense"), ("mix", "dense:256:1"), ("mix", "coverage-0"), ("mix", "coverage-0.3"),
-         ("lora-distilled", "lora"))  # fmt: skip
+PAIRS = (
+    ("mix", "random"),
+    ("mix", "dense"),
+    ("mix", "dense:256:1"),
+    ("mix", "coverage-0"),
+    ("mix", "coverage-0.3"),
+    ("lora-distilled", "lora"),
+)
 """Runs that are compared with each other, for that is closer than each with the base."""
 
 
@@ -296,9 +305,18 @@ def main() -> None:
         theirs = found[BASE if run == BASE else method]
         rows = {f"auto-{keep:g}": theirs[f"{method}-{keep:g}"] for keep in arguments.keeps}
         over_peers[run][method] = won(found[run], rows)
-    config = {"split": "validation", "keeps": arguments.keeps, "scale": arguments.scale, "rank": arguments.rank,
-              "all selectors": arguments.all_selectors, "spread": arguments.spread, "methods": arguments.methods,
-              "turns": list(arguments.turns), "shipped": arguments.shipped, "runs": records}  # fmt: skip
+    config = {
+        "split": "validation",
+        "keeps": arguments.keeps,
+        "scale": arguments.scale,
+        "rank": arguments.rank,
+        "all selectors": arguments.all_selectors,
+        "spread": arguments.spread,
+        "methods": arguments.methods,
+        "turns": list(arguments.turns),
+        "shipped": arguments.shipped,
+        "runs": records,
+    }
     compared = {
         f"{one} over {other}": won(found[one], found[other]) for one, other in PAIRS if {one, other} <= found.keys()
     }

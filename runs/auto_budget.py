@@ -8,7 +8,7 @@ a small subject keeps few. The fixed ratio beside it keeps, in each group of tas
 there lies between those at the nearest ratios that were run, on a line over the logarithm of the ratio. Stopped at any
 point, it goes on there.
 
-It needs the scenes' objects: `python -m sparse_context.mini data`.
+It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 from tables import SCORES, difference, draw, read, score_of, table
 
-from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
+from recipes.mini.data import SPLITS, load_assets
+from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.evaluation.evaluate import evaluate, fingerprint
+from sparse_context.evaluation.grid import DENSE, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
-from sparse_context.generation import load_pipeline
-from sparse_context.mini.data import SPLITS, load_assets
-from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.evaluation.statistics import summarise
+from sparse_context.pipelines.load import load_pipeline
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,11 +96,15 @@ def main() -> None:
     for mass in arguments.masses:
         adapted = found[f"mass-{mass:g}"]
         tasks = {row["task"] for row in adapted}
-        shares = {task: float(np.mean([row["kept"] / row["total"] for row in adapted if row["task"] == task]))
-                  for task in tasks}  # fmt: skip
+        shares = {
+            task: float(np.mean([row["kept"] / row["total"] for row in adapted if row["task"] == task]))
+            for task in tasks
+        }
         compared = {DENSE: between(fixed, shares)}  # so that a difference is auto's gain
-        compared["auto"] = [row | {"scores": {name: row["scores"][name] for name in alike["scores"]}}
-                            for row, alike in zip(adapted, compared[DENSE], strict=True)]  # fmt: skip
+        compared["auto"] = [
+            row | {"scores": {name: row["scores"][name] for name in alike["scores"]}}
+            for row, alike in zip(adapted, compared[DENSE], strict=True)
+        ]
         figures[f"{mass:g}"] = summarise(compared)
         for group, settings in figures[f"{mass:g}"].items():
             score = "psnr" if group == "global edits" else "psnr_in_mask"

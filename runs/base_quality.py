@@ -28,14 +28,17 @@ from PIL import Image
 from tables import draw, read, table
 from tqdm import tqdm
 
+from recipes.mini.data import SPLITS, Assets, load_assets
+from recipes.mini.run_folder import to_tensor
+from recipes.mini.samples import FIRST_SEED, tasks_of
+from recipes.mini.scenes import EDITS, SIZE, TASKS, Scene, make_scene
 from sparse_context import SparseContextConfig
 from sparse_context.evaluation.metrics import decoys, features, nearest_of, psnr
-from sparse_context.generation import NO_LORA, call_settings, generate, load_pipeline
 from sparse_context.images import save_picture
-from sparse_context.mini.data import SPLITS, Assets, load_assets
-from sparse_context.mini.recipe import to_tensor
-from sparse_context.mini.samples import FIRST_SEED, tasks_of
-from sparse_context.mini.scenes import EDITS, SIZE, TASKS, Scene, make_scene
+from sparse_context.pipelines.engine import generate
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.settings import call_settings
 from sparse_context.preview import column, label, side_by_side
 from sparse_context.result import write_result
 
@@ -58,8 +61,10 @@ def with_other_objects(assets: Assets, task: str, seed: int) -> list[np.ndarray]
     """The truth of the same scene, had every object in it been one of 61 of the split: as many pictures."""
     chosen = np.random.default_rng(seed).permutation(len(assets.objects))[: CANDIDATES - 3]
     shape = assets.objects.shape
-    return [make_scene(replace(assets, objects=np.broadcast_to(assets.objects[i], shape)), task, seed).target
-            for i in chosen]  # fmt: skip
+    return [
+        make_scene(replace(assets, objects=np.broadcast_to(assets.objects[i], shape)), task, seed).target
+        for i in chosen
+    ]
 
 
 def nearest(outputs: list[np.ndarray], candidates: torch.Tensor, mask: np.ndarray) -> list[str]:
@@ -72,8 +77,10 @@ def nearest(outputs: list[np.ndarray], candidates: torch.Tensor, mask: np.ndarra
 def failures(scene: Scene, mask: np.ndarray) -> dict[str, np.ndarray]:
     """Outputs that must not count as the object: its mean colour in its soft outline, and the whole out of focus."""
     width = np.count_nonzero((mask > 0.5).any(0))
-    return {"flat colour": cv2.GaussianBlur(decoys(scene.target, mask)[0], (0, 0), 1.0),
-            "blur": cv2.GaussianBlur(scene.target, (0, 0), width / 14)}  # fmt: skip
+    return {
+        "flat colour": cv2.GaussianBlur(decoys(scene.target, mask)[0], (0, 0), 1.0),
+        "blur": cv2.GaussianBlur(scene.target, (0, 0), width / 14),
+    }
 
 
 @torch.inference_mode()
@@ -241,16 +248,30 @@ def main() -> None:
                 note(f"psnr inside, {name}", psnr(picture, scene.target, mask))
 
     figures = {
-        task: {name: {"mean": round(float(np.mean(found)), 3), "least": round(float(np.min(found)), 3),
-                      "number": len(found)} for name, found in by_name.items()}
+        task: {
+            name: {
+                "mean": round(float(np.mean(found)), 3),
+                "least": round(float(np.min(found)), 3),
+                "number": len(found),
+            }
+            for name, found in by_name.items()
+        }
         for task, by_name in values.items()
-    }  # fmt: skip
+    }
     for task, by_name in figures.items():
         for name, figure in by_name.items():
             print(f"{task:<18}{name:<28}{figure['mean']:>8.2f}{figure['least']:>8.2f}{figure['number']:>6}")
-    config = {"split": arguments.split, "scenes": arguments.scenes, "candidates": CANDIDATES, "dtype": "float32",
-              "model": arguments.model or "embedded", "unlike": arguments.unlike, "ceiling": arguments.ceiling,
-              "objects": len(assets.objects), **call_settings(pipe)}  # fmt: skip
+    config = {
+        "split": arguments.split,
+        "scenes": arguments.scenes,
+        "candidates": CANDIDATES,
+        "dtype": "float32",
+        "model": arguments.model or "embedded",
+        "unlike": arguments.unlike,
+        "ceiling": arguments.ceiling,
+        "objects": len(assets.objects),
+        **call_settings(pipe),
+    }
     write_result(output_file, "base_quality", config, figures)
     draw(TABLES)
     save_picture(column([label(side_by_side(tiles), task) for task, tiles in shown.items()]), arguments.sheet)

@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 from tables import bench_table, draw, read
 
+from sparse_context.bench.blocks import bench_blocks
+from sparse_context.bench.config import BenchConfig
+from sparse_context.bench.report import table
+from sparse_context.bench.shapes import SHAPES
 from sparse_context.result import write_result
-from sparse_context.speed.bench import BenchConfig, bench_blocks, table
-from sparse_context.speed.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = {1: 1.8, 4: 4.4}
@@ -41,9 +43,14 @@ def main() -> None:
         return draw(TABLES)
 
     config = BenchConfig(
-        references=(4, 1), keep=(0.1,), size=(arguments.size,), methods=("dense", "sparse", "no_references"),
-        turns=3, minutes=arguments.minutes, steps=1,
-    )  # fmt: skip
+        references=(4, 1),
+        keep=(0.1,),
+        size=(arguments.size,),
+        methods=("dense", "sparse", "no_references"),
+        turns=3,
+        minutes=arguments.minutes,
+        steps=1,
+    )
     figures = bench_blocks(SHAPES["klein-9b"], 1, torch.device("cpu"), torch.bfloat16, config)
     figures["reached"] = {}
     for row in figures["rows"]:
@@ -54,8 +61,14 @@ def main() -> None:
     print(table(figures))
     for name, reached in figures["reached"].items():
         print(f"{'yes' if reached else 'NO ':3} {name}")
-    settings = {"shape": "klein-9b", "keep": 0.1, "size": arguments.size, "dtype": "bfloat16",
-                "threads": torch.get_num_threads(), "warm_up": "the shortest forward"}  # fmt: skip
+    settings = {
+        "shape": "klein-9b",
+        "keep": 0.1,
+        "size": arguments.size,
+        "dtype": "bfloat16",
+        "threads": torch.get_num_threads(),
+        "warm_up": "the shortest forward",
+    }
     write_result(arguments.output, "bench_klein_9b_blocks", settings, figures)
     draw(TABLES)
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from tables import bench_table, draw, read
 
-from sparse_context.generation import load_pipeline
-from sparse_context.mini.demo import read_examples
+from sparse_context.bench.calls import bench
+from sparse_context.bench.config import BenchConfig
+from sparse_context.bench.report import plot, table
+from sparse_context.embedded.demo import read_examples
+from sparse_context.pipelines.load import load_pipeline
 from sparse_context.result import write_result
-from sparse_context.speed.bench import BenchConfig, bench, plot, table
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = 0.15
@@ -87,15 +89,25 @@ def main() -> None:
     print(table(figures))
     for name, (value, bound, _, reached) in check(figures).items():
         print(f"{'yes' if reached else 'NO ':3} {name}: {value:.2f}, asked {bound:g}")
-    settings = {"keep": KEEP, "references": 4, "dtype": "float32", "threads": torch.get_num_threads(),
-                "scene": scene["name"]}  # fmt: skip
+    settings = {
+        "keep": KEEP,
+        "references": 4,
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "scene": scene["name"],
+    }
     write_result(arguments.output, "bench_mini", settings, figures)
     draw(TABLES)
     quality = [
-        {"method": name, "keep": rows[name]["keep"], "references": 4, "value": entry["mean"],
-         "metric": "PSNR inside the objects, dB"}
+        {
+            "method": name,
+            "keep": rows[name]["keep"],
+            "references": 4,
+            "value": entry["mean"],
+            "metric": "PSNR inside the objects, dB",
+        }
         for name, entry in known_quality().items()
-    ]  # fmt: skip
+    ]
     plot(figures, arguments.plot, quality)
 
 

@@ -20,11 +20,12 @@ from tables import draw, read, speedup, table
 from tqdm import tqdm
 
 from sparse_context import SparseContextConfig, apply_sparse_context, last_selection, remove_sparse_context
-from sparse_context.generation import call_inputs, call_settings, load_pipeline, reference_sides
-from sparse_context.mini.demo import read_examples
+from sparse_context.embedded.demo import read_examples
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.settings import call_inputs, call_settings, reference_sides
+from sparse_context.pipelines.timing import timed
 from sparse_context.preview import fit_reference
 from sparse_context.result import write_result
-from sparse_context.speed.timing import timed
 
 ROOT = Path(__file__).resolve().parents[1]
 TURNS = 7
@@ -86,8 +87,13 @@ def main() -> None:
             for name in ("untouched", "keep 1", "sparse") if turn % 2 else ("keep 1", "untouched", "sparse"):
                 prepare[name]()
                 with timed(pipe) as times:
-                    pipe(image=references, prompt=scene["prompt"], guidance_scale=1.0,
-                         generator=torch.Generator().manual_seed(0), **given)  # fmt: skip
+                    pipe(
+                        image=references,
+                        prompt=scene["prompt"],
+                        guidance_scale=1.0,
+                        generator=torch.Generator().manual_seed(0),
+                        **given,
+                    )
                 if turn:  # the first is the warm-up
                     turns[name].append(asdict(times))
         selection = last_selection(pipe)
@@ -100,11 +106,18 @@ def main() -> None:
     print(f"{'references':>10}{'tokens kept':>16}{'end to end':>12}{'denoise only':>14}{'keep 1 to untouched':>21}")
     for count, row in rows.items():
         faster = row["times faster"]
-        print(f"{count:>10}{row['tokens']['kept']:>9} of {row['tokens']['of']:<5}"
-              f"{faster['total']['median']:>10.2f}x{faster['denoise']['median']:>12.2f}x"
-              f"{row['keep 1 to untouched']['median']:>20.3f}x")  # fmt: skip
-    config = {"keep": arguments.keep, "turns": TURNS, "dtype": "float32", "threads": torch.get_num_threads(),
-              **{k: v for k, v in settings.items() if k != "training_steps"}}  # fmt: skip
+        print(
+            f"{count:>10}{row['tokens']['kept']:>9} of {row['tokens']['of']:<5}"
+            f"{faster['total']['median']:>10.2f}x{faster['denoise']['median']:>12.2f}x"
+            f"{row['keep 1 to untouched']['median']:>20.3f}x"
+        )
+    config = {
+        "keep": arguments.keep,
+        "turns": TURNS,
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        **{k: v for k, v in settings.items() if k != "training_steps"},
+    }
     write_result(arguments.output, "core_speed", config, rows)
     draw(TABLES)
 

@@ -7,7 +7,7 @@ backgrounds). `coverage` spends a share of the budget on evenly spread tokens in
 have a picture to keep around their object: in front of a picture, and recoloured where it is; what is kept is else what
 each task chooses by itself. Differences are to no coverage, scene by scene. Stopped at any point, it goes on there.
 
-It needs the scenes' objects: `python -m sparse_context.mini data`.
+It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
@@ -17,13 +17,15 @@ from pathlib import Path
 
 from tables import difference, draw, read, score_of, table
 
-from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
+from recipes.mini.data import SPLITS, load_assets
+from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.evaluation.evaluate import evaluate, fingerprint
+from sparse_context.evaluation.grid import DENSE, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.plots import draw_sheet
-from sparse_context.generation import load_pipeline
+from sparse_context.evaluation.statistics import summarise
 from sparse_context.images import save_picture
-from sparse_context.mini.data import SPLITS, load_assets
-from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.pipelines.load import load_pipeline
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]

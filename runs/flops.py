@@ -9,8 +9,9 @@ import argparse
 
 from tables import draw, table
 
-from sparse_context.speed.flops import Tokens, call_flops
-from sparse_context.speed.shapes import SHAPES
+from sparse_context.bench.flops import call_flops
+from sparse_context.bench.shapes import SHAPES
+from sparse_context.families.shape import Tokens
 
 WAYS = {
     "no references": (0, False),

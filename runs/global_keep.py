@@ -7,7 +7,7 @@ sepia, negative, warmer, posterised), with evenly spread tokens, as the task "gl
 dense base with all tokens, on the same noise. That keep="auto" keeps all under that task follows from it. Stopped at
 any point, it goes on there.
 
-It needs the scenes' objects: `python -m sparse_context.mini data`.
+It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
@@ -16,11 +16,14 @@ from pathlib import Path
 
 from tables import difference, draw, read, score_of, table
 
-from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise
+from recipes.mini.data import SPLITS, load_assets
+from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.evaluation.evaluate import evaluate, fingerprint
+from sparse_context.evaluation.grid import DENSE, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
-from sparse_context.generation import NO_LORA, load_pipeline
-from sparse_context.mini.data import SPLITS, load_assets
-from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.evaluation.statistics import summarise
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]

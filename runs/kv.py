@@ -3,13 +3,13 @@
     python runs/kv.py [--lora FILE] [--scenes 40]
 
 `Flux2KleinKVPipeline` computes the keys and values of the references in the first step, where they look at each other
-alone, and reuses them in all others. Weights that were not trained for it lose by that. `python -m sparse_context.mini
+alone, and reuses them in all others. Weights that were not trained for it lose by that. `python -m recipes.mini
 sparse --kv` trains a LoRA for it, on dropped tokens too, so that both savings come together; the plain pipeline has the
 package's other LoRA, for dropped tokens. Each way is measured with all tokens and at some keeps, on the scenes of
 runs/mini_curves.py and their noise; differences are to the plain pipeline on the base with all tokens, scene by scene.
 Stopped at any point, it goes on there.
 
-It needs the scenes' objects: `python -m sparse_context.mini data`.
+It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
@@ -19,14 +19,16 @@ from typing import Any
 
 from tables import SCORES, difference, draw, read, score_of, table
 
-from sparse_context.evaluation.evaluate import Cell, Maker, evaluate, fingerprint, grid, maker
+from recipes.mini.data import SPLITS, load_assets
+from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.config import SparseContextConfig
+from sparse_context.evaluation.evaluate import evaluate, fingerprint
+from sparse_context.evaluation.grid import Cell, Maker, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
-from sparse_context.generation import NO_LORA, load_pipeline
-from sparse_context.mini import ADAPTERS, adapter_record
-from sparse_context.mini.data import SPLITS, load_assets
-from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.result import write_result
-from sparse_context.selection import SparseContextConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

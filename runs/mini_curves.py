@@ -18,7 +18,7 @@ shipped, fine-tuned with dropping: its figures are also compared with the base's
 and drawn beside the base's; the last line is that on the test split. What the tasks choose is compared with random
 tokens, pair by pair, too, and subjects are told apart by whether all of their objects was kept.
 
-It needs the scenes' objects, `checkpoints/assets.safetensors`: `python -m sparse_context.mini data` makes that file.
+It needs the scenes' objects, `checkpoints/assets.safetensors`: `python -m recipes.mini data` makes that file.
 """
 
 import argparse
@@ -37,17 +37,23 @@ from PIL import Image
 from tables import SCORES, difference, draw, read, score_of
 from tables import table as markdown
 
-from sparse_context.evaluation.evaluate import DENSE, evaluate, fingerprint, grid, maker, summarise, table
+from recipes.mini.data import SPLITS, load_assets
+from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from recipes.mini.scenes import Scene
+from sparse_context.config import SparseContextConfig
+from sparse_context.evaluation.evaluate import evaluate, fingerprint
+from sparse_context.evaluation.grid import DENSE, grid, maker
 from sparse_context.evaluation.metrics import Metric, decoys, features, find_metrics, nearest_of
 from sparse_context.evaluation.plots import draw_curves, draw_sheet
-from sparse_context.generation import NO_LORA, call_settings, load_pipeline
+from sparse_context.evaluation.report import table
+from sparse_context.evaluation.statistics import summarise
 from sparse_context.images import save_picture
-from sparse_context.mini import ADAPTERS
-from sparse_context.mini.data import SPLITS, load_assets
-from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
-from sparse_context.mini.scenes import Scene
+from sparse_context.pipelines.embedded import ADAPTERS
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.settings import call_settings
 from sparse_context.result import write_result
-from sparse_context.selection import SparseContextConfig, select_tokens
+from sparse_context.selection import select_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 SELECTORS = ("random", "uniform", "edges", "saliency", "subject", "mask")
@@ -314,9 +320,14 @@ def main() -> None:
             f"mini_curves: {ADAPTERS['plain']} is not there, so this would measure the dense base: "
             "pass --lora none for that."
         )
-    about = {"split": arguments.split, "model": arguments.model or "embedded",
-             "lora": "the package's own" if own else arguments.lora or NO_LORA, "weights": fingerprint(pipe),
-             "steps": arguments.steps, "call": call_settings(pipe)}  # fmt: skip
+    about = {
+        "split": arguments.split,
+        "model": arguments.model or "embedded",
+        "lora": "the package's own" if own else arguments.lora or NO_LORA,
+        "weights": fingerprint(pipe),
+        "steps": arguments.steps,
+        "call": call_settings(pipe),
+    }
     base = None if arguments.base is None else read_base(arguments.base, about, [sample.name for sample in samples])
     folder = arguments.folder or working_folder(arguments.output, arguments.split)
     result = evaluate(make, samples, cells, metrics, folder, about=about)

@@ -16,7 +16,7 @@ a token for or that the prompt alone determines, and the rest filled in from aro
 Where `sparse` is below that, it made less of the tokens than copying and smooth filling would, and fine-tuning may
 help; how far, it does not say, for what it copies was made with all tokens in sight.
 
-It needs the scenes' objects: `python -m sparse_context.mini data`.
+It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
@@ -32,18 +32,24 @@ import torch
 from PIL import Image
 from tables import SCORES, difference, draw, read, score_of, table
 
-from sparse_context.evaluation.evaluate import DENSE, Cell, Maker, evaluate, fingerprint, grid, maker, summarise
+from recipes.mini.data import SPLITS, load_assets
+from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from recipes.mini.scenes import TOKEN, Scene
+from sparse_context.bench.methods import METHODS, make_hosts, reference_tokens
+from sparse_context.config import SparseContextConfig
+from sparse_context.evaluation.evaluate import evaluate, fingerprint
+from sparse_context.evaluation.grid import DENSE, Cell, Maker, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
-from sparse_context.generation import NO_LORA, Generation, call_inputs, call_settings, load_pipeline
-from sparse_context.manifest import Sample
-from sparse_context.mini import ADAPTERS, adapter_record
-from sparse_context.mini.data import SPLITS, load_assets
-from sparse_context.mini.samples import FIRST_SEED, scene_samples, tasks_of
-from sparse_context.mini.scenes import TOKEN, Scene
+from sparse_context.evaluation.statistics import summarise
+from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
+from sparse_context.pipelines.engine import Generation
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.settings import call_inputs, call_settings
+from sparse_context.pipelines.timing import Times, timed
 from sparse_context.result import write_result
-from sparse_context.selection import SparseContextConfig, select_tokens
-from sparse_context.speed.methods import METHODS, make_hosts, reference_tokens
-from sparse_context.speed.timing import Times, timed
+from sparse_context.samples import Sample
+from sparse_context.selection import select_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("downscaled", "merged")
@@ -59,8 +65,13 @@ def peer_maker(pipe, method: str) -> Maker:
         references = [picture.convert("RGB") for picture in sample.open_references()]
         host, pictures = METHODS[method].prepare(hosts, references, config.keep)
         with timed(host) as times:
-            made = host(image=pictures, prompt=sample.prompt, generator=torch.Generator().manual_seed(seed),
-                        guidance_scale=1.0, **arguments)  # fmt: skip
+            made = host(
+                image=pictures,
+                prompt=sample.prompt,
+                generator=torch.Generator().manual_seed(seed),
+                guidance_scale=1.0,
+                **arguments,
+            )
         image: Image.Image = made.images[0]
         return Generation(image, None, times)
 
@@ -219,11 +230,13 @@ def main() -> None:
             for keep in arguments.keeps
         },
         "tokens": {
-            f"{keep:g}": {method: sum(reference_tokens(method, each, keep) for each in grids)
-                          for method in ("dense", "sparse", *PEERS)}
+            f"{keep:g}": {
+                method: sum(reference_tokens(method, each, keep) for each in grids)
+                for method in ("dense", "sparse", *PEERS)
+            }
             for keep in arguments.keeps
         },
-    }  # fmt: skip
+    }
     config = about | {"keeps": arguments.keeps, "methods": list(ways), "adapter": record}
     write_result(arguments.output, arguments.output.stem, config, figures)
     draw(TABLES)

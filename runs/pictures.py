@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tables import SCORES, read, score_of
 
 from sparse_context import SparseContextConfig, draw_kept, select_tokens
-from sparse_context.mini.demo import EXAMPLES, read_examples
+from sparse_context.embedded.demo import EXAMPLES, read_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"

@@ -74,8 +74,10 @@ def main() -> None:
     from datasets import load_dataset
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    sources = (("Yuanshi/Subjects200K", subject_sample, "subject", arguments.subjects),
-               ("osunlp/MagicBrush", edit_sample, "edit", arguments.edits))  # fmt: skip
+    sources = (
+        ("Yuanshi/Subjects200K", subject_sample, "subject", arguments.subjects),
+        ("osunlp/MagicBrush", edit_sample, "edit", arguments.edits),
+    )
     train: list[dict] = []
     validation: list[dict] = []
     for hub_name, make, name, count in sources:

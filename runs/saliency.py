@@ -1,6 +1,6 @@
 """How well the selector `saliency` and its net find subjects, beside what needs no net, and how long it takes.
 
-    python -m sparse_context.mini data
+    python -m recipes.mini data
     pip install scikit-image                # five of the photographs
     python runs/saliency.py [--folder checkpoints] [--output results/saliency.json] [--sheet checkpoints/saliency.webp]
 
@@ -46,16 +46,17 @@ from tables import draw, read, table
 from time_selection import GRID, picture
 from tqdm import tqdm
 
+from recipes.mini import scenes
+from recipes.mini.data import SPLITS, Assets, load_assets
+from recipes.mini.saliency_net import BACKDROPS, composite, held_out_sources
+from recipes.mini.samples import FIRST_SEED, scene_samples
+from recipes.mini.scenes import make_scene
+from sparse_context.config import SparseContextConfig
 from sparse_context.images import save_picture
-from sparse_context.mini import scenes
-from sparse_context.mini.data import SPLITS, Assets, load_assets
-from sparse_context.mini.saliency_net import BACKDROPS, composite, held_out_sources
-from sparse_context.mini.samples import FIRST_SEED, scene_samples
-from sparse_context.mini.scenes import make_scene
 from sparse_context.result import write_result
-from sparse_context.saliency import WEIGHTS, load_net, net_map, saliency_map
-from sparse_context.selection import SparseContextConfig, select_tokens
-from sparse_context.selectors import SELECTORS
+from sparse_context.selection import select_tokens
+from sparse_context.selectors.registry import SELECTORS
+from sparse_context.selectors.saliency import WEIGHTS, load_net, net_map, saliency_map
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEPS = (0.1, 0.2, 0.4)
@@ -289,8 +290,13 @@ def main() -> None:
     real, subjects = [], []
     for subject, image, truth in tqdm(photographs(assets), desc="photographs"):
         real.append({name: recalls(image, truth, selector) for name, selector in RIVALS.items()})
-        subjects.append({"subject": subject, "share": round(float(truth.mean()), 3),
-                         "recall at 0.2": {name: round(real[-1][name]["0.2"], 3) for name in RIVALS}})  # fmt: skip
+        subjects.append(
+            {
+                "subject": subject,
+                "share": round(float(truth.mean()), 3),
+                "recall at 0.2": {name: round(real[-1][name]["0.2"], 3) for name in RIVALS},
+            }
+        )
         if len(real) % 2 and len(tiles) < 36:
             tiles.append(tile(image, truth, saliency_map(image)))
     means = {

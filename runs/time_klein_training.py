@@ -19,15 +19,19 @@ import torch
 from tables import draw, read, speedup, table
 from tqdm import tqdm
 
-from sparse_context.generation import find_device
+from sparse_context.bench.build import build_pipeline
+from sparse_context.bench.shapes import SHAPES
+from sparse_context.families.shape import Tokens, with_blocks
+from sparse_context.pipelines.load import find_device
+from sparse_context.pipelines.memory import Peak
+from sparse_context.pipelines.timing import now
 from sparse_context.result import write_result
-from sparse_context.speed.flops import Tokens
-from sparse_context.speed.memory import Peak
-from sparse_context.speed.shapes import SHAPES, build_pipeline, with_blocks
-from sparse_context.speed.timing import now
+from sparse_context.training.batch import Encoded
+from sparse_context.training.config import FinetuneConfig
 from sparse_context.training.dropping import Dropping, draw_selection
-from sparse_context.training.finetune import Encoded, FinetuneConfig, flow_matching_loss, prepare
 from sparse_context.training.hosts import find_host
+from sparse_context.training.loss import flow_matching_loss
+from sparse_context.training.trainable import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,8 +93,9 @@ def main() -> None:
         """One step, in seconds."""
         dropping = Dropping(keep_min=keep, keep_max=keep, dense=float(keep == 1), mix={"random": 1.0})
         start = now(device)
-        selection = draw_selection(dropping, [None] * arguments.references, [(side, side)] * arguments.references,
-                                   [0, number])  # fmt: skip
+        selection = draw_selection(
+            dropping, [None] * arguments.references, [(side, side)] * arguments.references, [0, number]
+        )
         with torch.autocast(device.type, torch.bfloat16):
             loss = flow_matching_loss(host, encoded, selection.index, sigma, noise)
         loss.backward()
@@ -127,15 +132,26 @@ def main() -> None:
     }
     if device.type == "cuda":
         figures["seconds"] = {name: round(median(each), 3) for name, each in seconds.items()}
-    print(f"{faster['median']:.2f}x ({faster['min']:.2f} to {faster['max']:.2f}); weights {weights / 2**30:.1f} GiB; "
-          f"above them {({n: f'{m / 2**30:.2f} GiB' for n, m in memory.items() if m is not None})}")  # fmt: skip
+    print(
+        f"{faster['median']:.2f}x ({faster['min']:.2f} to {faster['max']:.2f}); weights {weights / 2**30:.1f} GiB; "
+        f"above them { ({n: f'{m / 2**30:.2f} GiB' for n, m in memory.items() if m is not None}) }"
+    )
     if arguments.blocks is not None:
-        print(f"Measured with {shape.double_blocks} double and {shape.single_blocks} single blocks of "
-              f"{whole.double_blocks} and {whole.single_blocks}.")  # fmt: skip
-    about = {"shape": arguments.shape, "size": arguments.size, "references": arguments.references,
-             "keep": arguments.keep, "rank": config.rank, "turns": arguments.turns, "dtype": "bfloat16",
-             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-             "threads": torch.get_num_threads()}  # fmt: skip
+        print(
+            f"Measured with {shape.double_blocks} double and {shape.single_blocks} single blocks of "
+            f"{whole.double_blocks} and {whole.single_blocks}."
+        )
+    about = {
+        "shape": arguments.shape,
+        "size": arguments.size,
+        "references": arguments.references,
+        "keep": arguments.keep,
+        "rank": config.rank,
+        "turns": arguments.turns,
+        "dtype": "bfloat16",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }
     write_result(arguments.output, "klein_training", about, figures)
     draw(TABLES)
 

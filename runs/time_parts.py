@@ -18,10 +18,10 @@ import cv2
 import torch
 from tables import draw, read, table
 
+from recipes.mini.base import BaseConfig, batch_scenes
+from recipes.mini.data import Assets, load_assets
 from sparse_context.families.pictures import to_uint8
-from sparse_context.generation import load_pipeline
-from sparse_context.mini.data import Assets, load_assets
-from sparse_context.mini.recipe import BaseConfig, batch_scenes
+from sparse_context.pipelines.load import load_pipeline
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,15 +78,17 @@ def main() -> None:
     small = [large[..., i * 128 : (i + 1) * 128, :128].contiguous() for i in range(4)]
     whole = torch.cat(small)
     jobs = {
-        **{f"hash, {name}": lambda name=name: hashlib.new(name, large.numpy().data).digest()
-           for name in ("sha256", "sha1", "blake2b", "blake2s", "md5")},
+        **{
+            f"hash, {name}": lambda name=name: hashlib.new(name, large.numpy().data).digest()
+            for name in ("sha256", "sha1", "blake2b", "blake2s", "md5")
+        },
         "8 bits, out of place": lambda: out_of_place(large),
         "8 bits, in place": lambda: in_place(large),
         "8 bits, by OpenCV": lambda: to_uint8(large),
         "encode, one by one": lambda: [vae.encode(each) for each in small],
         "encode, as a batch": lambda: vae.encode(whole),
         "encode, channels last": lambda: [last.encode(each) for each in small],
-    }  # fmt: skip
+    }
     taken: dict[str, list[float]] = {name: [] for name in jobs}
     for run in range(WARM_UP + RUNS):
         for name, job in jobs.items():
@@ -108,7 +110,7 @@ def main() -> None:
         figures["milliseconds"]["compose a training scene"] = round(composed, 2)
         figures["scenes a second"] = round(1000 / composed, 1)
     else:
-        print(f"{arguments.assets} is missing, so composing scenes is left out: `python -m sparse_context.mini data`.")
+        print(f"{arguments.assets} is missing, so composing scenes is left out: `python -m recipes.mini data`.")
     about = {"runs": RUNS, "warm_up": WARM_UP, "batches of scenes": BATCHES, "threads": 1}
     write_result(arguments.output, "parts", about, figures)
     draw(TABLES)

@@ -18,9 +18,10 @@ import cv2
 import numpy as np
 from tables import draw, read, table
 
+from sparse_context.config import SparseContextConfig
 from sparse_context.result import write_result
-from sparse_context.selection import SparseContextConfig, select_tokens
-from sparse_context.selectors import SELECTORS
+from sparse_context.selection import select_tokens
+from sparse_context.selectors.registry import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, GRID, WARM_UP, RUNS = 1024, (64, 64), 5, 30
@@ -79,8 +80,14 @@ def main() -> None:
     for name, config in configs.items():
         figures[name] = milliseconds(image, config)
         print(f"{name:18}" + "".join(f"{figures[name][column]:10.2f}" for column in ("median", "p10", "p90")))
-    settings = {"picture": [SIDE, SIDE], "grid": list(GRID), "keep": SparseContextConfig().keep,
-                "runs": RUNS, "warm_up": WARM_UP, "threads": cv2.getNumThreads()}  # fmt: skip
+    settings = {
+        "picture": [SIDE, SIDE],
+        "grid": list(GRID),
+        "keep": SparseContextConfig().keep,
+        "runs": RUNS,
+        "warm_up": WARM_UP,
+        "threads": cv2.getNumThreads(),
+    }
     write_result(arguments.output, "selection", settings, {"milliseconds": figures})
     draw(TABLES)
     print(f"written to {arguments.output}")

@@ -20,14 +20,16 @@ import torch
 from tables import draw, read, speedup, table
 from tqdm import tqdm
 
-from sparse_context.generation import NO_LORA, load_pipeline
-from sparse_context.mini.demo import read_examples
-from sparse_context.mini.sparse import LORA
+from recipes.mini.sparse import LORA
+from sparse_context.embedded.demo import read_examples
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.result import write_result
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import Dropping
-from sparse_context.training.finetune import make_loss, prepare
 from sparse_context.training.hosts import find_host
+from sparse_context.training.loss import make_loss
+from sparse_context.training.trainable import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP, BATCH, LEAST = 0.35, 4, 2.0
@@ -69,8 +71,10 @@ def main() -> None:
         return torch.autocast("cpu", torch.bfloat16)
 
     config = replace(LORA, subsets=1, distillation=0.0, preservation=0.0)  # a step without a teacher
-    losses = {name: make_loss(host, lambda number: [example] * BATCH, replace(config, dropping=dropping),
-                              autocast=autocast) for name, dropping in KINDS.items()}  # fmt: skip
+    losses = {
+        name: make_loss(host, lambda number: [example] * BATCH, replace(config, dropping=dropping), autocast=autocast)
+        for name, dropping in KINDS.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in KINDS}
     for turn in tqdm(range(arguments.turns + 1), desc="turns"):
         for name, loss in losses.items():
@@ -83,9 +87,16 @@ def main() -> None:
     ratios = sorted(d / s for d, s in zip(seconds["dense"], seconds["sparse"], strict=True))
     faster = {"median": round(median(ratios), 3), "min": round(ratios[0], 3), "max": round(ratios[-1], 3)}
     print(f"{faster['median']:.2f}x ({faster['min']:.2f} to {faster['max']:.2f})")
-    about = {"keep": KEEP, "references": 4, "batch": BATCH, "rank": LORA.rank, "dtype": "bfloat16",
-              "turns": arguments.turns, "threads": torch.get_num_threads(),
-              "memory is reused": os.environ.get("MALLOC_MMAP_MAX_") == "0"}  # fmt: skip
+    about = {
+        "keep": KEEP,
+        "references": 4,
+        "batch": BATCH,
+        "rank": LORA.rank,
+        "dtype": "bfloat16",
+        "turns": arguments.turns,
+        "threads": torch.get_num_threads(),
+        "memory is reused": os.environ.get("MALLOC_MMAP_MAX_") == "0",
+    }
     figures = {"seconds": seconds, "times faster": faster, "reached": {f"{LEAST}x": faster["median"] >= LEAST}}
     write_result(arguments.output, "training_speed", about, figures)
     draw(TABLES)

@@ -3,7 +3,7 @@
 # for, its base, trained further. For a CPU; runs/train_mini_gpu.py is for a GPU.
 #
 #   runs/train_mini.sh                                             # adapters for the base that the package holds;
-#                                                                  # needs python -m sparse_context.mini data
+#                                                                  # needs python -m sparse_context.embedded data
 #   BASE_STEPS=3800 FOLDER=checkpoints/further runs/train_mini.sh  # first that base for so many steps more, with other
 #                                                                  # scenes; it takes the place of the package's
 #
@@ -12,7 +12,7 @@
 # without one; runs of adapters for another base are refused. A link to assets.safetensors there saves fetching it again.
 set -euo pipefail
 FOLDER=${FOLDER:-checkpoints}
-mini() { python -m sparse_context.mini "$@" --folder "$FOLDER"; }
+mini() { python -m sparse_context.embedded "$@" --folder "$FOLDER"; }
 
 if [ -n "${BASE_STEPS:-}" ]; then
     [ -f "$FOLDER/assets.safetensors" ] || mini data

@@ -4,20 +4,20 @@
     python runs/train_mini_gpu.py train --pack FILE --output FOLDER --vae 40 --base 315 --sparse 115 --kv 50
 
 `pack` writes the training pictures as webp (the objects' colours and the photographs slightly lossy, alpha exact), for
-a machine with little time or no network; `python -m sparse_context.mini data` makes the whole there as well.
+a machine with little time or no network; `python -m recipes.mini data` makes the whole there as well.
 
 `train` goes on from the package's weights, for `--vae`, `--base`, `--sparse` and `--kv` seconds by the clock, so that
 nothing has to be known of the machine's speed; 0 leaves one out. The assets are what `--pack` holds, or lie in
-`--folder`: `python -m sparse_context.mini data --folder checkpoints/gpu`. The fine-tunings for dropped tokens are of
+`--folder`: `python -m recipes.mini data --folder checkpoints/gpu`. The fine-tunings for dropped tokens are of
 all weights and begin with what the package's LoRAs change, or from nothing where it has none, at 1.5 times the recipes'
 learning rates, for their batches are larger. LoRAs are cut from them that fit the package (`CUTS`).
 
 The package gets all of it; where the base is another one now, the LoRAs of the former are removed. The output gets
-`package`, which takes the place of sparse_context/mini/weights on another machine, `exact`, the base in float32, from
-which `--weights` goes on the next time without rounding, the fine-tuned transformers, from which `mini adapter --folder
-OUTPUT --name sparse --scale S --rank R` cuts other LoRAs, logs and sample sheets. It does not resume: what was killed
-begins anew, in another folder, and from the package as it was (`git checkout sparse_context/mini/weights`).
-How the shipped weights were made, sparse_context/mini/README.md says.
+`package`, which takes the place of sparse_context/embedded/weights on another machine, `exact`, the base in float32,
+from which `--weights` goes on the next time without rounding, the fine-tuned transformers, from which `mini adapter
+--folder OUTPUT --name sparse --scale S --rank R` cuts other LoRAs, logs and sample sheets. It does not
+resume: what was killed begins anew, in another folder, and from the package as it was (`git checkout sparse_context/embedded/weights`).
+How the shipped weights were made, sparse_context/embedded/README.md says.
 """
 
 import argparse
@@ -36,18 +36,29 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from sparse_context.mini import ADAPTERS, WEIGHTS
-from sparse_context.mini.data import load_assets
-from sparse_context.mini.recipe import BaseConfig, VaeConfig, export, restore, train_base, train_vae
-from sparse_context.mini.sparse import FULL, FULL_KV, export_adapter, train_sparse
+from recipes.mini.base import BaseConfig, restore, train_base
+from recipes.mini.data import load_assets
+from recipes.mini.export import export
+from recipes.mini.sparse import FULL, FULL_KV, export_adapter, train_sparse
+from recipes.mini.vae import VaeConfig, train_vae
+from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOREVER = 10**6  # steps and checkpoints of a run by the clock
 QUALITY = 93
 CUTS = {"sparse": (0.6, 44), "sparse-kv": (1.0, 32)}
 """Share and rank of the LoRA of each fine-tuning: with the base they have to be below 34 MiB."""
-MIX = {"edit_background": 0.07, "edit_object": 0.07, "edit_global": 0.07, "edit_remove": 0.01, "subject_place": 0.27,
-       "subject_scale": 0.03, "subject_pair": 0.17, "subject_scene": 0.13, "subject_quarters": 0.18}  # fmt: skip
+MIX = {
+    "edit_background": 0.07,
+    "edit_object": 0.07,
+    "edit_global": 0.07,
+    "edit_remove": 0.01,
+    "subject_place": 0.27,
+    "subject_scale": 0.03,
+    "subject_pair": 0.17,
+    "subject_scene": 0.13,
+    "subject_quarters": 0.18,
+}
 
 
 def pack(assets: Path, destination: Path) -> None:
@@ -63,8 +74,10 @@ def pack(assets: Path, destination: Path) -> None:
             made.append(np.frombuffer(file.getvalue(), np.uint8))
         return {"": np.concatenate(made), "_ends": np.cumsum([len(one) for one in made]), "_split": split[chosen]}
 
-    parts = {"object": files(everything.objects, everything.object_split, 60),
-             "photo": files(everything.photos, everything.photo_split, 10)}  # fmt: skip
+    parts = {
+        "object": files(everything.objects, everything.object_split, 60),
+        "photo": files(everything.photos, everything.photo_split, 10),
+    }
     save_file(
         {f"{name}{part}": array for name, part_of in parts.items() for part, array in part_of.items()}, destination
     )
@@ -81,8 +94,12 @@ def unpack(packed: Path, destination: Path) -> None:
             return np.stack(list(pool.map(lambda one: np.asarray(Image.open(io.BytesIO(one)).convert(mode)), data)))
 
     objects = pictures("object", "RGBA")
-    tensors = {"objects": objects, "photos": pictures("photo", "RGB"), "object_split": found["object_split"],
-               "photo_split": found["photo_split"]}  # fmt: skip
+    tensors = {
+        "objects": objects,
+        "photos": pictures("photo", "RGB"),
+        "object_split": found["object_split"],
+        "photo_split": found["photo_split"],
+    }
     destination.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, destination, metadata={"names": json.dumps([""] * len(objects))})
 
@@ -120,10 +137,25 @@ def train(arguments: argparse.Namespace) -> None:
         torch.backends.cudnn.benchmark = False
         copy_records("vae")
     if arguments.base:
-        config = BaseConfig(steps=FOREVER, batch=arguments.batch, repeats=2, lr=1.5e-3, muon_lr=3e-3, ema=0.995,
-                            seed=arguments.seed, mix=tuple(MIX.items()))  # fmt: skip
-        train_base(folder, config, workers=workers, seconds=arguments.base, save_every=FOREVER, show_every=FOREVER,
-                   compiled=torch.cuda.is_available())  # fmt: skip
+        config = BaseConfig(
+            steps=FOREVER,
+            batch=arguments.batch,
+            repeats=2,
+            lr=1.5e-3,
+            muon_lr=3e-3,
+            ema=0.995,
+            seed=arguments.seed,
+            mix=tuple(MIX.items()),
+        )
+        train_base(
+            folder,
+            config,
+            workers=workers,
+            seconds=arguments.base,
+            save_every=FOREVER,
+            show_every=FOREVER,
+            compiled=torch.cuda.is_available(),
+        )
         copy_records("base")
         export(folder, WEIGHTS)
         export(folder, output / "exact", torch.float32)

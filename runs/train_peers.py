@@ -2,14 +2,14 @@
 
     python runs/train_peers.py {downscaled,merged} [--steps 100]
 
-The same fine-tuning as `python -m sparse_context.mini sparse --full` (mini/sparse.py), with as many samples, each taken
+The same fine-tuning as `python -m recipes.mini sparse --full` (mini/sparse.py), with as many samples, each taken
 three times: by the method of that name in sparse_context/speed/methods.py the references are left with a share of their
 tokens, from the same range, or with all of them in an eighth of the cases. (Scaled down, a sample has other noise each
 of the three times, and not one for all.) The run goes to `checkpoints/ablations/METHOD`, where `runs/ablations.py`
 finds it. Merging is by content, and the tokens' places are shared by a batch, so there a batch is one sample. A run
 that is stopped continues; one of merged tokens then draws other shares than it would have.
 
-It needs the scenes' objects: `python -m sparse_context.mini data`.
+It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
@@ -23,15 +23,18 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from sparse_context.generation import NO_LORA, load_pipeline
-from sparse_context.mini.data import load_assets
-from sparse_context.mini.sparse import choose, scene_batches
-from sparse_context.speed.methods import downscaled_grid, merge_tokens
+from recipes.mini.data import load_assets
+from recipes.mini.sparse import choose, scene_batches
+from sparse_context.bench.methods import downscaled_grid, merge_tokens
+from sparse_context.families.flux2.train import Flux2
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.tokens import ReferenceTokens
+from sparse_context.training.config import FinetuneConfig
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import Dropping
-from sparse_context.training.finetune import EMBEDDED, FinetuneConfig, finetune
-from sparse_context.training.hosts import Flux2
+from sparse_context.training.export import EMBEDDED
+from sparse_context.training.finetune import finetune
 
 ROOT = Path(__file__).resolve().parents[1]
 

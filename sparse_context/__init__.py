@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .budget import choose_tokens as choose_tokens
     from .cache import ReferenceCache as ReferenceCache
+    from .config import SparseContextConfig as SparseContextConfig
     from .preview import draw_kept as draw_kept
     from .selection import Kept as Kept
     from .selection import Selection as Selection
-    from .selection import SparseContextConfig as SparseContextConfig
     from .selection import select_tokens as select_tokens
-    from .selectors import SELECTORS as SELECTORS
-    from .selectors import blend as blend
-    from .selectors import mask as mask
+    from .selectors.masks import mask as mask
+    from .selectors.registry import SELECTORS as SELECTORS
+    from .selectors.registry import blend as blend
     from .sparsify import apply_sparse_context as apply_sparse_context
     from .sparsify import last_selection as last_selection
     from .sparsify import remove_sparse_context as remove_sparse_context

@@ -21,7 +21,7 @@ import torch
 from torch.utils.weak import WeakIdRef
 
 from .selection import score_tokens
-from .selectors import name_of
+from .selectors.registry import name_of
 
 
 class ReferenceCache:
@@ -70,10 +70,15 @@ class ReferenceCache:
         one of a VAE whose weights are elsewhere until it runs, as accelerate's sequential offloading has it.
         """
         about = (
-            _name_of(encode), type(vae).__qualname__, _settings(vae), image.dtype, image.device,
-            torch.is_autocast_enabled(image.device.type), torch.get_autocast_dtype(image.device.type),
+            _name_of(encode),
+            type(vae).__qualname__,
+            _settings(vae),
+            image.dtype,
+            image.device,
+            torch.is_autocast_enabled(image.device.type),
+            torch.get_autocast_dtype(image.device.type),
             torch.is_inference_mode_enabled(),
-        )  # fmt: skip
+        )
         weights = self._digest_of_weights(vae)
         if weights is None:
             return encode()

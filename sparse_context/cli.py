@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .speed.shapes import SHAPES
+from .bench.shapes import SHAPES
 
 if TYPE_CHECKING:
-    from .selection import SparseContextConfig
+    from .config import SparseContextConfig
 
 app = typer.Typer(
     add_completion=False,
@@ -121,9 +121,12 @@ def generate(
     paint_mask = None if inpaint is None else open_mask(inpaint, references[0].size)
 
     _hide_loading_bars()
-    from .generation import NO_LORA, check_call, check_lora_scale, check_references, generate, load_pipeline
+    from .config import SparseContextConfig
+    from .pipelines.engine import generate
+    from .pipelines.load import load_pipeline
+    from .pipelines.lora_file import NO_LORA, check_lora_scale
+    from .pipelines.settings import check_call, check_references
     from .preview import draw_selection, label, side_by_side
-    from .selection import SparseContextConfig
 
     check_references(model, len(references), inpaint is not None)
     check_lora_scale(lora_scale)
@@ -328,8 +331,8 @@ def train(
     sparse_context.training, with the same options."""
     source = _source(dataset_config_name, split, image_column, cond_image_column, caption_column)
     if check_data:
-        from .generation import most_references
-        from .manifest import check_samples
+        from .pipelines.settings import most_references
+        from .samples import check_samples
 
         problems = check_samples(data, most_references=most_references(model), **source)
         print("\n".join(problems) if problems else f"{data}: every row is good.")
@@ -340,7 +343,7 @@ def train(
 
     dropping: dict[str, Any] = {"keep_min": keep_min, "keep_max": keep_max, "dense": dense}
     if drop_mix is not None:
-        from .selectors import read_weights
+        from .selectors.registry import read_weights
 
         dropping["mix"] = read_weights("drop-mix", drop_mix, "random=0.5,blobs=0.5")
     if coverage:
@@ -443,12 +446,15 @@ def evaluate(
     ),
 ) -> None:
     """Measure quality against the tokens kept, on the same noise, with 95 % intervals."""
-    from .evaluation.evaluate import evaluate, fingerprint, grid, maker, open_folder, table
+    from .evaluation.evaluate import evaluate, fingerprint, open_folder
+    from .evaluation.grid import grid, maker
     from .evaluation.metrics import METRICS, find_metrics, try_out
     from .evaluation.pie_bench import PIE_METRICS, read_pie_bench
     from .evaluation.plots import check_installed, draw_all
-    from .generation import check_references, load_pipeline, most_references
-    from .manifest import read_samples
+    from .evaluation.report import table
+    from .pipelines.load import load_pipeline
+    from .pipelines.settings import check_references, most_references
+    from .samples import read_samples
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: pass a number of samples, 1 or more.")
@@ -459,8 +465,15 @@ def evaluate(
     metrics = find_metrics(metric or [name for name, one in usual.items() if one.model is None], known)
     check_installed(metrics, manifest)
     keeps, selectors = [_number(k) for k in keep.split(",")], [_selector(s) for s in selector or ["auto"]]
-    cells = grid(keeps, selectors, tasks=task or ["auto"], coverages=coverage or [None], merges=merge or [0.0],
-                 share=share, floor=floor)  # fmt: skip
+    cells = grid(
+        keeps,
+        selectors,
+        tasks=task or ["auto"],
+        coverages=coverage or [None],
+        merges=merge or [0.0],
+        share=share,
+        floor=floor,
+    )
     if manifest is not None:
         source = _source(dataset_config_name, split, image_column, cond_image_column, caption_column)
         read = read_samples(manifest, needs_image=False, most_references=most_references(model), **source)
@@ -477,9 +490,18 @@ def evaluate(
         model, dtype=dtype, device=device, cpu_offload=cpu_offload, lora=lora, lora_scale=lora_scale, kv=kv
     )
     pipe.set_progress_bar_config(disable=True)
-    about = {"data": str(manifest or pie_bench), **part, "model": model or "embedded", "lora": lora,
-             "lora_scale": lora_scale, "weights": fingerprint(pipe), "steps": steps, "guidance_scale": guidance_scale,
-             "dtype": dtype, **({"kv": True} if kv else {})}  # fmt: skip
+    about = {
+        "data": str(manifest or pie_bench),
+        **part,
+        "model": model or "embedded",
+        "lora": lora,
+        "lora_scale": lora_scale,
+        "weights": fingerprint(pipe),
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "dtype": dtype,
+        **({"kv": True} if kv else {}),
+    }
     make = maker(pipe, steps=steps, guidance_scale=guidance_scale)
     result = evaluate(make, samples, cells, metrics, output, seed=seed, about=about)
     drawn = draw_all(result, output, samples)
@@ -495,7 +517,7 @@ def demo(
     ] = None,
 ) -> None:
     """Run the embedded model on pictures that it has not seen: kept tokens, dense, sparse and KV outputs, the times."""
-    from .mini.demo import run_demo
+    from .embedded.demo import run_demo
 
     _hide_loading_bars()
     run_demo(output, None if keep is None else _number(keep))
@@ -538,7 +560,9 @@ def bench(
     if plot is not None:
         check_output(plot)
     _hide_loading_bars()
-    from .speed.bench import BenchConfig, read_quality, run_bench
+    from .bench.config import BenchConfig
+    from .bench.report import read_quality
+    from .bench.run import run_bench
 
     config = BenchConfig(
         references=tuple(references or (1, 2, 4)),
@@ -570,9 +594,9 @@ def _source(config_name: str | None, split: str, image: str, references: str, pr
 
 
 def _config(keep, selector, task, coverage, merge, share, floor, mask, references) -> "SparseContextConfig":
+    from .config import SparseContextConfig
     from .images import open_mask
-    from .selection import SparseContextConfig
-    from .selectors import mask as masks_of
+    from .selectors.masks import mask as masks_of
 
     for option, values in (("--keep", keep), ("--selector", selector)):
         if values and len(values) not in (1, len(references)):
@@ -634,7 +658,7 @@ def _selector(text: str):
         return None
     if "=" not in text:
         return text
-    from .selectors import read_weights
+    from .selectors.registry import read_weights
 
     return read_weights("selector", text, "saliency=0.7,edges=0.3")
 

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from .cache import ReferenceCache
-from .selection import Selection, SparseContextConfig, score_tokens, select_tokens
-from .selectors import user_mask
+from .config import SparseContextConfig
+from .selection import Selection, score_tokens, select_tokens
+from .selectors.registry import user_mask
 from .tokens import ReferenceTokens
 
 ATTRIBUTE = "_sparse_context"
@@ -203,8 +204,14 @@ def _sparse(cls: Any) -> Any:
         cls.__name__,
         (cls,),
         {
-            "__call__": call_sparsely, "__getattribute__": see, "__copy__": copy_shallowly,
-            "__deepcopy__": _refuse_copy, "__reduce_ex__": _refuse_copy, "__new__": make_plain,
-            "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
+            "__call__": call_sparsely,
+            "__getattribute__": see,
+            "__copy__": copy_shallowly,
+            "__deepcopy__": _refuse_copy,
+            "__reduce_ex__": _refuse_copy,
+            "__new__": make_plain,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
         },
-    )  # fmt: skip
+    )

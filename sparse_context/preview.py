@@ -7,8 +7,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .selection import Kept, Selection, SparseContextConfig, select_tokens
-from .selectors import user_mask
+from .config import SparseContextConfig
+from .selection import Kept, Selection, select_tokens
+from .selectors.registry import user_mask
 
 MAX_AREA = 1024 * 1024  # what the FLUX.2 pipelines scale a larger reference down to, in pixels
 MAX_ASPECT = 8  # they refuse anything wider or taller

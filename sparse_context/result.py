@@ -1,6 +1,5 @@
 """Result: the one JSON record behind every published figure, shared by evaluation, benchmark and `runs/`."""
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .images import save_text
-from .saliency import WEIGHTS
-from .selection import TASKS, task_defaults
+from .selection import selection_version
 
 CODE = (":/", ":(top,exclude)results", ":(top,exclude)docs")  # what runs write does not change what they measure
+
+
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "opencv-python-headless")
 
 
@@ -46,13 +46,6 @@ def write_result(path: Path, name: str, config: dict[str, Any], figures: dict[st
     path.parent.mkdir(parents=True, exist_ok=True)
     save_text(json.dumps(result, indent=2) + "\n", path)
     return result
-
-
-def selection_version() -> str:
-    """What the tasks choose by: a digest of the saliency net's weights and of the rule of every task."""
-    rules = [(task, count, task_defaults(task, count)) for task in TASKS for count in (1, 2)]
-    weights = WEIGHTS.read_bytes() if WEIGHTS.is_file() else b""
-    return hashlib.sha256(repr(rules).encode() + weights).hexdigest()[:12]
 
 
 def _git(*arguments: str) -> str:

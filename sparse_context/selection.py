@@ -5,114 +5,22 @@ This is the whole idea in one call, without a host: `select_tokens(images, grids
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .budget import check_budget, choose_tokens, keeps_all, merge_rest
-from .selectors import Selector, find_mask, name_of, prepare, resolve, user_mask
+from .budget import check_budget, choose_tokens, keeps_all
+from .config import TASKS, SparseContextConfig, per_reference, task_defaults
+from .merge import merge_rest
+from .selectors.registry import find_mask, name_of, prepare, resolve, user_mask
 
-TASKS = ("auto", "edit", "global", "subject")
 BELOW_ALL = np.float32(-1e-9)  # a selector's lowest score is 0; this adds nothing to the mass that "auto" measures
-
-
-def task_defaults(task: str, references: int) -> tuple[str | dict[str, float], float]:
-    """The rule by which a task decides (selector, coverage) where the user did not.
-
-    - "edit", an edit that keeps the picture's layout: edges and saliency, half each, with a tenth of the tokens spread
-      evenly, because flat regions are blind otherwise. (The paper, arXiv 2606.23682, takes edges alone, and names that
-      limitation. Whatever the edit spares is looked at closest where it is salient.)
-    - "global", an edit of the whole picture, such as a colour tone or a style: tokens spread evenly, since every region
-      is asked for. No selector knows better, and the embedded model breaks such an edit with the first tokens that it
-      goes without (docs/quality.md): keep="auto" keeps all.
-    - "subject", a subject put into a new scene: the selector of that name, saliency with the subject's outline and rim,
-      and nothing for the background.
-    - "auto": one reference is taken for an edit, several for subjects. (The shape of the output cannot tell: by default
-      it is the first reference's.)
-    """
-    if task == "global":
-        return "uniform", 0.0
-    if task == "edit" or (task == "auto" and references == 1):
-        return {"edges": 0.5, "saliency": 0.5}, 0.1
-    return "subject", 0.0
-
-
-@dataclass(frozen=True)
-class SparseContextConfig:
-    """What to keep of the references. `keep` is the dial; all else has a default that serves.
-
-    The important ones:
-
-    - `keep`: a ratio in (0, 1], a count of at least 2 tokens over all references, or "auto" (for each reference the
-      fewest tokens that hold the share `mass` of its scores; all for a global edit). One value, or one per reference.
-      1 keeps all.
-    - `selector`: what makes a token matter: a name of `selectors.SELECTORS`, a mapping of names to weights (a blend), a
-      function (image, grid, generator) -> scores, or `mask([...])`. One, or a list with one per reference. None: the
-      task decides.
-    - `task`: "edit", "global", "subject" or "auto", one or one per reference: see `task_defaults`.
-
-    To tinker with:
-
-    - `coverage`: the share of kept tokens, in [0, 1], that is spread evenly over the pictures. None: the task decides;
-      but a selector that you name under the task "auto" is taken at its word, with no coverage.
-    - `share`: "equal" (each reference keeps the same ratio) or "joint" (tokens of all references compete: for scores
-      that may be compared, such as those of one selector; else one reference starves the others).
-    - `floor`: the least number of tokens of each reference; with 0, one may end up with none.
-    - `multiple_of`: round the total up to a multiple, for compilers and context parallelism.
-    - `merge`: the share of the budget, in [0, 1], that goes to averages of the rest, each over a block of tokens: as
-      many tokens in all, fewer of them sharp, and no region is lost. 0, or a share under half a token: what is not kept
-      is dropped.
-    - `mass`: in (0, 1], for keep="auto".
-    - `seed`: of the selectors' own random numbers, which the image's noise never shares.
-
-    Raises ValueError that names the field and its value. `budget.choose_tokens` has the details of the budget.
-    """
-
-    keep: float | str | Sequence[float | str] = 0.2
-    selector: str | Mapping | Selector | Sequence | None = None
-    task: str | Sequence[str] = "auto"
-
-    coverage: float | None = None
-    share: str = "equal"
-    floor: int = 1
-    multiple_of: int = 1
-    merge: float = 0.0
-    mass: float = 0.8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for field in fields(self):  # arrays cannot be compared, and one without a dimension is a number
-            value = getattr(self, field.name)
-            if isinstance(value, np.ndarray):
-                object.__setattr__(self, field.name, tuple(value.tolist()) if value.ndim else value.item())
-        if self.coverage is not None and np.ndim(self.coverage):
-            raise ValueError(f"coverage is {self.coverage!r}: pass one share from 0 to 1, or None.")
-        coverage = 0.0 if self.coverage is None else self.coverage
-        check_budget(self.keep, self.share, self.floor, coverage, self.multiple_of, self.mass, self.merge)
-        for name, value in (("task", self.task), ("selector", self.selector)):
-            if isinstance(value, (list, tuple)) and not value:
-                raise ValueError(f"{name} is {value!r}: pass one value, or one per reference.")
-        for task in self.task if isinstance(self.task, (list, tuple)) else [self.task]:
-            if task not in TASKS:
-                raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
-        selectors: Any = self.selector
-        for selector in selectors if isinstance(selectors, (list, tuple)) else [selectors]:
-            if selector is not None:
-                resolve(selector)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
-            raise ValueError(f"seed is {self.seed!r}: pass a whole number, 0 or more.")
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether all tokens of any references are kept: by a ratio of 1, or by "auto" where the task is "global"."""
-        count = max(1 if isinstance(own, str) else np.size(own) for own in (self.keep, self.task))
-        pairs = zip(per_reference("keep", self.keep, count), per_reference("task", self.task, count), strict=True)
-        return all(task == "global" if keep == "auto" else keep == 1 for keep, task in pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,6 +147,22 @@ def score_tokens(selector: Any, image: np.ndarray | None, grid: tuple[int, int],
     return resolve(selector)[1](image, grid, np.random.default_rng(seed))
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a config means for the references of one call, before anybody looks at them: one value for each reference.
+
+    grids: (rows, columns). tasks: by name. keep: as `choose_tokens` takes it. selectors: None where every token is
+    kept, so that nothing has to be scored. labels: of the selectors. coverages: shares of evenly spread tokens.
+    """
+
+    grids: list[tuple[int, int]]
+    tasks: list[str]
+    keep: Any
+    selectors: list[Any]
+    labels: list[str]
+    coverages: list[float]
+
+
 def select_tokens(
     images: Sequence[np.ndarray | Sequence[np.ndarray] | None],
     grids: Sequence[tuple[int, int]],
@@ -259,95 +183,136 @@ def select_tokens(
     Raises ValueError, in one sentence, for values that do not fit these references.
     """
     start = time.perf_counter()
-    count = len(grids)
-    if len(images) != count:
-        raise ValueError(f"There are {len(images)} pictures for {count} token grids: pass one grid per picture.")
-    grids = [(int(rows), int(columns)) for rows, columns in grids]
-    sizes = [rows * columns for rows, columns in grids]
-    for i, (image, grid) in enumerate(zip(images, grids, strict=True), start=1):
-        if min(grid) < 1:
-            raise ValueError(f"The token grid of reference {i} is {grid}: a reference has at least one token.")
-        for one in image if isinstance(image, (list, tuple)) else [image]:
-            if one is not None and not isinstance(one, np.ndarray):
-                raise ValueError(f"Reference {i} is {one!r}: pass its pixels, a uint8 array (H, W, 3), or None.")
-    pictures: list[Any] = [[image] if isinstance(image, np.ndarray) else image for image in images]
-    check_budget(config.keep, references=count)
-    tasks = per_reference("task", config.task, count)
-    selectors = per_reference("selector", config.selector, count)
-    for i in range(count):
-        user_mask(config.selector, i)  # raises where there are too few
-    given = find_mask(config.selector)
-    if given is not None and len(given.masks) > count:
-        raise ValueError(
-            f"The selector holds {len(given.masks)} masks for {count} references: pass one mask per reference "
-            "(None for its own alpha channel)."
-        )
-
-    keep, keeps = config.keep, per_reference("keep", config.keep, count)
-    if "global" in tasks and "auto" in keeps:
-        keep = keeps = [1.0 if pair == ("auto", "global") else pair[0] for pair in zip(keeps, tasks, strict=True)]
-    everything = keeps_all(keep, sizes)
-    apart = isinstance(keep, (list, tuple, np.ndarray)) and config.multiple_of == 1
-    labels, coverages = [], []
-    to_score: list[Any] = []  # the selector of each reference, None where all of it is kept
-    for i in range(count):
-        selector, coverage = task_defaults(tasks[i], count)
-        if selectors[i] is not None:
-            selector, coverage = selectors[i], 0.0 if tasks[i] == "auto" else coverage
-        coverages.append(coverage if config.coverage is None else float(config.coverage))
-        whole = everything or (apart and keeps_all(keeps[i], [sizes[i]]))
-        labels.append("all" if whole else resolve(selector)[0])
-        to_score.append(None if whole else selector)
-
-    waited = time.perf_counter()
-    for selector in to_score:
-        if selector is not None:
-            prepare(selector)
-    start += time.perf_counter() - waited
-
-    def scores_of(i: int) -> np.ndarray:
-        if to_score[i] is None:
-            return np.ones(grids[i], np.float32)
-        parts = [score(to_score[i], image, grids[i], (config.seed, i)) for image in pictures[i] or [None]]
-        part = parts[0] if len(parts) == 1 else np.stack(parts).mean(axis=0, dtype=np.float32)
-        inside = None if shown is None else shown[i]
-        return part if inside is None else np.where(inside, part, BELOW_ALL)
-
-    # Side by side, unless a function of the user's own is asked, which need not be safe for threads
-    scored = [selector for selector in to_score if selector is not None]
-    if len(scored) > 1 and all(name_of(selector) is not None for selector in scored):
-        with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
-            scores = list(pool.map(scores_of, range(count)))
-    else:
-        scores = [scores_of(i) for i in range(count)]
-
+    batches = _check_pictures(images, grids)
+    plan = plan_selection(config, grids)
+    start += _prepare_selectors(plan.selectors)  # reading a net once is not what choosing costs
+    scores = score_references(plan, batches, config.seed, shown, score)
     index = choose_tokens(
         scores,
-        keep,
+        plan.keep,
         share=config.share,
         floor=config.floor,
-        coverage=coverages,
+        coverage=plan.coverages,
         multiple_of=config.multiple_of,
         mass=config.mass,
     )
-    firsts = [batch[0] if batch else None for batch in pictures]
-    into: list[np.ndarray | None] = [None] * count
+    index, into = _merge(scores, index, config.merge, plan.coverages)
+    pictures = [batch[0] if batch else None for batch in batches]
+    kept = tuple(map(Kept, plan.grids, index, scores, plan.labels, pictures, into, plan.tasks))
+    task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(plan.tasks))
+    return Selection(kept, task, tuple(plan.coverages), time.perf_counter() - start)
+
+
+def _check_pictures(images: Sequence[Any], grids: Sequence[tuple[int, int]]) -> list[list[np.ndarray]]:
+    """The pictures of each reference, one for each item of a batch: none where there are only latents."""
+    if len(images) != len(grids):
+        raise ValueError(f"There are {len(images)} pictures for {len(grids)} token grids: pass one grid per picture.")
+    batches = []
+    for i, (image, grid) in enumerate(zip(images, grids, strict=True), start=1):
+        if min(grid) < 1:
+            raise ValueError(f"The token grid of reference {i} is {tuple(grid)}: a reference has at least one token.")
+        batch = list(image) if isinstance(image, (list, tuple)) else [image]
+        for picture in batch:
+            if picture is not None and not isinstance(picture, np.ndarray):
+                raise ValueError(f"Reference {i} is {picture!r}: pass its pixels, a uint8 array (H, W, 3), or None.")
+        batches.append([] if image is None else batch)
+    return batches
+
+
+def plan_selection(config: SparseContextConfig, grids: Sequence[tuple[int, int]]) -> Plan:
+    """Who scores each reference, and how its budget is spent: what the user said, and where nothing, the task.
+
+    Raises ValueError where the config holds more or fewer values than there are references.
+    """
+    count = len(grids)
+    check_budget(config.keep, references=count)
+    _check_masks(config.selector, count)
+    grids = [(int(rows), int(columns)) for rows, columns in grids]
+    sizes = [rows * columns for rows, columns in grids]
+    tasks = per_reference("task", config.task, count)
+    keep, keeps = config.keep, per_reference("keep", config.keep, count)
+    if "global" in tasks and "auto" in keeps:
+        keep = keeps = [1.0 if pair == ("auto", "global") else pair[0] for pair in zip(keeps, tasks, strict=True)]
+    all_whole = keeps_all(keep, sizes)
+    budgets_apart = isinstance(keep, (list, tuple, np.ndarray)) and config.multiple_of == 1
+    plan = Plan(grids, tasks, keep, [], [], [])
+    for named, task, ratio, size in zip(
+        per_reference("selector", config.selector, count), tasks, keeps, sizes, strict=True
+    ):
+        selector, coverage = task_defaults(task, count)
+        if named is not None:
+            selector, coverage = named, 0.0 if task == "auto" else coverage
+        whole = all_whole or (budgets_apart and keeps_all(ratio, [size]))
+        plan.selectors.append(None if whole else selector)
+        plan.labels.append("all" if whole else resolve(selector)[0])
+        plan.coverages.append(coverage if config.coverage is None else float(config.coverage))
+    return plan
+
+
+def _check_masks(selector: Any, count: int) -> None:
+    for i in range(count):
+        user_mask(selector, i)  # raises where there are too few
+    mask = find_mask(selector)
+    if mask is not None and len(mask.masks) > count:
+        raise ValueError(
+            f"The selector holds {len(mask.masks)} masks for {count} references: pass one mask per reference "
+            "(None for its own alpha channel)."
+        )
+
+
+def _prepare_selectors(selectors: Sequence[Any]) -> float:
+    """Read what selectors read once; returns the seconds that it took."""
+    start = time.perf_counter()
+    for selector in selectors:
+        if selector is not None:
+            prepare(selector)
+    return time.perf_counter() - start
+
+
+def score_references(
+    plan: Plan,
+    batches: Sequence[Sequence[np.ndarray]],
+    seed: int,
+    shown: Sequence[np.ndarray | None] | None = None,
+    score: Callable[..., np.ndarray] = score_tokens,
+) -> list[np.ndarray]:
+    """The scores of each reference, float32 (rows, columns). The arguments are those of `select_tokens`."""
+
+    def score_reference(i: int) -> np.ndarray:
+        selector, grid = plan.selectors[i], plan.grids[i]
+        if selector is None:
+            return np.ones(grid, np.float32)
+        parts = [score(selector, picture, grid, (seed, i)) for picture in batches[i] or [None]]
+        scores = parts[0] if len(parts) == 1 else np.stack(parts).mean(axis=0, dtype=np.float32)
+        inside = None if shown is None else shown[i]
+        return scores if inside is None else np.where(inside, scores, BELOW_ALL)
+
+    # Side by side, unless a function of the user's own is asked, which need not be safe for threads
+    count = len(plan.grids)
+    asked = [selector for selector in plan.selectors if selector is not None]
+    if len(asked) > 1 and all(name_of(selector) is not None for selector in asked):
+        with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
+            return list(pool.map(score_reference, range(count)))
+    return [score_reference(i) for i in range(count)]
+
+
+def _merge(
+    scores: Sequence[np.ndarray], index: list[np.ndarray], merge: float, coverages: Sequence[float]
+) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    """The kept tokens of each reference once a share of them are averages, and what each token goes into."""
+    index, into = list(index), [None] * len(index)
     for i, part in enumerate(scores):
         # Half an average is none, and where all that is shown is kept there is nothing to average
-        if round(config.merge * len(index[i])) and len(index[i]) < np.count_nonzero(part >= 0):
-            into[i] = own = merge_rest(part, len(index[i]), config.merge, coverages[i])
-            index[i] = np.unique(own[own >= 0])
-    kept = tuple(Kept(*each) for each in zip(grids, index, scores, labels, firsts, into, tasks, strict=True))
-    task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(tasks))
-    return Selection(kept, task, tuple(coverages), time.perf_counter() - start)
+        if round(merge * len(index[i])) and len(index[i]) < np.count_nonzero(part >= 0):
+            into[i] = merge_rest(part, len(index[i]), merge, coverages[i])
+            index[i] = np.unique(into[i][into[i] >= 0])
+    return index, into
 
 
-def per_reference(name: str, value, count: int) -> list:
-    """One value for each reference, from one for all or a sequence with one each."""
-    if not isinstance(value, (list, tuple, np.ndarray)):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(
-            f"{name} has {len(value)} values for {count} references: pass one value, or one per reference."
-        )
-    return list(value)
+def selection_version() -> str:
+    """What the tasks choose by: a digest of the saliency net's weights and of the rule of every task."""
+    from .selectors.saliency import WEIGHTS  # imports torch, which choosing without the net can do without
+
+    rules = [(task, count, task_defaults(task, count)) for task in TASKS for count in (1, 2)]
+    weights = WEIGHTS.read_bytes() if WEIGHTS.is_file() else b""
+    return hashlib.sha256(repr(rules).encode() + weights).hexdigest()[:12]

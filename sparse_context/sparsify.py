@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from .cache import ReferenceCache
+from .config import SparseContextConfig
 from .context import SparseContext, context_of, install, uninstall
 from .families import find_family
-from .selection import Selection, SparseContextConfig
+from .selection import Selection
 
 
 def apply_sparse_context(

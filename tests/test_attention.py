@@ -40,8 +40,13 @@ def test_values_and_gradients_are_those_of_softmax_attention(taken):
 def test_heads_that_lie_apart_in_memory_are_taken_too(taken):
     query, key, value = (tensor.detach().transpose(1, 2).contiguous().requires_grad_() for tensor in draw())
     with MatmulAttention():
-        out = scaled_dot_product_attention(query=query.transpose(1, 2), key=key.transpose(1, 2),
-                                           value=value.transpose(1, 2), attn_mask=None, dropout_p=0.0)  # fmt: skip
+        out = scaled_dot_product_attention(
+            query=query.transpose(1, 2),
+            key=key.transpose(1, 2),
+            value=value.transpose(1, 2),
+            attn_mask=None,
+            dropout_p=0.0,
+        )
     assert len(taken) == 1
     assert torch.equal(out, attention._Attention.apply(*draw()))
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sparse_context.budget import check_budget, choose_tokens, keeps_all, merge_rest, rank_tokens
-from sparse_context.selectors import uniform_order
+from sparse_context.budget import check_budget, choose_tokens, keeps_all, rank_tokens
+from sparse_context.merge import merge_rest
+from sparse_context.selectors.order import uniform_order
 
 grid = st.tuples(st.integers(1, 9), st.integers(1, 9))
 # A few score levels make ties common; the levels are exact in float32.

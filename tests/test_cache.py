@@ -11,7 +11,7 @@ from tiny import CASES, build_flux2, call_flux2, picture, tiny_vae
 
 from sparse_context import ReferenceCache, SparseContextConfig, apply_sparse_context, mask, remove_sparse_context
 from sparse_context.selection import score_tokens
-from sparse_context.selectors import SELECTORS, blend
+from sparse_context.selectors.registry import SELECTORS, blend
 
 NAMES = ["flux2-dev", "klein", "klein-kv", "klein-inpaint"]
 
@@ -142,9 +142,20 @@ def switch_tiling(pipe, references):
 
 
 CHANGES = [
-    change_pixel, change_size, change_preprocessing, change_weight, change_statistics, change_epsilon, load_weights,
-    assign_weights, swap_data, other_vae, change_dtype, change_memory_format, switch_tiling,
-]  # fmt: skip
+    change_pixel,
+    change_size,
+    change_preprocessing,
+    change_weight,
+    change_statistics,
+    change_epsilon,
+    load_weights,
+    assign_weights,
+    swap_data,
+    other_vae,
+    change_dtype,
+    change_memory_format,
+    switch_tiling,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -252,8 +263,11 @@ def asked(selector, image=None, grid=(4, 4), seed=(0, 0), cache=None):
     return cache
 
 
-@pytest.mark.parametrize("selector", [*SELECTORS, mask([np.ones((32, 32), bool)]), {"edges": 0.4, "detail": 0.6},
-                                      blend({"edges": 1, "uniform": 2})], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "selector",
+    [*SELECTORS, mask([np.ones((32, 32), bool)]), {"edges": 0.4, "detail": 0.6}, blend({"edges": 1, "uniform": 2})],
+    ids=str,
+)
 def test_scores_are_found_again(selector):
     cache = asked(selector)
     asked(selector, cache=cache)

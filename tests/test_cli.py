@@ -22,7 +22,7 @@ from test_lora import DOWN_UP, ORIGINAL, REFUSED, flat, make
 from tiny import picture, tiny_transformer
 
 from sparse_context.cli import main
-from sparse_context.mini import ADAPTERS
+from sparse_context.pipelines.embedded import ADAPTERS
 
 COMMAND = [sys.executable, "-m", "sparse_context"]
 EDGE = 384 // 8  # pixels of a token in a drawing of 8 x 8 tokens
@@ -267,7 +267,7 @@ CHOICES = {
     "--nonsense": "No such option: --nonsense",
     "--keep": "requires an argument",
     "--floor many": "Invalid value for '--floor': ",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("face", ["generate", "select"])
@@ -365,7 +365,7 @@ def test_a_bad_option_of_generate(refused, options, says):
     "options", ["--steps 0", "--width 20000", "--seed -1", "--guidance-scale nan", "--image {in}/a.png"]
 )
 def test_what_no_model_takes_is_refused_before_one_is_loaded(refused, options, monkeypatch):
-    monkeypatch.setattr("sparse_context.generation.load_pipeline", None)
+    monkeypatch.setattr("sparse_context.pipelines.load.load_pipeline", None)
     assert refused("generate", *["--image", "{in}/a.png"] * 4, "--prompt", "x", *options.split(" "))
 
 
@@ -478,9 +478,20 @@ def test_a_write_that_fails_leaves_no_half_file(command, tmp_path, monkeypatch, 
             (tmp_path / name).write_bytes(before)
     monkeypatch.setattr(Image.Image, "save", full_disk)
     code, out, err = command(
-        "generate", "-m", "{model}", "--image", "{in}/a.png", "--prompt", "x",
-        "--output", OUTPUTS[0], "--show-tokens", OUTPUTS[1], "--compare", OUTPUTS[2],
-    )  # fmt: skip
+        "generate",
+        "-m",
+        "{model}",
+        "--image",
+        "{in}/a.png",
+        "--prompt",
+        "x",
+        "--output",
+        OUTPUTS[0],
+        "--show-tokens",
+        OUTPUTS[1],
+        "--compare",
+        OUTPUTS[2],
+    )
     assert (code, out) == (2, "")
     expected = f"sparse-context: '{OUTPUTS[failing]}' could not be written (No space left on device); free some space"
     assert err.splitlines()[-1] == expected
@@ -554,9 +565,19 @@ def test_odd_pictures_make_a_picture(command, tmp_path):
     for first in range(0, len(paths), 3):
         options = [o for path in paths[first : first + 3] for o in ("--image", path)]
         code, out, err = command(
-            "generate", "-m", "{model}", "--prompt", "ein Kätzchen 猫 😀\n\t‮", *options,
-            "--output", f"ün {first} 猫.png", "--show-tokens", f"t {first}.png", "--steps", "1",
-        )  # fmt: skip
+            "generate",
+            "-m",
+            "{model}",
+            "--prompt",
+            "ein Kätzchen 猫 😀\n\t‮",
+            *options,
+            "--output",
+            f"ün {first} 猫.png",
+            "--show-tokens",
+            f"t {first}.png",
+            "--steps",
+            "1",
+        )
         assert code == 0, err
         assert pixels(f"ün {first} 猫.png").shape == (64, 64, 3)
         assert f"wrote ün {first} 猫.png, t {first}.png" in out
@@ -621,9 +642,19 @@ def test_the_result_is_that_of_the_pipeline_itself(generate, tiny_model, inputs,
 def test_each_reference_with_all_tokens_is_all_tokens(command):
     for name, keep in (("one.png", ("1",)), ("each.png", ("1.0", "1"))):
         code, _, err = command(
-            "generate", "--prompt", "the object of image 1", "--image", "{in}/a.png", "--image", "{in}/b.png",
-            *(part for value in keep for part in ("--keep", value)), "--steps", 1, "--output", name,
-        )  # fmt: skip
+            "generate",
+            "--prompt",
+            "the object of image 1",
+            "--image",
+            "{in}/a.png",
+            "--image",
+            "{in}/b.png",
+            *(part for value in keep for part in ("--keep", value)),
+            "--steps",
+            1,
+            "--output",
+            name,
+        )
         assert code == 0, err
     assert np.array_equal(pixels("one.png"), pixels("each.png"))
 
@@ -632,9 +663,23 @@ def test_with_all_tokens_the_embedded_model_runs_without_its_adapter(command):
     for keep in ("1", "0.2", "auto"):
         for name, lora in (("own", ()), ("none", ("--lora", "none"))):
             code, _, err = command(
-                "generate", "--prompt", "the object of image 1", "--image", "{in}/a.png", "--keep", keep, "--steps", 1,
-                "--output", f"{name}-{keep}.png", "--compare", f"{name}-{keep}-both.png", "--task", "global", *lora,
-            )  # fmt: skip
+                "generate",
+                "--prompt",
+                "the object of image 1",
+                "--image",
+                "{in}/a.png",
+                "--keep",
+                keep,
+                "--steps",
+                1,
+                "--output",
+                f"{name}-{keep}.png",
+                "--compare",
+                f"{name}-{keep}-both.png",
+                "--task",
+                "global",
+                *lora,
+            )
             assert code == 0, err
     assert ADAPTERS["plain"].is_file()
     assert np.array_equal(pixels("own-1.png"), pixels("none-1.png"))
@@ -646,9 +691,13 @@ def test_with_all_tokens_the_embedded_model_runs_without_its_adapter(command):
 
 def test_a_part_of_the_embedded_models_own_adapter(command):
     options = ("--prompt", "the object of image 1", "--image", "{in}/a.png", "--steps", 1)
-    for name, more in (("whole", ()), ("half", ("--lora-scale", 0.5, "--compare", "both.png")),
-                       ("nothing", ("--lora-scale", 0)), ("none", ("--lora", "none")),
-                       ("dense", ("--lora-scale", 0.5, "--keep", 1))):  # fmt: skip
+    for name, more in (
+        ("whole", ()),
+        ("half", ("--lora-scale", 0.5, "--compare", "both.png")),
+        ("nothing", ("--lora-scale", 0)),
+        ("none", ("--lora", "none")),
+        ("dense", ("--lora-scale", 0.5, "--keep", 1)),
+    ):
         code, _, err = command("generate", *options, *more, "--output", f"{name}.png")
         assert code == 0, err
     assert np.array_equal(pixels("nothing.png"), pixels("none.png"))
@@ -697,10 +746,25 @@ def test_show_tokens_shows_the_kept_ones(generate, inputs):
 
 def test_each_reference_has_its_own_keep_and_selector(generate):
     report = generate(
-        "--image", "{in}/a.png", "--image", "{in}/b.png", "--image", "{in}/c.png",
-        "--keep", "0.5", "--keep", "7", "--keep", "1.0",
-        "--selector", "uniform", "--selector", "auto", "--selector", "edges=2,random=2",
-    )  # fmt: skip
+        "--image",
+        "{in}/a.png",
+        "--image",
+        "{in}/b.png",
+        "--image",
+        "{in}/c.png",
+        "--keep",
+        "0.5",
+        "--keep",
+        "7",
+        "--keep",
+        "1.0",
+        "--selector",
+        "uniform",
+        "--selector",
+        "auto",
+        "--selector",
+        "edges=2,random=2",
+    )
     references = report["selection"]["references"]
     assert [r["kept"] for r in references] == [32, 7, 64]
     assert [r["selector"] for r in references] == ["uniform", "subject", "all"]
@@ -898,8 +962,12 @@ def test_select_draws_what_it_tells(command):
 def table(inputs, tmp_path):
     """A folder of the datasets library with columns of other names; two of its three splits hold the same row."""
     datasets = pytest.importorskip("datasets")
-    features = {"source": datasets.List(datasets.Image()), "target": datasets.Image(),
-                "instruction": datasets.Value("string"), "recaption": datasets.Value("string")}  # fmt: skip
+    features = {
+        "source": datasets.List(datasets.Image()),
+        "target": datasets.Image(),
+        "instruction": datasets.Value("string"),
+        "recaption": datasets.Value("string"),
+    }
     for split, reference, target, prompt in (
         ("train", "a.png", "b.png", "the cat"),
         ("validation", "c.png", "d.png", "the dog"),
@@ -925,9 +993,25 @@ def sentence(err):
 def test_evaluate_reads_the_split_and_the_columns_that_are_named(command, table, inputs, tmp_path):
     def measured(data, output, *options):
         code, _, err = command(
-            "evaluate", "--manifest", data, "-m", "{model}", "--dtype", "float32", "--device", "cpu", "--metric",
-            "psnr", "--keep", "0.5", "--selector", "random", "--output", output, *options
-        )  # fmt: skip
+            "evaluate",
+            "--manifest",
+            data,
+            "-m",
+            "{model}",
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+            "--metric",
+            "psnr",
+            "--keep",
+            "0.5",
+            "--selector",
+            "random",
+            "--output",
+            output,
+            *options,
+        )
         assert code == 0, err
         record = json.loads((tmp_path / output / "result.json").read_text())
         figures = [cell["scores"] for cell in record["figures"]["all"].values()]
@@ -950,8 +1034,22 @@ def test_evaluate_reads_the_split_and_the_columns_that_are_named(command, table,
 
 
 def test_figures_of_another_split_are_not_gone_on_with(command, table, tmp_path):
-    arguments = ["evaluate", "--manifest", "table", *NAMED, "-m", "{model}", "--device", "cpu", "--metric", "psnr",
-                 "--keep", "0.5", "--output", "out"]  # fmt: skip
+    arguments = [
+        "evaluate",
+        "--manifest",
+        "table",
+        *NAMED,
+        "-m",
+        "{model}",
+        "--device",
+        "cpu",
+        "--metric",
+        "psnr",
+        "--keep",
+        "0.5",
+        "--output",
+        "out",
+    ]
     assert command(*arguments, "--split", "test")[0] == 0
     files = {path: path.read_bytes() for path in (tmp_path / "out" / "cells").iterdir()}
     assert command(*arguments, "--split", "test")[0] == 0
@@ -1028,7 +1126,7 @@ def test_select_loads_torch_only_for_the_net(selector, without, inputs, tmp_path
     code = f"""
 import sys
 from sparse_context.cli import main
-from sparse_context.mini import ADAPTERS
+from sparse_context.embedded import ADAPTERS
 try:
     main()
 except SystemExit as end:
@@ -1112,7 +1210,8 @@ def test_an_interrupted_run_ends_quietly(tiny_model, inputs, tmp_path):
 @pytest.mark.parametrize("kv", [False, True])
 def test_the_command_takes_it_as_python_does(command, tiny_model, tmp_path, kv):
     """By kohya's names with alphas, at half its scale, in one picture."""
-    from sparse_context.generation import generate, load_pipeline
+    from sparse_context.pipelines.engine import generate
+    from sparse_context.pipelines.load import load_pipeline
 
     transformer = tiny_transformer()
     tensors, changes = make(transformer, ORIGINAL["klein"], flat("lora_unet_"), DOWN_UP, (1.0, 3.0))

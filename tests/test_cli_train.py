@@ -17,10 +17,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from sparse_context.cli import main
 from sparse_context.images import open_picture
-from sparse_context.training.data import fingerprint
-from sparse_context.training.finetune import LORA_FILE
+from sparse_context.training.cache import fingerprint
+from sparse_context.training.export import LORA_FILE
+from sparse_context.training.files import alone
 from sparse_context.training.launch import text_encoders
-from sparse_context.training.loop import alone
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +38,10 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name, seed in (("a", 0), ("b", 1)):
         picture(64, 64, seed).save(folder / f"{name}.png")
-    rows = [{"references": ["a.png", "b.png"], "image": "b.png", "prompt": "the cat"},
-            {"references": ["b.png"], "image": "a.png", "prompt": "the room"}]  # fmt: skip
+    rows = [
+        {"references": ["a.png", "b.png"], "image": "b.png", "prompt": "the cat"},
+        {"references": ["b.png"], "image": "a.png", "prompt": "the room"},
+    ]
     (folder / "good.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "bad.jsonl").write_text('{"prompt": "x"}\n{"references": ["no.png"], "prompt": "x", "image": "a.png"}\n')
     (folder / "one bad.jsonl").write_text('{"references": ["a.png"], "prompt": "x", "image": "no.png"}\n')
@@ -57,14 +59,46 @@ def call(monkeypatch, capfd, *arguments):
 def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, tiny_model, tmp_path):
     from accelerate.state import AcceleratorState
 
-    from sparse_context.generation import load_pipeline
+    from sparse_context.pipelines.load import load_pipeline
 
-    common = ["--data", data / "good.jsonl", "-m", tiny_model, "--dtype", "float32", "--mixed-precision", "no",
-              "--checkpointing-steps", 1, "--rank", 2, "--drop-mix", "random=1,blobs=1", "--coverage", 0.1,
-              "--merge", 0.5, "--subsets", 2]  # fmt: skip
+    common = [
+        "--data",
+        data / "good.jsonl",
+        "-m",
+        tiny_model,
+        "--dtype",
+        "float32",
+        "--mixed-precision",
+        "no",
+        "--checkpointing-steps",
+        1,
+        "--rank",
+        2,
+        "--drop-mix",
+        "random=1,blobs=1",
+        "--coverage",
+        0.1,
+        "--merge",
+        0.5,
+        "--subsets",
+        2,
+    ]
     out = tmp_path / "run"
-    first = [*common, "--output-dir", out, "--max-train-steps", 2, "--validation-data", data / "good.jsonl",
-             "--validation-steps", 0, "--num-validation-images", 1, "--report-to", "tensorboard"]  # fmt: skip
+    first = [
+        *common,
+        "--output-dir",
+        out,
+        "--max-train-steps",
+        2,
+        "--validation-data",
+        data / "good.jsonl",
+        "--validation-steps",
+        0,
+        "--num-validation-images",
+        1,
+        "--report-to",
+        "tensorboard",
+    ]
     code, said, errors = call(monkeypatch, capfd, *first)
     assert code == 0, errors
     assert said.strip() == f"wrote {out / 'pytorch_lora_weights.safetensors'}"
@@ -92,19 +126,30 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
         code, _, errors = call(monkeypatch, capfd, *again)
         assert code == 2 and f"was started with other settings: {says}" in errors, errors
     AcceleratorState._reset_state(reset_partial_state=True)
-    whole = call(monkeypatch, capfd, *common, "--output-dir", tmp_path / "whole", "--max-train-steps", 3,
-                 "--cache-latents", "--cache-text")  # fmt: skip
+    whole = call(
+        monkeypatch,
+        capfd,
+        *common,
+        "--output-dir",
+        tmp_path / "whole",
+        "--max-train-steps",
+        3,
+        "--cache-latents",
+        "--cache-text",
+    )
     assert whole[0] == 0
     kept = {
         name: len(list((tmp_path / "whole").glob(f"cache/{name}/**/*.safetensors"))) for name in ("latents", "text")
     }
     assert kept == {"latents": 2, "text": 2}
     AcceleratorState._reset_state(reset_partial_state=True)
-    code, _, errors = call(monkeypatch, capfd, *common, "--output-dir", tmp_path / "new", "--max-train-steps", 1,
-                           "--resume", "latest")  # fmt: skip
+    code, _, errors = call(
+        monkeypatch, capfd, *common, "--output-dir", tmp_path / "new", "--max-train-steps", 1, "--resume", "latest"
+    )
     assert code == 0 and f"{tmp_path / 'new'} holds no checkpoint, so the run starts anew." in errors
-    code, _, errors = call(monkeypatch, capfd, *common, "--output-dir", out, "--max-train-steps", 2, "--resume",
-                           "latest")  # fmt: skip
+    code, _, errors = call(
+        monkeypatch, capfd, *common, "--output-dir", out, "--max-train-steps", 2, "--resume", "latest"
+    )
     assert code == 2 and "is at step 3, and max_train_steps is 2: pass at least as many" in errors
     one, other = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (out, tmp_path / "whole"))
     assert all((one[name] == other[name]).all() for name in one)
@@ -130,25 +175,51 @@ sys.addaudithook(note)
 def test_two_processes_train_as_one_and_only_the_first_writes_what_is_kept(data, tiny_model, tmp_path):
     """`accelerate launch -m sparse_context.training`, on one folder. The second process only shares the cache."""
     out = tmp_path / "run"
-    arguments = ["--data", data / "good.jsonl", "-m", tiny_model, "--dtype", "float32", "--mixed-precision", "no",
-                 "--output-dir", out, "--rank", 2, "--max-train-steps", 2, "--checkpointing-steps", 1,
-                 "--cache-latents", "--validation-data", data / "good.jsonl", "--validation-steps", 1,
-                 "--num-validation-images", 1]  # fmt: skip
+    arguments = [
+        "--data",
+        data / "good.jsonl",
+        "-m",
+        tiny_model,
+        "--dtype",
+        "float32",
+        "--mixed-precision",
+        "no",
+        "--output-dir",
+        out,
+        "--rank",
+        2,
+        "--max-train-steps",
+        2,
+        "--checkpointing-steps",
+        1,
+        "--cache-latents",
+        "--validation-data",
+        data / "good.jsonl",
+        "--validation-steps",
+        1,
+        "--num-validation-images",
+        1,
+    ]
     (tmp_path / "sitecustomize.py").write_text(WATCH)
     watched = [tmp_path / "first.log", tmp_path / "second.log"]
     processes = [
-        subprocess.Popen([sys.executable, "-m", "sparse_context.training", *map(str, arguments)],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         env={**os.environ, **rank, "PYTHONPATH": str(tmp_path), "WATCH": str(log)})
+        subprocess.Popen(
+            [sys.executable, "-m", "sparse_context.training", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **rank, "PYTHONPATH": str(tmp_path), "WATCH": str(log)},
+        )
         for rank, log in zip(two_ranks(), watched, strict=True)
-    ]  # fmt: skip
+    ]
     said, errors = zip(*(process.communicate(timeout=300) for process in processes), strict=True)
     assert [process.returncode for process in processes] == [0, 0], errors
     assert said == (f"wrote {out / LORA_FILE}\n", "")
 
     events = [[line.split(" ", 1) for line in log.read_text().splitlines()] for log in watched]
-    touched = [[(event, path.removeprefix(f"{out}/")) for event, path in each if path.startswith(f"{out}/")]
-               for each in events]  # fmt: skip
+    touched = [
+        [(event, path.removeprefix(f"{out}/")) for event, path in each if path.startswith(f"{out}/")] for each in events
+    ]
     assert touched[1] and all(path.partition("/")[0] == "cache" for _, path in touched[1])
     steps = ["step-0000001", "step-0000002"]
     pictures = [f"validation/{step}.webp" for step in steps]
@@ -212,8 +283,16 @@ def test_in_a_folder_in_use_nothing_is_said_but_that(monkeypatch, capfd, data, t
             (tmp_path / "run" / "step-0000001").mkdir(parents=True)
             (tmp_path / "run" / "config.json").write_text('{"dropping": {}}')
         with alone(tmp_path / "run"):
-            code, out, err = call(monkeypatch, capfd, "--data", data / "good.jsonl", "--output-dir", tmp_path / "run",
-                                  "--resume", "latest")  # fmt: skip
+            code, out, err = call(
+                monkeypatch,
+                capfd,
+                "--data",
+                data / "good.jsonl",
+                "--output-dir",
+                tmp_path / "run",
+                "--resume",
+                "latest",
+            )
         said = f"Another run is writing into {tmp_path / 'run'}: wait for its end, or name another folder."
         assert (code, out, err) == (2, "", f"sparse-context: {said}\n")
 
@@ -247,7 +326,7 @@ def test_bad_pictures_are_found_before_a_model_is_loaded(kind, monkeypatch, capf
 
 def test_of_a_large_manifest_all_pictures_have_to_be_there_and_the_first_are_opened(monkeypatch, capfd, data, tmp_path):
     monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
-    monkeypatch.setattr("sparse_context.manifest.CHECKED", 1)
+    monkeypatch.setattr("sparse_context.samples.CHECKED", 1)
     code, _, err = call(monkeypatch, capfd, "--data", spoil(data, "gone"), "--output-dir", tmp_path / "run")
     assert code == 2 and "The sample 000002 cannot be used: " in err and "gone.png" in err
     with pytest.raises(TypeError, match="NoneType"):  # it got as far as the model
@@ -270,8 +349,16 @@ def test_what_a_run_needs_to_go_on_is_missed_before_a_model_is_loaded(monkeypatc
 def test_processes_that_cannot_be_forked_are_refused_before_a_model_is_loaded(monkeypatch, capfd, data, tmp_path):
     monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
-    code, _, err = call(monkeypatch, capfd, "--data", data / "good.jsonl", "--output-dir", tmp_path / "run",
-                        "--dataloader-num-workers", 2)  # fmt: skip
+    code, _, err = call(
+        monkeypatch,
+        capfd,
+        "--data",
+        data / "good.jsonl",
+        "--output-dir",
+        tmp_path / "run",
+        "--dataloader-num-workers",
+        2,
+    )
     assert code == 2 and "The number of processes is 2, which this system cannot fork: pass 0" in err
     assert not (tmp_path / "run").exists()
 
@@ -284,8 +371,16 @@ def test_all_that_is_not_installed_is_named_at_once(monkeypatch, capfd, data, tm
     assert code == 2 and "TensorBoard" in err and "datasets" in err and err.count("sparse-context[train]") == 1
     code, _, err = call(monkeypatch, capfd, "--data", data / "good.jsonl", *common)
     assert code == 2 and "TensorBoard" in err and "datasets" not in err
-    code, _, err = call(monkeypatch, capfd, "--data", data / "good.jsonl", "--validation-data", "owner/name",
-                        "--output-dir", tmp_path / "run")  # fmt: skip
+    code, _, err = call(
+        monkeypatch,
+        capfd,
+        "--data",
+        data / "good.jsonl",
+        "--validation-data",
+        "owner/name",
+        "--output-dir",
+        tmp_path / "run",
+    )
     assert code == 2 and "TensorBoard" not in err and "datasets" in err and "reading owner/name" in err
     assert not (tmp_path / "run").exists()
 
@@ -357,8 +452,19 @@ def test_kv_training_of_a_model_with_guidance_says_what_its_result_is_for(monkey
     model = tmp_path / "tiny klein base"
     build_flux2(Flux2KleinPipeline, is_distilled=False).save_pretrained(model)
     (model / "call.json").write_text(json.dumps(CALL))
-    code, _, errors = call(monkeypatch, capfd, "--data", data / "good.jsonl", "-m", model, "--kv",
-                           "--max-train-steps", 1, "--output-dir", tmp_path / "out")  # fmt: skip
+    code, _, errors = call(
+        monkeypatch,
+        capfd,
+        "--data",
+        data / "good.jsonl",
+        "-m",
+        model,
+        "--kv",
+        "--max-train-steps",
+        1,
+        "--output-dir",
+        tmp_path / "out",
+    )
     said = f"{model} has guidance, which KV mode has not: the result is for its distilled sibling"
     assert code == 0 and said in errors
 
@@ -366,10 +472,21 @@ def test_kv_training_of_a_model_with_guidance_says_what_its_result_is_for(monkey
 @pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_2"])
 def test_cached_prompts_belong_to_the_weights_of_every_text_encoder(encoder):
     pipe = build_kontext(FluxKontextPipeline)
-    sides = {"vocab_size": 9, "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8,
-             "num_attention_heads": 2, "num_layers": 1, "d_model": 8, "d_ff": 8, "d_kv": 4, "num_heads": 2}  # fmt: skip
-    pipe.register_modules(text_encoder=CLIPTextModel(CLIPTextConfig(**sides)),
-                          text_encoder_2=T5EncoderModel(T5Config(**sides)))  # fmt: skip
+    sides = {
+        "vocab_size": 9,
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_layers": 1,
+        "d_model": 8,
+        "d_ff": 8,
+        "d_kv": 4,
+        "num_heads": 2,
+    }
+    pipe.register_modules(
+        text_encoder=CLIPTextModel(CLIPTextConfig(**sides)), text_encoder_2=T5EncoderModel(T5Config(**sides))
+    )
     before = fingerprint(text_encoders(pipe))
     assert fingerprint(text_encoders(pipe)) == before
     with torch.no_grad():
@@ -392,6 +509,9 @@ def test_memory_that_runs_out_is_one_sentence(monkeypatch, capfd, data, tiny_mod
 def test_the_module_for_accelerate_launch_is_the_same_command(data):
     done = subprocess.run(
         [sys.executable, "-m", "sparse_context.training", "--data", str(data / "bad.jsonl"), "--check-data"],
-        capture_output=True, text=True, env=os.environ, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=False,
+    )
     assert done.returncode == 2 and len(done.stdout.splitlines()) == 3

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import picture
 
-from sparse_context.selectors import uniform_order
+from sparse_context.selectors.order import uniform_order
 from sparse_context.training.dropping import KINDS, MIX, Dropping, draw_selection
 
 GRID = (16, 16)
@@ -37,16 +37,22 @@ def test_ratios_are_log_uniform_between_their_bounds_and_a_tenth_is_dense():
 
 
 def test_each_reference_draws_its_own_ratio():
-    ratios = np.array([[len(k.index) / k.scores.size for k in s.references] for s in
-                       draws(300, [GRID, (8, 12)], [PICTURE, np.asarray(picture(96, 64))], dense=0.0)])  # fmt: skip
+    ratios = np.array(
+        [
+            [len(k.index) / k.scores.size for k in s.references]
+            for s in draws(300, [GRID, (8, 12)], [PICTURE, np.asarray(picture(96, 64))], dense=0.0)
+        ]
+    )
     assert abs(np.corrcoef(np.log(ratios.T))[0, 1]) < 0.2
     assert (ratios > 0).all()
 
 
 def test_equal_seeds_draw_equal_sets_and_others_do_not():
     dropping = Dropping(mix={"random": 1.0}, dense=0.0, keep_max=0.5)
-    index = {seed: draw_selection(dropping, [PICTURE], [GRID], seed).index.tolist()
-             for seed in [(0, 5, 0), (0, 5, 1), (0, 6, 0), (1, 5, 0)]}  # fmt: skip
+    index = {
+        seed: draw_selection(dropping, [PICTURE], [GRID], seed).index.tolist()
+        for seed in [(0, 5, 0), (0, 5, 1), (0, 6, 0), (1, 5, 0)]
+    }
     assert len({tuple(i) for i in index.values()}) == 4
     assert draw_selection(dropping, [PICTURE], [GRID], (0, 5, 0)).index.tolist() == index[0, 5, 0]
 
@@ -130,8 +136,11 @@ def test_blobs_are_connected_at_every_budget(seed, rows, columns, share):
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 12), columns=st.integers(1, 12))
 @settings(max_examples=12, deadline=None)
 def test_every_kind_scores_as_a_selector_does(kind, seed, rows, columns):
-    scores = KINDS[kind](np.asarray(picture(columns * 8, rows * 8)) if kind != "mask" else None, (rows, columns),
-                         np.random.default_rng(seed))  # fmt: skip
+    scores = KINDS[kind](
+        np.asarray(picture(columns * 8, rows * 8)) if kind != "mask" else None,
+        (rows, columns),
+        np.random.default_rng(seed),
+    )
     assert scores.shape == (rows, columns) and scores.dtype == np.float32
     assert scores.min() >= 0 and scores.max() <= 1
 

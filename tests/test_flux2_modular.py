@@ -24,7 +24,7 @@ from PIL import Image
 from tiny import build_flux2, build_flux2_modular, call_flux2, call_flux2_modular, picture, watch_inputs
 
 from sparse_context import apply_sparse_context, last_selection, mask
-from sparse_context.families.flux2_modular import SparseContextStep, insert_sparse_context
+from sparse_context.families.flux2.modular import SparseContextStep, insert_sparse_context
 
 PACKAGED = Path(__file__).parents[1] / "examples" / "flux2_modular"
 BLOCKS = {

@@ -20,11 +20,14 @@ from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
 from PIL import Image
 from tiny import picture
 
-import sparse_context.generation
 from sparse_context import SparseContextConfig, last_selection, mask
-from sparse_context.generation import call_settings, generate, load_pipeline, reference_sides
+from sparse_context.pipelines import hub as hub_module
+from sparse_context.pipelines import load
+from sparse_context.pipelines.engine import generate
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.settings import call_settings, reference_sides
 from sparse_context.preview import fit_reference, select_pictures
-from sparse_context.selectors import blend
+from sparse_context.selectors.registry import blend
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +76,15 @@ def test_dtype(tiny_model, name, dtype):
 def test_a_model_that_loads_for_long_has_a_clock_on_a_terminal(tiny_model, tmp_path, monkeypatch, terminal):
     stderr = io.StringIO()
     stderr.isatty = lambda: terminal
-    plain = sparse_context.generation._load_plain
+    plain = load._load_plain
 
     def slow(path, dtype):
         time.sleep(0.5)
         return plain(path, dtype)
 
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(sparse_context.generation, "PATIENCE", 0.1)
-    monkeypatch.setattr(sparse_context.generation, "_load_plain", slow)
+    monkeypatch.setattr(hub_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(load, "_load_plain", slow)
     enabled = diffusers.utils.logging.is_progress_bar_enabled()
     diffusers.utils.logging.disable_progress_bar()
     try:
@@ -148,7 +151,7 @@ def test_what_the_hub_answers_is_told(monkeypatch, status, code, says):
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(sparse_context.generation, "HUB_TIMEOUT", 0.3)
+    monkeypatch.setattr(hub_module, "HUB_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.perf_counter()

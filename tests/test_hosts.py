@@ -10,18 +10,16 @@ from tiny import picture
 from whole import save_whole
 
 from sparse_context import SparseContextConfig
-from sparse_context.generation import generate, load_pipeline
+from sparse_context.pipelines.engine import generate
+from sparse_context.pipelines.load import load_pipeline
 from sparse_context.sparsify import apply_sparse_context
+from sparse_context.training.batch import encode, prepare_batch
+from sparse_context.training.config import FinetuneConfig
 from sparse_context.training.data import Example
-from sparse_context.training.finetune import (
-    LORA_FILE,
-    FinetuneConfig,
-    encode,
-    finetune,
-    flow_matching_loss,
-    prepare_batch,
-)
+from sparse_context.training.export import LORA_FILE
+from sparse_context.training.finetune import finetune
 from sparse_context.training.hosts import HOSTS, find_host
+from sparse_context.training.loss import flow_matching_loss
 
 REFERENCES = {"FluxKontextPipeline": 1, "QwenImageEditPlusPipeline": 2, "Flux3ModularPipeline": 2}
 PICTURES = [picture(128, 64, 1), picture(64, 80, 2)]

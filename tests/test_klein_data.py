@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny import picture
 
-from sparse_context.manifest import read_samples
+from sparse_context.samples import read_samples
 
 SCRIPT = Path(__file__).parents[1] / "runs" / "prepare_klein_data.py"
 
@@ -68,11 +68,15 @@ def test_a_pair_that_is_not_good_enough_is_left_out(recipe, changes):
 
 
 def test_what_is_written_is_a_manifest_and_its_pictures_to_the_last_pixel(recipe, tmp_path):
-    edits = [{"source_img": picture(40, 24, i), "target_img": picture(40, 24, i + 9), "instruction": f"edit {i}"}
-             for i in range(4)]  # fmt: skip
+    edits = [
+        {"source_img": picture(40, 24, i), "target_img": picture(40, 24, i + 9), "instruction": f"edit {i}"}
+        for i in range(4)
+    ]
     rows = [pair(quality_assessment=None), pair(), pair(), pair()]
-    made = [*recipe.write_samples(rows, recipe.subject_sample, "subject", 2, tmp_path),
-            *recipe.write_samples(edits, recipe.edit_sample, "edit", 3, tmp_path)]  # fmt: skip
+    made = [
+        *recipe.write_samples(rows, recipe.subject_sample, "subject", 2, tmp_path),
+        *recipe.write_samples(edits, recipe.edit_sample, "edit", 3, tmp_path),
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in made))
     samples = read_samples(tmp_path / "train.jsonl")
     names = ["subject-000001", "subject-000002", "edit-000000", "edit-000001", "edit-000002"]
@@ -95,12 +99,27 @@ def test_the_whole_script_trains_a_tiny_model_in_the_place_of_the_large_one(size
         "OUTPUT": str(output),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    smaller = ["--model", tiny_model, "--max-train-steps", 1, "--gradient-accumulation-steps", 1, "--rank", 2,
-               "--mixed-precision", "no", "--dtype", "float32"]  # fmt: skip
+    smaller = [
+        "--model",
+        tiny_model,
+        "--max-train-steps",
+        1,
+        "--gradient-accumulation-steps",
+        1,
+        "--rank",
+        2,
+        "--mixed-precision",
+        "no",
+        "--dtype",
+        "float32",
+    ]
     done = subprocess.run(
         ["bash", SCRIPT.with_name(f"train_klein_{size}.sh"), *map(str, smaller)],
-        env=os.environ | places, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=os.environ | places,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     config = json.loads((output / "config.json").read_text())
     assert config["distillation"] == 1 and config["subsets"] == 3 and config["lora_alpha"] == 64

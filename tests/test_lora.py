@@ -8,8 +8,9 @@ import torch
 from diffusers import Flux2KleinPipeline, FluxKontextPipeline
 from safetensors.torch import load_file, save_file
 
-from sparse_context.generation import load_pipeline
-from sparse_context.lora import load_lora, read_lora
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.lora import load_lora
+from sparse_context.pipelines.lora_file import read_lora
 
 BUILD = {name: tiny.CASES[name].build for name in ("klein", "klein-modular", "kontext", "qwen-edit", "flux3")}
 
@@ -226,16 +227,29 @@ def test_a_part_of_it_and_fused(case, tmp_path):
 
 @pytest.mark.parametrize(
     ("case", "scheme"),
-    [("klein", "diffusers"), ("klein", "kohya"), ("klein", "ai-toolkit"), ("klein", "fal"), ("kontext", "diffusers"),
-     ("kontext", "kohya"), ("kontext", "xlabs"), ("qwen-edit", "diffusers"), ("flux3", "diffusers"),
-     ("qwen-edit", "kohya with diffusers' names"), ("flux3", "ai-toolkit")],
-)  # fmt: skip
+    [
+        ("klein", "diffusers"),
+        ("klein", "kohya"),
+        ("klein", "ai-toolkit"),
+        ("klein", "fal"),
+        ("kontext", "diffusers"),
+        ("kontext", "kohya"),
+        ("kontext", "xlabs"),
+        ("qwen-edit", "diffusers"),
+        ("flux3", "diffusers"),
+        ("qwen-edit", "kohya with diffusers' names"),
+        ("flux3", "ai-toolkit"),
+    ],
+)
 def test_where_diffusers_converts_all_it_is_what_diffusers_makes(case, scheme, tmp_path):
     first, second = BUILD[case](), BUILD[case]()
     layers, spelled, ends = SCHEMES[scheme]
     layers = same(first.transformer) if layers is None else layers[case]
-    known = {name: modules for name, modules in layers.items()
-             if "blocks" in name and (case == "klein" or "linear1" not in name)}  # fmt: skip
+    known = {
+        name: modules
+        for name, modules in layers.items()
+        if "blocks" in name and (case == "klein" or "linear1" not in name)
+    }
     tensors, _ = make(first.transformer, known, spelled, ends, (2.0, 4.0) if scheme.startswith("kohya") else None)
     load(first, tensors, tmp_path)
     second.load_lora_weights(dict(tensors))
@@ -276,14 +290,22 @@ def test_settings_of_peft_in_the_file(rslora, tmp_path):
     from peft import LoraConfig, get_peft_model_state_dict
 
     trained, pipe = BUILD["klein"](), BUILD["klein"]()
-    config = LoraConfig(r=2, lora_alpha=3, use_rslora=rslora, target_modules=["to_q", "to_out.0", "proj_out"],
-                        rank_pattern={"proj_out": 4}, alpha_pattern={"transformer_blocks.1.attn.to_q": 7},
-                        init_lora_weights=False)  # fmt: skip
+    config = LoraConfig(
+        r=2,
+        lora_alpha=3,
+        use_rslora=rslora,
+        target_modules=["to_q", "to_out.0", "proj_out"],
+        rank_pattern={"proj_out": 4},
+        alpha_pattern={"transformer_blocks.1.attn.to_q": 7},
+        init_lora_weights=False,
+    )
     trained.transformer.add_adapter(config)
     Flux2KleinPipeline.save_lora_weights(
-        tmp_path, get_peft_model_state_dict(trained.transformer), weight_name="lora.safetensors",
+        tmp_path,
+        get_peft_model_state_dict(trained.transformer),
+        weight_name="lora.safetensors",
         transformer_lora_adapter_metadata=trained.transformer.peft_config["default"].to_dict(),
-    )  # fmt: skip
+    )
     held = load_file(tmp_path / "lora.safetensors")
     changes = {}
     for key, down in held.items():
@@ -416,15 +438,22 @@ def test_a_lokr_is_exact(scheme, scale, tmp_path):
     pipe = BUILD["klein"]()
     original = scheme == "diffusion_model."
     spelled = flat(scheme) if scheme == "lycoris_" else dotted(scheme)
-    full, inner = ("double_blocks.0.img_attn.proj", "single_blocks.0.linear2") if original else (
-        "transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.attn.to_out")  # fmt: skip
+    full, inner = (
+        ("double_blocks.0.img_attn.proj", "single_blocks.0.linear2")
+        if original
+        else ("transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.attn.to_out")
+    )
     w1, w2 = draw(4, 4, seed=1), draw(8, 8, seed=2)
     v1, v2a, v2b = draw(4, 4, seed=3), draw(8, 2, seed=4), draw(2, 32, seed=5)
-    held = {full: {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(9.0)},
-            inner: {"lokr_w1": v1, "lokr_w2_a": v2a, "lokr_w2_b": v2b, "alpha": torch.tensor(3.0)}}  # fmt: skip
+    held = {
+        full: {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(9.0)},
+        inner: {"lokr_w1": v1, "lokr_w2_a": v2a, "lokr_w2_b": v2b, "alpha": torch.tensor(3.0)},
+    }
     tensors = {f"{spelled(name)}.{end}": tensor for name, ends in held.items() for end, tensor in ends.items()}
-    changes = {"transformer_blocks.0.attn.to_out.0": torch.kron(w1, w2),
-               "single_transformer_blocks.0.attn.to_out": 1.5 * torch.kron(v1, v2a @ v2b)}  # fmt: skip
+    changes = {
+        "transformer_blocks.0.attn.to_out.0": torch.kron(w1, w2),
+        "single_transformer_blocks.0.attn.to_out": 1.5 * torch.kron(v1, v2a @ v2b),
+    }
     before = weights_of(pipe.transformer)
     load(pipe, tensors, tmp_path, scale=scale)
     assert_changed(before, pipe.transformer, {name: scale * change for name, change in changes.items()})
@@ -451,22 +480,36 @@ def kontext_with_text():
     from transformers import CLIPTextConfig, CLIPTextModel
 
     pipe = tiny.build_kontext(FluxKontextPipeline)
-    config = CLIPTextConfig(vocab_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                            num_attention_heads=2, max_position_embeddings=8, projection_dim=8)  # fmt: skip
+    config = CLIPTextConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        projection_dim=8,
+    )
     pipe.register_modules(text_encoder=CLIPTextModel(config).eval())
     return pipe
 
 
 @pytest.mark.parametrize(
     ("spelled", "ends"),
-    [(dotted("text_encoder.text_model."), A_B), (dotted("text_encoder."), A_B), (flat("lora_te1_text_model_"), DOWN_UP),
-     (flat("lora_te_text_model_"), DOWN_UP), (dotted("text_encoders.clip_l.transformer.text_model."), DOWN_UP)],
-)  # fmt: skip
+    [
+        (dotted("text_encoder.text_model."), A_B),
+        (dotted("text_encoder."), A_B),
+        (flat("lora_te1_text_model_"), DOWN_UP),
+        (flat("lora_te_text_model_"), DOWN_UP),
+        (dotted("text_encoders.clip_l.transformer.text_model."), DOWN_UP),
+    ],
+)
 @pytest.mark.parametrize("beside", [True, False])
 def test_layers_of_the_text_encoder_that_diffusers_takes_arrive(spelled, ends, beside, tmp_path):
     pipe = kontext_with_text()
-    layers = {f"encoder.layers.{i}.{name}": [f"encoder.layers.{i}.{name}"]
-              for i, name in ((0, "self_attn.q_proj"), (1, "self_attn.out_proj"), (1, "mlp.fc1"))}  # fmt: skip
+    layers = {
+        f"encoder.layers.{i}.{name}": [f"encoder.layers.{i}.{name}"]
+        for i, name in ((0, "self_attn.q_proj"), (1, "self_attn.out_proj"), (1, "mlp.fc1"))
+    }
     deeper = hasattr(pipe.text_encoder, "text_model")
     model = pipe.text_encoder.text_model if deeper else pipe.text_encoder
     text, changes = make(model, layers, spelled, ends, (1.0, 5.0))
@@ -478,13 +521,20 @@ def test_layers_of_the_text_encoder_that_diffusers_takes_arrive(spelled, ends, b
 
 
 TEXT = {
-    "klein": ["text_encoder.model.layers.0.self_attn.q_proj", "lora_te_model_layers_0_mlp_up_proj",
-              "text_encoders.qwen3_4b.transformer.model.layers.0.self_attn.q_proj"],
-    "kontext": ["text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "text_encoder_2.encoder.block.0.layer.0.q",
-                "lora_te2_encoder_block_0", "lora_te3_encoder_block_0"],
+    "klein": [
+        "text_encoder.model.layers.0.self_attn.q_proj",
+        "lora_te_model_layers_0_mlp_up_proj",
+        "text_encoders.qwen3_4b.transformer.model.layers.0.self_attn.q_proj",
+    ],
+    "kontext": [
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+        "text_encoder_2.encoder.block.0.layer.0.q",
+        "lora_te2_encoder_block_0",
+        "lora_te3_encoder_block_0",
+    ],
     "qwen-edit": ["text_encoder.model.layers.0.self_attn.q_proj"],
     "flux3": ["text_encoder.layers.0.q_proj"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -511,9 +561,13 @@ def test_what_changes_nothing_is_not_lost(tmp_path):
     """Zeros that some tools write for what they did not train."""
     pipe = BUILD["kontext"]()
     tensors, changes = make(pipe.transformer, ORIGINAL["kontext"], flat("lora_unet_"), DOWN_UP, (1.0,))
-    zeros = {"lora_te1_x.lora_down.weight": draw(2, 8), "lora_te1_x.lora_up.weight": torch.zeros(8, 2),
-             "lora_te1_x.alpha": torch.tensor(1.0), "lora_unet_img_in.diff_b": torch.zeros(32),
-             "lora_unet_double_blocks_0_img_attn_norm_query_norm.diff": torch.zeros(16)}  # fmt: skip
+    zeros = {
+        "lora_te1_x.lora_down.weight": draw(2, 8),
+        "lora_te1_x.lora_up.weight": torch.zeros(8, 2),
+        "lora_te1_x.alpha": torch.tensor(1.0),
+        "lora_unet_img_in.diff_b": torch.zeros(32),
+        "lora_unet_double_blocks_0_img_attn_norm_query_norm.diff": torch.zeros(16),
+    }
     before = weights_of(pipe.transformer)
     load(pipe, tensors | zeros, tmp_path)
     assert_changed(before, pipe.transformer, changes)
@@ -685,6 +739,6 @@ def test_a_name_is_not_enough_to_unpickle(tmp_path):
 
 def test_nothing_is_loaded_before_the_file_is_found_wrong(tiny_model, tmp_path, monkeypatch):
     save_file(without(f"{Q}.lora_B.weight"), tmp_path / "a.safetensors")
-    monkeypatch.setattr("sparse_context.generation._load_plain", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("sparse_context.pipelines.load._load_plain", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="is there without the other matrix"):
         load_pipeline(str(tiny_model), device="cpu", lora=str(tmp_path / "a.safetensors"))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny import picture
 
-from sparse_context.manifest import ManifestError, Sample, check_pictures, check_samples, read_samples
+from sparse_context.samples import ManifestError, Sample, check_pictures, check_samples, read_samples
 
 
 @pytest.fixture
@@ -33,12 +33,20 @@ GOOD = {"references": ["a.png"], "prompt": "a cat", "image": "truth.png"}
 
 
 def test_a_row_becomes_a_sample_whose_pictures_open_when_asked(folder):
-    row = {**GOOD, "references": ["a.png", "b.png"], "mask": "mask.png", "reference_masks": [None, "mask.png"],
-           "task": "subject", "name": "cat", "source": "ignored"}  # fmt: skip
+    row = {
+        **GOOD,
+        "references": ["a.png", "b.png"],
+        "mask": "mask.png",
+        "reference_masks": [None, "mask.png"],
+        "task": "subject",
+        "name": "cat",
+        "source": "ignored",
+    }
     (sample,) = read_samples(write(folder, row))
     paths = (folder / "a.png", folder / "b.png")
-    assert sample == Sample("cat", "a cat", paths, folder / "truth.png", folder / "mask.png",
-                            (None, folder / "mask.png"), "subject")  # fmt: skip
+    assert sample == Sample(
+        "cat", "a cat", paths, folder / "truth.png", folder / "mask.png", (None, folder / "mask.png"), "subject"
+    )
     assert np.array_equal(sample.open_references()[1], Image.open(folder / "b.png"))
     assert sample.open_image().size == sample.open_mask().size == (96, 64)
     assert [m if m is None else m.mode for m in sample.open_reference_masks()] == [None, "L"]
@@ -118,8 +126,11 @@ def test_more_references_than_a_model_takes_are_named(folder):
 
 
 def test_no_file_and_no_rows_are_said(folder):
-    cases = ((folder / "nothing.jsonl", "does not exist"), ("no-folder/train.jsonl", "does not exist"),
-             (write(folder, ""), "holds no sample"))  # fmt: skip
+    cases = (
+        (folder / "nothing.jsonl", "does not exist"),
+        ("no-folder/train.jsonl", "does not exist"),
+        (write(folder, ""), "holds no sample"),
+    )
     for source, message in cases:
         for function in (read_samples, check_samples):
             with pytest.raises(ManifestError, match=message):
@@ -143,8 +154,11 @@ def test_a_data_set_of_the_datasets_library_is_read_alike(folder, kind):
         (where / "metadata.jsonl").write_text(json.dumps(rows))
     else:
         pictures = {"source": [[str(folder / "a.png")]], "target": [str(folder / "truth.png")]}
-        features = {"source": datasets.List(datasets.Image()), "target": datasets.Image(),
-                    "instruction": datasets.Value("string")}  # fmt: skip
+        features = {
+            "source": datasets.List(datasets.Image()),
+            "target": datasets.Image(),
+            "instruction": datasets.Value("string"),
+        }
         table = datasets.Dataset.from_dict({**pictures, "instruction": ["a cat"]}, datasets.Features(features))
         if kind == "saved":
             table.save_to_disk(where)

@@ -22,11 +22,11 @@ from safetensors.torch import save_file as save_torch
 from transformers import Qwen2Tokenizer
 from typer.testing import CliRunner
 
-from sparse_context import SparseContextConfig
-from sparse_context.generation import generate, load_pipeline
-from sparse_context.mini import ADAPTERS, WEIGHTS, read_call_settings, recipe
-from sparse_context.mini.__main__ import app
-from sparse_context.mini.data import (
+from recipes.mini import base, vae
+from recipes.mini import export as exporting
+from recipes.mini.__main__ import app
+from recipes.mini.base import SIDES, BaseConfig, batch_number, batch_scenes, compiled_blocks, restore, train_base
+from recipes.mini.data import (
     SHA256,
     SPLITS,
     Assets,
@@ -39,38 +39,21 @@ from sparse_context.mini.data import (
     load_assets,
     split_of,
 )
-from sparse_context.mini.demo import read_examples, run_demo
-from sparse_context.mini.model import make_tokenizer, make_vae
-from sparse_context.mini.recipe import (
-    COPYING,
-    SIDES,
-    BaseConfig,
-    DecoderConfig,
-    VaeConfig,
-    batch_number,
-    batch_scenes,
-    check_config,
-    compiled_blocks,
-    correspondence_loss,
-    decoded_sheet,
-    encode_pictures,
-    encode_text,
-    export,
-    flow_matching_loss,
-    load_vae,
-    position_ids,
-    restore,
-    to_tensor,
-    tokenise,
-    train_base,
-    train_decoder,
-    train_vae,
-    watched_heads,
-)
-from sparse_context.mini.samples import scene_samples, tasks_of
-from sparse_context.mini.scenes import COLOURS, PLACES, SHOWS, SUBJECTS, TASKS, TOKEN, draw_scene, make_scene
-from sparse_context.training.data import fingerprint
-from sparse_context.training.loop import load_average, newest_step
+from recipes.mini.export import export
+from recipes.mini.loss import encode_text, flow_matching_loss, position_ids, tokenise
+from recipes.mini.model import encode_pictures, make_tokenizer, make_vae
+from recipes.mini.run_folder import check_config, to_tensor
+from recipes.mini.samples import scene_samples, tasks_of
+from recipes.mini.scenes import COLOURS, PLACES, SHOWS, SUBJECTS, TASKS, TOKEN, draw_scene, make_scene
+from recipes.mini.teaching import COPYING, correspondence_loss, watched_heads
+from recipes.mini.vae import DecoderConfig, VaeConfig, decoded_sheet, load_vae, train_decoder, train_vae
+from sparse_context import SparseContextConfig
+from sparse_context.embedded.demo import read_examples, run_demo
+from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, read_call_settings
+from sparse_context.pipelines.engine import generate
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.training.cache import fingerprint
+from sparse_context.training.checkpoints import load_average, newest_step
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +184,14 @@ def test_heads_that_look_at_the_source_lose_nothing():
 
 def test_watched_heads_are_those_that_attend_and_are_let_go(pipe):
     def call(**settings):
-        return flow_matching_loss(pipe.transformer, torch.zeros(1, 32, 128), torch.ones(1, 32, 4, 4),
-                                  [torch.zeros(1, 32, 4, 6)], torch.Generator().manual_seed(0), **settings)  # fmt: skip
+        return flow_matching_loss(
+            pipe.transformer,
+            torch.zeros(1, 32, 128),
+            torch.ones(1, 32, 4, 4),
+            [torch.zeros(1, 32, 4, 6)],
+            torch.Generator().manual_seed(0),
+            **settings,
+        )
 
     with torch.no_grad():
         alone = call()
@@ -237,8 +226,9 @@ def test_compiled_blocks_are_swapped_in_and_out(pipe):
 
     def run(of):
         with torch.no_grad():
-            return of(hidden_states=still, encoder_hidden_states=None, temb_mod=torch.ones(1, 768),
-                      image_rotary_emb=rotary)  # fmt: skip
+            return of(
+                hidden_states=still, encoder_hidden_states=None, temb_mod=torch.ones(1, 768), image_rotary_emb=rotary
+            )
 
     alone, within, plain = run(block), compiled_blocks(pipe.transformer), block.forward
     with torch.compiler.set_stance("force_eager"), within():
@@ -261,7 +251,7 @@ def test_a_batch_that_is_repeated_is_composed_once(assets, tmp_path, monkeypatch
     save_assets(assets, tmp_path)
     restore(WEIGHTS, tmp_path)
     composed, noises, shares = [], [], set()
-    make, draw = recipe.make_batch, recipe.flow_matching_loss
+    make, draw = base.make_batch, base.flow_matching_loss
 
     def noted(*given):
         composed.append(given[-1])
@@ -272,8 +262,8 @@ def test_a_batch_that_is_repeated_is_composed_once(assets, tmp_path, monkeypatch
         noises.append((target.flatten()[0].item(), generator.initial_seed()))
         return draw(transformer, text, target, references, generator, *rest)
 
-    monkeypatch.setattr(recipe, "make_batch", noted)
-    monkeypatch.setattr(recipe, "flow_matching_loss", drawn)
+    monkeypatch.setattr(base, "make_batch", noted)
+    monkeypatch.setattr(base, "flow_matching_loss", drawn)
     train_base(tmp_path, BaseConfig(steps=6, batch=1, repeats=2), show_every=0)
     assert shares == {3}  # of the batches, as many as are composed
     assert composed[:4] == [0, 1, 2, 3] and len(composed) <= 5  # one may be made ahead
@@ -317,8 +307,12 @@ def test_what_is_shipped_can_be_trained_further(pipe, tmp_path):
 
 
 def save_assets(assets, folder):
-    tensors = {"objects": assets.objects, "photos": assets.photos, "object_split": assets.object_split,
-               "photo_split": assets.photo_split}  # fmt: skip
+    tensors = {
+        "objects": assets.objects,
+        "photos": assets.photos,
+        "object_split": assets.object_split,
+        "photo_split": assets.photo_split,
+    }
     save_file(tensors, folder / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
 
 
@@ -372,7 +366,7 @@ def test_a_kill_after_the_last_step_of_a_restored_vae_loses_nothing(assets, tmp_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "measure_latents", killed)
+        patch.setattr(vae, "measure_latents", killed)
         with pytest.raises(KeyboardInterrupt):
             train_vae(tmp_path, config)
     assert newest_step(tmp_path / "vae") == 1
@@ -387,11 +381,16 @@ def test_a_kill_after_the_last_step_of_a_restored_vae_loses_nothing(assets, tmp_
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_the_recipe_as_commands_ends_at_the_same_model_however_often_it_is_stopped(assets, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "TASKS", ("edit_background",))  # of the sheets, and of the tokenizer's prompts
-    monkeypatch.setattr(recipe, "EXAMPLES", {"one": ("edit_background", 6)})
-    monkeypatch.setattr(recipe, "measure_latents", partial(recipe.measure_latents, pictures=32))
-    three = Assets(assets.objects, np.concatenate([assets.photos, assets.photos[:1]]), assets.object_names,
-                   assets.object_split, np.array([0, 1, 2]))  # fmt: skip
+    monkeypatch.setattr(base, "TASKS", ("edit_background",))  # of the sheets, and of the tokenizer's prompts
+    monkeypatch.setattr(exporting, "EXAMPLES", {"one": ("edit_background", 6)})
+    monkeypatch.setattr(vae, "measure_latents", partial(vae.measure_latents, pictures=32))
+    three = Assets(
+        assets.objects,
+        np.concatenate([assets.photos, assets.photos[:1]]),
+        assets.object_names,
+        assets.object_split,
+        np.array([0, 1, 2]),
+    )
 
     def run(folder, *arguments):
         done = CliRunner().invoke(app, [*map(str, arguments), "--folder", str(folder)], catch_exceptions=False)
@@ -439,8 +438,11 @@ def test_the_decoder_is_trained_and_latents_stay(assets, pipe, tmp_path):
     train_decoder(tmp_path, DecoderConfig(steps=2, batch=2))
     assert sorted(path.name for path in (tmp_path / "vae").iterdir()) == ["final"]
     vae = load_vae(tmp_path)
-    changed = {name.split(".")[0] for name, weight in vae.state_dict().items()
-               if not torch.equal(weight, pipe.vae.state_dict()[name])}  # fmt: skip
+    changed = {
+        name.split(".")[0]
+        for name, weight in vae.state_dict().items()
+        if not torch.equal(weight, pipe.vae.state_dict()[name])
+    }
     assert changed == {"decoder", "post_quant_conv"}
     assert np.array_equal(read_sheet(tmp_path / "decoder"), decoded_sheet(vae, assets))
     assert newest_step(tmp_path / "decoder") == 0  # run again, it does so once more
@@ -448,7 +450,7 @@ def test_the_decoder_is_trained_and_latents_stay(assets, pipe, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_a_base_from_nothing_leaves_its_sample_sheet_and_a_whole_tokenizer(assets, pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "TASKS", ("edit_background",))  # of the sheet, and of the tokenizer's prompts
+    monkeypatch.setattr(base, "TASKS", ("edit_background",))  # of the sheet, and of the tokenizer's prompts
     save_assets(assets, tmp_path)
     pipe.vae.save_pretrained(tmp_path / "vae" / "final")
     (tmp_path / "tokenizer.partial").mkdir()
@@ -539,8 +541,11 @@ def numbers_of(scene):
     """For each quarter of the target, by its corner (down, right), the references that its tokens come from."""
     first = np.cumsum([0] + [r.shape[0] * r.shape[1] // TOKEN**2 for r in scene.references])
     found = np.searchsorted(first, scene.source, side="right")  # 1 for the first; 0 where there is none
-    return {(down, right): set(found[8 * down : 8 * down + 8, 8 * right : 8 * right + 8].ravel()) - {0}
-            for down in (0, 1) for right in (0, 1)}  # fmt: skip
+    return {
+        (down, right): set(found[8 * down : 8 * down + 8, 8 * right : 8 * right + 8].ravel()) - {0}
+        for down in (0, 1)
+        for right in (0, 1)
+    }
 
 
 def test_the_numbers_in_a_prompt_are_those_of_the_references(assets):
@@ -774,8 +779,11 @@ def test_the_tokenizer_keeps_its_ids_when_reloaded(tmp_path):
 def test_the_recipe_sees_what_the_pipeline_sees(pipe):
     settings = read_call_settings(WEIGHTS)
     prompts = ["Make the background plain red.", "Turn the picture grey."]
-    text, _ = pipe.encode_prompt(prompts, max_sequence_length=settings["max_sequence_length"],
-                                 text_encoder_out_layers=settings["text_encoder_out_layers"])  # fmt: skip
+    text, _ = pipe.encode_prompt(
+        prompts,
+        max_sequence_length=settings["max_sequence_length"],
+        text_encoder_out_layers=settings["text_encoder_out_layers"],
+    )
     with torch.no_grad():
         assert torch.allclose(encode_text(pipe.text_encoder, *tokenise(pipe.tokenizer, prompts)), text, atol=1e-5)
     pictures = to_tensor([np.full((128, 128, 3), 90, np.uint8)])
@@ -789,8 +797,13 @@ def test_the_base_learns_at_uniform_noise_levels_moved_towards_noise(pipe):
     seen = []
     hook = pipe.transformer.time_guidance_embed.register_forward_pre_hook(lambda _, given: seen.append(given[0] / 1000))
     with torch.no_grad():
-        flow_matching_loss(pipe.transformer, torch.zeros(2000, 1, 128), torch.zeros(2000, 32, 1, 1), [],
-                           torch.Generator().manual_seed(0))  # fmt: skip
+        flow_matching_loss(
+            pipe.transformer,
+            torch.zeros(2000, 1, 128),
+            torch.zeros(2000, 32, 1, 1),
+            [],
+            torch.Generator().manual_seed(0),
+        )
     hook.remove()
     uniform = seen[0] / (5 - 4 * seen[0])  # the shift undone
     assert torch.allclose(uniform.quantile(torch.tensor([0.1, 0.5, 0.9])), torch.tensor([0.1, 0.5, 0.9]), atol=0.03)
@@ -807,8 +820,13 @@ def test_plain_diffusers_loads_what_is_shipped(pipe):
     assert type(plain) is type(pipe) and plain.config.is_distilled
     example, settings = read_examples()[0], read_call_settings(WEIGHTS)
     taken = ("height", "width", "max_sequence_length", "text_encoder_out_layers", "num_inference_steps")
-    image = plain(image=example["references"], prompt=example["prompt"], guidance_scale=1.0,
-                  generator=torch.Generator().manual_seed(0), **{k: settings[k] for k in taken}).images[0]  # fmt: skip
+    image = plain(
+        image=example["references"],
+        prompt=example["prompt"],
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+        **{k: settings[k] for k in taken},
+    ).images[0]
     made = generate(pipe, example["references"], example["prompt"], SparseContextConfig(keep=1.0))
     assert np.array_equal(image, made.image)
     assert not list(WEIGHTS.rglob("*.bin"))
@@ -837,14 +855,19 @@ def adapter(tmp_path_factory, pipe):
 def test_an_adapter_in_the_package_is_the_default(pipe, adapter, monkeypatch, kv):
     """Folded into the weights it says what plain diffusers makes of the file."""
     files = {mode: adapter if (mode == "kv") == kv else adapter.with_name("no") for mode in ADAPTERS}
-    monkeypatch.setattr("sparse_context.generation.ADAPTERS", files)
+    monkeypatch.setattr("sparse_context.pipelines.load.ADAPTERS", files)
     tuned, base = load_pipeline(device="cpu", kv=kv), load_pipeline(device="cpu", lora="none")
     assert type(tuned).__name__ == ("Flux2KleinKVPipeline" if kv else "Flux2KleinPipeline")
     plain = Flux2KleinPipeline.from_pretrained(WEIGHTS)
     plain.load_lora_weights(adapter.parent, weight_name=adapter.name, use_safetensors=True)
     assert not getattr(tuned.transformer, "peft_config", None)  # no layers beside the layers, which would take time
-    call = dict(hidden_states=torch.rand(1, 40, 32), encoder_hidden_states=torch.rand(1, 8, 128),
-                timestep=torch.tensor([0.7]), img_ids=position_ids(5, 8, 0), txt_ids=torch.zeros(8, 4))  # fmt: skip
+    call = dict(
+        hidden_states=torch.rand(1, 40, 32),
+        encoder_hidden_states=torch.rand(1, 8, 128),
+        timestep=torch.tensor([0.7]),
+        img_ids=position_ids(5, 8, 0),
+        txt_ids=torch.zeros(8, 4),
+    )
     with torch.no_grad():
         dense, none, folded, beside = (
             each.transformer(**call, return_dict=False)[0] for each in (pipe, base, tuned, plain)
@@ -900,7 +923,7 @@ def test_four_references_at_a_fraction_of_the_tokens(pipe):
 def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, capsys, monkeypatch):
     examples = read_examples()
     first = [next(e for e in examples if e["tasks"] == ["global"]), examples[-1]]
-    monkeypatch.setattr("sparse_context.mini.demo.read_examples", lambda: first)
+    monkeypatch.setattr("sparse_context.embedded.demo.read_examples", lambda: first)
     run_demo(tmp_path / "demo", keep=0.25)
     toned, name = (example["name"] for example in first)
     files = ["demo.png", "report.json", f"{toned}.png", f"{name}.png"]
@@ -921,7 +944,7 @@ def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, capsys, monkeypatch
 
 def test_the_demo_keeps_of_each_reference_what_its_task_needs(tmp_path, monkeypatch):
     examples = [example for example in read_examples() if example["name"] == "in-front"]
-    monkeypatch.setattr("sparse_context.mini.demo.read_examples", lambda: examples)
+    monkeypatch.setattr("sparse_context.embedded.demo.read_examples", lambda: examples)
     (row,) = run_demo(tmp_path / "demo")
     assert examples[0]["tasks"] == ["subject", "edit"]
     for way in ("sparse", "sparse kv"):
@@ -953,13 +976,18 @@ def test_scenes_are_samples_that_lose_nothing(assets):
     assert len({scene.target.tobytes() for scene, _, _ in scenes.values()}) == 16
     _, others = scene_samples(assets, 3, 10_000, ["subject_pair", "edit_object"])
     assert [drawn[1:] for drawn in others.values()] == [
-        ("subject_pair", 10_000), ("edit_object", 10_000), ("subject_pair", 10_001)]  # fmt: skip
+        ("subject_pair", 10_000),
+        ("edit_object", 10_000),
+        ("subject_pair", 10_001),
+    ]
     for sample in samples:
         scene, kind, seed = scenes[sample.name]
         again = make_scene(assets, kind, seed)
         assert np.array_equal(np.asarray(sample.open_image()), again.target)
-        assert all(np.array_equal(np.asarray(picture), truth)
-                   for picture, truth in zip(sample.open_references(), again.references, strict=True))  # fmt: skip
+        assert all(
+            np.array_equal(np.asarray(picture), truth)
+            for picture, truth in zip(sample.open_references(), again.references, strict=True)
+        )
         assert np.abs(np.asarray(sample.open_mask()) / 255 - again.mask).max() <= 0.5 / 255 + 1e-6
         assert len(sample.open_reference_masks()) == len(again.references)
     by_kind = {kind: scene for scene, kind, _ in scenes.values()}

@@ -11,12 +11,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 from typer.testing import CliRunner
 
-from sparse_context.generation import load_pipeline
-from sparse_context.mini import ADAPTERS, WEIGHTS, adapter_record
-from sparse_context.mini.__main__ import app
-from sparse_context.mini.data import Assets
-from sparse_context.mini.scenes import TASKS, make_scene
-from sparse_context.mini.sparse import (
+from recipes.mini.__main__ import app
+from recipes.mini.data import Assets
+from recipes.mini.scenes import TASKS, make_scene
+from recipes.mini.sparse import (
     FULL,
     FULL_KV,
     KV,
@@ -28,7 +26,9 @@ from sparse_context.mini.sparse import (
     to_example,
     train_sparse,
 )
-from sparse_context.training.loop import newest_step
+from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, adapter_record
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.training.checkpoints import newest_step
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +62,9 @@ def test_a_scene_becomes_an_example_with_its_masks(assets, task):
     assert np.array_equal(example.source, scene.source)
     assert all(np.array_equal(a, b) for a, b in zip(example.references, scene.references, strict=True))
     assert [m.size for m in example.masks] == [r.size for r in example.references]
-    assert all(np.abs(np.asarray(a) / 255 - b).max() < 0.01 for a, b in zip(example.masks, scene.reference_masks,
-                                                                           strict=True))  # fmt: skip
+    assert all(
+        np.abs(np.asarray(a) / 255 - b).max() < 0.01 for a, b in zip(example.masks, scene.reference_masks, strict=True)
+    )
     if scene.focus.any():
         assert np.abs(np.asarray(example.mask) / 255 - scene.mask).max() < 0.01
     else:
@@ -93,8 +94,19 @@ def test_the_experiments_vary_what_they_name():
     assert choose(kv=True, merge=[0.0]).dropping.merge == (0.0,) and choose(full=True) == FULL
     control = choose(dense=True)
     assert (control.distillation, control.preservation, control.subsets, control.dropping.dense) == (0, 0, 1, 1)
-    changed = choose(full=True, kv=True, steps=7, rank=8, rate=0.1, mix={"random": 1.0}, coverage=[0.3],
-                     dense=True, seed=5, merge=[0.4], unseen=0.9)  # fmt: skip
+    changed = choose(
+        full=True,
+        kv=True,
+        steps=7,
+        rank=8,
+        rate=0.1,
+        mix={"random": 1.0},
+        coverage=[0.3],
+        dense=True,
+        seed=5,
+        merge=[0.4],
+        unseen=0.9,
+    )
     assert (changed.full, changed.kv, changed.max_train_steps, changed.rank, changed.seed) == (True, True, 7, 8, 5)
     assert (changed.unseen, choose(full=True).unseen) == (0.9, FULL.unseen)
     assert changed.dropping == replace(FULL_KV.dropping, mix={"random": 1.0}, coverage=(0.3,), merge=(0.4,), dense=1.0)
@@ -103,8 +115,12 @@ def test_the_experiments_vary_what_they_name():
 # Under autocast torch says once that RMS norm, whose weights stay float32, is not fused
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_the_embedded_model_trains_and_continues(assets, tmp_path):
-    tensors = {"objects": assets.objects, "photos": assets.photos, "object_split": assets.object_split,
-               "photo_split": assets.photo_split}  # fmt: skip
+    tensors = {
+        "objects": assets.objects,
+        "photos": assets.photos,
+        "object_split": assets.object_split,
+        "photo_split": assets.photo_split,
+    }
     save_file(tensors, tmp_path / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
     torch.set_num_threads(1)
     for steps in (1, 2):
@@ -122,8 +138,9 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
     assert len(begun) == len(narrow) and newest_step(tmp_path / "again") == 0
     for name, tensor in begun.items():
         assert torch.equal(tensor, narrow["transformer." + name.replace("/", ".").replace(".default", "")].float())
-    resumed = train_sparse(tmp_path, replace(config, max_train_steps=1, learning_rate=1e-9), name="again", batch=1,
-                           validation=())  # fmt: skip
+    resumed = train_sparse(
+        tmp_path, replace(config, max_train_steps=1, learning_rate=1e-9), name="again", batch=1, validation=()
+    )
     assert all(torch.allclose(tensor, narrow[name].float(), atol=1e-6) for name, tensor in load_file(resumed).items())
     with pytest.raises(ValueError, match="adapts other layers than a LoRA of rank 3 on this model does"):
         start_adapter(tmp_path / "other", own, replace(config, rank=3))
@@ -152,8 +169,12 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_a_run_of_all_weights_is_exported_as_a_lora(assets, tmp_path):
-    tensors = {"objects": assets.objects, "photos": assets.photos, "object_split": assets.object_split,
-               "photo_split": assets.photo_split}  # fmt: skip
+    tensors = {
+        "objects": assets.objects,
+        "photos": assets.photos,
+        "object_split": assets.object_split,
+        "photo_split": assets.photo_split,
+    }
     save_file(tensors, tmp_path / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
     torch.set_num_threads(1)
     config = replace(choose(full=True, steps=1), gradient_accumulation_steps=1, subsets=1)

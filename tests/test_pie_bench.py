@@ -212,8 +212,23 @@ def test_the_command_evaluates_it(pie, tiny_model, tiny_clip, tiny_dino, tmp_pat
         f"clip_similarity_source_image={tiny_clip}",
         f"clip_similarity_target_image_edit_part={tiny_clip}",
     ]
-    arguments = ["evaluate", "--pie-bench", str(pie), "-m", str(tiny_model), "--dtype", "float32", "--device", "cpu",
-                 "--keep", "0.5", "--selector", "mask", "--output", str(tmp_path)]  # fmt: skip
+    arguments = [
+        "evaluate",
+        "--pie-bench",
+        str(pie),
+        "-m",
+        str(tiny_model),
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--keep",
+        "0.5",
+        "--selector",
+        "mask",
+        "--output",
+        str(tmp_path),
+    ]
     for name in names:
         arguments += ["--metric", name]
     monkeypatch.setattr(sys, "argv", ["sparse-context", *arguments])

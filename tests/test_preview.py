@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 from tiny import picture
 
+from sparse_context.config import SparseContextConfig
 from sparse_context.preview import (
     column,
     draw_kept,
@@ -15,8 +16,8 @@ from sparse_context.preview import (
     select_pictures,
     side_by_side,
 )
-from sparse_context.selection import Kept, Selection, SparseContextConfig
-from sparse_context.selectors import mask
+from sparse_context.selection import Kept, Selection
+from sparse_context.selectors.masks import mask
 
 RED, WHITE, FRAME = (255, 0, 0), (255, 255, 255), (226, 76, 60)
 

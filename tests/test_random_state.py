@@ -17,6 +17,7 @@ from test_mini import assets, save_assets  # noqa: F401
 from test_saliency import sources, wheel  # noqa: F401
 from tiny import CASES, picture
 
+from recipes.mini.data import Assets
 from sparse_context import (
     SELECTORS,
     ReferenceCache,
@@ -28,11 +29,10 @@ from sparse_context import (
     last_selection,
     mask,
     remove_sparse_context,
-    saliency,
     select_tokens,
 )
 from sparse_context.evaluation import networks
-from sparse_context.mini.data import Assets
+from sparse_context.selectors import saliency
 from sparse_context.tokens import ReferenceTokens
 
 
@@ -124,7 +124,7 @@ def command(*arguments):
 
 
 def load(folder, request, lora=None, **options):
-    from sparse_context.generation import load_pipeline
+    from sparse_context.pipelines.load import load_pipeline
 
     model = str(request.getfixturevalue("tiny_model"))
     if lora is not None:
@@ -136,13 +136,14 @@ def load(folder, request, lora=None, **options):
 
 
 def load_embedded(folder, request, **options):
-    from sparse_context.generation import load_pipeline
+    from sparse_context.pipelines.load import load_pipeline
 
     load_pipeline(device="cpu", **options)
 
 
 def generate(folder, request):
-    from sparse_context.generation import generate, load_pipeline
+    from sparse_context.pipelines.engine import generate
+    from sparse_context.pipelines.load import load_pipeline
 
     pipe = load_pipeline(str(request.getfixturevalue("tiny_model")), device="cpu", dtype="float32")
     pipe.set_progress_bar_config(disable=True)
@@ -162,18 +163,32 @@ def train(folder, request, **options):
     dropping = Dropping(mix=dict.fromkeys(KINDS, 1.0), merge=(0.0, 0.3))
     with untouched():
         for steps, resume in ((1, None), (2, "latest")):
-            launch(model, str(folder / "data.jsonl"), folder / "run", dropping=dropping, source={}, resume=resume,
-                   dtype="float32", mixed_precision="no", max_train_steps=steps, checkpointing_steps=1,
-                   caption_dropout=0.5, validation_data=str(folder / "data.jsonl"), num_validation_images=1,
-                   **{"rank": 2} | options)  # fmt: skip
+            launch(
+                model,
+                str(folder / "data.jsonl"),
+                folder / "run",
+                dropping=dropping,
+                source={},
+                resume=resume,
+                dtype="float32",
+                mixed_precision="no",
+                max_train_steps=steps,
+                checkpointing_steps=1,
+                caption_dropout=0.5,
+                validation_data=str(folder / "data.jsonl"),
+                num_validation_images=1,
+                **{"rank": 2} | options,
+            )
 
 
 def evaluate(folder, request):
-    from sparse_context.evaluation.evaluate import evaluate, grid, maker, table
+    from sparse_context.evaluation.evaluate import evaluate
+    from sparse_context.evaluation.grid import grid, maker
     from sparse_context.evaluation.metrics import find_metrics
     from sparse_context.evaluation.plots import draw_all
-    from sparse_context.generation import load_pipeline
-    from sparse_context.manifest import Sample
+    from sparse_context.evaluation.report import table
+    from sparse_context.pipelines.load import load_pipeline
+    from sparse_context.samples import Sample
 
     files = [folder / f"{i}.png" for i in range(3)]
     for i, file in enumerate(files):
@@ -204,7 +219,8 @@ def without_pooler(folder, request):
 
 
 def bench(folder, request, **options):
-    from sparse_context.speed.bench import BenchConfig, run_bench
+    from sparse_context.bench.config import BenchConfig
+    from sparse_context.bench.run import run_bench
 
     config = BenchConfig(references=(1,), keep=(0.25,), size=(64,), turns=1, steps=1)
     run_bench(config, device="cpu", output=folder / "bench.json", **options)
@@ -233,15 +249,25 @@ def extract(folder, request):
 
 
 def random_pipeline(folder, request):
-    from sparse_context.speed.shapes import Shape, build_pipeline
+    from sparse_context.bench.build import build_pipeline
+    from sparse_context.families.shape import Shape
 
-    encoder = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-               "vocab_size": 151_936, "hidden_size": 4, "intermediate_size": 8}  # fmt: skip
+    encoder = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": 151_936,
+        "hidden_size": 4,
+        "intermediate_size": 8,
+    }
     build_pipeline(Shape(1, 1, 1, 12, encoder), torch.device("cpu"), torch.float32)
 
 
 def train_embedded(folder, request):
-    from sparse_context.mini.recipe import BaseConfig, VaeConfig, export, train_base, train_vae
+    from recipes.mini.base import BaseConfig, train_base
+    from recipes.mini.export import export
+    from recipes.mini.vae import VaeConfig, train_vae
 
     save_assets(request.getfixturevalue("assets"), folder)
     with untouched():
@@ -251,11 +277,19 @@ def train_embedded(folder, request):
 
 
 def train_net(folder, request):
-    from sparse_context.mini import saliency_net
+    from recipes.mini import saliency_net
 
     composites, (package, *_) = request.getfixturevalue("sources"), request.getfixturevalue("wheel")
-    save_assets(Assets(np.concatenate([composites.objects.objects] * 2), composites.backdrops, list("abcdef"),
-                       np.zeros(6, np.int64), np.array([0, 1])), folder)  # fmt: skip
+    save_assets(
+        Assets(
+            np.concatenate([composites.objects.objects] * 2),
+            composites.backdrops,
+            list("abcdef"),
+            np.zeros(6, np.int64),
+            np.array([0, 1]),
+        ),
+        folder,
+    )
     with pytest.MonkeyPatch.context() as patch, untouched():
         for name, value in {"BUILT": (6, 2), "EMOJI": 3, "BACKDROPS": (0, 1), "fetch": lambda *_: package}.items():
             patch.setattr(saliency_net, name, value)
@@ -283,8 +317,16 @@ ENTRIES = {
     "train": train,
     "train by processes": partial(train, dataloader_num_workers=2),
     "train all": partial(train, full=True, muon_learning_rate=1e-3, ema=0.9),
-    "train with all else": partial(train, distillation=0.5, preservation=1.0, subsets=2, gradient_checkpointing=True,
-                                   cache_latents=True, cache_text=True, report_to="tensorboard"),
+    "train with all else": partial(
+        train,
+        distillation=0.5,
+        preservation=1.0,
+        subsets=2,
+        gradient_checkpointing=True,
+        cache_latents=True,
+        cache_text=True,
+        report_to="tensorboard",
+    ),
     "a thread ahead": partial(ahead, 0),
     "processes ahead": partial(ahead, 2),
     "evaluate": evaluate,
@@ -299,15 +341,53 @@ ENTRIES = {
     "random weights": random_pipeline,
     "train the embedded model": train_embedded,
     "train the saliency net": train_net,
-    "command generate": command("generate", "-m", "{model}", "--image", "{out}/b.png", "--prompt", "the cat",
-                                "--selector", "saliency", "--output", "{out}/made.png", "--show-tokens",
-                                "{out}/tokens.png", "--compare", "{out}/both.png"),
+    "command generate": command(
+        "generate",
+        "-m",
+        "{model}",
+        "--image",
+        "{out}/b.png",
+        "--prompt",
+        "the cat",
+        "--selector",
+        "saliency",
+        "--output",
+        "{out}/made.png",
+        "--show-tokens",
+        "{out}/tokens.png",
+        "--compare",
+        "{out}/both.png",
+    ),
     "command select": command("select", "{out}/b.png", "--selector", "saliency", "--output", "{out}/tokens.png"),
-    "command train": command("train", "-m", "{model}", "--data", "{out}/data.jsonl", "--output-dir", "{out}/run",
-                             "--max-train-steps", 1, "--rank", 2, "--mixed-precision", "no"),
-    "command evaluate": command("evaluate", "-m", "{model}", "--manifest", "{out}/data.jsonl", "--output",
-                                "{out}/eval", "--keep", "0.5", "--metric", "psnr"),
-}  # fmt: skip
+    "command train": command(
+        "train",
+        "-m",
+        "{model}",
+        "--data",
+        "{out}/data.jsonl",
+        "--output-dir",
+        "{out}/run",
+        "--max-train-steps",
+        1,
+        "--rank",
+        2,
+        "--mixed-precision",
+        "no",
+    ),
+    "command evaluate": command(
+        "evaluate",
+        "-m",
+        "{model}",
+        "--manifest",
+        "{out}/data.jsonl",
+        "--output",
+        "{out}/eval",
+        "--keep",
+        "0.5",
+        "--metric",
+        "psnr",
+    ),
+}
 
 
 # Under autocast torch says once that RMS norm, whose weights stay float32, is not fused
@@ -397,7 +477,8 @@ def test_a_seed_makes_the_adapter_that_it_always_made():
     from peft import LoraConfig
     from test_finetune import klein
 
-    from sparse_context.training.finetune import FinetuneConfig, prepare
+    from sparse_context.training.config import FinetuneConfig
+    from sparse_context.training.trainable import prepare
 
     host, twin = klein(), klein()
     torch.manual_seed(7)

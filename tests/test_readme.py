@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparse_context.families import FAMILIES
-from sparse_context.result import selection_version
+from sparse_context.selection import selection_version
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from sparse_context import saliency
-from sparse_context.saliency import WEIGHTS, SaliencyNet, load_net, saliency_map
-from sparse_context.selectors import SELECTORS
+from sparse_context.selectors import saliency
+from sparse_context.selectors.registry import SELECTORS
+from sparse_context.selectors.saliency import WEIGHTS, SaliencyNet, load_net, saliency_map
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,7 +141,7 @@ def test_selectors_do_not_import_torch_until_the_net_is_asked():
 
 
 def test_no_photograph_is_both_trained_on_and_judged():
-    from sparse_context.mini.saliency_net import BACKDROPS
+    from recipes.mini.saliency_net import BACKDROPS
 
     boxes = json.loads((ROOT / "runs" / "saliency_boxes.json").read_text())
     judged = {row["key"] for row in boxes if row["source"] == "photos"}
@@ -156,8 +156,8 @@ def test_no_photograph_is_both_trained_on_and_judged():
 
 def test_what_the_net_is_judged_with_was_not_trained_on():
     """Objects and photographs that are numbers, in turn of each split: 1,595 objects are the emoji and one drawing."""
-    from sparse_context.mini.data import Assets
-    from sparse_context.mini.saliency_net import BACKDROPS, held_out_sources, training_sources
+    from recipes.mini.data import Assets
+    from recipes.mini.saliency_net import BACKDROPS, held_out_sources, training_sources
 
     objects, photos = np.arange(4293), np.arange(217)
     assets = Assets(objects, photos, [str(i) for i in objects], objects % 3, photos % 3)
@@ -175,8 +175,8 @@ def test_what_the_net_is_judged_with_was_not_trained_on():
 
 @pytest.fixture(scope="module")
 def sources():
-    from sparse_context.mini.data import Assets
-    from sparse_context.mini.saliency_net import Sources
+    from recipes.mini.data import Assets
+    from recipes.mini.saliency_net import Sources
 
     rng = np.random.default_rng(0)
     objects = rng.integers(0, 256, (3, 128, 128, 4), np.uint8)
@@ -187,7 +187,7 @@ def sources():
 
 
 def test_a_composite_is_its_seed_and_has_an_exact_mask(sources):
-    from sparse_context.mini.saliency_net import composite
+    from recipes.mini.saliency_net import composite
 
     covered = []
     for seed in range(40):
@@ -201,7 +201,7 @@ def test_a_composite_is_its_seed_and_has_an_exact_mask(sources):
 
 def test_the_mask_of_a_composite_is_where_its_objects_are(sources, monkeypatch):
     """White objects without shadows before black, through a perfect camera: the picture is the mask."""
-    from sparse_context.mini import saliency_net
+    from recipes.mini import saliency_net
 
     def white(sources, rng):
         rgba = draw_object(sources.objects, rng)
@@ -223,7 +223,7 @@ def test_the_mask_of_a_composite_is_where_its_objects_are(sources, monkeypatch):
 
 
 def test_the_loss_is_least_at_the_truth():
-    from sparse_context.mini.saliency_net import saliency_loss
+    from recipes.mini.saliency_net import saliency_loss
 
     truth = torch.zeros(2, 1, 8, 8)
     truth[0, :, 2:5, 2:5] = 1
@@ -261,7 +261,7 @@ def wheel(tmp_path_factory):
 
 def test_folding_keeps_what_convolution_and_norm_compute(wheel):
     """The whole trunk beside plain layers with their norms and TensorFlow's padding."""
-    from sparse_context.mini.saliency_net import load_trunk
+    from recipes.mini.saliency_net import load_trunk
 
     path, state = wheel
     net = SaliencyNet()
@@ -295,13 +295,17 @@ def test_folding_keeps_what_convolution_and_norm_compute(wheel):
 
 
 def test_the_recipe_trains_the_last_stages_and_exports_what_loads(sources, wheel, tmp_path, monkeypatch):
-    from sparse_context.mini import saliency_net
-    from sparse_context.mini.saliency_net import SaliencyConfig, export_saliency, load_trunk, train_saliency
+    from recipes.mini import saliency_net
+    from recipes.mini.saliency_net import SaliencyConfig, export_saliency, load_trunk, train_saliency
 
     emoji, clip_art = sources.objects, sources.objects.objects[:, :, ::-1]
     objects = np.concatenate([emoji.objects, clip_art])
-    assets = {"objects": objects, "photos": sources.backdrops, "object_split": np.zeros(6, np.int64),
-              "photo_split": np.array([0, 1])}  # fmt: skip
+    assets = {
+        "objects": objects,
+        "photos": sources.backdrops,
+        "object_split": np.zeros(6, np.int64),
+        "photo_split": np.array([0, 1]),
+    }
     save_arrays(assets, tmp_path / "assets.safetensors", metadata={"names": json.dumps(list("abcdef"))})
     monkeypatch.setattr(saliency_net, "BUILT", (6, 2))
     monkeypatch.setattr(saliency_net, "EMOJI", 3)

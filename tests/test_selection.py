@@ -10,10 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparse_context import saliency
-from sparse_context.budget import merge_rest, rank_tokens
-from sparse_context.selection import SparseContextConfig, score_tokens, select_tokens, task_defaults
-from sparse_context.selectors import SELECTORS, blend, mask, uniform_order
+from sparse_context.budget import rank_tokens
+from sparse_context.config import SparseContextConfig, task_defaults
+from sparse_context.merge import merge_rest
+from sparse_context.selection import score_tokens, select_tokens
+from sparse_context.selectors import saliency
+from sparse_context.selectors.masks import mask
+from sparse_context.selectors.order import uniform_order
+from sparse_context.selectors.registry import SELECTORS, blend
 
 Config = SparseContextConfig
 GRID = (8, 8)

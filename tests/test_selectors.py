@@ -6,7 +6,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sparse_context.selectors import SELECTORS, Mask, blend, edges, mask, resolve, uniform_order, user_mask
+from sparse_context.selectors.classical import edges
+from sparse_context.selectors.masks import Mask, mask
+from sparse_context.selectors.order import uniform_order
+from sparse_context.selectors.registry import SELECTORS, blend, resolve, user_mask
 
 PIXEL_SELECTORS = ["edges", "detail", "saliency", "subject", "contrast"]
 grids = st.tuples(st.integers(1, 24), st.integers(1, 24))
@@ -362,8 +365,12 @@ def test_a_user_s_function_may_fill_the_same_array_again_and_have_parts_of_its_o
 def best_around(scores, reach):
     """Of each cell the highest score at most `reach` rows and columns away, one by one."""
     rows, columns = scores.shape
-    return np.array([[scores[max(0, r - reach) : r + reach + 1, max(0, c - reach) : c + reach + 1].max()
-                      for c in range(columns)] for r in range(rows)])  # fmt: skip
+    return np.array(
+        [
+            [scores[max(0, r - reach) : r + reach + 1, max(0, c - reach) : c + reach + 1].max() for c in range(columns)]
+            for r in range(rows)
+        ]
+    )
 
 
 def test_subject_is_saliency_with_the_outline_and_the_rim():

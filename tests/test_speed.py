@@ -20,23 +20,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_context import ReferenceCache, apply_sparse_context
+from sparse_context.bench import calls, report, run, turns
+from sparse_context.bench.blocks import bench_blocks
+from sparse_context.bench.build import build_pipeline, build_transformer, draw_weights
+from sparse_context.bench.calls import bench
+from sparse_context.bench.config import BenchConfig
+from sparse_context.bench.flops import call_flops, forward_flops, passes
+from sparse_context.bench.methods import METHODS, downscaled_grid, make_hosts, merge_tokens, reference_tokens
+from sparse_context.bench.report import compare, read_quality, table
+from sparse_context.bench.shapes import KINDS, SHAPES
+from sparse_context.bench.turns import take_turns
 from sparse_context.cli import main
-from sparse_context.speed import bench as bench_module
-from sparse_context.speed.bench import BenchConfig, bench, bench_blocks, compare, read_quality, table, take_turns
-from sparse_context.speed.flops import Tokens, call_flops, forward_flops, passes
-from sparse_context.speed.kinds import KINDS
-from sparse_context.speed.memory import Peak
-from sparse_context.speed.methods import METHODS, downscaled_grid, make_hosts, merge_tokens, reference_tokens
-from sparse_context.speed.shapes import (
-    SHAPES,
-    Shape,
-    build_pipeline,
-    build_transformer,
-    draw_weights,
-    shape_of,
-    with_blocks,
-)
-from sparse_context.speed.timing import timed
+from sparse_context.families.flux2.bench import shape_of
+from sparse_context.families.shape import Shape, Tokens, with_blocks
+from sparse_context.pipelines.memory import Peak
+from sparse_context.pipelines.timing import timed
 from sparse_context.tokens import ReferenceTokens
 
 CALL = {"prompt": "the cat", "max_sequence_length": 12, "text_encoder_out_layers": [1, 2], "guidance_scale": 1.0}
@@ -135,7 +133,7 @@ def test_the_table_agrees_with_itself_and_with_diffusers():
     for shape in SHAPES.values():
         assert not shape.encoder or shape.text_width == 3 * shape.encoder["hidden_size"]
     with torch.device("meta"):
-        default = bench_module.shape_of(build_meta(), 16, 512, 28)
+        default = shape_of(build_meta(), 16, 512, 28)
     assert default == dataclasses.replace(SHAPES["flux2-dev"])
 
 
@@ -232,17 +230,32 @@ def test_methods_share_the_weights_and_leave_the_pipeline_alone(pipe):
 def test_every_method_gives_the_transformer_as_many_tokens_as_it_says(pipe):
     hosts, references = make_hosts(pipe), [tiny.picture(64, 64), tiny.picture(96, 64, 1)]
     grids, keep, made = [(8, 8), (8, 12)], 0.3, {}
-    counted = {"dense": 160, "kv": 160, "downscaled": 48, "merged": 48, "sparse": 48, "sparse_cached": 48,
-               "sparse_kv": 48, "no_references": 0}  # fmt: skip
+    counted = {
+        "dense": 160,
+        "kv": 160,
+        "downscaled": 48,
+        "merged": 48,
+        "sparse": 48,
+        "sparse_cached": 48,
+        "sparse_kv": 48,
+        "no_references": 0,
+    }
     assert counted.keys() == METHODS.keys()
     for name, method in [*METHODS.items(), *METHODS.items()]:  # in turns: none leaves anything behind
         seen = []
-        hooks = [bench_module.watch_tokens(h.transformer, seen, 8) for h in (hosts.plain, hosts.kv)]
+        hooks = [turns.watch_tokens(h.transformer, seen, 8) for h in (hosts.plain, hosts.kv)]
         host, given = method.prepare(hosts, references, keep)
         generator = torch.Generator().manual_seed(0)
         call = {k: v for k, v in CALL.items() if k != "guidance_scale" or host is hosts.plain}
-        out = host(image=given or None, height=64, width=64, num_inference_steps=2, output_type="latent",
-                   generator=generator, **call).images  # fmt: skip
+        out = host(
+            image=given or None,
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            output_type="latent",
+            generator=generator,
+            **call,
+        ).images
         for hook in hooks:
             hook.remove()
         expected = reference_tokens(name, grids, keep)
@@ -252,8 +265,15 @@ def test_every_method_gives_the_transformer_as_many_tokens_as_it_says(pipe):
         assert seen == [Tokens(12, 64, expected), Tokens(12, 64, later)]
         assert name not in made or torch.equal(made[name], out)
         made[name] = out
-    plain = pipe(image=references, height=64, width=64, num_inference_steps=2, output_type="latent",
-                 generator=torch.Generator().manual_seed(0), **CALL).images  # fmt: skip
+    plain = pipe(
+        image=references,
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+        **CALL,
+    ).images
     assert torch.equal(made["dense"], plain)
     assert torch.equal(made["sparse"], made["sparse_cached"])
     assert hosts.cache.hits == 4
@@ -332,7 +352,7 @@ def test_ratios_are_taken_within_a_turn():
 
 
 def test_whole_calls(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_module, "call_settings", lambda pipe: {**CALL, "num_inference_steps": 2})
+    monkeypatch.setattr(calls, "call_settings", lambda pipe: {**CALL, "num_inference_steps": 2})
     config = BenchConfig(references=(1, 3), keep=(0.5, 0.25), size=(64,), turns=1)
     figures = bench(pipe, [tiny.picture(40, 50)], "the cat", config)
     assert (figures["turns"], figures["steps"]) == (1, 2)
@@ -351,12 +371,12 @@ def test_whole_calls(pipe, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     point = {"method": "sparse", "keep": 0.25, "references": 3, "value": 0.9, "metric": "SSIM"}
     (tmp_path / "quality.json").write_text(json.dumps([point]))
-    bench_module.plot(figures, tmp_path / "plot.png", read_quality(tmp_path / "quality.json"))
+    report.plot(figures, tmp_path / "plot.png", read_quality(tmp_path / "quality.json"))
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     alone = figures | {"rows": [row for row in figures["rows"] if row["references"] == 3]}
     unknown = point | {"keep": 0.1}  # which no row has
     for of, known, panels in ((figures, point, 2), (figures, unknown, 1), (alone, point, 1), (alone, unknown, 1)):
-        bench_module.plot(of, tmp_path / "plot.png", [known])
+        report.plot(of, tmp_path / "plot.png", [known])
         with Image.open(tmp_path / "plot.png") as drawn:
             assert drawn.width == panels * 768
 
@@ -384,7 +404,7 @@ def test_quality_that_may_not_be_read_is_told_so(tmp_path, monkeypatch):
 
 def test_what_ends_a_call_before_its_first_step_is_what_is_raised(monkeypatch):
     pipe = tiny.build_flux2(Flux2KleinPipeline, is_distilled=True)
-    monkeypatch.setattr(bench_module, "_call", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+    monkeypatch.setattr(calls, "_call", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
     config = BenchConfig(references=(1,), keep=(0.25,), methods=("sparse",), turns=1, steps=1, size=(64,))
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         bench(pipe, [Image.new("RGB", (64, 64))], "x", config)
@@ -408,13 +428,20 @@ def test_watchers_of_shared_parts_may_leave_in_any_order():
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_timed(monkeypatch, tmp_path):
     monkeypatch.setattr("sparse_context.evaluation.plots.find_spec", lambda name: None)
-    monkeypatch.setattr(bench_module, "bench", lambda *args: pytest.fail("it was timed"))
+    monkeypatch.setattr(run, "bench", lambda *args: pytest.fail("it was timed"))
     with pytest.raises(ValueError, match=r"A plot needs matplotlib: pip install 'sparse-context\[plots\]'"):
-        bench_module.run_bench(bench_module.BenchConfig(), plot_to=tmp_path / "plot.png")
+        run.run_bench(BenchConfig(), plot_to=tmp_path / "plot.png")
 
 
-ENCODER = {"num_hidden_layers": 28, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-           "vocab_size": 151_936, "hidden_size": 4, "intermediate_size": 8}  # fmt: skip
+ENCODER = {
+    "num_hidden_layers": 28,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 151_936,
+    "hidden_size": 4,
+    "intermediate_size": 8,
+}
 
 
 @pytest.mark.parametrize("encoder", [ENCODER, {}])
@@ -445,8 +472,12 @@ def test_blocks_alone():
     assert (figures["blocks"], figures["of"], figures["turns"]) == ([1, 1], [5, 20], 2)
     rows = {row["method"]: row for row in figures["rows"]}
     assert {name: row["tokens"]["references"] for name, row in rows.items()} == {
-        "dense": 32, "kv": 32, "sparse": 8, "sparse_kv": 8, "no_references": 0
-    }  # fmt: skip
+        "dense": 32,
+        "kv": 32,
+        "sparse": 8,
+        "sparse_kv": 8,
+        "no_references": 0,
+    }
     for row in figures["rows"]:
         assert row["seconds"].keys() == {"denoise"} and row["tokens"]["text"] == 512
         assert row["extrapolated"] == pytest.approx(12.5 * row["seconds"]["denoise"]["median"], rel=0.01, abs=0.002)
@@ -459,8 +490,10 @@ def test_blocks_of_every_kind(name):
     figures = bench_blocks(shape, 1, torch.device("cpu"), torch.bfloat16, config)
     assert figures["blocks"] == [1, 0 if name == "qwen-edit" else 1] and figures["steps"] == SHAPES[name].steps
     assert {row["method"]: row["tokens"]["references"] for row in figures["rows"]} == {
-        "dense": 32, "sparse": 8, "no_references": 0
-    }  # fmt: skip
+        "dense": 32,
+        "sparse": 8,
+        "no_references": 0,
+    }
     assert all(("extrapolated" in row) == (name != "flux3-klein") for row in figures["rows"])
     assert table(figures)
 
@@ -514,8 +547,14 @@ def test_at_keep_1_the_denoise_loop_has_not_one_operation_more(pipe):
 
         pipe.transformer.forward = watched
         with Operations() as operations:
-            pipe(image=[tiny.picture(64, 64)] * 2, height=64, width=64, num_inference_steps=3,
-                 generator=torch.Generator().manual_seed(0), **CALL)  # fmt: skip
+            pipe(
+                image=[tiny.picture(64, 64)] * 2,
+                height=64,
+                width=64,
+                num_inference_steps=3,
+                generator=torch.Generator().manual_seed(0),
+                **CALL,
+            )
         del pipe.transformer.forward
         counts.append((operations.names[seen[0] :], len(operations.names) - seen[0]))
     assert counts[0] == counts[1] and counts[0][1] > 1000
@@ -618,8 +657,24 @@ def test_help_names_the_shapes_and_imports_nothing_heavy_for_it():
 
 def test_the_command(monkeypatch, capsys, tmp_path, tiny_model):
     monkeypatch.chdir(tmp_path)
-    code, out, err = command(monkeypatch, capsys, "-m", tiny_model, "--device", "cpu", "--references", 2, "--keep", 0.5,
-                             "--method", "sparse", "--turns", 1, "--output", "bench.json")  # fmt: skip
+    code, out, err = command(
+        monkeypatch,
+        capsys,
+        "-m",
+        tiny_model,
+        "--device",
+        "cpu",
+        "--references",
+        2,
+        "--keep",
+        0.5,
+        "--method",
+        "sparse",
+        "--turns",
+        1,
+        "--output",
+        "bench.json",
+    )
     assert code == 0, err
     lines = out.splitlines()
     assert [line.split()[2] for line in lines[1:3]] == ["dense", "sparse"] and lines[-1] == "wrote bench.json"
@@ -631,8 +686,8 @@ def test_the_command(monkeypatch, capsys, tmp_path, tiny_model):
 
 
 def test_the_embedded_model_sees_references_in_the_size_of_their_task():
-    from sparse_context.generation import load_pipeline
-    from sparse_context.mini.demo import read_examples
+    from sparse_context.embedded.demo import read_examples
+    from sparse_context.pipelines.load import load_pipeline
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     config = BenchConfig(references=(1, 2), keep=(0.25,), methods=("dense", "sparse"), turns=1, steps=1)

@@ -20,21 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparse_context.training import loop
+from sparse_context.training.checkpoints import _tidy, has_begun, load_average, newest_step, start_from
 from sparse_context.training.dropping import Dropping, draw_selection
-from sparse_context.training.finetune import LORA_FILE
-from sparse_context.training.loop import (
-    SCHEDULES,
-    _tidy,
-    alone,
-    has_begun,
-    learning_rate,
-    load_average,
-    make_optimisers,
-    newest_step,
-    start_from,
-    train,
-)
+from sparse_context.training.export import LORA_FILE
+from sparse_context.training.files import alone
+from sparse_context.training.loop import train
 from sparse_context.training.muon import Muon
+from sparse_context.training.optimisers import make_optimisers
+from sparse_context.training.schedules import SCHEDULES, learning_rate
 
 
 def problem():
@@ -112,8 +105,15 @@ def test_muon_of_all_matrices_at_once_is_torch_s_one_by_one(settings):
 def test_a_step_whose_gradients_are_not_finite_changes_nothing(tmp_path):
     def trained(name, steps, broken=()):
         module, optimisers, loss = problem()
-        train(module, optimisers, lambda step: loss(step) * (math.nan if step in broken else 1.0), tmp_path / name,
-              steps=steps, schedule="constant", ema=0.0)  # fmt: skip
+        train(
+            module,
+            optimisers,
+            lambda step: loss(step) * (math.nan if step in broken else 1.0),
+            tmp_path / name,
+            steps=steps,
+            schedule="constant",
+            ema=0.0,
+        )
         return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
     start = torch.cat([parameter.detach().flatten() for parameter in problem()[0].parameters()])
@@ -284,8 +284,11 @@ def test_sums_are_such_as_sha256sum_reads(killed):
     checkpoint = killed / "whole" / "step-0000012"
     lines = (checkpoint / "SHA256SUMS").read_text().splitlines()
     assert sorted(line.split("  ")[1] for line in lines) == [
-        "average.safetensors", "optimiser.safetensors", "progress.json", "weights.safetensors"
-    ]  # fmt: skip
+        "average.safetensors",
+        "optimiser.safetensors",
+        "progress.json",
+        "weights.safetensors",
+    ]
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=checkpoint, check=True)
 
@@ -307,8 +310,14 @@ def test_without_a_gradient_there_is_no_state_to_miss(tmp_path):
         folder = tmp_path / str(old)
         for steps in (3, 6):
             module = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
-            train(module, [torch.optim.AdamW(module.parameters())], lambda step, used=module["used"]:
-                  used(torch.ones(2)).square().mean(), folder, steps=steps, save_every=3)  # fmt: skip
+            train(
+                module,
+                [torch.optim.AdamW(module.parameters())],
+                lambda step, used=module["used"]: used(torch.ones(2)).square().mean(),
+                folder,
+                steps=steps,
+                save_every=3,
+            )
             if old:
                 without_sums(folder / f"step-000000{steps}")
         assert newest_step(folder) == 6
@@ -317,8 +326,14 @@ def test_without_a_gradient_there_is_no_state_to_miss(tmp_path):
 def test_a_run_whose_first_steps_were_skipped_has_no_state_either(tmp_path):
     for steps in (3, 6):
         module, optimisers, loss = problem()
-        train(module, optimisers, lambda step, loss=loss: loss(step) * (math.nan if step < 4 else 1.0), tmp_path,
-              steps=steps, save_every=3)  # fmt: skip
+        train(
+            module,
+            optimisers,
+            lambda step, loss=loss: loss(step) * (math.nan if step < 4 else 1.0),
+            tmp_path,
+            steps=steps,
+            save_every=3,
+        )
     assert newest_step(tmp_path) == 6
 
 
@@ -604,8 +619,17 @@ def test_by_the_clock_the_last_step_comes_when_the_time_is_up(tmp_path, monkeypa
 
     whole = optimisers[0].param_groups[0]["lr"]
     shown = []
-    train(module, optimisers, slow, tmp_path, steps=10**6, warmup=2, seconds=10.0, show_every=8,
-          show=lambda step, average: shown.append(step))  # fmt: skip
+    train(
+        module,
+        optimisers,
+        slow,
+        tmp_path,
+        steps=10**6,
+        warmup=2,
+        seconds=10.0,
+        show_every=8,
+        show=lambda step, average: shown.append(step),
+    )
     assert shown == [8, 11]
     flat_then_down = [0.5, 1, 1, 1, 1, 1, 1, 1, 0.8, 0.4, 0.0]  # the last quarter of ten seconds
     assert [rate / whole for rate in rates] == pytest.approx(flat_then_down)
@@ -663,8 +687,12 @@ def test_checkpoints_of_the_first_format_resume(tmp_path):
     folder.mkdir(parents=True)
     save_file(module.state_dict(), folder / "weights.safetensors")
     save_file(average.state_dict(), folder / "average.safetensors")
-    state = {f"{i}.{index}.{name}": tensor for i, optimiser in enumerate(optimisers)
-             for index, entry in optimiser.state_dict()["state"].items() for name, tensor in entry.items()}  # fmt: skip
+    state = {
+        f"{i}.{index}.{name}": tensor
+        for i, optimiser in enumerate(optimisers)
+        for index, entry in optimiser.state_dict()["state"].items()
+        for name, tensor in entry.items()
+    }
     save_file(state, folder / "optimiser.safetensors")
     resumed = run(tmp_path / "first")
     for one, other in zip(whole, resumed, strict=True):
@@ -738,8 +766,9 @@ def start(tmp_path, folder, width=8, limit=0, *more, script=RUN, env=None):
     file = tmp_path / "run.py"
     file.write_text(script)
     command = [sys.executable, str(file), str(folder), str(width), str(limit), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=environment(**(env or {})))  # fmt: skip
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**(env or {}))
+    )
 
 
 KILLS = """
@@ -867,8 +896,13 @@ def test_a_fine_tuning_killed_at_random_moments_writes_an_equal_lora(tmp_path):
     kill(tmp_path, FINETUNE, 12, "tiny", "accelerate", "peft", "sparse_context.training.finetune")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {
-        LORA_FILE, "README.md", "config.json", "log.jsonl", "step-0000009", "step-0000010"
-    }  # fmt: skip
+        LORA_FILE,
+        "README.md",
+        "config.json",
+        "log.jsonl",
+        "step-0000009",
+        "step-0000010",
+    }
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")

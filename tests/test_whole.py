@@ -12,10 +12,11 @@ from whole import WHOLE, save_whole
 
 from sparse_context import SparseContextConfig
 from sparse_context.cli import main
-from sparse_context.evaluation.evaluate import maker
+from sparse_context.evaluation.grid import maker
 from sparse_context.families import FAMILIES
-from sparse_context.generation import generate, load_pipeline
-from sparse_context.manifest import Sample
+from sparse_context.pipelines.engine import generate
+from sparse_context.pipelines.load import load_pipeline
+from sparse_context.samples import Sample
 
 # FLUX.2 dev needs a text encoder of Mistral's with a processor of its own; klein and klein-KV are in test_cli.py and
 # test_generation.py.

@@ -188,8 +188,15 @@ def call_flux2_inpaint(pipe, references: list, prompts: int = 1, **kwargs) -> to
     """The first reference is the source, the others go to `image_reference`."""
     kwargs.setdefault("guidance_scale", 1.0)
     source, *rest = references
-    return run(pipe, prompt_embeds=embeds(prompts), image=source, mask_image=middle(source.size), strength=1.0,
-               image_reference=(rest if len(rest) > 1 else rest[0]) if rest else None, **kwargs)  # fmt: skip
+    return run(
+        pipe,
+        prompt_embeds=embeds(prompts),
+        image=source,
+        mask_image=middle(source.size),
+        strength=1.0,
+        image_reference=(rest if len(rest) > 1 else rest[0]) if rest else None,
+        **kwargs,
+    )
 
 
 def flux1_vae(levels: int = 3, latent_channels: int = 2) -> AutoencoderKL:
@@ -236,8 +243,14 @@ def call_kontext(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Te
 
 def call_kontext_source(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
     """The inpainting source is its own reference, here in its own size."""
-    kwargs = {"mask_image": middle(references[0].size), "_auto_resize": False, "max_area": OUTPUT[0] * OUTPUT[1],
-              "height": OUTPUT[0], "width": OUTPUT[1], **kwargs}  # fmt: skip
+    kwargs = {
+        "mask_image": middle(references[0].size),
+        "_auto_resize": False,
+        "max_area": OUTPUT[0] * OUTPUT[1],
+        "height": OUTPUT[0],
+        "width": OUTPUT[1],
+        **kwargs,
+    }
     return call_kontext(pipe, references, prompts, **kwargs)
 
 
@@ -276,8 +289,12 @@ def vision_processor() -> Qwen2VLImageProcessorPil:
         pytest.skip("this version of transformers builds Qwen's image processor with torchvision only")
 
 
-VISION_TOKENS = {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
-                 "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}  # fmt: skip
+VISION_TOKENS = {
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+}
 
 
 def build_longcat():
@@ -286,11 +303,25 @@ def build_longcat():
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(["Make the cat blue. 0123456789"], vocab_size=300)
     tokenizer.add_tokens([*VISION_TOKENS.values(), "<|im_start|>", "<|im_end|>"], special_tokens=True)
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 100.0}
-    text = {"vocab_size": len(tokenizer), "hidden_size": TEXT_WIDTH, "intermediate_size": 16, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None,
-            "rope_parameters": rope}  # fmt: skip
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH,
-              "fullatt_block_indexes": [0]}  # fmt: skip
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "rope_parameters": rope,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": TEXT_WIDTH,
+        "fullatt_block_indexes": [0],
+    }
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in VISION_TOKENS.items()}
     transformer = LongCatImageTransformer2DModel(
         in_channels=64,
@@ -537,18 +568,28 @@ class Case:
 FLUX2_GUIDANCE = {"guidance_scale": 4.0, "negative_prompt_embeds": embeds(seed=2)}
 kontext = partial(Case, attention=transformer_flux, sizes=((96, 64),), counts=(1,), guidance=KONTEXT_GUIDANCE)
 qwen = partial(
-    Case, attention=transformer_qwenimage, sizes=((96, 64),), counts=(1,), watch=watch_blocks, without_references=False,
+    Case,
+    attention=transformer_qwenimage,
+    sizes=((96, 64),),
+    counts=(1,),
+    watch=watch_blocks,
+    without_references=False,
     grid=lambda image: megapixel_grid(image, lambda side: round(side / 32) * 32),
     guidance={"true_cfg_scale": 4.0, "negative_prompt_embeds": embeds(seed=2, width=TEXT_WIDTH)},
-)  # fmt: skip
+)
 qwen_plus = partial(
     qwen, call=call_qwen, sizes=((96, 64), (64, 64), (64, 128), (100, 90)), counts=(1, 2, 4), usual=2, prompts=1
 )
 flux2_modular = partial(Case, call=call_flux2_modular, share=share_modular, offload=offload_modular)
 flux3 = partial(
-    Case, call=call_modular, attention=transformer_flux3, first_key=references_last_or_alone, watch=watch_flux3,
-    share=share_modular, offload=offload_modular,
-)  # fmt: skip
+    Case,
+    call=call_modular,
+    attention=transformer_flux3,
+    first_key=references_last_or_alone,
+    watch=watch_flux3,
+    share=share_modular,
+    offload=offload_modular,
+)
 
 CASES = {
     "flux2-dev": Case(lambda: build_flux2(Flux2Pipeline), call_flux2),
@@ -558,8 +599,11 @@ CASES = {
     ),
     # Several reference pictures of an inpainting call have one size
     "klein-inpaint": Case(
-        lambda: build_flux2(Flux2KleinInpaintPipeline), call_flux2_inpaint, sizes=((64, 64), (96, 72), (96, 72)),
-        without_references=False, guidance=FLUX2_GUIDANCE,
+        lambda: build_flux2(Flux2KleinInpaintPipeline),
+        call_flux2_inpaint,
+        sizes=((64, 64), (96, 72), (96, 72)),
+        without_references=False,
+        guidance=FLUX2_GUIDANCE,
     ),
     "flux2-modular": flux2_modular(lambda: build_flux2_modular(Flux2AutoBlocks(), Flux2ModularPipeline)),
     "klein-modular": flux2_modular(lambda: build_flux2_modular(Flux2KleinAutoBlocks())),
@@ -582,12 +626,18 @@ CASES = {
         lambda: build_kontext(FluxKontextInpaintPipeline), call_kontext_source, without_references=False
     ),
     "longcat": Case(
-        build_longcat, call_longcat, transformer_longcat_image, sizes=((96, 64),), counts=(1,), prompts=1,
-        grid=lambda image: megapixel_grid(image, lambda side: math.ceil(side / 16) * 16), without_references=False,
+        build_longcat,
+        call_longcat,
+        transformer_longcat_image,
+        sizes=((96, 64),),
+        counts=(1,),
+        prompts=1,
+        grid=lambda image: megapixel_grid(image, lambda side: math.ceil(side / 16) * 16),
+        without_references=False,
         guidance={"guidance_scale": 4.0},
     ),
     "qwen-edit": qwen(lambda: build_qwen(QwenImageEditPipeline), call_qwen),
     "qwen-edit-inpaint": qwen(lambda: build_qwen(QwenImageEditInpaintPipeline), call_qwen_inpaint),
     "qwen-edit-2509": qwen_plus(lambda: build_qwen(QwenImageEditPlusPipeline)),
     "qwen-edit-2511": qwen_plus(lambda: build_qwen(QwenImageEditPlusPipeline, zero_cond_t=True)),
-}  # fmt: skip
+}

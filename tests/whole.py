@@ -77,11 +77,27 @@ def whole_flux3(folder, blocks, cls):
     pipe = build_flux3(blocks)
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 100.0}
     tokenizer = tiny_tokenizer()
-    text = {"vocab_size": len(tokenizer), "hidden_size": TEXT_WIDTH // 2, "intermediate_size": 16, "head_dim": 8,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "rope_parameters": rope,
-            "bos_token_id": None, "eos_token_id": None}  # fmt: skip
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "num_position_embeddings": 16,
-              "out_hidden_size": TEXT_WIDTH // 2, "deepstack_visual_indexes": [0]}  # fmt: skip
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH // 2,
+        "intermediate_size": 16,
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": rope,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "num_position_embeddings": 16,
+        "out_hidden_size": TEXT_WIDTH // 2,
+        "deepstack_visual_indexes": [0],
+    }
     text_encoder = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision))
     template = "the {% for m in messages %}{{ m['content'] }}{% endfor %}"  # an empty prompt has tokens too
     processor = LlavaProcessor(vision_processor(), tokenizer, chat_template=template)

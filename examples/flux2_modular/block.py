@@ -2,8 +2,8 @@
 
 from diffusers import ModularPipelineBlocks
 
-from sparse_context.families import flux2_modular
+from sparse_context.families.flux2 import modular
 
 
-class SparseContextStep(flux2_modular.SparseContextStep, ModularPipelineBlocks):
+class SparseContextStep(modular.SparseContextStep, ModularPipelineBlocks):
     """Insert behind `prepare_image_latents`; then a call takes `keep`, `selector`, `task`, `coverage` and `merge`."""

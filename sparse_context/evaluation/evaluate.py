@@ -15,11 +15,9 @@ What is in the output folder, all of it written whole or not at all:
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
-from itertools import product
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,128 +26,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..budget import check_budget
-from ..generation import Generation, call_inputs, call_settings, generate
+from ..config import SparseContextConfig
 from ..images import check_output, open_picture, save_picture
-from ..manifest import Sample, name_problem, same_file
-from ..preview import MAX_AREA, draw_selection
-from ..result import selection_version, write_result
-from ..selection import TASKS, SparseContextConfig
-from ..selectors import mask as masks_of
+from ..preview import draw_selection
+from ..result import write_result
+from ..samples import Sample, name_problem, same_file
+from ..selection import selection_version
+from ..selectors.masks import mask as masks_of
+from .grid import DENSE, LONGEST_NAME, Cell, Maker
 from .metrics import Metric
 from .networks import first_line
-
-DENSE = "dense"
-"""The name of the setting that keeps all tokens. Every evaluation has it."""
-
-LONGEST_NAME = 200  # bytes: file systems have 255, and a file that is being written has a longer one
-SHOWN = 6
-"""How many samples' pictures are kept for the contact sheets."""
-
-Maker = Callable[[Sample, SparseContextConfig, int], Generation]
-"""(sample, config, seed) -> what a model makes of it: how any pipeline is evaluated."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One setting of the grid.
-
-    config: what is kept. limit: of how many samples, from the first; None for all. make: how its samples are made;
-    None: as `evaluate` is told. about: what else its figures depend on, such as a name for `make`, which resuming
-    cannot compare; it goes before the `about` of `evaluate`.
-    """
-
-    config: SparseContextConfig
-    limit: int | None = None
-    make: Maker | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The setting, for JSON. A selector without a name goes by its label."""
-        values = {one.name: getattr(self.config, one.name) for one in fields(self.config) if one.name != "seed"}
-        return {**values, "selector": _label(self.config), "limit": self.limit, **self.about}
-
-
-def _label(config: SparseContextConfig) -> str:
-    selector: Any = config.selector
-    if selector is None:
-        return "auto"
-    if isinstance(selector, Mapping):
-        return ",".join(f"{name}={weight:g}" for name, weight in selector.items())
-    return selector if isinstance(selector, str) else getattr(selector, "__name__", type(selector).__name__)
-
-
-def grid(
-    keeps: Sequence[float | int | str],
-    selectors: Sequence[Any] = (None,),
-    *,
-    tasks: Sequence[str] = ("auto",),
-    coverages: Sequence[float | None] = (None,),
-    merges: Sequence[float] = (0.0,),
-    limits: Mapping[float | int | str, int] | None = None,
-    **settings: Any,
-) -> dict[str, Cell]:
-    """A cell for every keep, selector, task, coverage and merge, by name; all tokens are one cell, `DENSE`, the first.
-
-    limits: how many samples at one keep. settings: other fields of `SparseContextConfig`, such as share.
-    Raises ValueError for a value out of range, and for two settings of one name (two functions may have the same).
-    """
-    limits = limits or {}
-    everything = next((keep for keep in keeps if _keeps_all(keep)), 1.0)
-    cells = {DENSE: Cell(SparseContextConfig(keep=1.0), limits.get(everything))}
-    sparse = [keep for keep in keeps if not _keeps_all(keep)]
-    for selector, task, coverage, merge, keep in product(selectors, tasks, coverages, merges, sparse):
-        config = SparseContextConfig(
-            keep=keep, selector=selector, task=task, coverage=coverage, merge=merge, **settings
-        )
-        parts = [_label(config), keep]
-        parts += [] if task == "auto" else [task]
-        parts += [] if coverage is None else [f"coverage={coverage:g}"]
-        parts += [f"merge={merge:g}"] if merge else []
-        name, cell = re.sub(r"[^\w.,=+-]+", "_", "-".join(map(str, parts))), Cell(config, limits.get(keep))
-        if cells.setdefault(name, cell) != cell:
-            raise ValueError(f"Two settings are named {name!r}: give each function a name of its own.")
-    return cells
-
-
-def _keeps_all(keep: Any) -> bool:
-    check_budget(keep)
-    return not isinstance(keep, str) and keep == 1
-
-
-def maker(
-    pipe: Any,
-    *,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    task_of: Callable[[Sample], str | Sequence[str]] | None = None,
-) -> Maker:
-    """How `generation.generate` makes a sample with `pipe`.
-
-    The output has the size that the model's own call settings name, else that of the sample's `image` in whole tokens
-    and at most a megapixel, else what the pipeline takes from the references. (LongCat always does the latter.)
-
-    Where a setting's task is "auto", the sample's own is used: `task_of(sample)`, one for all references or one for
-    each; by default `sample.task`, if that is a name of `TASKS`. A selector that was named is taken at its word then
-    too: the task adds no coverage to it.
-    """
-    fixed = "height" in call_settings(pipe) or "height" not in call_inputs(pipe)
-
-    def make(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
-        height = width = None
-        truth = None if fixed else sample.open_image()
-        if truth is not None:
-            token = 2 * pipe.vae_scale_factor
-            scale = min(1.0, math.sqrt(MAX_AREA / (truth.width * truth.height)))
-            width, height = (max(token, int(side * scale) // token * token) for side in truth.size)
-        task = task_of(sample) if task_of is not None else sample.task if sample.task in TASKS else "auto"
-        if config.task == "auto" and task != "auto":
-            plain = config.selector is not None and config.coverage is None
-            config = replace(config, task=task, coverage=0.0 if plain else config.coverage)
-        return generate(pipe, sample.open_references(), sample.prompt, config, seed=seed, steps=steps,
-                        height=height, width=width, guidance_scale=guidance_scale)  # fmt: skip
-
-    return make
+from .report import SHOWN
+from .statistics import summarise
 
 
 def fingerprint(pipe: Any) -> str:
@@ -323,8 +211,14 @@ def _run(
             (place / "tokens").mkdir(exist_ok=True)
             save_picture(draw_selection(made.selection, height=192), place / "tokens" / f"{sample.name}.png")
     tokens = (made.selection.kept, made.selection.total) if made.selection else (0, 0)
-    return {"name": sample.name, "task": sample.task, "kept": tokens[0], "total": tokens[1],
-            "seconds": round(made.times.total, 4), "scores": dict(_scores(output, sample, dense, metrics))}  # fmt: skip
+    return {
+        "name": sample.name,
+        "task": sample.task,
+        "kept": tokens[0],
+        "total": tokens[1],
+        "seconds": round(made.times.total, 4),
+        "scores": dict(_scores(output, sample, dense, metrics)),
+    }
 
 
 def _asks_for_masks(config: SparseContextConfig) -> bool:
@@ -396,97 +290,3 @@ def _fit(picture: Image.Image | None, output: Image.Image) -> Image.Image | None
 
 def _number(value: Any) -> float | None:
     return round(float(value), 6) if math.isfinite(value) else None
-
-
-# From figures of samples to figures of settings -----------------------------------------------------------------------
-
-
-def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """The 95 % interval of the mean by the percentile bootstrap (Efron 1979): (low, high).
-
-    The same values give the same interval. A single value has none: (nan, nan).
-    """
-    if len(values) < 2:
-        return math.nan, math.nan
-    means = _draws(len(values), seed, resamples) @ np.asarray(values, np.float64) / len(values)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-@lru_cache(maxsize=8)
-def _draws(count: int, seed: int, resamples: int) -> np.ndarray:
-    """How often each of `count` values is drawn in each resample: float64 (resamples, count)."""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples).astype(np.float64)
-
-
-def summarise(cells: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Groups of samples ("all", and each task where there are several), in them the cells, and in these their scores.
-
-    A score has `n` samples, their `mean` and its `interval`; and, paired with the dense cell over the samples that both
-    have, `difference` (cell minus dense) and `difference_interval`. Intervals are of 95 %, None with fewer than two.
-    """
-    tasks = dict.fromkeys(row["task"] for row in cells[DENSE])
-    named = [task for task in tasks if task not in (None, "all")] if len(tasks) > 1 else []
-    groups: dict[str, Any] = {}
-    for group in ["all", *named]:
-        groups[group] = {}
-        for name, rows in cells.items():
-            inside = [row for row in rows if group in ("all", row["task"])]
-            if inside:
-                dense = {row["name"]: row["scores"] for row in cells[DENSE]}
-                groups[group][name] = _summary(inside, dense)
-    return groups
-
-
-def _summary(rows: list[dict[str, Any]], dense: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
-    shares = [row["kept"] / row["total"] for row in rows if row["total"]]
-    scores: dict[str, Any] = {}
-    for score in dict.fromkeys(score for row in rows for score in row["scores"]):
-        values = {row["name"]: row["scores"].get(score) for row in rows}
-        there = {sample: value for sample, value in values.items() if value is not None}
-        if not there:
-            continue
-        before = {sample: dense[sample].get(score) for sample in there}
-        pairs = [there[sample] - value for sample, value in before.items() if value is not None]
-        scores[score] = {"n": len(there), **_mean(list(there.values()), "mean", "interval")}
-        if pairs:
-            scores[score] |= _mean(pairs, "difference", "difference_interval")
-    seconds = float(np.median([row["seconds"] for row in rows]))
-    return {"samples": len(rows), "kept": round(float(np.mean(shares)), 4) if shares else None,
-            "median_seconds": round(seconds, 4), "scores": scores}  # fmt: skip
-
-
-def _mean(values: list[float], name: str, interval: str) -> dict[str, Any]:
-    low, high = bootstrap_interval(values)
-    return {
-        name: round(float(np.mean(values)), 6),
-        interval: None if math.isnan(low) else [round(low, 6), round(high, 6)],
-    }
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """The result as lines of text: a block for each group, a line for each cell, means and differences to dense."""
-    lines = []
-    for group, cells in result["figures"].items():
-        scores = list(dict.fromkeys(score for cell in cells.values() for score in cell["scores"]))
-        lines.append(f"{group}: {cells[DENSE]['samples']} samples")
-        width = max(len(name) for name in cells) + 2
-        lines.append(" " * width + f"{'kept':>8}" + "".join(f"{score:>{_width(score)}}" for score in scores))
-        for name, cell in cells.items():
-            kept = "" if cell["kept"] is None else f"{100 * cell['kept']:.1f} %"
-            line = f"{name:<{width}}{kept:>8}"
-            for score in scores:
-                line += f"{_show(cell['scores'].get(score), name == DENSE):>{_width(score)}}"
-            lines.append(line)
-    return "\n".join(lines)
-
-
-def _width(score: str) -> int:
-    return max(len(score) + 2, 18)
-
-
-def _show(entry: Mapping[str, Any] | None, dense: bool) -> str:
-    if entry is None:
-        return "-"
-    difference = "" if dense or "difference" not in entry else f" ({entry['difference']:+.3g})"
-    return f"{entry['mean']:.4g}{difference}"

@@ -16,13 +16,23 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..manifest import Sample, find_picture
+from ..samples import Sample, find_picture
 from .metrics import CLIP_MODEL, METRICS, Metric, Picture, _inside, clip_t, lpips, mse, psnr, ssim, st_lpips
 from .networks import LPIPS_MODEL, accelerator, vision
 
 SIDE = 512
-KINDS = ("random", "change object", "add object", "delete object", "change content", "change pose", "change colour",
-         "change material", "change background", "change style")  # fmt: skip
+KINDS = (
+    "random",
+    "change object",
+    "add object",
+    "delete object",
+    "change content",
+    "change pose",
+    "change colour",
+    "change material",
+    "change background",
+    "change style",
+)
 """What `editing_type_id` 0 to 9 stands for."""
 
 

@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 
 from ..images import open_picture, save_picture
-from ..manifest import ILLEGAL, Sample, needs_datasets
 from ..preview import column, label, side_by_side
-from .evaluate import DENSE, SHOWN
+from ..samples import ILLEGAL, Sample, needs_datasets
+from .grid import DENSE
 from .metrics import Metric
 from .networks import find_spec
+from .report import SHOWN
 
 GROUPS_A_ROW = 3
 
@@ -48,8 +49,11 @@ def lines_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     these differ and were set.
     """
     fields = ("selector", "task", "coverage", "merge", "share", "floor")
-    settings = {name: tuple(str(cell.get(f) or None if f == "merge" else cell.get(f)) for f in fields)
-                for name, cell in cells.items() if name != DENSE}  # fmt: skip
+    settings = {
+        name: tuple(str(cell.get(f) or None if f == "merge" else cell.get(f)) for f in fields)
+        for name, cell in cells.items()
+        if name != DENSE
+    }
     telling = [i for i in range(len(fields)) if i == 0 or len({s[i] for s in settings.values()}) > 1]
     lines: dict[str, list[str]] = {}
     for name, setting in settings.items():
@@ -121,8 +125,11 @@ def draw_curves(result: Mapping[str, Any], score: str, before: Mapping[str, Any]
 def _points(cells: Mapping[str, Any], names: Sequence[str], score: str) -> list[tuple[float, float, float, float]]:
     """The points of one line in one panel, by the share kept: (kept, mean, low, high), the dense one included."""
     dense = cells[DENSE]["scores"].get(score) if DENSE in cells else None
-    points = [(cells[n]["kept"], *_level(cells[n]["scores"][score], dense)) for n in names
-              if n in cells and score in cells[n]["scores"] and cells[n]["kept"]]  # fmt: skip
+    points = [
+        (cells[n]["kept"], *_level(cells[n]["scores"][score], dense))
+        for n in names
+        if n in cells and score in cells[n]["scores"] and cells[n]["kept"]
+    ]
     if dense is not None:
         points.append((1.0, dense["mean"], dense["mean"], dense["mean"]))
     return sorted(points)

@@ -1,4 +1,4 @@
-"""Where reference tokens enter each kind of pipeline: one file a family, found by the pipeline's class name."""
+"""Where reference tokens enter each kind of pipeline: one folder a family, found by the pipeline's class name."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from importlib import import_module
 class Family:
     """What is known of a pipeline class before it is loaded.
 
-    file: the module here whose `attach(pipe, call)` knows where its reference tokens enter.
+    file: the module below this package whose `attach(pipe, call)` knows where its reference tokens enter.
     fewest, most: how many references a call takes (most None: the host sets no limit).
     modular: whether it is made of blocks; its index is then `modular_model_index.json`.
     paints: whether it paints into its first picture, where a mask says so.
@@ -27,11 +27,11 @@ class Family:
     narrow: bool = False
 
 
-_flux2 = partial(Family, "flux2", narrow=True)
-_flux2_modular = partial(Family, "flux2_modular", modular=True, narrow=True)
-_flux3 = partial(Family, "flux3", most=10, modular=True)
-_flux_kontext = partial(Family, "flux_kontext", most=1)
-_qwen_image_edit = partial(Family, "qwen_image_edit", fewest=1, guidance="true_cfg_scale")
+_flux2 = partial(Family, "flux2.drop", narrow=True)
+_flux2_modular = partial(Family, "flux2.modular", modular=True, narrow=True)
+_flux3 = partial(Family, "flux3.drop", most=10, modular=True)
+_flux_kontext = partial(Family, "kontext.drop", most=1)
+_qwen_image_edit = partial(Family, "qwen.drop", fewest=1, guidance="true_cfg_scale")
 
 
 FAMILIES: Mapping[str, Family] = {

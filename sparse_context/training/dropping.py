@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..selection import Selection, SparseContextConfig, select_tokens
-from ..selectors import SELECTORS, Grid, Selector
+from ..config import SparseContextConfig
+from ..selection import Selection, select_tokens
+from ..selectors.cells import Grid, Selector
+from ..selectors.registry import SELECTORS
 
 
 def blobs(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:

@@ -13,13 +13,20 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from ..generation import NO_LORA, call_settings, load_pipeline, most_references
-from ..manifest import check_pictures, needs_datasets, read_samples
-from .data import Batches, Cache, check_workers, open_example
+from ..pipelines.load import load_pipeline
+from ..pipelines.lora_file import NO_LORA
+from ..pipelines.settings import call_settings, most_references
+from ..samples import check_pictures, needs_datasets, read_samples
+from .cache import Cache
+from .checkpoints import has_begun
+from .config import FinetuneConfig
+from .data import Batches, check_workers, open_example
 from .dropping import Dropping
-from .finetune import EMBEDDED, FinetuneConfig, check_folder, finetune
+from .export import EMBEDDED
+from .files import alone
+from .finetune import finetune
 from .hosts import find_host
-from .loop import alone, has_begun
+from .run_folder import check_folder
 
 
 def launch(
@@ -61,8 +68,10 @@ def launch(
     _check_installed(report_to, data, validation_data)
     if dtype in ("float16", "fp16"):
         raise ValueError(f"dtype is {dtype!r}, in which gradients vanish: choose auto, bfloat16 or float32.")
-    sides = {"resolution": resolution,
-             "reference_resolution": resolution if reference_resolution is None else reference_resolution}  # fmt: skip
+    sides = {
+        "resolution": resolution,
+        "reference_resolution": resolution if reference_resolution is None else reference_resolution,
+    }
     for name, side in sides.items():
         if side < 64:
             raise ValueError(f"{name} is {side}: pass 64 or more pixels.")
@@ -123,8 +132,11 @@ def launch(
             pipe = load_pipeline(model, dtype=dtype, device=str(accelerator.device), lora=NO_LORA)
             host = find_host(pipe, config.kv)
             if accelerator.is_main_process and config.kv and not getattr(pipe.config, "is_distilled", True):
-                print(f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "
-                      "validation pictures are made without.", file=sys.stderr)  # fmt: skip
+                print(
+                    f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "
+                    "validation pictures are made without.",
+                    file=sys.stderr,
+                )
             result = finetune(
                 host,
                 Batches(samples, train_batch_size, config.seed, *sides.values()),
@@ -167,8 +179,10 @@ def _check_installed(report_to: str | None, *sources: str | None) -> None:
             f"{'the' if missing else 'The'} datasets library is not installed, which reading {named[0]} needs"
         )
     if missing:
-        raise ValueError(f"{', and '.join(missing)}: pip install 'sparse-context[train]', or leave --report-to out and "
-                         "pass a JSONL manifest.")  # fmt: skip
+        raise ValueError(
+            f"{', and '.join(missing)}: pip install 'sparse-context[train]', or leave --report-to out and "
+            "pass a JSONL manifest."
+        )
 
 
 def text_encoders(pipe: Any) -> nn.ModuleList:

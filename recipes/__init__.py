@@ -1,0 +1,1 @@
+"""Research code: how what the package ships was made. Not in the wheel."""

@@ -1,0 +1,1 @@
+"""How the embedded model is trained: `python -m recipes.mini --help`."""

@@ -1,0 +1,71 @@
+"""Where attention heads are to look, which a composed scene knows."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+COPYING = ((4, 3), (5, 2), (6, 3))
+"""The heads (single block, head) that are taught where to look. Those that did best by themselves in an earlier run."""
+
+
+@contextlib.contextmanager
+def watched_heads(transformer, heads: Sequence[tuple[int, int]]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Within, a forward pass leaves the normed queries and keys of `heads` in the list: (B, tokens, d) each.
+
+    They come in the order of the blocks, and are made anew from what a block is given: what a block does inside may be
+    compiled, and not to be looked into.
+    """
+    from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
+
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(block, _, given: dict[str, torch.Tensor], head: int) -> None:
+        attention = block.attn
+        shift, scale, _ = Flux2Modulation.split(given["temb_mod"], 1)[0]
+        hidden = (1 + scale) * block.norm(given["hidden_states"]) + shift
+        of_query, of_key, *_ = attention.to_qkv_mlp_proj.weight.split(attention.inner_dim)
+        rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+        query, key = (nn.functional.linear(hidden, weight[rows]) for weight in (of_query, of_key))
+        pairs.append((attention.norm_q(query), attention.norm_k(key)))
+
+    with contextlib.ExitStack() as hooks:
+        for number, head in heads:
+            block = transformer.single_transformer_blocks[number]
+            handle = block.register_forward_pre_hook(partial(look, head=head), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield pairs
+
+
+def correspondence_loss(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    source: torch.Tensor,
+    text_tokens: int,
+) -> torch.Tensor:
+    """Cross-entropy of where heads look, against the reference token that each output token shows (`Scene.source`).
+
+    pairs: what `watched_heads` saw; rotary: the cosines and sines of all tokens; source: int64 (B, output tokens), on
+    the CPU so that no device is waited for. -1 is a token that shows nothing of a reference: it should look at anything
+    but references, so that clutter beside an object stays behind. Samples of -1 alone teach nothing; else the two kinds
+    of tokens weigh the same. Found from the pictures alone, an object that moves costs several times as many samples:
+    nothing pulls a head to the right token until it already looks there.
+    """
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    own = text_tokens + source.shape[1]
+    known = (source >= 0).any(1, keepdim=True)
+    which, where = (source >= 0).nonzero(as_tuple=True)
+    truth = source[which, where] + own
+    bare = (known & (source < 0)).nonzero(as_tuple=True)
+    losses = []
+    for query, key in pairs:
+        query, key = (apply_rotary_emb(t[:, :, None], rotary, sequence_dim=1)[:, :, 0] for t in (query, key))
+        scores = torch.bmm(query[:, text_tokens:own], key.transpose(1, 2)) * query.shape[-1] ** -0.5
+        looks = scores.float().log_softmax(-1)
+        losses.append(-looks[which, where, truth].mean())
+        if len(bare[0]):
+            losses[-1] = losses[-1] - looks[bare][:, :own].logsumexp(-1).mean()
+    return torch.stack(losses).mean()

@@ -1,0 +1,120 @@
+"""What to keep of the references: the settings, and what each task decides where the user does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from .budget import check_budget
+from .selectors.cells import Selector
+from .selectors.registry import resolve
+
+TASKS = ("auto", "edit", "global", "subject")
+
+
+def task_defaults(task: str, references: int) -> tuple[str | dict[str, float], float]:
+    """The rule by which a task decides (selector, coverage) where the user did not.
+
+    - "edit", an edit that keeps the picture's layout: edges and saliency, half each, with a tenth of the tokens spread
+      evenly, because flat regions are blind otherwise. (The paper, arXiv 2606.23682, takes edges alone, and names that
+      limitation. Whatever the edit spares is looked at closest where it is salient.)
+    - "global", an edit of the whole picture, such as a colour tone or a style: tokens spread evenly, since every region
+      is asked for. No selector knows better, and the embedded model breaks such an edit with the first tokens that it
+      goes without (docs/quality.md): keep="auto" keeps all.
+    - "subject", a subject put into a new scene: the selector of that name, saliency with the subject's outline and rim,
+      and nothing for the background.
+    - "auto": one reference is taken for an edit, several for subjects. (The shape of the output cannot tell: by default
+      it is the first reference's.)
+    """
+    if task == "global":
+        return "uniform", 0.0
+    if task == "edit" or (task == "auto" and references == 1):
+        return {"edges": 0.5, "saliency": 0.5}, 0.1
+    return "subject", 0.0
+
+
+@dataclass(frozen=True)
+class SparseContextConfig:
+    """What to keep of the references. `keep` is the dial; all else has a default that serves.
+
+    The important ones:
+
+    - `keep`: a ratio in (0, 1], a count of at least 2 tokens over all references, or "auto" (for each reference the
+      fewest tokens that hold the share `mass` of its scores; all for a global edit). One value, or one per reference.
+      1 keeps all.
+    - `selector`: what makes a token matter: a name of `selectors.SELECTORS`, a mapping of names to weights (a blend), a
+      function (image, grid, generator) -> scores, or `mask([...])`. One, or a list with one per reference. None: the
+      task decides.
+    - `task`: "edit", "global", "subject" or "auto", one or one per reference: see `task_defaults`.
+
+    To tinker with:
+
+    - `coverage`: the share of kept tokens, in [0, 1], that is spread evenly over the pictures. None: the task decides;
+      but a selector that you name under the task "auto" is taken at its word, with no coverage.
+    - `share`: "equal" (each reference keeps the same ratio) or "joint" (tokens of all references compete: for scores
+      that may be compared, such as those of one selector; else one reference starves the others).
+    - `floor`: the least number of tokens of each reference; with 0, one may end up with none.
+    - `multiple_of`: round the total up to a multiple, for compilers and context parallelism.
+    - `merge`: the share of the budget, in [0, 1], that goes to averages of the rest, each over a block of tokens: as
+      many tokens in all, fewer of them sharp, and no region is lost. 0, or a share under half a token: what is not kept
+      is dropped.
+    - `mass`: in (0, 1], for keep="auto".
+    - `seed`: of the selectors' own random numbers, which the image's noise never shares.
+
+    Raises ValueError that names the field and its value. `budget.choose_tokens` has the details of the budget.
+    """
+
+    keep: float | str | Sequence[float | str] = 0.2
+    selector: str | Mapping | Selector | Sequence | None = None
+    task: str | Sequence[str] = "auto"
+
+    coverage: float | None = None
+    share: str = "equal"
+    floor: int = 1
+    multiple_of: int = 1
+    merge: float = 0.0
+    mass: float = 0.8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # arrays cannot be compared, and one without a dimension is a number
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                object.__setattr__(self, field.name, tuple(value.tolist()) if value.ndim else value.item())
+        if self.coverage is not None and np.ndim(self.coverage):
+            raise ValueError(f"coverage is {self.coverage!r}: pass one share from 0 to 1, or None.")
+        coverage = 0.0 if self.coverage is None else self.coverage
+        check_budget(self.keep, self.share, self.floor, coverage, self.multiple_of, self.mass, self.merge)
+        for name, value in (("task", self.task), ("selector", self.selector)):
+            if isinstance(value, (list, tuple)) and not value:
+                raise ValueError(f"{name} is {value!r}: pass one value, or one per reference.")
+        for task in self.task if isinstance(self.task, (list, tuple)) else [self.task]:
+            if task not in TASKS:
+                raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
+        selectors: Any = self.selector
+        for selector in selectors if isinstance(selectors, (list, tuple)) else [selectors]:
+            if selector is not None:
+                resolve(selector)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
+            raise ValueError(f"seed is {self.seed!r}: pass a whole number, 0 or more.")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all tokens of any references are kept: by a ratio of 1, or by "auto" where the task is "global"."""
+        count = max(1 if isinstance(own, str) else np.size(own) for own in (self.keep, self.task))
+        pairs = zip(per_reference("keep", self.keep, count), per_reference("task", self.task, count), strict=True)
+        return all(task == "global" if keep == "auto" else keep == 1 for keep, task in pairs)
+
+
+def per_reference(name: str, value, count: int) -> list:
+    """One value for each reference, from one for all or a sequence with one each."""
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(
+            f"{name} has {len(value)} values for {count} references: pass one value, or one per reference."
+        )
+    return list(value)

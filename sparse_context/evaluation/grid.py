@@ -1,0 +1,136 @@
+"""The settings that an evaluation compares: each a cell."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
+from typing import Any
+
+from ..budget import check_budget
+from ..config import TASKS, SparseContextConfig
+from ..pipelines.engine import Generation, generate
+from ..pipelines.settings import call_inputs, call_settings
+from ..preview import MAX_AREA
+from ..samples import Sample
+
+DENSE = "dense"
+"""The name of the setting that keeps all tokens. Every evaluation has it."""
+
+
+LONGEST_NAME = 200  # bytes: file systems have 255, and a file that is being written has a longer one
+
+
+Maker = Callable[[Sample, SparseContextConfig, int], Generation]
+"""(sample, config, seed) -> what a model makes of it: how any pipeline is evaluated."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of the grid.
+
+    config: what is kept. limit: of how many samples, from the first; None for all. make: how its samples are made;
+    None: as `evaluate` is told. about: what else its figures depend on, such as a name for `make`, which resuming
+    cannot compare; it goes before the `about` of `evaluate`.
+    """
+
+    config: SparseContextConfig
+    limit: int | None = None
+    make: Maker | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The setting, for JSON. A selector without a name goes by its label."""
+        values = {one.name: getattr(self.config, one.name) for one in fields(self.config) if one.name != "seed"}
+        return {**values, "selector": _label(self.config), "limit": self.limit, **self.about}
+
+
+def _label(config: SparseContextConfig) -> str:
+    selector: Any = config.selector
+    if selector is None:
+        return "auto"
+    if isinstance(selector, Mapping):
+        return ",".join(f"{name}={weight:g}" for name, weight in selector.items())
+    return selector if isinstance(selector, str) else getattr(selector, "__name__", type(selector).__name__)
+
+
+def grid(
+    keeps: Sequence[float | int | str],
+    selectors: Sequence[Any] = (None,),
+    *,
+    tasks: Sequence[str] = ("auto",),
+    coverages: Sequence[float | None] = (None,),
+    merges: Sequence[float] = (0.0,),
+    limits: Mapping[float | int | str, int] | None = None,
+    **settings: Any,
+) -> dict[str, Cell]:
+    """A cell for every keep, selector, task, coverage and merge, by name; all tokens are one cell, `DENSE`, the first.
+
+    limits: how many samples at one keep. settings: other fields of `SparseContextConfig`, such as share.
+    Raises ValueError for a value out of range, and for two settings of one name (two functions may have the same).
+    """
+    limits = limits or {}
+    everything = next((keep for keep in keeps if _keeps_all(keep)), 1.0)
+    cells = {DENSE: Cell(SparseContextConfig(keep=1.0), limits.get(everything))}
+    sparse = [keep for keep in keeps if not _keeps_all(keep)]
+    for selector, task, coverage, merge, keep in product(selectors, tasks, coverages, merges, sparse):
+        config = SparseContextConfig(
+            keep=keep, selector=selector, task=task, coverage=coverage, merge=merge, **settings
+        )
+        parts = [_label(config), keep]
+        parts += [] if task == "auto" else [task]
+        parts += [] if coverage is None else [f"coverage={coverage:g}"]
+        parts += [f"merge={merge:g}"] if merge else []
+        name, cell = re.sub(r"[^\w.,=+-]+", "_", "-".join(map(str, parts))), Cell(config, limits.get(keep))
+        if cells.setdefault(name, cell) != cell:
+            raise ValueError(f"Two settings are named {name!r}: give each function a name of its own.")
+    return cells
+
+
+def _keeps_all(keep: Any) -> bool:
+    check_budget(keep)
+    return not isinstance(keep, str) and keep == 1
+
+
+def maker(
+    pipe: Any,
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    task_of: Callable[[Sample], str | Sequence[str]] | None = None,
+) -> Maker:
+    """How `generation.generate` makes a sample with `pipe`.
+
+    The output has the size that the model's own call settings name, else that of the sample's `image` in whole tokens
+    and at most a megapixel, else what the pipeline takes from the references. (LongCat always does the latter.)
+
+    Where a setting's task is "auto", the sample's own is used: `task_of(sample)`, one for all references or one for
+    each; by default `sample.task`, if that is a name of `TASKS`. A selector that was named is taken at its word then
+    too: the task adds no coverage to it.
+    """
+    fixed = "height" in call_settings(pipe) or "height" not in call_inputs(pipe)
+
+    def make(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
+        height = width = None
+        truth = None if fixed else sample.open_image()
+        if truth is not None:
+            token = 2 * pipe.vae_scale_factor
+            scale = min(1.0, math.sqrt(MAX_AREA / (truth.width * truth.height)))
+            width, height = (max(token, int(side * scale) // token * token) for side in truth.size)
+        task = task_of(sample) if task_of is not None else sample.task if sample.task in TASKS else "auto"
+        if config.task == "auto" and task != "auto":
+            plain = config.selector is not None and config.coverage is None
+            config = replace(config, task=task, coverage=0.0 if plain else config.coverage)
+        return generate(
+            pipe,
+            sample.open_references(),
+            sample.prompt,
+            config,
+            seed=seed,
+            steps=steps,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+        )
+
+    return make

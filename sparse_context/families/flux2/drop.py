@@ -1,0 +1,64 @@
+"""FLUX.2: dev, klein, klein-KV and klein inpaint.
+
+All of them hand the references' pixels to `prepare_image_latents`, once a call, and get tokens (B, N, C) and position
+ids (B, N, 4) back. The KV pipeline takes the number of reference tokens from that shape. Inpaint hands over the
+*latents* of its source picture, so the pixels behind them are taken one step earlier, in `prepare_latents`.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ...tokens import ReferenceTokens
+from ..pictures import Pictures
+
+if TYPE_CHECKING:
+    from ...context import Call
+
+MAX_AREA = 1024 * 1024  # larger pictures are scaled down to this many pixels before they are preprocessed
+
+
+def attach(pipe: Any, call: "Call") -> None:
+    """Cut the reference tokens that `pipe.prepare_image_latents` returns."""
+    pictures = Pictures(MAX_AREA)
+    stands_for = WeakIdKeyDictionary()  # the latents of a preprocessed tensor -> that tensor
+
+    def keep_essentials(prepare_image_latents, images, batch_size, *args, **kwargs):
+        tokens = ReferenceTokens(*prepare_image_latents(images, batch_size, *args, **kwargs))
+        channels = pipe.transformer.config.in_channels
+        grids, seen = [], []
+        for image in images:
+            pixels = stands_for.get(image, image)
+            side = 1 if image.shape[1] == channels else 2 * pipe.vae_scale_factor
+            # A batch is one reference that shows each output another picture, or as many references of one size.
+            one = image.shape[0] in (1, batch_size)
+            for rows in [slice(None)] if one else [slice(i, i + 1) for i in range(image.shape[0])]:
+                grids.append((image.shape[2] // side, image.shape[3] // side))
+                seen.append((pixels, rows))
+
+        def picture(i: int, mask: np.ndarray | None) -> list[np.ndarray] | None:
+            pixels, rows = seen[i]
+            return None if pixels.shape[1] == channels else pictures.show(pixels, mask, i, rows)
+
+        kept = call.keep(tokens, grids, picture)
+        return kept.latents, kept.ids
+
+    def encode_once(encode, image, generator):  # which draws nothing from the generator: it takes the mode
+        remembered = call.context.cache
+        if remembered is None or "_encode_vae_image" in vars(pipe):  # the user's own function, known by no name
+            return encode(image=image, generator=generator)
+        # Named by what the VAE gets, so that no order of calls can put one picture's name on another's latents
+        return remembered.encode(image, image, pipe.vae, partial(encode, image=image, generator=generator))
+
+    def remember_pixels(prepare_latents, image, *args, **kwargs):
+        prepared = prepare_latents(image, *args, **kwargs)
+        stands_for[prepared[3]] = image
+        return prepared
+
+    call.replace("image_processor", pictures.watch)
+    call.around("prepare_image_latents", keep_essentials)
+    call.around("_encode_vae_image", encode_once)
+    if hasattr(pipe, "prepare_mask_latents"):  # inpaint
+        call.around("prepare_latents", remember_pixels)

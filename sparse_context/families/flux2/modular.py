@@ -1,0 +1,140 @@
+"""FLUX.2 as modular pipelines: dev, klein and klein base.
+
+The packed tokens (B, N, C) and position ids (B, N, 4) of all references stand in the state, next to their pixels, after
+the step that prepares them. `apply_sparse_context` cuts them there; or a pipeline is built with `SparseContextStep`
+among its blocks, and then takes `keep` and what goes with it in every call:
+
+    blocks = insert_sparse_context(Flux2KleinAutoBlocks())
+    pipe = blocks.init_pipeline("black-forest-labs/FLUX.2-klein-4B")
+    pipe.load_components(dtype=torch.bfloat16)
+    made = pipe(image=[cat, room], prompt="the cat in the room", keep=0.2, output=["images", "selection"])
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ModularPipelineBlocks
+from diffusers.modular_pipelines.flux2.inputs import Flux2ProcessImagesInputStep
+from diffusers.modular_pipelines.modular_pipeline import PipelineState
+from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+
+from ...config import SparseContextConfig
+from ...context import Call, SparseContext
+from ...selection import Selection
+from ...tokens import ReferenceTokens
+from ..modular import attach_step, insert_behind
+from ..pictures import mask_of, to_uint8
+from .drop import MAX_AREA
+
+
+def attach(pipe: Any, call: Call) -> None:
+    """Run a step that cuts the reference tokens behind the block that prepares them."""
+    if _has_step(pipe._blocks):
+        raise ValueError(
+            f"This {type(pipe).__name__} has a SparseContextStep among its blocks, which drops tokens already: "
+            "pass keep in the call, or build the pipeline without that step"
+        )
+    attach_step(call, "image_latent_ids", lambda state: _keep_essentials(pipe, state, call))
+
+
+def insert_sparse_context(blocks: Any) -> Any:
+    """A copy of FLUX.2's blocks with a `SparseContextStep` in its place. Raises ValueError where there is none."""
+    if _has_step(blocks):
+        raise ValueError(f"These {type(blocks).__name__} have a SparseContextStep already: insert it once.")
+    made = insert_behind(deepcopy(blocks), "image_latent_ids", SparseContextStep())
+    if not _has_step(made):
+        raise ValueError(
+            f"These {type(blocks).__name__} have no step that makes image_latent_ids: pass FLUX.2's blocks, such as "
+            "Flux2KleinAutoBlocks()."
+        )
+    return made
+
+
+class SparseContextStep(ModularPipelineBlocks):
+    """A block for behind the one that makes `image_latent_ids`: keeps the reference tokens that matter, drops the rest.
+
+    A call then takes `keep`, `selector`, `task`, `coverage` and `merge` (see `SparseContextConfig`), and leaves what
+    was kept in the state as `selection`.
+    """
+
+    model_name = "flux2"
+
+    @property
+    def description(self) -> str:
+        return (
+            "Sparse Context: keeps the reference tokens that matter and drops or averages the others. "
+            "Insert it behind the step that prepares the image latents."
+        )
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        default = SparseContextConfig()
+        return [
+            InputParam("keep", default=default.keep, description="Ratio, count or 'auto', or a list with one each."),
+            InputParam("selector", description="What makes a token matter; the task decides where it is None."),
+            InputParam(
+                "task", default=default.task, type_hint=str, description="'edit', 'global', 'subject' or 'auto'."
+            ),
+            InputParam("coverage", type_hint=float, description="Share of the kept tokens that is spread evenly."),
+            InputParam(
+                "merge", default=default.merge, type_hint=float, description="Share of the kept that are averages."
+            ),
+            InputParam("image", description="The references, for masks and alpha channels."),
+            InputParam("condition_images", type_hint=list[torch.Tensor], description="Their pixels, preprocessed."),
+            InputParam("image_latents", type_hint=torch.Tensor, description="Packed reference tokens (B, N, C)."),
+            InputParam("image_latent_ids", type_hint=torch.Tensor, description="Their position ids (B, N, 4)."),
+        ]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [
+            OutputParam("image_latents", type_hint=torch.Tensor, description="The kept reference tokens."),
+            OutputParam("image_latent_ids", type_hint=torch.Tensor, description="The position ids of the kept tokens."),
+            OutputParam("selection", type_hint=Selection, description="What was kept, and by what."),
+        ]
+
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        given = {name: state.get(name) for name in ("keep", "selector", "task", "coverage", "merge")}
+        config = SparseContextConfig(**{name: value for name, value in given.items() if value is not None})
+        call = Call(components, SparseContext(config, attach))
+        if state.get("image_latent_ids") is not None:
+            _keep_essentials(components, state, call)
+        state.set("selection", call.selection)
+        return components, state
+
+
+def _has_step(blocks: Any) -> bool:
+    return isinstance(blocks, SparseContextStep) or any(map(_has_step, blocks.sub_blocks.values()))
+
+
+def _keep_essentials(components: Any, state: PipelineState, call: Call) -> None:
+    """Cut the reference tokens and position ids in the state."""
+    tokens = ReferenceTokens(state.image_latents, state.image_latent_ids)
+    images, pixels = state.get("image"), state.get("condition_images")  # no pixels where latents were passed
+    images = images if isinstance(images, list) else [images]
+
+    def picture(i: int, mask: np.ndarray | None) -> np.ndarray | None:
+        if pixels is None:
+            return None
+        seen = to_uint8(pixels[i])[0]
+        alpha = mask_of(images[i], mask, i, MAX_AREA)
+        if alpha is None:
+            return seen
+        own = PipelineState()
+        own.set("image", alpha)
+        Flux2ProcessImagesInputStep()(components, own)  # the same scaling and crop as the picture had
+        return np.concatenate([seen, to_uint8(own.condition_images[0])[0, ..., :1]], axis=-1)
+
+    kept = call.keep(tokens, _grids(tokens.ids), picture)
+    state.set("image_latents", kept.latents)
+    state.set("image_latent_ids", kept.ids)
+
+
+def _grids(ids: torch.Tensor) -> list[tuple[int, int]]:
+    """(rows, columns) of each reference from the position ids (B, N, 4), in which axis 0 tells references apart."""
+    ids = ids[0].cpu()
+    _, counts = torch.unique_consecutive(ids[:, 0], return_counts=True)
+    sizes = [own[:, 1:3].amax(dim=0) + 1 for own in ids.split(counts.tolist())]
+    return [(int(rows), int(columns)) for rows, columns in sizes]

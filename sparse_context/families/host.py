@@ -1,0 +1,89 @@
+"""The interface by which the trainer reaches a family of pipelines: encode pictures and prompts, and predict.
+
+A host knows what its pipeline does around the transformer, and nothing of training: which pixels the VAE gets, which
+position ids tokens have, and in which order they go in. Everything is done with the pipeline's own methods. To add a
+family, write a class with the methods of `Host` and give each of its pipelines a line in `HOSTS`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..tokens import ReferenceTokens
+
+Text = dict[str, torch.Tensor]
+"""What a host makes of prompts; the first axis of each tensor is the batch."""
+
+
+GUIDANCE = 3.5  # what diffusers' own script trains FLUX.2 dev with, whose guidance is distilled
+
+
+ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]  # what diffusers' own scripts adapt by default
+
+
+class Host(Protocol):
+    """One family of pipelines, as the trainer sees it. Shapes: B samples, tokens of C channels, A axes of positions."""
+
+    pipe: Any
+    """The pipeline; validation calls it. In KV mode it is one that caches."""
+
+    transformer: nn.Module
+    """What is trained. With an adapter on it, `transformer.disable_adapters()` gives the base."""
+
+    token: int
+    """Pixels a side of a token."""
+
+    shift: float
+    """How far noise levels move towards noise, as the scheduler's own `shift`; 1 leaves them."""
+
+    text_sees_references: bool
+    """Whether `encode_text` looks at the pictures. If not, what it makes of a prompt serves all that have it."""
+
+    def lora_targets(self) -> list[str]:
+        """The modules of the transformer that LoRA adapts by default."""
+
+    def pixels(self, picture: Image.Image) -> torch.Tensor:
+        """A picture as the pipeline hands it to its VAE: float32 (1, 3, H, W) in [-1, 1], resized and cropped by it.
+
+        Asked ahead of the steps, by another thread: with a copy of the pipeline's processor, for validation in the
+        meantime takes notes of what passes through the pipeline's own (`families/`).
+        """
+
+    def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) -> latents (B, C, rows, columns), one cell a token, as the transformer wants them."""
+
+    def encode_text(self, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Text:
+        """What the transformer gets of prompts. `pictures` has each sample's references, for encoders that see them."""
+
+    def target_tokens(self, latents: torch.Tensor) -> ReferenceTokens:
+        """Latents (B, C, rows, columns) of the output -> its tokens and their position ids."""
+
+    def reference_tokens(self, latents: Sequence[torch.Tensor]) -> ReferenceTokens:
+        """Latents of each reference, (B, C, rows, columns) of any sizes -> all tokens, one reference after another."""
+
+    def velocity(
+        self,
+        noisy: ReferenceTokens,
+        sigma: torch.Tensor,
+        text: Text,
+        references: ReferenceTokens,
+        teacher: bool = False,
+    ) -> torch.Tensor:
+        """The transformer's velocity on the output tokens, (B, N, C), at noise levels `sigma` (B,) in [0, 1].
+
+        `references` has the tokens that are kept. `teacher` asks for the plain forward where training uses another one
+        (KV mode).
+        """
+
+
+def _flat(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, rows, columns) as tokens (B, rows * columns, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def _refuse_kv(pipe: Any, kv: bool) -> None:
+    if kv:
+        raise ValueError(f"KV mode is for FLUX.2 klein: {type(pipe).__name__} has no pipeline that runs it.")

@@ -1,0 +1,1 @@
+"""Qwen-Image-Edit, its inpainting, and Edit-Plus."""

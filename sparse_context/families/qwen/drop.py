@@ -1,0 +1,172 @@
+"""Qwen-Image-Edit, its inpainting, and Edit-Plus (2509, 2511).
+
+These have no position ids: the transformer derives its rotary rows from `img_shapes`, a local of the call. So tokens
+are chosen where `prepare_latents` makes them, their ids being the numbers of their rotary rows, and cut at the door of
+the transformer. What is kept goes there with the call's inputs, in `attention_kwargs`, and hooks put it in its place.
+They look at nothing else, so they do for any number of calls at once, whoever makes them, leave a call without it
+alone, and can be compiled with the transformer.
+
+The text encoder sees the pictures as well, as vision tokens in the prompt, and those are left alone: what is dropped
+here still reaches the model that way, coarsely.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ...tokens import ReferenceTokens
+from ..pictures import Pictures
+
+if TYPE_CHECKING:
+    from ...context import Call
+
+KEY = "sparse_context"  # of the kept tokens in `attention_kwargs`
+
+Shape = tuple[int, int, int]  # 1, rows and columns
+
+
+class KeptTokens(NamedTuple):
+    """What a call keeps of its references.
+
+    rows: the rotary rows of the kept tokens (K,), int64, counted over all tokens of whole references.
+    strip: their shape, (1, 1, K): as a number of its own, so that no graph has to derive it.
+    shapes: of the whole references.
+    latents: the kept tokens (B, K, C), to take the place of the whole references in `hidden_states`; None where
+        they stand there already.
+    """
+
+    rows: torch.Tensor
+    strip: Shape
+    shapes: list[Shape]
+    latents: torch.Tensor | None = None
+
+
+def attach(pipe: Any, call: "Call") -> None:
+    """Cut the reference tokens that `pipe` hands to its transformer."""
+    pictures = Pictures()
+    kept: KeptTokens | None = None
+    hooked: set[int] = set()  # the ids of the transformers that this call has run on
+
+    def choose(prepare_latents, *args, **kwargs):
+        nonlocal kept
+        prepared = prepare_latents(*args, **kwargs)
+        seen = pictures.preprocessed  # the references, which the host then hands on as views
+        side = 2 * pipe.vae_scale_factor
+        grids = [(pixels.shape[2] // side, pixels.shape[3] // side) for pixels in seen]
+        tokens = ReferenceTokens(prepared[-1], torch.arange(prepared[-1].shape[1])[:, None])
+        chosen = call.keep(tokens, grids, lambda i, mask: pictures.show(seen[i], mask, i))
+        rows = chosen.ids[:, 0].to(chosen.latents.device, non_blocking=True)
+        kept = KeptTokens(rows, (1, 1, len(rows)), [(1, *grid) for grid in grids])
+        if hasattr(pipe, "prepare_mask_latents"):  # inpaint, which blends with the whole source at every step
+            kept = kept._replace(latents=chosen.latents)
+            return prepared
+        return *prepared[:-1], chosen.latents
+
+    def hand_over(attention_kwargs):
+        """The host asks for them anew for every forward, so a transformer that was exchanged has its hooks as well."""
+        if kept is None or attention_kwargs is None:
+            return attention_kwargs
+        if id(pipe.transformer) not in hooked:
+            hooked.add(id(pipe.transformer))
+            call.closing.enter_context(taking_kept_tokens(pipe.transformer))
+        return {**attention_kwargs, KEY: kept}
+
+    call.replace("image_processor", pictures.watch)
+    call.around("prepare_latents", choose)
+    call.replace("_attention_kwargs", hand_over)
+
+
+@contextmanager
+def taking_kept_tokens(transformer: Any) -> Iterator[None]:
+    """Within it, a forward with `attention_kwargs={KEY: KeptTokens(...)}` sees those as all of its references.
+
+    Any other is as it was. `img_shapes` is to have the output's shape first, and `hidden_states` its tokens.
+    """
+    with _hooked(transformer, _at_the_door), _hooked(transformer.pos_embed, _around_rotary_rows):
+        yield
+
+
+class _Shapes(list):
+    """What the transformer counts its tokens by, with what `pos_embed` finds their rotary rows by."""
+
+    def __init__(self, shapes: Sequence[Shape], rows: torch.Tensor, whole: Sequence[Shape]) -> None:
+        super().__init__(shapes)
+        self.rows, self.whole = rows, whole
+
+    def to(self, device: Any, non_blocking: bool = False) -> "_Shapes":
+        """So that accelerate's offloading moves it as a whole, and does not take it for a list."""
+        return _Shapes(self, self.rows.to(device, non_blocking=non_blocking), self.whole)
+
+
+def _count(shape: Shape) -> int:
+    return shape[0] * shape[1] * shape[2]
+
+
+# A hook that another thread removes in the middle of a forward is called without its `kwargs` there
+def _put_kept_tokens(transformer, args, kwargs=None):
+    attention_kwargs = (kwargs or {}).get("attention_kwargs") or {}
+    if KEY not in attention_kwargs:
+        return None
+    rows, strip, whole, latents = attention_kwargs[KEY]
+    output = kwargs["img_shapes"][0][0]
+    hidden_states = kwargs["hidden_states"]
+    if latents is not None:
+        hidden_states = torch.cat([hidden_states[:, : _count(output)], latents], dim=1)
+    return args, kwargs | {
+        "hidden_states": hidden_states,
+        "img_shapes": [_Shapes([output, strip], rows, whole)] * len(kwargs["img_shapes"]),
+        "attention_kwargs": {name: value for name, value in attention_kwargs.items() if name != KEY},
+    }
+
+
+def _ask_for_whole(pos_embed, args):
+    if not isinstance(args[0][0], _Shapes):
+        return None
+    shapes = args[0][0]
+    return [_Shapes([shapes[0], *shapes.whole], shapes.rows, shapes.whole)], *args[1:]
+
+
+def _take_kept_rows(pos_embed, args, rotary):
+    if not isinstance(args[0][0], _Shapes):
+        return None
+    shapes = args[0][0]
+    output = _count(shapes[0])
+    rows = torch.cat([torch.arange(output, device=shapes.rows.device), output + shapes.rows])
+    return rotary[0].index_select(0, rows.to(rotary[0].device)), rotary[1]
+
+
+_installed: WeakKeyDictionary[torch.nn.Module, tuple[list, int]] = WeakKeyDictionary()  # hooks, and how many need them
+_lock = Lock()
+
+
+@contextmanager
+def _hooked(module: Any, register: Callable[[Any], list]) -> Iterator[None]:
+    """Within it, `module` has the hooks that `register` puts on it: once, however many calls need them at a time."""
+    with _lock:
+        hooks, needed_by = _installed.get(module) or (register(module), 0)
+        _installed[module] = hooks, needed_by + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            hooks, needed_by = _installed.pop(module)
+            if needed_by > 1:
+                _installed[module] = hooks, needed_by - 1
+            else:
+                for hook in hooks:
+                    hook.remove()
+
+
+def _at_the_door(transformer: Any) -> list:
+    return [transformer.register_forward_pre_hook(_put_kept_tokens, with_kwargs=True)]
+
+
+def _around_rotary_rows(pos_embed: Any) -> list:
+    return [
+        pos_embed.register_forward_pre_hook(_ask_for_whole),
+        pos_embed.register_forward_hook(_take_kept_rows),
+    ]

@@ -1,0 +1,1 @@
+"""Pipelines that answer requests: how one is found, loaded and called."""

@@ -1,0 +1,41 @@
+"""Where the embedded model lies in the package, and what its files say."""
+
+import json
+from pathlib import Path
+
+WEIGHTS = Path(__file__).parents[1] / "embedded" / "weights"
+
+
+CALL_FILE = "call.json"
+
+
+ADAPTERS = {"plain": WEIGHTS / "pytorch_lora_weights.safetensors", "kv": WEIGHTS / "kv.safetensors"}
+"""The embedded model's own LoRA for dropped tokens, and that for KV mode: its defaults, where the package has them."""
+
+
+def adapter_record(path: Path) -> dict:
+    """What an adapter's file says of its training: base and its fingerprint, steps, keep range, drop mix, KV mode.
+
+    Of the embedded model's own also `scale`, the share of what was learned that it takes. Empty for a file that says
+    nothing of the kind, as those of others do.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("sparse_context", "{}")
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def read_call_settings(path: Path) -> dict | None:
+    """What the model in folder `path` wants of a call, from its `call.json`; None where there is no such file.
+
+    Keys: height, width, num_inference_steps, max_sequence_length, text_encoder_out_layers (arguments of the pipeline),
+    and reference_size (the side in pixels that references are scaled to, for all tasks or {"edit": ..., "subject":
+    ...}), max_references.
+    """
+    file = path / CALL_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,0 +1,131 @@
+"""What a model wants of a call, and what a call may ask of it."""
+
+import inspect
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..config import SparseContextConfig, per_reference
+from ..families import FAMILIES, Family, family_of
+from ..selectors.masks import Mask
+from ..selectors.registry import Blend
+from .embedded import CALL_FILE, WEIGHTS, read_call_settings
+from .hub import _class_name, _first_line
+
+MOST_STEPS, MOST_PIXELS = 1000, 16384  # of a call; pixels a side
+
+
+def check_references(model: str | None, count: int, inpaint: bool) -> None:
+    """Refuse what a model's pipeline cannot take, before any weights are read. Raises ValueError.
+
+    count: how many references there are. inpaint: whether there is a mask of what to paint over.
+    """
+    path = str(WEIGHTS) if model is None else model
+    name = _class_name(path)
+    _check_references(name, FAMILIES[name], count, inpaint, _read_settings(path).get("max_references"))
+
+
+def check_call(
+    prompt: str, seed: int, steps: int | None, height: int | None, width: int | None, guidance_scale: float | None
+) -> None:
+    """Raise ValueError for what no model takes, of the arguments of `generate`: before one is loaded, if need be."""
+    dials = ("steps", steps, MOST_STEPS), ("height", height, MOST_PIXELS), ("width", width, MOST_PIXELS)
+    for dial, value, most in dials:
+        if value is not None and value < 1:
+            raise ValueError(f"{dial} is {value}: pass a number above 0.")
+        if value is not None and value > most:
+            raise ValueError(f"{dial} is {value}: pass {most} at most.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"The prompt {prompt!r} has bytes that are no text: write it in UTF-8.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}: pass a number from 0 to {2**63 - 1}.")
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale is {guidance_scale}: pass a number of 0 or more.")
+
+
+def most_references(model: str | None) -> int | None:
+    """How many references a model takes at most, by its index and its call settings; None where nothing says so.
+
+    No weights are read. Raises ValueError where the model is not there, or not supported.
+    """
+    path = str(WEIGHTS) if model is None else model
+    limits = FAMILIES[_class_name(path)].most, _read_settings(path).get("max_references")
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _check_references(name: str, family: Family, count: int, inpaint: bool, most: int | None) -> None:
+    if most is not None and count > most:
+        raise ValueError(f"There are {count} references, and this model takes at most {most}: pass fewer.")
+    if family.most is not None and count > family.most:
+        raise ValueError(f"There are {count} references, and {name} takes at most {family.most}: pass fewer.")
+    if count < family.fewest:
+        raise ValueError(f"There are {count} references, and {name} needs at least {family.fewest}: pass --image.")
+    if family.paints and not inpaint:
+        raise ValueError(f"{name} paints into its first picture: pass --inpaint, a mask of where to paint.")
+    if inpaint and not family.paints:
+        painters = ", ".join(painter for painter, known in FAMILIES.items() if known.paints)
+        raise ValueError(f"{name} does not paint into a picture: leave --inpaint out, or use one of {painters}.")
+
+
+def call_inputs(pipe: Any) -> Container[str]:
+    """The names of what a call of this pipeline takes, such as "height"."""
+    return pipe.blocks.input_names if family_of(pipe).modular else inspect.signature(type(pipe).__call__).parameters
+
+
+def call_settings(pipe: Any) -> dict:
+    """What this model wants of a call, from the `call.json` beside its weights; else what suits its class.
+
+    Raises ValueError for a file that cannot be read.
+    """
+    source = getattr(pipe.config, "_name_or_path", None)  # None for a pipeline that was built in code
+    if family_of(pipe).modular:
+        source = pipe._pretrained_model_name_or_path
+    settings = _read_settings(source) if source else {}
+    if not settings and getattr(pipe.config, "is_distilled", False):
+        settings = {"num_inference_steps": 4}
+    if family_of(pipe).guidance == "true_cfg_scale":  # which does nothing without a negative prompt
+        settings.setdefault("negative_prompt", " ")
+    return settings
+
+
+def _read_settings(source: str) -> dict:
+    try:
+        return dict(read_call_settings(Path(source)) or {})
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"The {CALL_FILE} of {source} holds no call settings: {_first_line(error)}.") from error
+
+
+def reference_sides(reference_size: Any, config: SparseContextConfig, count: int) -> list[int | None]:
+    """The size that each reference is scaled to, where a model says it: one number, or one for each task.
+
+    Under the task "auto" one reference is taken for a picture to edit, several for subjects, as `task_defaults` does;
+    a global edit is an edit. Raises ValueError for another number of tasks.
+    """
+    tasks = per_reference("task", config.task, count)
+    if not isinstance(reference_size, Mapping):
+        return [reference_size] * count
+    kinds = {"auto": "edit" if count == 1 else "subject", "global": "edit"}
+    return [reference_size.get(kinds.get(task, task)) for task in tasks]
+
+
+Fit = Callable[[Image.Image], Image.Image]
+
+
+def _fit_masks(selector: Any, fits: Sequence[Fit]) -> Any:
+    """`selector` with the user's masks in it scaled and padded as `fits` do with the pictures of each reference."""
+    if isinstance(selector, Mask):
+        # What is beyond the references stays as it is, and is refused where tokens are selected
+        pairs = zip_longest(selector.masks, fits[: len(selector.masks)])
+        return Mask([m if m is None or fit is None else np.asarray(fit(Image.fromarray(m))) for m, fit in pairs])
+    if isinstance(selector, Blend):
+        return Blend([(_fit_masks(part, fits), weight) for part, weight in selector.parts])
+    if isinstance(selector, Mapping):
+        return {_fit_masks(part, fits): weight for part, weight in selector.items()}
+    if isinstance(selector, (list, tuple)):
+        return [_fit_masks(part, fits[i : i + 1]) for i, part in enumerate(selector)]
+    return selector

@@ -1,0 +1,74 @@
+"""A user's masks: what they cover is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import cv2
+import numpy as np
+
+from .cells import Grid, _cell_means, _picture
+
+
+class Mask:
+    """A selector that keeps what a mask covers: each cell's score is the share of it that is covered.
+
+    `masks` holds one mask per reference, uint8 (H, W) from 0 to 255, or None for that reference's own alpha channel;
+    empty, it stands for the alpha channel of every reference. A mask is drawn on the picture as the user has it, so it
+    must go through the same resize and crop: whoever prepares the pixels asks `user_mask` for it, carries it along and
+    hands it over as the image's fourth channel. That channel is all that a call reads.
+    """
+
+    def __init__(self, masks: Sequence[np.ndarray | None] = ()) -> None:
+        self.masks = tuple(masks)
+
+    def __call__(self, image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
+        image = _picture(image, "mask")
+        if image.shape[2] != 4:
+            raise ValueError(
+                "The selector 'mask' found neither a mask nor an alpha channel on this reference: "
+                "pass selector=mask([...]) with one mask per reference, or an RGBA picture."
+            )
+        return np.clip(_cell_means(cv2.extractChannel(image, 3), grid) / 255, 0, 1)
+
+
+def mask(masks: Sequence) -> Mask:
+    """A selector from a user's masks, one per reference, in order: `selector=mask([first, None])`.
+
+    Each is a PIL image or an array (H, W) of the size of its reference picture: bool, float in [0, 1], or integers in
+    [0, 255] (a mask that holds only 0 and 1 is read as bool). None stands for that reference's alpha channel. Raises
+    ValueError for anything else.
+    """
+    if hasattr(masks, "convert") or getattr(masks, "ndim", None) == 2 or not isinstance(masks, Iterable):
+        raise ValueError("mask() takes a list with one mask per reference: write mask([m]) for a single one.")
+    return Mask([None if given is None else _as_mask(given, i) for i, given in enumerate(masks)])
+
+
+def _as_mask(given, i: int) -> np.ndarray:
+    """The mask of reference `i` as uint8 (H, W), 0 to 255."""
+    if hasattr(given, "convert") and given.mode[0] not in "FI":  # which would be clipped to 255 on the way
+        given = given.convert("L")
+    values = _as_array(given)
+    kind = values.dtype.kind
+    if values.ndim != 2 or values.size == 0 or kind not in "buif":
+        raise ValueError(
+            f"The mask of reference {i + 1} has shape {values.shape} and type {values.dtype}: "
+            "pass an array (H, W) of bool, uint8 or float, or a PIL image."
+        )
+    top = 1 if kind == "f" else 255
+    if not (values.min() >= 0 and values.max() <= top):
+        raise ValueError(
+            f"The mask of reference {i + 1} runs from {values.min():g} to {values.max():g}: "
+            f"{'a float' if kind == 'f' else 'an integer'} mask lies in [0, {top}]."
+        )
+    if kind == "f" or values.max() <= 1:
+        values = np.rint(values.astype(np.float32) * 255)
+    return values.astype(np.uint8)
+
+
+def _as_array(values) -> np.ndarray:
+    """An array from one, from lists, or from a tensor of any device and type, with a gradient or without."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values  # numpy has no bfloat16
+    return np.asarray(values)

@@ -1,0 +1,101 @@
+"""How to fine-tune."""
+
+import math
+from dataclasses import dataclass, field
+
+from ..config import SparseContextConfig
+from .dropping import Dropping
+from .schedules import SCHEDULES
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune. Raises ValueError that names the field and its value.
+
+    What is trained: a LoRA of `rank` and `lora_alpha` on `lora_layers` (module names or their endings; None: the host's
+    own), or with `full` all weights of the transformer. `kv`: for pipelines that cache the references (hosts.py).
+
+    The loss: `dropping` says which tokens batches keep; with `subsets` each batch is taken that many times, from one
+    noise with other tokens; encoders and teacher run once for all. `caption_dropout` is the share of prompts emptied;
+    `distillation` in [0, 1] is the share of the loss that compares with the dense prediction of the same weights
+    without LoRA. With a `preservation` above 0, batches that keep all tokens compare with that alone, and count that
+    many times: a target without noise holds what the model knew, and training on it anew would blur it. An output token
+    inside a sample's `mask` counts 1 + `focus` times: as much as it did where the base was trained, or else the object
+    loses what the background gains. One whose `source` is known and dropped counts `unseen` times as much as others,
+    since it can only be guessed. Noise levels are logit-normal (Esser et al. 2024) or, with weighting_scheme "none",
+    uniform, moved by `shift` (None: the scheduler's own).
+
+    The optimiser: AdamW, or where `muon_learning_rate` is given Muon at that rate on the matrices inside the
+    transformer's blocks and AdamW on the rest; `lr_scheduler` is a name of `loop.SCHEDULES`; `ema` is the decay of the
+    weights' average, of which the result is made (0: of the last weights). A step is `gradient_accumulation_steps`
+    batches, with all their subsets.
+    """
+
+    rank: int = 4
+    lora_alpha: float = 4
+    lora_layers: tuple[str, ...] | None = None
+    full: bool = False
+    kv: bool = False
+    dropping: Dropping = field(default_factory=Dropping)
+    subsets: int = 1
+    caption_dropout: float = 0.0
+    distillation: float = 0.0
+    preservation: float = 0.0
+    focus: float = 0.0
+    unseen: float = 1.0
+    weighting_scheme: str = "logit_normal"
+    shift: float | None = None
+    max_train_steps: int = 1000
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    muon_learning_rate: float | None = None
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 100
+    adam_weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema: float = 0.0
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    validation_steps: int = 0
+    validation_keep: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in (
+            "rank",
+            "subsets",
+            "max_train_steps",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+        ):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a whole number, 1 or more.")
+        if not self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}: pass a whole number below 2**63.")
+        for name in ("preservation", "focus", "lr_warmup_steps", "adam_weight_decay", "validation_steps", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a number of 0 or more.")
+        for name in ("caption_dropout", "distillation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a share from 0 to 1.")
+        if not 0 < self.unseen <= 1:
+            raise ValueError(f"unseen is {self.unseen!r}: pass a share above 0 and up to 1.")
+        for name in ("learning_rate", "muon_learning_rate", "lora_alpha", "max_grad_norm", "shift"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}: pass a number above 0.")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema!r}: pass a decay from 0 up to, not including, 1.")
+        if self.lr_scheduler not in SCHEDULES:
+            raise ValueError(f"lr_scheduler is {self.lr_scheduler!r}: choose one of {', '.join(SCHEDULES)}.")
+        if self.weighting_scheme not in ("logit_normal", "none"):
+            raise ValueError(f"weighting_scheme is {self.weighting_scheme!r}: choose logit_normal or none.")
+        for name in ("distillation", "preservation"):
+            if self.full and getattr(self, name):
+                raise ValueError(
+                    f"{name} takes the weights without the LoRA as its teacher, and a full fine-tuning keeps no such "
+                    "copy: leave one of the two out."
+                )
+        SparseContextConfig(keep=self.validation_keep)

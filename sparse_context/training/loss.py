@@ -1,0 +1,177 @@
+"""The loss: flow matching on the output tokens, with dropped reference tokens."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..families.host import Host
+from ..tokens import ReferenceTokens
+from .attention import MatmulAttention
+from .batch import Encoded, Prepared, encode, prepare_batch
+from .cache import Cache
+from .config import FinetuneConfig
+from .data import Ahead, Example
+from .dropping import draw_selection
+
+
+def noise_levels(u: torch.Tensor, scheme: str, shift: float) -> torch.Tensor:
+    """Noise levels in (0, 1) from uniform numbers `u` in (0, 1): the quantiles of `scheme`, moved towards noise.
+
+    "logit_normal" is the sigmoid of a standard normal (Esser et al. 2024), "none" is uniform. A `shift` of s moves
+    sigma to s * sigma / (1 + (s - 1) * sigma), as the flow matching scheduler does.
+    """
+    sigma = torch.sigmoid(torch.special.ndtri(u)) if scheme == "logit_normal" else u
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def add_noise(host: Host, encoded: Encoded, sigma: torch.Tensor, noise: torch.Tensor) -> ReferenceTokens:
+    """The output tokens at the noise levels `sigma`, (B,)."""
+    level = sigma.view(-1, 1, 1, 1)
+    return host.target_tokens((1 - level) * encoded.target + level * noise)
+
+
+@torch.no_grad()
+def dense_answer(host: Host, encoded: Encoded, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """What the model without the adapter says with all reference tokens: the teacher's velocity (B, tokens, C)."""
+    noisy = add_noise(host, encoded, sigma, noise)
+    with without_adapter(host.transformer):
+        references = host.reference_tokens(encoded.references)
+        return host.velocity(noisy, sigma, encoded.text, references, teacher=True).float()
+
+
+def flow_matching_loss(
+    host: Host,
+    encoded: Encoded,
+    index: np.ndarray,
+    sigma: torch.Tensor,
+    noise: torch.Tensor,
+    distillation: float = 0.0,
+    focus: float = 0.0,
+    preservation: float = 0.0,
+    into: np.ndarray | None = None,
+    teacher: torch.Tensor | None = None,
+    unseen: float = 1.0,
+) -> torch.Tensor:
+    """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others.
+
+    sigma: (B,). noise: as `encoded.target`. into: as in `ReferenceTokens.keep`. The velocity to be met is noise -
+    target; a share `distillation` of the loss meets the dense prediction without the adapter instead. A token counts
+    1 + `focus` * its `encoded.mask` times, and `unseen` times that if it has an `encoded.source` of which nothing is
+    kept. Where `index` has all tokens and `preservation` is above 0, the loss is that times the mean squared distance
+    to the dense prediction without the adapter, in which all tokens count the same. teacher: that prediction, from
+    `dense_answer`, where it is there already.
+    """
+    weights = 1 + focus * encoded.mask
+    if unseen < 1:  # else no copy to the device, which would wait for it
+        present = torch.from_numpy(index if into is None else np.flatnonzero(into >= 0)).to(encoded.source.device)
+        seen = (encoded.source < 0) | torch.isin(encoded.source, present)
+        weights = weights * torch.where(seen, 1.0, unseen)
+    wanted = host.target_tokens(noise - encoded.target).latents
+    references = host.reference_tokens(encoded.references)
+    preserves = preservation > 0 and len(index) == len(references)
+    if teacher is None and (distillation or preserves):
+        teacher = dense_answer(host, encoded, sigma, noise)
+    kept = references.keep(index, into)
+    velocity = host.velocity(add_noise(host, encoded, sigma, noise), sigma, encoded.text, kept).float()
+    if teacher is not None and preserves:
+        return preservation * (velocity - teacher).square().mean()
+    error = (velocity - wanted).square().mean(-1)
+    if teacher is not None and distillation:
+        error = (1 - distillation) * error + distillation * (velocity - teacher).square().mean(-1)
+    return (error * weights).sum() / weights.sum()
+
+
+@contextlib.contextmanager
+def without_adapter(transformer: Any) -> Iterator[None]:
+    """The transformer as it was before the adapter."""
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+
+
+Subset = tuple[np.ndarray, np.ndarray | None]  # kept tokens: `index` and `into` of a `Selection`
+
+
+def make_loss(
+    host: Host,
+    batches: Callable[[int], list[Example]],
+    config: FinetuneConfig,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    latent_cache: Cache | None = None,
+    text_cache: Cache | None = None,
+) -> Callable[[int], torch.Tensor]:
+    """`loss(number)` for loop.py: subset number % subsets of batch number // subsets.
+
+    That batch of process `rank` is batch * ranks + rank of the data. All that is random is drawn from (seed, batch,
+    rank), and the sets from the subset as well, so processes draw different ratios, sets and noise. What needs no
+    encoder is made ahead, in a thread or by `workers` processes; what the encoders and the teacher say of a batch is
+    kept until the next one.
+    """
+    shift = host.shift if config.shift is None else config.shift
+    device = next(host.transformer.parameters()).device
+    plain = config.gradient_checkpointing or device.type != "cpu"
+
+    def prepare(number: int) -> tuple[Prepared, list[Subset], int]:
+        examples = batches(number * ranks + rank)
+        rng = np.random.default_rng([config.seed, 2, number, rank])
+        emptied = rng.random(len(examples)) < config.caption_dropout
+        prompts = ["" if empty else example.prompt for empty, example in zip(emptied, examples, strict=True)]
+        batch = prepare_batch(host, examples, prompts)
+        seed = [config.seed, 3, number, rank]
+        seeds = [seed, *([*seed, subset] for subset in range(1, config.subsets))]  # the first is as without others
+        drawn = [draw_selection(config.dropping, batch.pictures, batch.grids(host.token), seed) for seed in seeds]
+        subsets = [(selection.index, selection.into) for selection in drawn]
+        return batch._replace(pictures=[]), subsets, int(rng.integers(2**62))
+
+    ahead = Ahead(prepare, workers)
+
+    @contextlib.contextmanager
+    def forward() -> Iterator[None]:
+        with autocast(), contextlib.nullcontext() if plain else MatmulAttention():
+            yield
+
+    @lru_cache(maxsize=1)
+    def take(number: int) -> tuple[Encoded, list[Subset], torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        batch, subsets, seed = ahead(number)
+        encoded = encode(host, batch, latent_cache, text_cache)
+        generator = torch.Generator().manual_seed(seed)
+        u = torch.rand(len(encoded.target), generator=generator).clamp(1e-4, 1 - 1e-4)
+        sigma = noise_levels(u, config.weighting_scheme, shift).to(device)
+        noise = torch.randn(encoded.target.shape, generator=generator).to(device)
+        count = sum(rows * columns for rows, columns in batch.grids(host.token))
+        preserves = config.preservation > 0 and any(len(index) == count for index, _ in subsets)
+        teacher = None
+        if config.distillation or preserves:
+            with forward():
+                teacher = dense_answer(host, encoded, sigma, noise)
+        return encoded, subsets, sigma, noise, teacher
+
+    def loss(number: int) -> torch.Tensor:
+        encoded, subsets, sigma, noise, teacher = take(number // config.subsets)
+        index, into = subsets[number % config.subsets]
+        with forward():
+            return flow_matching_loss(
+                host,
+                encoded,
+                index,
+                sigma,
+                noise,
+                config.distillation,
+                config.focus,
+                config.preservation,
+                into=into,
+                teacher=teacher,
+                unseen=config.unseen,
+            )
+
+    return loss

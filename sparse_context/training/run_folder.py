@@ -1,0 +1,117 @@
+"""The folder of a run: what it may hold, and whether a run continues there."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from .checkpoints import check_names, has_begun, newest_step
+from .config import FinetuneConfig
+from .export import LORA_FILE
+from .schedules import SCHEDULES
+
+
+def check_folder(output: Path, resume: bool, steps: int) -> None:
+    """Raise ValueError or OSError where a run of so many steps cannot begin, or cannot be continued, in `output`."""
+    step = newest_step(output) if output.is_dir() else 0
+    there = next(place for place in (output, *output.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"The output {output} {'is' if there == output else 'lies below'} a file: name a folder.")
+    check_names(output)
+    if step and not resume:
+        raise ValueError(
+            f"The folder {output} holds a run at step {step}: continue it with --resume latest, or name another folder."
+        )
+    if step:
+        read_record(output)  # now, and not after a model was loaded
+    if step > steps:
+        raise ValueError(
+            f"The run in {output} is at step {step}, and max_train_steps is {steps}: pass at least as many, or name "
+            "another folder."
+        )
+    if not step:
+        foreign = [name for name in (LORA_FILE, "transformer", "README.md") if (output / name).exists()]
+        own = (output / "config.json").exists()
+        if own and "dropping" not in read_record(output):
+            foreign.append("config.json")
+        if not own:  # what a run that was killed before its first checkpoint leaves, it leaves beside one
+            foreign += [
+                path.name for name in ("log.jsonl", "validation", "step-*.partial") for path in output.glob(name)
+            ]
+        if foreign:
+            raise ValueError(
+                f"The folder {output} holds {foreign[0]} and no checkpoint, and a run would write over it: name "
+                "another folder."
+            )
+    for name, kind in WRITTEN.items():
+        if (output / name).exists() and (output / name).is_dir() != (kind == "folder"):
+            raise ValueError(f"{output / name} is no {kind}, and a run writes one of that name: move it away.")
+
+
+WRITTEN = {
+    "config.json": "file",
+    "log.jsonl": "file",
+    "README.md": "file",
+    LORA_FILE: "file",
+    "transformer": "folder",
+    "validation": "folder",
+}
+"""What a run writes beside its checkpoints."""
+
+
+FREE = (
+    "base",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "validation_keep",
+    "gradient_checkpointing",
+    "version",
+)
+"""What may change when a run is resumed: its length, and what does not decide its weights (the base is told by its own,
+not by its name). So may a warm-up, where no step that is left tells."""
+
+
+ALWAYS = {"base_weights": str, "data": str, "processes": int, "mixed_precision": str, "dropping": dict}
+"""What every record of a run has, and of which kind it is. What came later and lacks there is the default."""
+
+
+def _check_same(output: Path, record: dict, resume: bool) -> None:
+    if not resume or not has_begun(output):
+        return
+    if not newest_step(output) and not (output / "config.json").exists():
+        return  # the start that `loop.start_from` writes has seen no settings
+    before = read_record(output)
+    if not all(isinstance(before.get(name), kind) for name, kind in ALWAYS.items()):
+        raise ValueError(f"{output / 'config.json'} is no record of a run: put the run's own back, or begin anew.")
+    defaults = json.loads(json.dumps(asdict(FinetuneConfig())))  # of a run begun before a setting was there
+    before = {name: before.get(name, defaults.get(name, record[name])) for name in record}
+    before["dropping"] = defaults["dropping"] | before["dropping"]
+    changed = [name for name in record if name not in FREE and record[name] != before[name]]
+    if "lr_warmup_steps" in changed:
+        rate, steps = SCHEDULES[record["lr_scheduler"]], record["max_train_steps"]
+        left = range(newest_step(output), steps)
+        if all(
+            rate(step, steps, before["lr_warmup_steps"]) == rate(step, steps, record["lr_warmup_steps"])
+            for step in left
+        ):
+            changed.remove("lr_warmup_steps")
+    if changed:
+        says = "; ".join(f"{name} was {before.get(name)!r} and is now {record[name]!r}" for name in changed)
+        raise ValueError(f"The run in {output} was started with other settings: {says}. Resume it with its own.")
+
+
+def read_record(output: Path) -> dict:
+    """The settings of the run in `output`; empty where its config.json is of something else. Raises ValueError where
+    that is gone or damaged."""
+    file = output / "config.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error.strerror}), so nothing tells whether the run goes on as it was begun: put "
+            "it back, or name another folder."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read, so the run cannot be continued as it was: {error}.") from error
+    return record if isinstance(record, dict) else {}

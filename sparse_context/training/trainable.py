@@ -1,0 +1,84 @@
+"""What is trained: a LoRA, or all weights."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..families.host import Host
+from .config import FinetuneConfig
+from .optimisers import drawn_from, make_optimisers
+
+
+class Trainable(nn.Module):
+    """The weights of a module that are trained, and only those: the same `Parameter`s under their own names.
+
+    So checkpoints, the average and what processes exchange hold an adapter of megabytes and not its base of gigabytes.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                self.register_parameter(name.replace(".", "/"), parameter)
+
+
+def prepare(host: Host, config: FinetuneConfig) -> Trainable:
+    """Put a fresh LoRA on the transformer, or open all its weights; what is trained is float32.
+
+    Raises ValueError for layers that the transformer does not have.
+    """
+    transformer: Any = host.transformer
+    transformer.requires_grad_(False)
+    if config.full:
+        transformer.float().requires_grad_(True)
+    else:
+        from peft import LoraConfig
+
+        targets = list(config.lora_layers) if config.lora_layers else host.lora_targets()
+        lora = LoraConfig(
+            r=config.rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian", target_modules=targets
+        )
+        try:
+            for name in targets:  # those that peft finds nowhere it passes over, as long as it finds others
+                if not name or not any(f".{layer}".endswith(f".{name}") for layer, _ in transformer.named_modules()):
+                    raise ValueError(f"it has no {name!r}")
+            with drawn_from(config.seed):
+                transformer.add_adapter(lora)
+        except ValueError as error:
+            raise ValueError(
+                f"lora_layers is {', '.join(targets)}, and the transformer takes no LoRA there "
+                f"({' '.join(str(error).split())[:200].rstrip('.')}): name its linear layers, such as to_q,to_k,to_v."
+            ) from error
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    transformer.train()
+    return Trainable(transformer)
+
+
+def _make_optimisers(transformer: nn.Module, trained: Trainable, config: FinetuneConfig) -> list[torch.optim.Optimizer]:
+    decay = config.adam_weight_decay
+    if config.muon_learning_rate is None:
+        return [torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=decay)]
+    blocks = [f"{name}/" for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)]
+    return make_optimisers(trained, blocks, config.learning_rate, config.muon_learning_rate, decay)
+
+
+@contextlib.contextmanager
+def weights_of(average: nn.Module, trained: nn.Module) -> Iterator[None]:
+    """The averaged weights in the place of the trained ones."""
+    if average is trained:
+        yield
+        return
+    own = copy.deepcopy(trained.state_dict())
+    trained.load_state_dict(average.state_dict())
+    try:
+        yield
+    finally:
+        trained.load_state_dict(own)

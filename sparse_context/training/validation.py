@@ -1,0 +1,56 @@
+"""Validation pictures of a run."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from PIL import Image
+from torch import nn
+
+from ..config import SparseContextConfig
+from ..families.host import Host
+from ..pipelines.engine import generate
+from ..preview import column, label, side_by_side
+from ..sparsify import remove_sparse_context
+from .config import FinetuneConfig
+from .data import Example
+
+
+@contextlib.contextmanager
+def _evaluating(transformer: nn.Module) -> Iterator[None]:
+    transformer.eval()
+    try:
+        yield
+    finally:
+        transformer.train()
+
+
+SHEET_SIDE = 16_383
+"""Pixels that a side of a validation picture may have, in webp. A larger one is scaled down, for no run ends by it."""
+
+
+def draw_validation(host: Host, examples: Sequence[Example], config: FinetuneConfig) -> Image.Image:
+    """For each example one row: its references, the truth, the dense and the sparse output, from the same noise."""
+    rows = []
+    pipe = host.pipe
+    quiet = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        for example in examples:
+            outputs = []
+            for keep in (1.0, config.validation_keep):
+                made = generate(
+                    pipe,
+                    example.references,
+                    example.prompt,
+                    SparseContextConfig(keep=keep),
+                    height=example.image.height // host.token * host.token,
+                    width=example.image.width // host.token * host.token,
+                )
+                outputs.append(label(made.image, "all tokens" if keep == 1 else f"keep {keep:g}"))
+            rows.append(side_by_side([*example.references, label(example.image, "truth"), *outputs]))
+    finally:
+        remove_sparse_context(pipe)
+        pipe.set_progress_bar_config(**quiet)
+    sheet = column(rows)
+    sheet.thumbnail((SHEET_SIDE, SHEET_SIDE))
+    return sheet
