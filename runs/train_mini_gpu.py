@@ -15,8 +15,8 @@ learning rates, for their batches are larger. LoRAs are cut from them that fit t
 The package gets all of it; where the base is another one now, the LoRAs of the former are removed. The output gets
 `package`, which takes the place of sparse_context/embedded/weights on another machine, `exact`, the base in float32,
 from which `--weights` goes on the next time without rounding, the fine-tuned transformers, from which `mini adapter
---folder OUTPUT --name sparse --scale S --rank R` cuts other LoRAs, logs and sample sheets. It does not
-resume: what was killed begins anew, in another folder, and from the package as it was (`git checkout sparse_context/embedded/weights`).
+--folder OUTPUT --name sparse --scale S --rank R` cuts other LoRAs, logs and sample sheets. It does not resume: what was
+killed begins anew, in another folder, and from the package as it was (`git checkout sparse_context/embedded/weights`).
 How the shipped weights were made, sparse_context/embedded/README.md says.
 """
 
