@@ -202,7 +202,7 @@ def find_picture(entry: str, folder: Path) -> Path:
     """The file that `entry` names, relative to `folder`: with backslashes as Windows has them, where no file has these
     in its name."""
     path = folder / entry
-    return folder / entry.replace("\\", "/") if "\\" in entry and not path.exists() else path
+    return folder / entry.replace("\\", "/") if "\\" in entry and not os.path.exists(path) else path
 
 
 class Samples(Sequence[Sample]):
@@ -250,7 +250,7 @@ def _bad_pictures(sample: Sample, opened: set[Picture]) -> list[str]:
 
 def _lost_pictures(sample: Sample) -> list[str]:
     pictures = (*sample.references, sample.image, sample.mask, *sample.reference_masks)
-    lost = [picture for picture in pictures if isinstance(picture, Path) and not picture.is_file()]
+    lost = [picture for picture in pictures if isinstance(picture, Path) and not os.path.isfile(picture)]
     return [f"{str(picture)!r} does not exist; check the name and the folder" for picture in lost]
 
 
@@ -409,7 +409,7 @@ def _is_elsewhere(entry: Any, picture: Path) -> bool:
         os.name != "nt"
         and not str(entry).startswith("/")
         and PureWindowsPath(str(entry)).is_absolute()
-        and not picture.exists()
+        and not os.path.exists(picture)  # which, unlike pathlib's, takes names that are too long
     )
 
 

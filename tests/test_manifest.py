@@ -266,6 +266,24 @@ def test_a_path_on_a_drive_of_windows_is_told_for_what_it_is(entry, field, folde
         read_samples(write(folder, row))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there it is a path")
+def test_a_long_path_of_windows_is_told_too_and_a_long_relative_one_is_lost(folder, monkeypatch):
+    """On Linux it is a single name, longer than names can be."""
+    long = "\\".join(["a" * 60] * 5) + ".png"
+    with pytest.raises(ManifestError, match="a path of a Windows machine"):
+        read_samples(write(folder, {**GOOD, "references": [f"C:\\{long}"]}))
+    samples = read_samples(write(folder, {**GOOD, "references": [long]}, {**GOOD, "references": ["b" * 300]}))
+    with pytest.raises(ManifestError, match="The sample 000001 cannot be used: .* does not exist"):
+        check_pictures(samples)
+    monkeypatch.setattr("sparse_context.samples.CHECKED", 0)
+    with pytest.raises(ManifestError, match="The sample 000001 cannot be used: .* does not exist"):
+        check_pictures(samples)
+    (folder / long.replace("\\", "/")).parent.mkdir(parents=True)
+    picture(32, 32).save(folder / long.replace("\\", "/"))
+    with pytest.raises(ManifestError, match="The sample 000002 cannot be used: .* does not exist"):
+        check_pictures(samples)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no such names there")
 def test_a_folder_that_looks_like_a_drive_is_a_folder(folder):
     (folder / "C:").mkdir()
