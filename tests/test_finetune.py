@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
+from test_training import environment
 from tiny import build_flux2, call_flux2, embeds, picture
 
 from sparse_context.images import open_picture
@@ -662,9 +662,11 @@ finetune(klein(), batches, Path(sys.argv[1]), FinetuneConfig(**SMALL), base="tin
 """
     results = []
     for seed in "012":
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": seed}
         subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path / seed)], check=True, env=environment, capture_output=True
+            [sys.executable, "-c", script, str(tmp_path / seed)],
+            check=True,
+            capture_output=True,
+            env=environment(PYTHONHASHSEED=seed),
         )
         results.append((tmp_path / seed / LORA_FILE).read_bytes())
     assert results[0] == results[1] == results[2]

@@ -19,6 +19,7 @@ from elsewhere import open_files
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import sparse_context
 from sparse_context.training import loop
 from sparse_context.training.checkpoints import _tidy, has_begun, load_average, newest_step, start_from
 from sparse_context.training.dropping import Dropping, draw_selection
@@ -759,7 +760,9 @@ if accelerator is not None:
 
 
 def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **more}
+    """Of a process that finds these modules, and the package where this process has found it."""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(sparse_context.__file__).parents[1])])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
 def start(tmp_path, folder, width=8, limit=0, *more, script=RUN, env=None):
