@@ -359,6 +359,29 @@ def test_a_transformer_that_is_exchanged_in_the_middle_of_a_call_sees_the_tokens
     assert last_selection(pipe).kept < last_selection(pipe).total
 
 
+class Wrapped:
+    """An image processor of the user's own: what it does not know goes to another."""
+
+    def __init__(self, processor):
+        self.processor = processor
+        self.calls = 0
+
+    def preprocess(self, *args, **kwargs):
+        self.calls += 1
+        return self.processor.preprocess(*args, **kwargs)
+
+    def __getattr__(self, name):
+        if name == "config":
+            raise AttributeError(name)
+        return getattr(self.processor, name)
+
+
+def test_an_image_processor_of_the_users_own_is_used(case, pipe, sparse):
+    pipe.image_processor = own = Wrapped(pipe.image_processor)
+    assert torch.equal(case.call(pipe, case.references()), sparse)
+    assert own.calls > 0 and pipe.image_processor is own
+
+
 @pytest.mark.parametrize("patched", ["before", "after"])
 def test_a_method_that_the_user_patched_is_called(case, patched, sparse):
     name = next(n for n in ("prepare_image_latents", "prepare_latents", "_blocks") if hasattr(case.build(), n))

@@ -1,6 +1,5 @@
 """The pictures behind the tensors that a host encodes: what selectors look at, and the way that a user's mask takes."""
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +27,19 @@ def _has_alpha(image: Any) -> bool:
     return isinstance(image, PIL.Image.Image) and ("A" in image.getbands() or image.has_transparency_data)
 
 
+class _View:
+    """An object of which some attributes are others, without a change to it or a copy of it."""
+
+    def __init__(self, seen: Any, others: dict[str, Any]) -> None:
+        vars(self).update(others, _seen=seen)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._seen, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._seen, name, value)
+
+
 class Pictures:
     """Watches the image processor of one call, and so knows what each preprocessed tensor was made from.
 
@@ -40,17 +52,15 @@ class Pictures:
         self.preprocessed: list[torch.Tensor] = []  # all that was made, in order
         self._max_area = max_area
         self._made_by = WeakIdKeyDictionary()  # what a step of the processor returned -> the step and its arguments
-        self._copies: dict[int, tuple[Any, Any]] = {}  # the id of a processor -> it, and its watched copy
 
     def watch(self, processor: Any) -> Any:
-        """A shallow copy of an image processor that is watched; the processor itself may serve others meanwhile."""
-        if id(processor) not in self._copies:
-            watched = copy.copy(processor)
-            prepare = _same if processor.config.do_convert_rgb else _opaque
-            watched.resize = self._watched(watched.resize)
-            watched.preprocess = self._listed(self._watched(watched.preprocess, prepare))
-            self._copies[id(processor)] = processor, watched
-        return self._copies[id(processor)][1]
+        """The image processor as this call sees it; the processor itself may serve others meanwhile."""
+        converts = getattr(getattr(processor, "config", None), "do_convert_rgb", True)  # the user's own has no config
+        preprocess = self._watched(processor.preprocess, _same if converts else _opaque)
+        steps = {"preprocess": self._listed(preprocess)}
+        if hasattr(processor, "resize"):
+            steps["resize"] = self._watched(processor.resize)
+        return _View(processor, steps)
 
     def _listed(self, step: Callable) -> Callable:
         def listed(*args, **kwargs):
