@@ -365,7 +365,7 @@ def test_a_bad_option_of_generate(refused, options, says):
     "options", ["--steps 0", "--width 20000", "--seed -1", "--guidance-scale nan", "--image {in}/a.png"]
 )
 def test_what_no_model_takes_is_refused_before_one_is_loaded(refused, options, monkeypatch):
-    monkeypatch.setattr("sparse_context.pipelines.load.load_pipeline", None)
+    monkeypatch.setattr("sparse_context.pipelines.engine.load", None)
     assert refused("generate", *["--image", "{in}/a.png"] * 4, "--prompt", "x", *options.split(" "))
 
 
@@ -1210,8 +1210,9 @@ def test_an_interrupted_run_ends_quietly(tiny_model, inputs, tmp_path):
 @pytest.mark.parametrize("kv", [False, True])
 def test_the_command_takes_it_as_python_does(command, tiny_model, tmp_path, kv):
     """By kohya's names with alphas, at half its scale, in one picture."""
-    from sparse_context.pipelines.engine import generate
-    from sparse_context.pipelines.load import load_pipeline
+    from sparse_context.pipelines.engine import Engine
+    from sparse_context.pipelines.load import load
+    from sparse_context.pipelines.spec import ModelSpec, Request
 
     transformer = tiny_transformer()
     tensors, changes = make(transformer, ORIGINAL["klein"], flat("lora_unet_"), DOWN_UP, (1.0, 3.0))
@@ -1220,10 +1221,10 @@ def test_the_command_takes_it_as_python_does(command, tiny_model, tmp_path, kv):
     options += ["--lora", tmp_path / "a.safetensors", "--lora-scale", 0.5, *(["--kv"] if kv else [])]
     code, _, err = command("generate", *options)
     assert code == 0, err
-    pipe = load_pipeline(str(tiny_model), dtype="float32", device="cpu", kv=kv)
+    pipe = load(ModelSpec(str(tiny_model), dtype="float32", device="cpu", kv=kv))
     with torch.no_grad():
         for name, change in changes.items():
             pipe.transformer.get_submodule(name).weight += 0.5 * change
     made = pixels("out.png").astype(int)
-    direct = np.asarray(generate(pipe, [colourful(0)], "the cat").image).astype(int)
+    direct = np.asarray(Engine(pipe=pipe)(Request("the cat", [colourful(0)])).image).astype(int)
     assert np.abs(made - direct).max() <= 1

@@ -63,7 +63,7 @@ _changing = threading.Lock()
 
 
 @contextmanager
-def _watching(owner: Any, name: str, watcher: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def watching(owner: Any, name: str, watcher: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Enter `watcher()` around the calls of a method of this instance; the last who leaves puts it back as it was."""
     with _changing:
         had_own, before = name in vars(owner), vars(owner).get(name)
@@ -116,7 +116,7 @@ def timed(pipe: Any, peaks: dict[str, int] | None = None) -> Iterator[Times]:
             finally:
                 setattr(times, phase, getattr(times, phase) + end_phase(phase) - start)
 
-        stack.enter_context(_watching(owner, name, charged))
+        stack.enter_context(watching(owner, name, charged))
 
     def start_denoising(*_: Any) -> None:
         if not denoise_started:
