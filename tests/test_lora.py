@@ -692,7 +692,7 @@ REFUSED = {
     ),
     "empty": ({}, "it is empty."),
 }
-"""By what is wrong: what the file holds, and what is said of it, whatever the command (test_cli.py)."""
+"""By what is wrong: what the file holds, and what is said of it, also by the command (cli/)."""
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -155,8 +156,8 @@ def generate(folder, request):
 
 
 def train(folder, request, **options):
-    from sparse_context.training.dropping import KINDS, Dropping
     from sparse_context.training.config import FinetuneConfig
+    from sparse_context.training.dropping import KINDS, Dropping
     from sparse_context.training.launch import launch
     from sparse_context.training.options import RunConfig
 
@@ -167,7 +168,11 @@ def train(folder, request, **options):
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     dropping = Dropping(mix=dict.fromkeys(KINDS, 1.0), merge=(0.0, 0.3))
     run = RunConfig(
-        dtype="float32", mixed_precision="no", validation_data=str(folder / "data.jsonl"), num_validation_images=1
+        dtype="float32",
+        mixed_precision="no",
+        validation_data=str(folder / "data.jsonl"),
+        num_validation_images=1,
+        **{name: options.pop(name) for name in set(options) & {field.name for field in fields(RunConfig)}},
     )
     with untouched():
         for steps, resume in ((1, None), (2, "latest")):

@@ -19,7 +19,7 @@ from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec, Request
 from sparse_context.samples import Sample
 
-# FLUX.2 dev needs a text encoder of Mistral's with a processor of its own; klein and klein-KV are in test_cli.py and
+# FLUX.2 dev needs a text encoder of Mistral's with a processor of its own; klein and klein-KV are in cli/ and
 # test_generation.py.
 ELSEWHERE = {"Flux2Pipeline", "Flux2ModularPipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"}
 

@@ -7,7 +7,7 @@ A field is one of `FinetuneConfig` or `RunConfig`; those of `Dropping` are writt
 
 In a file (JSON) they are `{"ema": 0.99, "dropping": {"dense": 0.2, "mix": {"random": 0.5, "blobs": 0.5}}}`. The
 `config.json` of a run is such a file, and also names its model and its data. A flag goes before --set, --set before the
-file, and the file before the defaults.
+file, and the file before the defaults; of two --set of one field the last one counts.
 """
 
 import difflib
@@ -129,22 +129,24 @@ def read_settings(
 
     sets: texts as `field=value`. flags: by dotted field, and "model" and "data"; None stands for a flag that is not
     there. Raises ValueError, in one sentence, for a field that there is not (with the nearest names), for a value of
-    another type, for a field that is set twice in different ways, and for a file that cannot be read.
+    another type, for a flag and a set of one field that differ, and for a file that cannot be read.
     """
     kinds = _kinds()
     values = DEFAULTS | ({} if file is None else _read_file(file, kinds))
-    said: dict[str, tuple[Any, str]] = {}
+    texts: dict[str, str] = {}
     for text in sets:
         name, separator, value = text.partition("=")
+        name = name.strip()
         if not separator:
             raise ValueError(f"--set {text} has no value: write it as field=value, such as --set ema=0.99.")
-        name = name.strip()
         _check_name(name, kinds)
-        _say(said, name, from_text(name, value.strip(), kinds[name]), f"--set {text}")
+        values[name], texts[name] = from_text(name, value.strip(), kinds[name]), text
     for name, value in (flags or {}).items():
+        if value is not None and name in texts and values[name] != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {value} and --set {texts[name]} differ: leave one of the two out.")
         if value is not None:
-            _say(said, name, value, f"--{name.replace('_', '-')} {value}")
-    values |= {name: value for name, (value, _) in said.items()}
+            values[name] = value
     dropping = {name.partition(".")[2]: value for name, value in values.items() if name.startswith("dropping.")}
     config, run = ({f.name: values[f.name] for f in fields(r) if f.name in values} for r in (FinetuneConfig, RunConfig))
     return Settings(
@@ -153,12 +155,6 @@ def read_settings(
         config=FinetuneConfig(dropping=Dropping(**dropping), **config),
         run=RunConfig(**run),
     )
-
-
-def _say(said: dict[str, tuple[Any, str]], name: str, value: Any, text: str) -> None:
-    before, by = said.setdefault(name, (value, text))
-    if before != value:
-        raise ValueError(f"{by} and {text} set {name} in two ways: leave one of the two out.")
 
 
 def _check_name(name: str, kinds: Mapping[str, Any]) -> None:

@@ -159,6 +159,15 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
     pipe = load(ModelSpec(str(tiny_model), device="cpu", lora=str(out / "pytorch_lora_weights.safetensors")))
     assert pipe.transformer.peft_config
 
+    # the record of a run is a config: it makes the same run again
+    AcceleratorState._reset_state(reset_partial_state=True)
+    record = tmp_path / "whole" / "config.json"
+    code, _, errors = call(monkeypatch, capfd, "--config", record, "--output-dir", tmp_path / "again")
+    assert code == 0, errors
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == json.loads(record.read_text())
+    again = load_file(tmp_path / "again" / "pytorch_lora_weights.safetensors")
+    assert all((other[name] == again[name]).all() for name in again)
+
 
 WATCH = """
 # Python runs this as it starts. It notes what is opened for writing, made or renamed, each under the name that it gets.
@@ -243,6 +252,20 @@ def test_two_processes_train_as_one_and_only_the_first_writes_what_is_kept(data,
     assert all(load_file(path) for path in out.rglob("*.safetensors"))
     assert len(list(out.glob("cache/latents/**/*.safetensors"))) == 2  # a.png and b.png, which both processes encode
     assert len({open_picture(out / name).size for name in pictures}) == 1
+
+
+def test_without_data_it_says_where_to_name_it(monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(monkeypatch, capfd, "--rank", 2)
+    said = "There is no data to train on: name a manifest, a folder or a hub name with --data."
+    assert (code, out, err) == (2, "", f"sparse-context: {said}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_has_at_most_eighteen_flags(monkeypatch, capfd):
+    code, said, _ = call(monkeypatch, capfd, "--help")
+    flags = [word for line in said.splitlines() for word in line.split()[:3] if line.startswith("  -")]
+    assert code == 0 and 10 < sum(flag.startswith("--") for flag in flags if flag != "--help") <= 18
 
 
 def test_check_data_names_every_bad_row_and_loads_no_model(monkeypatch, capfd, data, tmp_path):
@@ -390,6 +413,12 @@ def test_all_that_is_not_installed_is_named_at_once(monkeypatch, capfd, data, tm
 
 
 BAD = [
+    (["--set", "ema"], "--set ema has no value: write it as field=value"),
+    (["--set", "lerning_rate=1"], "There is no field 'lerning_rate': did you mean learning_rate"),
+    (["--rank", "2", "--set", "rank=4"], "--rank 2 and --set rank=4 differ: leave one of the two out."),
+    (["--set", "rank=many"], "rank is 'many': pass a whole number."),
+    (["--config", "nowhere.json"], "The config nowhere.json cannot be read (No such file or directory)"),
+    (["--config", "{data}/good.jsonl"], "is no JSON file"),
     (["--data", "nowhere.jsonl"], "does not exist"),
     (["--data", "{data}/bad.jsonl"], "line 1 has no 'references'"),
     (["--data", "{data}/one bad.jsonl", "--validation-data", "{data}/one bad.jsonl"], "no.png"),
@@ -422,7 +451,7 @@ BAD = [
     (["--set", "caption_dropout=1.1"], "caption_dropout is 1.1"),
     (["--set", "subsets=0"], "subsets is 0"),
     (["--set", "distillation=2"], "distillation is 2"),
-    (["--full", "--distillation", "1"], "leave one of the two out"),
+    (["--full", "--set", "distillation=1"], "leave one of the two out"),
     (["--set", "preservation=-1"], "preservation is -1"),
     (["--set", "validation_keep=0"], "keep is 0.0"),
     (["--set", "dataloader_num_workers=-1"], "dataloader_num_workers is -1"),
