@@ -139,7 +139,7 @@ def hub(monkeypatch, status=404, headers=()):
 @pytest.mark.parametrize(
     ("status", "code", "says"),
     [
-        (404, "RepoNotFound", "none has this name, or it is private: log in with `hf auth login`.$"),
+        (404, "RepoNotFound", "no model has this name, or it is private: log in with `hf auth login`.$"),
         (403, "GatedRepo", "accept its terms there first, and log in with `hf auth login`.$"),
         (404, "EntryNotFound", "it has no model_index.json there.$"),
         (500, "", "500"),
@@ -148,7 +148,9 @@ def hub(monkeypatch, status=404, headers=()):
 def test_what_the_hub_answers_is_told(monkeypatch, status, code, says):
     with hub(monkeypatch, status, [("X-Error-Code", code)]), pytest.raises(ValueError, match=says) as caught:
         load(ModelSpec("nobody/nothing"))
-    assert str(caught.value).startswith("The model nobody/nothing is no folder here, and the hub does not give it: ")
+    assert str(caught.value).startswith(
+        "The model nobody/nothing is not a local folder, and the hub does not provide it: "
+    )
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
@@ -156,20 +158,20 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.perf_counter()
-        with pytest.raises(ValueError, match="it is out of reach, check the connection"):
+        with pytest.raises(ValueError, match="it cannot be reached, check the connection"):
             load(ModelSpec("nobody/nothing"))
     assert time.perf_counter() - start < 5
 
 
 def test_an_unreachable_hub_is_not_asked_again_and_again():
     start = time.perf_counter()
-    with pytest.raises(ValueError, match="it is out of reach, check the connection"):
+    with pytest.raises(ValueError, match="it cannot be reached, check the connection"):
         load(ModelSpec("nobody/nothing"))
     assert time.perf_counter() - start < 5
 
 
 def test_an_id_that_is_none():
-    with pytest.raises(ValueError, match="that is no id of a model"):
+    with pytest.raises(ValueError, match="that is not a valid model id"):
         load(ModelSpec("no--body/noth..ing"))
 
 
@@ -303,7 +305,7 @@ def assert_same_selection(first, second):
     [
         ({"seed": -1}, "^seed is -1: pass a number from 0 to 9223372036854775807.$"),
         ({"steps": 0}, "^steps is 0: pass a number above 0.$"),
-        ({"height": 60}, "^height is 60: this model makes multiples of 8, such as 64.$"),
+        ({"height": 60}, "^height is 60: this model needs a multiple of 8, such as 64.$"),
         ({"width": -8}, "^width is -8: pass a number above 0.$"),
         ({"guidance_scale": 2.0}, "^guidance_scale is 2.0, but this distilled model takes none: leave it out.$"),
         ({"guidance_scale": float("nan")}, "^guidance_scale is nan: pass a number of 0 or more.$"),

@@ -377,8 +377,8 @@ ENTRIES = {
         1,
         "--rank",
         2,
-        "--mixed-precision",
-        "no",
+        "--set",
+        "mixed_precision=no",
     ),
     "command evaluate": command(
         "evaluate",

@@ -88,8 +88,12 @@ LIMITS = {
     "QwenImageEditPipeline": (2, False, "takes at most 1: pass fewer."),
     "QwenImageEditPlusPipeline": (0, False, "needs at least 1: pass --image."),
     "Flux3ModularPipeline": (11, False, "There are 11 references, and Flux3ModularPipeline takes at most 10"),
-    "Flux2KleinInpaintPipeline": (1, False, "paints into its first picture: pass --inpaint, a mask of where to paint."),
-    "Flux2KleinModularPipeline": (1, True, "Flux2KleinModularPipeline does not paint into a picture: leave --inpaint"),
+    "Flux2KleinInpaintPipeline": (
+        1,
+        False,
+        "paints into its first reference: pass --inpaint, a mask that is white where to paint.",
+    ),
+    "Flux2KleinModularPipeline": (1, True, "Flux2KleinModularPipeline does not paint into an image: leave --inpaint"),
 }
 
 

@@ -157,7 +157,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
         check_output(output)
         for source in inputs:
             if output.exists() and source.exists() and output.samefile(source):
-                raise ValueError(f"{output} is read too, and would be written over: name another file for the output.")
+                raise ValueError(f"{output} is also an input and would be overwritten: name another output file.")
 
 
 def source_of(config_name: str | None, split: str, image: str, references: str, prompt: str) -> dict[str, Any]:

@@ -31,7 +31,10 @@ def train(
         int | None, typer.Option(help="Batches per weight update.", show_default="1")
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(help="Scale larger images down to this many pixels a side.", show_default="512")
+        int | None,
+        typer.Option(
+            help="Scale larger images down to the area of a square with this side, in pixels.", show_default="512"
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.", show_default="0")] = None,
     resume: Annotated[str | None, typer.Option(help="latest: resume the run in --output-dir.")] = None,

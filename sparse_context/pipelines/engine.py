@@ -110,7 +110,7 @@ class Engine:
             family_of(pipe)
         self.spec = spec or ModelSpec()
         self._pipes: dict[ModelSpec, Any] = {}
-        self._given = pipe
+        self._wrapped = pipe
         self._bar = {} if bar else {"disable": True}
         self._loading = threading.Lock()
 
@@ -119,8 +119,8 @@ class Engine:
 
         Raises what `load` raises.
         """
-        if self._given is not None:
-            return self._given
+        if self._wrapped is not None:
+            return self._wrapped
         spec = self.spec
         has_adapter = spec.model is None and spec.lora is None and not spec.kv and ADAPTERS["plain"].is_file()
         if has_adapter and config is not None and config.keeps_all:
@@ -217,7 +217,7 @@ def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str
             raise ValueError(f"{side} is {value}, but {name} takes the shape of its reference: leave it out.")
         if value is not None and value % token:
             near = max(1, round(value / token)) * token
-            raise ValueError(f"{side} is {value}: this model makes multiples of {token}, such as {near}.")
+            raise ValueError(f"{side} is {value}: this model needs a multiple of {token}, such as {near}.")
     distilled, has_guider = getattr(pipe.config, "is_distilled", False), getattr(pipe, "guider", None) is not None
     if request.guidance_scale is not None and (distilled or not (has_guider or family.guidance in inputs)):
         raise ValueError(
@@ -307,11 +307,11 @@ def _bar(pipe: Any, **settings: Any) -> Iterator[None]:
     """Within it, the pipeline's progress bar has these settings on top of its own."""
     blocks = pipe.blocks.sub_blocks.values() if family_of(pipe).modular else [pipe]
     owners = [owner for owner in blocks if hasattr(owner, "set_progress_bar_config")] if settings else []
-    before = [dict(getattr(owner, "_progress_bar_config", {})) for owner in owners]
-    for owner, config in zip(owners, before, strict=True):
+    saved = [dict(getattr(owner, "_progress_bar_config", {})) for owner in owners]
+    for owner, config in zip(owners, saved, strict=True):
         owner.set_progress_bar_config(**{**config, **settings})
     try:
         yield
     finally:
-        for owner, config in zip(owners, before, strict=True):
+        for owner, config in zip(owners, saved, strict=True):
             owner.set_progress_bar_config(**config)

@@ -18,8 +18,8 @@ from test_lora import REFUSED
         "--steps two": "Invalid value for '--steps': ",
         "--height 0": "height is 0: pass a number above 0.",
         "--width -8": "width is -8",
-        "--height 65": "height is 65: this model makes multiples of 8, such as 64.",
-        "--width 3": "width is 3: this model makes multiples of 8, such as 8.",
+        "--height 65": "height is 65: this model needs a multiple of 8, such as 64.",
+        "--width 3": "width is 3: this model needs a multiple of 8, such as 8.",
         "--height 800000000 --width 800000000": "height is 800000000: pass 16384 at most.",
         "--guidance-scale nan": "guidance_scale is nan",
         "--guidance-scale 4": "guidance_scale is 4.0, but this distilled model takes none: leave it out.",
@@ -52,13 +52,13 @@ def test_what_no_model_takes_is_refused_before_one_is_loaded(refused, options, m
     {
         "nowhere": "does not exist: pass a folder in the diffusers layout or a hub id.",
         "no index": "holds no model_index.json: pass a model in the diffusers layout.",
-        "broken index": "is no diffusers model index",
-        "list index": "is no diffusers model index",
-        "no class": "is no diffusers model index",
+        "broken index": "is not a diffusers model index",
+        "list index": "is not a diffusers model index",
+        "no class": "is not a diffusers model index",
         "odd class": "is a []; the supported pipelines are Flux2Pipeline, Flux2KleinPipeline",
         "ddpm": "is a DDPMPipeline; the supported pipelines are Flux2Pipeline, Flux2KleinPipeline",
         "ddpm/model_index.json": "is a file, the index of a model: pass the folder that holds it.",
-        "inpaint": "paints into its first picture: pass --inpaint",
+        "inpaint": "paints into its first reference: pass --inpaint",
         "no weights": "does not load: Error no file named diffusion_pytorch_model.safetensors",
         "truncated weights": "does not load: ",
         "garbage weights": "does not load: ",
@@ -79,7 +79,10 @@ def test_a_bad_model(refused, models, name, says):
 
 def test_a_model_that_cannot_be_fetched(refused):
     message = refused("generate", "-m", "nobody/nothing", "--prompt", "x")
-    assert "The model nobody/nothing is no folder here, and the hub does not give it: it is out of reach" in message
+    assert (
+        "The model nobody/nothing is not a local folder, and the hub does not provide it: it cannot be reached"
+        in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,9 +91,9 @@ def test_a_model_that_cannot_be_fetched(refused):
         "missing.safetensors": "is not there: pass a .safetensors file.",
         ".": "is a folder: pass a .safetensors file.",
         "nan.safetensors": "does not fit this model: some of its weights are no finite numbers.",
-        "pickle.bin": "is no safetensors file, and nothing else is read, for safety: its name ends in .bin.",
-        "renamed.bin": "is no safetensors file, and nothing else is read",
-        "renamed pickle.safetensors": "is no safetensors file, and nothing else is read",
+        "pickle.bin": "is not a safetensors file, and for safety nothing else is read: its name ends in .bin.",
+        "renamed.bin": "is not a safetensors file, and for safety nothing else is read",
+        "renamed pickle.safetensors": "is not a safetensors file, and for safety nothing else is read",
         "other width.safetensors": "does not fit this model: ",
         "foreign.safetensors": "does not fit this model: Flux2Transformer2DModel has no ",
         "half foreign.safetensors": "does not fit this model: Flux2Transformer2DModel has no ",
@@ -120,9 +123,9 @@ def test_a_model_that_is_no_folder_is_told_what_it_is(refused, tiny_model, tmp_p
     (tmp_path / "nobody").mkdir()
     (tmp_path / "nobody" / "file").write_bytes(b"x")  # which looks like an id of the hub
     for name, says in {
-        "single.safetensors": "is a file, and a pipeline is many: pass a folder in the diffusers layout or a hub id.",
-        "model.gguf": "is a file, and a pipeline is many",
-        "nobody/file": "is a file, and a pipeline is many",
+        "single.safetensors": "is a single file, not a pipeline: pass a folder in the diffusers layout or a hub id.",
+        "model.gguf": "is a single file, not a pipeline",
+        "nobody/file": "is a single file, not a pipeline",
         tiny_model / "model_index.json": "is a file, the index of a model: pass the folder that holds it.",
         "gone": "is a link to nothing: pass a folder",
         "/dev/null": "is neither a folder nor a file: pass a folder",
@@ -153,4 +156,4 @@ def test_a_scale_without_a_lora_or_out_of_range_is_refused(refused, loras, optio
 
 def test_a_prompt_that_is_no_text(refused):
     message = refused("generate", "-m", "{model}", "--prompt", "a\udcff", "--image", "{in}/a.png")
-    assert message == "The prompt 'a\\udcff' has bytes that are no text: write it in UTF-8."
+    assert message == "The prompt 'a\\udcff' contains bytes that are not text: write it in UTF-8."
