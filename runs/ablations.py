@@ -48,8 +48,9 @@ from sparse_context.evaluation.grid import DENSE, Cell, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.statistics import summarise
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,7 +252,7 @@ def main() -> None:
 
     def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:
         """The figures of every scene, by setting."""
-        pipe = load_pipeline(lora=lora, lora_scale=1.0 if lora == NO_LORA else scale)
+        pipe = load(ModelSpec(lora=lora, lora_scale=1.0 if lora == NO_LORA else scale))
         pipe.set_progress_bar_config(disable=True)
         make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
         beside = (BASE, arguments.shipped) if arguments.all_selectors else ()

@@ -35,10 +35,11 @@ from recipes.mini.scenes import EDITS, SIZE, TASKS, Scene, make_scene
 from sparse_context import SparseContextConfig
 from sparse_context.evaluation.metrics import decoys, features, nearest_of, psnr
 from sparse_context.images import save_picture
-from sparse_context.pipelines.engine import generate
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.engine import Engine
+from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_settings
+from sparse_context.pipelines.spec import ModelSpec, Request
 from sparse_context.preview import column, label, side_by_side
 from sparse_context.result import write_result
 
@@ -199,7 +200,7 @@ def main() -> None:
     assets = everything.split(arguments.split)
     if arguments.unlike:
         assets = assets.unlike(everything.split("train"))
-    pipe = load_pipeline(arguments.model, device="cpu", dtype="float32", lora=NO_LORA)
+    pipe = load(ModelSpec(arguments.model, device="cpu", dtype="float32", lora=NO_LORA))
     pipe.set_progress_bar_config(disable=True)
     values: dict[str, dict[str, list[float]]] = {"vae": {"psnr": []}} | {task: {} for task in TASKS}
     shown = {task: [] for task in TASKS}
@@ -213,7 +214,7 @@ def main() -> None:
         else:
             references = [Image.fromarray(r) for r in scene.references]
             config = SparseContextConfig(keep=1.0, task=tasks_of(scene))
-            output = np.asarray(generate(pipe, references, scene.prompt, config, seed=seed).image)
+            output = np.asarray(Engine(pipe=pipe)(Request(scene.prompt, references, config, seed=seed)).image)
         if number < SHOWN:
             tiles = [cv2.resize(p, (SIZE, SIZE), interpolation=cv2.INTER_AREA) for p in scene.references]
             shown[task].append(side_by_side([Image.fromarray(p) for p in (*tiles[:1], scene.target, output)]))

@@ -18,7 +18,8 @@ from sparse_context.bench.calls import bench
 from sparse_context.bench.config import BenchConfig
 from sparse_context.bench.report import plot, table
 from sparse_context.embedded.demo import read_examples
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +83,7 @@ def main() -> None:
         return draw(TABLES)
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
-    pipe = load_pipeline(device="cpu")
+    pipe = load(ModelSpec(device="cpu"))
     config = BenchConfig(references=(4,), keep=(KEEP,), turns=9, minutes=arguments.minutes)
     figures = bench(pipe, scene["references"], scene["prompt"], config)
     rows = {row["method"]: row for row in figures["rows"]}

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from sparse_context import SparseContextConfig, apply_sparse_context, last_selection, remove_sparse_context
 from sparse_context.embedded.demo import read_examples
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
 from sparse_context.pipelines.settings import call_inputs, call_settings, reference_sides
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.pipelines.timing import timed
 from sparse_context.preview import fit_reference
 from sparse_context.result import write_result
@@ -64,7 +65,7 @@ def main() -> None:
         return draw(TABLES)
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
-    pipe = load_pipeline(device="cpu")
+    pipe = load(ModelSpec(device="cpu"))
     pipe.set_progress_bar_config(disable=True)
     settings = call_settings(pipe)
     given = {dial: value for dial, value in settings.items() if dial in call_inputs(pipe)}

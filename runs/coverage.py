@@ -25,7 +25,8 @@ from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.plots import draw_sheet
 from sparse_context.evaluation.statistics import summarise
 from sparse_context.images import save_picture
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +69,7 @@ def main() -> None:
 
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split], KINDS)
-    pipe = load_pipeline(lora=arguments.lora)
+    pipe = load(ModelSpec(lora=arguments.lora))
     pipe.set_progress_bar_config(disable=True)
     make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
     cells = grid((1.0, arguments.keep), coverages=COVERAGES)

@@ -22,8 +22,9 @@ from sparse_context.evaluation.evaluate import evaluate, fingerprint
 from sparse_context.evaluation.grid import DENSE, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.statistics import summarise
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +67,7 @@ def main() -> None:
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split], ["edit_global"])
     cells, rows, weights = grid([1.0, *arguments.keeps]), {}, {}
     for name, lora in WEIGHTS.items():
-        pipe = load_pipeline(lora=lora)
+        pipe = load(ModelSpec(lora=lora))
         pipe.set_progress_bar_config(disable=True)
         make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
         folder = ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}" / name

@@ -26,8 +26,9 @@ from sparse_context.evaluation.evaluate import evaluate, fingerprint
 from sparse_context.evaluation.grid import Cell, Maker, grid, maker
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,9 +68,9 @@ def main() -> None:
     record = adapter_record(arguments.lora) if arguments.lora.is_file() else {}
     if not record.get("kv"):
         raise SystemExit(f"kv: {arguments.lora} is no LoRA for KV mode: name one that `sparse --kv` made.")
-    plain, untrained = load_pipeline(lora=NO_LORA), load_pipeline(lora=NO_LORA, kv=True)
-    tuned = load_pipeline(lora=str(arguments.lora), kv=True)
-    plain_tuned = load_pipeline(lora=str(ADAPTERS["plain"])) if ADAPTERS["plain"].is_file() else None
+    plain, untrained = load(ModelSpec(lora=NO_LORA)), load(ModelSpec(lora=NO_LORA, kv=True))
+    tuned = load(ModelSpec(lora=str(arguments.lora), kv=True))
+    plain_tuned = load(ModelSpec(lora=str(ADAPTERS["plain"]))) if ADAPTERS["plain"].is_file() else None
 
     def make(pipe: Any) -> Maker:
         pipe.set_progress_bar_config(disable=True)

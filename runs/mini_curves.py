@@ -49,9 +49,10 @@ from sparse_context.evaluation.report import table
 from sparse_context.evaluation.statistics import summarise
 from sparse_context.images import save_picture
 from sparse_context.pipelines.embedded import ADAPTERS
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_settings
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import write_result
 from sparse_context.selection import select_tokens
 
@@ -308,7 +309,7 @@ def main() -> None:
     if "recognised" in arguments.metrics:
         metrics["recognised"] = Metric(share_recognised)
 
-    pipe = load_pipeline(arguments.model, lora=arguments.lora)
+    pipe = load(ModelSpec(arguments.model, lora=arguments.lora))
     pipe.set_progress_bar_config(disable=True)
     make = maker(pipe, steps=arguments.steps, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
     limits = dict.fromkeys(MANY, arguments.scenes) | dict.fromkeys(FEW, arguments.few)

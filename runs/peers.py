@@ -43,9 +43,10 @@ from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.statistics import summarise
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
 from sparse_context.pipelines.engine import Generation
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_inputs, call_settings
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.pipelines.timing import Times, timed
 from sparse_context.result import write_result
 from sparse_context.samples import Sample
@@ -192,7 +193,7 @@ def main() -> None:
     record = adapter_record(Path(lora)) if lora != NO_LORA else {}
     if record.get("kv"):
         raise SystemExit(f"peers: {lora} is a LoRA for KV mode: name one that `mini sparse` made without --kv.")
-    pipe, tuned = load_pipeline(lora=NO_LORA), load_pipeline(lora=str(lora))
+    pipe, tuned = load(ModelSpec(lora=NO_LORA)), load(ModelSpec(lora=str(lora)))
     for each in (pipe, tuned):
         each.set_progress_bar_config(disable=True)
     weights = {"weights": fingerprint(tuned)}

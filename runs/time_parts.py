@@ -21,7 +21,8 @@ from tables import draw, read, table
 from recipes.mini.base import BaseConfig, batch_scenes
 from recipes.mini.data import Assets, load_assets
 from sparse_context.families.pictures import to_uint8
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import write_result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     large = torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    vae = load_pipeline(device="cpu").vae
+    vae = load(ModelSpec(device="cpu")).vae
     last = copy.deepcopy(vae).to(memory_format=torch.channels_last)
     small = [large[..., i * 128 : (i + 1) * 128, :128].contiguous() for i in range(4)]
     whole = torch.cat(small)

@@ -26,15 +26,16 @@ sparse-context train \
     --data "$DATA/train.jsonl" \
     --output-dir "$OUTPUT" \
     --resolution 512 \
-    --rank 64 --lora-alpha 64 \
-    --learning-rate 1e-4 --lr-scheduler constant_with_warmup --lr-warmup-steps 200 \
-    --max-train-steps 10000 --train-batch-size 1 --gradient-accumulation-steps 4 --gradient-checkpointing \
-    --mixed-precision bf16 --ema 0.99 \
-    --caption-dropout 0.1 \
-    --keep-min 0.05 --keep-max 0.6 --dense 0.06 --distillation 1 --subsets 3 --preservation 15 \
-    --drop-mix random=0.1,uniform=0.15,edges=0.2,saliency=0.15,subject=0.4 \
-    --coverage 0 --coverage 0.1 \
-    --checkpointing-steps 250 --checkpoints-total-limit 3 \
-    --validation-data "$DATA/validation.jsonl" --validation-steps 500 --num-validation-images 4 \
-    --report-to tensorboard --seed 0 \
+    --rank 64 --set lora_alpha=64 \
+    --learning-rate 1e-4 --set lr_scheduler=constant_with_warmup --set lr_warmup_steps=200 \
+    --max-train-steps 10000 --train-batch-size 1 --gradient-accumulation-steps 4 --set gradient_checkpointing=true \
+    --set mixed_precision=bf16 --set ema=0.99 \
+    --set caption_dropout=0.1 \
+    --set dropping.keep_min=0.05 --set dropping.keep_max=0.6 --set dropping.dense=0.06 \
+    --set distillation=1 --set subsets=3 --set preservation=15 \
+    --set dropping.mix=random=0.1,uniform=0.15,edges=0.2,saliency=0.15,subject=0.4 \
+    --set dropping.coverage=0,0.1 \
+    --set checkpointing_steps=250 --set checkpoints_total_limit=3 \
+    --validation-data "$DATA/validation.jsonl" --set validation_steps=500 --set num_validation_images=4 \
+    --set report_to=tensorboard --seed 0 \
     "${resume[@]}" "$@"

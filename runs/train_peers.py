@@ -27,8 +27,9 @@ from recipes.mini.data import load_assets
 from recipes.mini.sparse import choose, scene_batches
 from sparse_context.bench.methods import downscaled_grid, merge_tokens
 from sparse_context.families.flux2.train import Flux2
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.tokens import ReferenceTokens
 from sparse_context.training.config import FinetuneConfig
 from sparse_context.training.data import Example
@@ -105,7 +106,7 @@ def main() -> None:
 
     config, dropping = config_of(arguments.method, arguments.steps), choose(full=True).dropping
     assets = load_assets(arguments.assets).split("train")
-    pipe = load_pipeline(dtype="float32", device="cpu", lora=NO_LORA)
+    pipe = load(ModelSpec(dtype="float32", device="cpu", lora=NO_LORA))
     if arguments.method == "merged":
         host, batch = Merging(pipe, dropping, config.seed), 1
         batches = scene_batches(assets, batch, config.seed)

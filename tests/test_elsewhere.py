@@ -24,8 +24,9 @@ from sparse_context.evaluation.grid import grid, maker
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.images import open_picture, put_in_place, save_picture, save_text
 from sparse_context.pipelines.embedded import read_call_settings
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
 from sparse_context.pipelines.memory import Peak
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.samples import Sample
 from sparse_context.training.cache import Cache
 from sparse_context.training.config import FinetuneConfig
@@ -143,7 +144,7 @@ def test_evaluation_writes_and_goes_on(tiny_model, tmp_path, monkeypatch):
     data = io.BytesIO()
     picture(64, 64).save(data, "png")
     samples = [Sample("größer", "the cat", (data.getvalue(),), data.getvalue())]
-    pipe = load_pipeline(str(tiny_model), dtype="float32", device="cpu")
+    pipe = load(ModelSpec(str(tiny_model), dtype="float32", device="cpu"))
     pipe.set_progress_bar_config(disable=True)
     windows(monkeypatch)
     for keep in (0.5, 0.25):

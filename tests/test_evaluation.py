@@ -32,7 +32,8 @@ from sparse_context.evaluation.report import table
 from sparse_context.evaluation.statistics import bootstrap_interval, summarise
 from sparse_context.images import open_picture
 from sparse_context.pipelines.engine import Generation
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.pipelines.timing import Times
 from sparse_context.samples import Sample, name_problem, read_samples
 
@@ -70,7 +71,7 @@ def samples():
 
 @pytest.fixture(scope="module")
 def pipe(tiny_model):
-    pipe = load_pipeline(str(tiny_model), dtype="float32", device="cpu")
+    pipe = load(ModelSpec(str(tiny_model), dtype="float32", device="cpu"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -139,7 +140,7 @@ def test_a_cell_can_be_made_in_a_way_of_its_own_and_compares_with_all_tokens_of_
 
 def test_all_tokens_are_the_untouched_pipeline(finished, samples, tiny_model):
     folder, _ = finished
-    untouched = load_pipeline(str(tiny_model), dtype="float32", device="cpu")
+    untouched = load(ModelSpec(str(tiny_model), dtype="float32", device="cpu"))
     untouched.set_progress_bar_config(disable=True)
     for i, sample in enumerate(samples):
         image = untouched(
@@ -310,7 +311,7 @@ def test_the_output_has_the_size_of_the_truth_where_the_model_names_none(tiny_mo
     (folder / "call.json").write_text(
         json.dumps({"num_inference_steps": 1, "max_sequence_length": 12, "text_encoder_out_layers": [1, 2]})
     )
-    pipe = load_pipeline(str(folder), dtype="float32", device="cpu")
+    pipe = load(ModelSpec(str(folder), dtype="float32", device="cpu"))
     pipe.set_progress_bar_config(disable=True)
     sample = Sample("wide", "a cat", samples[0].references, png(picture(100, 70)))
     assert maker(pipe)(sample, SparseContextConfig(), 0).image.size == (96, 64)
@@ -647,7 +648,7 @@ def test_the_command_evaluates_and_goes_on(manifest, tiny_model, tmp_path, monke
 def test_other_weights_in_the_same_folder_are_noticed(manifest, tiny_model, tmp_path, monkeypatch, capsys):
     """A tensor of one part differs; in another folder the same weights are the same."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
-    before = load_pipeline(str(tiny_model), dtype="float32", device="cpu")
+    before = load(ModelSpec(str(tiny_model), dtype="float32", device="cpu"))
     arguments = command(manifest, model, tmp_path / "out", "--keep", "0.5", "--limit", "1")
     assert call(monkeypatch, arguments) == 0
     config = json.loads((tmp_path / "out" / "result.json").read_text())["config"]
@@ -701,7 +702,7 @@ def test_without_data_it_asks_for_some(monkeypatch, capsys):
 
 def test_without_what_draws_curves_it_says_so_before_anything_is_made(manifest, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sparse_context.evaluation.plots.find_spec", lambda name: None)
-    monkeypatch.setattr("sparse_context.pipelines.load.load_pipeline", lambda *args, **kwargs: pytest.fail("it loaded"))
+    monkeypatch.setattr("sparse_context.pipelines.load.load", lambda *args, **kwargs: pytest.fail("it loaded"))
     assert call(monkeypatch, ["evaluate", "--manifest", str(manifest), "--output", str(tmp_path / "out")]) == 2
     assert "A plot needs matplotlib" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -747,7 +748,7 @@ EXTRA = (
 def test_all_that_is_not_installed_is_named_at_once(options, missing, said, manifest, tmp_path, monkeypatch, capsys):
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("sparse_context.pipelines.load.load_pipeline", lambda *args, **kwargs: pytest.fail("it loaded"))
+    monkeypatch.setattr("sparse_context.pipelines.load.load", lambda *args, **kwargs: pytest.fail("it loaded"))
     arguments = ["evaluate", "--manifest", str(manifest), "--output", str(tmp_path / "out"), *options]
     assert call(monkeypatch, arguments) == 2
     assert capsys.readouterr().err == f"sparse-context: {said}\n" and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What the faces call, from Python: `load_pipeline` and `generate`."""
+"""What the faces call, from Python: `load` and an `Engine`."""
 
 import http.server
 import io
@@ -22,17 +22,18 @@ from tiny import picture
 
 from sparse_context import SparseContextConfig, last_selection, mask
 from sparse_context.pipelines import hub as hub_module
-from sparse_context.pipelines import load
-from sparse_context.pipelines.engine import generate
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines import load as load_module
+from sparse_context.pipelines.engine import Engine
+from sparse_context.pipelines.load import load
 from sparse_context.pipelines.settings import call_settings, reference_sides
+from sparse_context.pipelines.spec import ModelSpec, Request
 from sparse_context.preview import fit_reference, select_pictures
 from sparse_context.selectors.registry import blend
 
 
 @pytest.fixture(scope="module")
 def pipe(tiny_model):
-    loaded = load_pipeline(str(tiny_model), dtype="float32", device="cpu")
+    loaded = load(ModelSpec(str(tiny_model), dtype="float32", device="cpu"))
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -66,7 +67,7 @@ def settings_of(pipe, folder, **settings):
     {"auto": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp32": torch.float32}.items(),
 )
 def test_dtype(tiny_model, name, dtype):
-    loaded = load_pipeline(str(tiny_model), dtype=name, device="cpu")
+    loaded = load(ModelSpec(str(tiny_model), dtype=name, device="cpu"))
     assert type(loaded) is Flux2KleinPipeline
     assert {part.dtype for part in (loaded.transformer, loaded.vae, loaded.text_encoder)} == {dtype}
     assert loaded.device.type == "cpu"
@@ -76,23 +77,23 @@ def test_dtype(tiny_model, name, dtype):
 def test_a_model_that_loads_for_long_has_a_clock_on_a_terminal(tiny_model, tmp_path, monkeypatch, terminal):
     stderr = io.StringIO()
     stderr.isatty = lambda: terminal
-    plain = load._load_plain
+    plain = load_module._load_plain
 
-    def slow(path, dtype):
+    def slow(*arguments):
         time.sleep(0.5)
-        return plain(path, dtype)
+        return plain(*arguments)
 
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr(hub_module, "PATIENCE", 0.1)
-    monkeypatch.setattr(load, "_load_plain", slow)
+    monkeypatch.setattr(load_module, "_load_plain", slow)
     enabled = diffusers.utils.logging.is_progress_bar_enabled()
     diffusers.utils.logging.disable_progress_bar()
     try:
-        load_pipeline(str(tiny_model), device="cpu")
+        load(ModelSpec(str(tiny_model), device="cpu"))
         said = stderr.getvalue()
         shutil.copy(tiny_model / "model_index.json", tmp_path)
         with pytest.raises(ValueError, match="does not load"):
-            load_pipeline(str(tmp_path), device="cpu")
+            load(ModelSpec(str(tmp_path), device="cpu"))
     finally:
         (diffusers.utils.logging.enable_progress_bar if enabled else diffusers.utils.logging.disable_progress_bar)()
     assert (f"loading {tiny_model}: 00:00" in said) == terminal
@@ -138,7 +139,7 @@ def hub(monkeypatch, status=404, headers=()):
 @pytest.mark.parametrize(
     ("status", "code", "says"),
     [
-        (404, "RepoNotFound", "none has this name, or it is private: log in with `hf auth login`.$"),
+        (404, "RepoNotFound", "no model has this name, or it is private: log in with `hf auth login`.$"),
         (403, "GatedRepo", "accept its terms there first, and log in with `hf auth login`.$"),
         (404, "EntryNotFound", "it has no model_index.json there.$"),
         (500, "", "500"),
@@ -146,8 +147,10 @@ def hub(monkeypatch, status=404, headers=()):
 )
 def test_what_the_hub_answers_is_told(monkeypatch, status, code, says):
     with hub(monkeypatch, status, [("X-Error-Code", code)]), pytest.raises(ValueError, match=says) as caught:
-        load_pipeline("nobody/nothing")
-    assert str(caught.value).startswith("The model nobody/nothing is no folder here, and the hub does not give it: ")
+        load(ModelSpec("nobody/nothing"))
+    assert str(caught.value).startswith(
+        "The model nobody/nothing is not a local folder, and the hub does not provide it: "
+    )
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
@@ -155,21 +158,21 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.perf_counter()
-        with pytest.raises(ValueError, match="it is out of reach, check the connection"):
-            load_pipeline("nobody/nothing")
+        with pytest.raises(ValueError, match="it cannot be reached, check the connection"):
+            load(ModelSpec("nobody/nothing"))
     assert time.perf_counter() - start < 5
 
 
 def test_an_unreachable_hub_is_not_asked_again_and_again():
     start = time.perf_counter()
-    with pytest.raises(ValueError, match="it is out of reach, check the connection"):
-        load_pipeline("nobody/nothing")
+    with pytest.raises(ValueError, match="it cannot be reached, check the connection"):
+        load(ModelSpec("nobody/nothing"))
     assert time.perf_counter() - start < 5
 
 
 def test_an_id_that_is_none():
-    with pytest.raises(ValueError, match="that is no id of a model"):
-        load_pipeline("no--body/noth..ing")
+    with pytest.raises(ValueError, match="that is not a valid model id"):
+        load(ModelSpec("no--body/noth..ing"))
 
 
 # Calls ---------------------------------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def test_an_id_that_is_none():
 def test_generate_is_the_direct_call(pipe):
     references = [picture(64, 64), picture(128, 32, 1)]
     config = SparseContextConfig(keep=0.25, selector="detail")
-    result = generate(pipe, references, "the cat", config, seed=3, steps=1, height=72)
+    result = Engine(pipe=pipe)(Request("the cat", references, config, seed=3, steps=1, height=72))
     assert result.selection is last_selection(pipe)
     assert (result.selection.kept, result.selection.total) == (80, 320)
     again = pipe(
@@ -196,7 +199,7 @@ def test_generate_is_the_direct_call(pipe):
 
 
 def test_the_report_of_a_call(pipe):
-    result = generate(pipe, [picture(64, 64)], "the cat")
+    result = Engine(pipe=pipe)(Request("the cat", [picture(64, 64)]))
     report = json.loads(json.dumps(result.to_dict()))
     assert report["size"] == [64, 64]
     assert report["selection"] == result.selection.to_dict()
@@ -206,18 +209,20 @@ def test_the_report_of_a_call(pipe):
 
 
 def test_without_references_nothing_is_selected(pipe):
-    generate(pipe, [picture(64, 64)], "the cat")
-    result = generate(pipe, [], "the cat")
+    Engine(pipe=pipe)(Request("the cat", [picture(64, 64)]))
+    result = Engine(pipe=pipe)(Request("the cat", []))
     assert result.selection is None and result.to_dict()["selection"] is None
 
 
 def test_without_a_config_a_fifth_is_kept(pipe):
-    assert generate(pipe, [picture(64, 64)], "the cat").selection.kept == 13
+    assert Engine(pipe=pipe)(Request("the cat", [picture(64, 64)])).selection.kept == 13
 
 
 def test_a_pipeline_without_settings_takes_references_as_they_are(foreign, tmp_path):
     with settings_of(foreign, tmp_path, **CALL):
-        result = generate(foreign, [picture(103, 79), picture(5, 5)], "the cat", steps=1, guidance_scale=3.0)
+        result = Engine(pipe=foreign)(
+            Request("the cat", [picture(103, 79), picture(5, 5)], steps=1, guidance_scale=3.0)
+        )
     assert [kept.grid for kept in result.selection.references] == [(9, 12), (8, 8)]
     assert result.image.size == (96, 72)  # of the first reference
 
@@ -226,14 +231,14 @@ def test_a_setting_that_the_pipeline_does_not_know_is_left_out(tmp_path):
     kv = tiny.build_flux2(Flux2KleinKVPipeline)
     settings = {**CALL, "guidance_scale": 4.0, "no_such_argument": 1, "num_inference_steps": 1}
     with settings_of(kv, tmp_path, **settings):
-        assert generate(kv, [picture(64, 64)], "the cat", height=64, width=64).selection.kept == 13
+        assert Engine(pipe=kv)(Request("the cat", [picture(64, 64)], height=64, width=64)).selection.kept == 13
         with pytest.raises(ValueError, match="but this distilled model takes none: leave it out"):
-            generate(kv, [picture(64, 64)], "the cat", guidance_scale=2.0)
+            Engine(pipe=kv)(Request("the cat", [picture(64, 64)], guidance_scale=2.0))
 
 
 def test_references_are_scaled_to_what_the_model_was_trained_on(pipe, tmp_path):
     with settings_of(pipe, tmp_path, **CALL, reference_size=128, num_inference_steps=1, height=64, width=64):
-        result = generate(pipe, [picture(300, 300), picture(400, 200), picture(2000, 20)], "the cat")
+        result = Engine(pipe=pipe)(Request("the cat", [picture(300, 300), picture(400, 200), picture(2000, 20)]))
     assert [kept.grid for kept in result.selection.references] == [(16, 16), (11, 22), (8, 64)]
 
 
@@ -241,7 +246,9 @@ def test_masks_are_scaled_with_their_references(pipe):
     drawn = np.zeros((200, 400), bool)
     drawn[:, 200:] = True
     for selector in (mask([drawn]), {mask([drawn]): 1.0}, blend({mask([drawn]): 1.0}), [mask([drawn])]):
-        result = generate(pipe, [picture(400, 200)], "the cat", SparseContextConfig(keep=8, selector=selector))
+        result = Engine(pipe=pipe)(
+            Request("the cat", [picture(400, 200)], SparseContextConfig(keep=8, selector=selector))
+        )
         (kept,) = result.selection.references
         assert kept.grid == (8, 16)
         assert (kept.scores[:, 9:] == 1).all() and (kept.scores[:, :7] == 0).all()
@@ -251,7 +258,9 @@ def test_masks_are_scaled_with_their_references(pipe):
 def test_what_is_transparent_is_white_to_the_model(pipe):
     pixels = np.zeros((128, 128, 4), np.uint8)
     pixels[32:96, 32:96] = (200, 30, 30, 255)
-    result = generate(pipe, [Image.fromarray(pixels)], "the cat", SparseContextConfig(keep=4, selector="mask"))
+    result = Engine(pipe=pipe)(
+        Request("the cat", [Image.fromarray(pixels)], SparseContextConfig(keep=4, selector="mask"))
+    )
     (kept,) = result.selection.references
     assert (kept.picture[:12] == (255, 255, 255, 0)).all()
     assert (kept.picture[20:44, 20:44] == (200, 30, 30, 255)).all()
@@ -266,7 +275,7 @@ def test_select_pictures_keeps_what_the_pipeline_keeps(foreign, tmp_path, select
     references = [picture(103, 79), picture(40, 90, 1)]
     config = SparseContextConfig(keep=0.2, selector=selector)
     with settings_of(foreign, tmp_path, **CALL):
-        made = generate(foreign, references, "the cat", config, steps=1, height=8, width=8).selection
+        made = Engine(pipe=foreign)(Request("the cat", references, config, steps=1, height=8, width=8)).selection
     assert_same_selection(made, select_pictures(references, config, token=tiny.TOKEN))
 
 
@@ -296,7 +305,7 @@ def assert_same_selection(first, second):
     [
         ({"seed": -1}, "^seed is -1: pass a number from 0 to 9223372036854775807.$"),
         ({"steps": 0}, "^steps is 0: pass a number above 0.$"),
-        ({"height": 60}, "^height is 60: this model makes multiples of 8, such as 64.$"),
+        ({"height": 60}, "^height is 60: this model needs a multiple of 8, such as 64.$"),
         ({"width": -8}, "^width is -8: pass a number above 0.$"),
         ({"guidance_scale": 2.0}, "^guidance_scale is 2.0, but this distilled model takes none: leave it out.$"),
         ({"guidance_scale": float("nan")}, "^guidance_scale is nan: pass a number of 0 or more.$"),
@@ -304,30 +313,30 @@ def assert_same_selection(first, second):
 )
 def test_arguments_out_of_range(pipe, arguments, says):
     with pytest.raises(ValueError, match=says):
-        generate(pipe, [picture(64, 64)], "the cat", **arguments)
+        Engine(pipe=pipe)(Request("the cat", [picture(64, 64)], **arguments))
 
 
 def test_references_that_do_not_suit(pipe):
     with pytest.raises(ValueError, match="^There are 4 references, and this model takes at most 3: pass fewer.$"):
-        generate(pipe, [picture(64, 64)] * 4, "the cat")
+        Engine(pipe=pipe)(Request("the cat", [picture(64, 64)] * 4))
     wrong = SparseContextConfig(selector=mask([np.ones((32, 64), bool)]))
     with pytest.raises(ValueError, match="^The mask of reference 1 is 64x32, but its picture is 64x64: pass a mask"):
-        generate(pipe, [picture(64, 64)], "the cat", wrong)
+        Engine(pipe=pipe)(Request("the cat", [picture(64, 64)], wrong))
     for selector in (mask([np.ones((64, 64), bool)] * 2), {mask([np.ones((64, 64), bool)] * 2): 1.0}):
         with pytest.raises(
             ValueError, match="^The selector holds 2 masks for 1 references: pass one mask per reference"
         ):
-            generate(pipe, [picture(64, 64)], "the cat", SparseContextConfig(selector=selector))
+            Engine(pipe=pipe)(Request("the cat", [picture(64, 64)], SparseContextConfig(selector=selector)))
     with pytest.raises(
         ValueError, match="^selector has 2 values for 1 references: pass one value, or one per reference"
     ):
-        generate(pipe, [picture(64, 64)], "the cat", SparseContextConfig(selector=["edges", "random"]))
+        Engine(pipe=pipe)(Request("the cat", [picture(64, 64)], SparseContextConfig(selector=["edges", "random"])))
 
 
 def test_what_fails_in_the_pipeline_is_one_sentence_with_its_cause(pipe, tmp_path):
     with settings_of(pipe, tmp_path, max_sequence_length=12, text_encoder_out_layers=[9], num_inference_steps=1):
         with pytest.raises(ValueError, match="^Flux2KleinPipeline failed: tuple index out of range.$") as caught:
-            generate(pipe, [picture(64, 64)], "the cat")
+            Engine(pipe=pipe)(Request("the cat", [picture(64, 64)]))
     assert isinstance(caught.value.__cause__, IndexError)
 
 

@@ -10,8 +10,9 @@ from tiny import picture
 from whole import save_whole
 
 from sparse_context import SparseContextConfig
-from sparse_context.pipelines.engine import generate
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.engine import Engine
+from sparse_context.pipelines.load import load
+from sparse_context.pipelines.spec import ModelSpec, Request
 from sparse_context.sparsify import apply_sparse_context
 from sparse_context.training.batch import encode, prepare_batch
 from sparse_context.training.config import FinetuneConfig
@@ -32,7 +33,7 @@ def model(request, tmp_path_factory):
 
 
 def loaded(folder):
-    pipe = load_pipeline(str(folder), dtype="float32", device="cpu")
+    pipe = load(ModelSpec(str(folder), dtype="float32", device="cpu"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -54,7 +55,7 @@ def predictions(pipe, count, keep):
     # The strength that Kontext was distilled with is an input of its transformer
     guidance = None if type(pipe).__name__ == "FluxKontextPipeline" else 1.0
     config = SparseContextConfig(keep=keep)
-    made = generate(pipe, PICTURES[:count], "the cat", config, steps=1, guidance_scale=guidance)
+    made = Engine(pipe=pipe)(Request("the cat", PICTURES[:count], config, steps=1, guidance_scale=guidance))
     hook.remove()
     return seen, made
 

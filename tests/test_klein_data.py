@@ -108,10 +108,10 @@ def test_the_whole_script_trains_a_tiny_model_in_the_place_of_the_large_one(size
         1,
         "--rank",
         2,
-        "--mixed-precision",
-        "no",
-        "--dtype",
-        "float32",
+        "--set",
+        "mixed_precision=no",
+        "--set",
+        "dtype=float32",
     ]
     done = subprocess.run(
         ["bash", SCRIPT.with_name(f"train_klein_{size}.sh"), *map(str, smaller)],

@@ -8,9 +8,10 @@ import torch
 from diffusers import Flux2KleinPipeline, FluxKontextPipeline
 from safetensors.torch import load_file, save_file
 
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load as load_model
 from sparse_context.pipelines.lora import load_lora
 from sparse_context.pipelines.lora_file import read_lora
+from sparse_context.pipelines.spec import ModelSpec
 
 BUILD = {name: tiny.CASES[name].build for name in ("klein", "klein-modular", "kontext", "qwen-edit", "flux3")}
 
@@ -691,7 +692,7 @@ REFUSED = {
     ),
     "empty": ({}, "it is empty."),
 }
-"""By what is wrong: what the file holds, and what is said of it, whatever the command (test_cli.py)."""
+"""By what is wrong: what the file holds, and what is said of it, also by the command (cli/)."""
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -733,7 +734,7 @@ def test_settings_that_make_another_lora_of_it(settings, says, tmp_path):
 
 def test_a_name_is_not_enough_to_unpickle(tmp_path):
     torch.save(GOOD, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="is no safetensors file, and nothing else is read, for safety"):
+    with pytest.raises(ValueError, match="is not a safetensors file, and for safety nothing else is read, for safety"):
         read_lora(str(tmp_path / "a.safetensors"))
 
 
@@ -741,4 +742,4 @@ def test_nothing_is_loaded_before_the_file_is_found_wrong(tiny_model, tmp_path, 
     save_file(without(f"{Q}.lora_B.weight"), tmp_path / "a.safetensors")
     monkeypatch.setattr("sparse_context.pipelines.load._load_plain", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="is there without the other matrix"):
-        load_pipeline(str(tiny_model), device="cpu", lora=str(tmp_path / "a.safetensors"))
+        load_model(ModelSpec(str(tiny_model), device="cpu", lora=str(tmp_path / "a.safetensors")))

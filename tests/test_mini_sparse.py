@@ -27,7 +27,8 @@ from recipes.mini.sparse import (
     train_sparse,
 )
 from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, adapter_record
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.training.checkpoints import newest_step
 
 
@@ -190,7 +191,7 @@ def test_a_run_of_all_weights_is_exported_as_a_lora(assets, tmp_path):
     assert torch.linalg.matrix_rank(made, rtol=1e-3) == 8
     left = (change - made).square().sum()
     assert left.item() == pytest.approx(torch.linalg.svdvals(change)[8:].square().sum().item(), rel=0.02)
-    assert load_pipeline(lora=str(own)).transformer.peft_config
+    assert load(ModelSpec(lora=str(own))).transformer.peft_config
     slow = replace(config, learning_rate=1e-9, muon_learning_rate=1e-9)
     on = train_sparse(tmp_path, slow, name="on", batch=1, start=own, validation=())
     begun = load_file(tmp_path / "on" / "step-0000000" / "weights.safetensors")

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -124,7 +125,8 @@ def command(*arguments):
 
 
 def load(folder, request, lora=None, **options):
-    from sparse_context.pipelines.load import load_pipeline
+    from sparse_context.pipelines.load import load
+    from sparse_context.pipelines.spec import ModelSpec
 
     model = str(request.getfixturevalue("tiny_model"))
     if lora is not None:
@@ -132,28 +134,32 @@ def load(folder, request, lora=None, **options):
         lora = str(folder / "lora.safetensors")
         save_file({f"{block}.lora_A.weight": torch.ones(2, 32), f"{block}.lora_B.weight": torch.ones(32, 2)}, lora)
     with untouched():
-        load_pipeline(model, device="cpu", lora=lora, **options)
+        load(ModelSpec(model, device="cpu", lora=lora, **options))
 
 
 def load_embedded(folder, request, **options):
-    from sparse_context.pipelines.load import load_pipeline
+    from sparse_context.pipelines.load import load
+    from sparse_context.pipelines.spec import ModelSpec
 
-    load_pipeline(device="cpu", **options)
+    load(ModelSpec(device="cpu", **options))
 
 
 def generate(folder, request):
-    from sparse_context.pipelines.engine import generate
-    from sparse_context.pipelines.load import load_pipeline
+    from sparse_context.pipelines.engine import Engine
+    from sparse_context.pipelines.load import load
+    from sparse_context.pipelines.spec import ModelSpec, Request
 
-    pipe = load_pipeline(str(request.getfixturevalue("tiny_model")), device="cpu", dtype="float32")
+    pipe = load(ModelSpec(str(request.getfixturevalue("tiny_model")), device="cpu", dtype="float32"))
     pipe.set_progress_bar_config(disable=True)
     with untouched():
-        generate(pipe, [picture(64, 64)], "the cat", SparseContextConfig(selector="saliency"), seed=3)
+        Engine(pipe=pipe)(Request("the cat", [picture(64, 64)], SparseContextConfig(selector="saliency"), seed=3))
 
 
 def train(folder, request, **options):
+    from sparse_context.training.config import FinetuneConfig
     from sparse_context.training.dropping import KINDS, Dropping
     from sparse_context.training.launch import launch
+    from sparse_context.training.options import RunConfig
 
     model = str(request.getfixturevalue("tiny_model"))
     for name in "ab":
@@ -161,24 +167,23 @@ def train(folder, request, **options):
     rows = [{"references": [f"{name}.png"], "image": "a.png", "prompt": "the cat"} for name in "ab"]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     dropping = Dropping(mix=dict.fromkeys(KINDS, 1.0), merge=(0.0, 0.3))
+    run = RunConfig(
+        dtype="float32",
+        mixed_precision="no",
+        validation_data=str(folder / "data.jsonl"),
+        num_validation_images=1,
+        **{name: options.pop(name) for name in set(options) & {field.name for field in fields(RunConfig)}},
+    )
     with untouched():
         for steps, resume in ((1, None), (2, "latest")):
-            launch(
-                model,
-                str(folder / "data.jsonl"),
-                folder / "run",
+            config = FinetuneConfig(
                 dropping=dropping,
-                source={},
-                resume=resume,
-                dtype="float32",
-                mixed_precision="no",
                 max_train_steps=steps,
                 checkpointing_steps=1,
                 caption_dropout=0.5,
-                validation_data=str(folder / "data.jsonl"),
-                num_validation_images=1,
                 **{"rank": 2} | options,
             )
+            launch(model, str(folder / "data.jsonl"), folder / "run", config, run, resume=resume)
 
 
 def evaluate(folder, request):
@@ -187,14 +192,15 @@ def evaluate(folder, request):
     from sparse_context.evaluation.metrics import find_metrics
     from sparse_context.evaluation.plots import draw_all
     from sparse_context.evaluation.report import table
-    from sparse_context.pipelines.load import load_pipeline
+    from sparse_context.pipelines.load import load
+    from sparse_context.pipelines.spec import ModelSpec
     from sparse_context.samples import Sample
 
     files = [folder / f"{i}.png" for i in range(3)]
     for i, file in enumerate(files):
         picture(64, 64, i).save(file)
     samples = [Sample(f"sample {i}", "the cat", (files[i].read_bytes(),), files[2].read_bytes()) for i in range(2)]
-    pipe = load_pipeline(str(request.getfixturevalue("tiny_model")), device="cpu", dtype="float32")
+    pipe = load(ModelSpec(str(request.getfixturevalue("tiny_model")), device="cpu", dtype="float32"))
     pipe.set_progress_bar_config(disable=True)
     with untouched():
         metrics = find_metrics(["psnr", "ssim", "st_lpips"])
@@ -371,8 +377,8 @@ ENTRIES = {
         1,
         "--rank",
         2,
-        "--mixed-precision",
-        "no",
+        "--set",
+        "mixed_precision=no",
     ),
     "command evaluate": command(
         "evaluate",

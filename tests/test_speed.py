@@ -687,10 +687,11 @@ def test_the_command(monkeypatch, capsys, tmp_path, tiny_model):
 
 def test_the_embedded_model_sees_references_in_the_size_of_their_task():
     from sparse_context.embedded.demo import read_examples
-    from sparse_context.pipelines.load import load_pipeline
+    from sparse_context.pipelines.load import load
+    from sparse_context.pipelines.spec import ModelSpec
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     config = BenchConfig(references=(1, 2), keep=(0.25,), methods=("dense", "sparse"), turns=1, steps=1)
-    rows = bench(load_pipeline(device="cpu"), scene["references"], scene["prompt"], config)["rows"]
+    rows = bench(load(ModelSpec(device="cpu")), scene["references"], scene["prompt"], config)["rows"]
     seen = {(row["references"], row["method"]): row["tokens"]["references"] for row in rows}
     assert seen == {(1, "dense"): 256, (1, "sparse"): 64, (2, "dense"): 1152, (2, "sparse"): 288}

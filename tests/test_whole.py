@@ -14,11 +14,12 @@ from sparse_context import SparseContextConfig
 from sparse_context.cli import main
 from sparse_context.evaluation.grid import maker
 from sparse_context.families import FAMILIES
-from sparse_context.pipelines.engine import generate
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.engine import Engine
+from sparse_context.pipelines.load import load
+from sparse_context.pipelines.spec import ModelSpec, Request
 from sparse_context.samples import Sample
 
-# FLUX.2 dev needs a text encoder of Mistral's with a processor of its own; klein and klein-KV are in test_cli.py and
+# FLUX.2 dev needs a text encoder of Mistral's with a processor of its own; klein and klein-KV are in cli/ and
 # test_generation.py.
 ELSEWHERE = {"Flux2Pipeline", "Flux2ModularPipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"}
 
@@ -87,8 +88,12 @@ LIMITS = {
     "QwenImageEditPipeline": (2, False, "takes at most 1: pass fewer."),
     "QwenImageEditPlusPipeline": (0, False, "needs at least 1: pass --image."),
     "Flux3ModularPipeline": (11, False, "There are 11 references, and Flux3ModularPipeline takes at most 10"),
-    "Flux2KleinInpaintPipeline": (1, False, "paints into its first picture: pass --inpaint, a mask of where to paint."),
-    "Flux2KleinModularPipeline": (1, True, "Flux2KleinModularPipeline does not paint into a picture: leave --inpaint"),
+    "Flux2KleinInpaintPipeline": (
+        1,
+        False,
+        "paints into its first reference: pass --inpaint, a mask that is white where to paint.",
+    ),
+    "Flux2KleinModularPipeline": (1, True, "Flux2KleinModularPipeline does not paint into an image: leave --inpaint"),
 }
 
 
@@ -146,19 +151,22 @@ def test_a_sample_with_a_picture_of_another_size_is_evaluated(folders, name, siz
     picture(70, 100).save(file, "png")
     sample = Sample("x", "the cat", (file.getvalue(),), file.getvalue())
     made = maker(pipe, steps=1)(sample, SparseContextConfig(), 0).image
-    plain = generate(pipe, sample.open_references(), "the cat", steps=1).image
+    plain = Engine(pipe=pipe)(Request("the cat", sample.open_references(), steps=1)).image
     assert made.size == (size or plain.size)
 
 
 def loaded(folder):
-    pipe = load_pipeline(str(folder), dtype="float32", device="cpu")
+    pipe = load(ModelSpec(str(folder), dtype="float32", device="cpu"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def test_kontext_makes_the_size_that_was_asked_for(folders):
     pipe = loaded(folders("FluxKontextPipeline"))
-    assert generate(pipe, [picture(96, 64)], "the cat", steps=1, height=128, width=192).image.size == (192, 128)
+    assert Engine(pipe=pipe)(Request("the cat", [picture(96, 64)], steps=1, height=128, width=192)).image.size == (
+        192,
+        128,
+    )
 
 
 def test_guidance_goes_to_the_guider_of_a_modular_pipeline_for_one_call(folders):
@@ -166,9 +174,9 @@ def test_guidance_goes_to_the_guider_of_a_modular_pipeline_for_one_call(folders)
     forwards = []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(pipe.guider.guidance_scale))
     before = pipe.guider
-    generate(pipe, [picture(96, 64)], "the cat", steps=1, guidance_scale=1.0)
+    Engine(pipe=pipe)(Request("the cat", [picture(96, 64)], steps=1, guidance_scale=1.0))
     assert forwards == [1.0]
-    generate(pipe, [picture(96, 64)], "the cat", steps=1, guidance_scale=3.0)
+    Engine(pipe=pipe)(Request("the cat", [picture(96, 64)], steps=1, guidance_scale=3.0))
     assert forwards == [1.0, 3.0, 3.0]
     assert pipe.guider is before
 
@@ -177,9 +185,9 @@ def test_guidance_is_true_guidance_where_the_host_has_that(folders):
     pipe = loaded(folders("QwenImageEditPipeline"))
     forwards = []
     pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
-    generate(pipe, [picture(96, 64)], "the cat", steps=1, height=64, width=64, guidance_scale=1.0)
+    Engine(pipe=pipe)(Request("the cat", [picture(96, 64)], steps=1, height=64, width=64, guidance_scale=1.0))
     assert len(forwards) == 1
-    generate(pipe, [picture(96, 64)], "the cat", steps=1, height=64, width=64)
+    Engine(pipe=pipe)(Request("the cat", [picture(96, 64)], steps=1, height=64, width=64))
     assert len(forwards) == 3
 
 
@@ -187,9 +195,12 @@ def test_what_is_not_painted_over_stays(folders):
     """Where the mask is black, the source's own latents are blended back at the end."""
     pipe = loaded(folders("Flux2KleinInpaintPipeline"))
     source, nothing = picture(64, 64), Image.new("L", (64, 64))
-    kept = [generate(pipe, [source], "the cat", seed=seed, inpaint=nothing).image for seed in (0, 1)]
+    kept = [Engine(pipe=pipe)(Request("the cat", [source], seed=seed, inpaint=nothing)).image for seed in (0, 1)]
     assert np.array_equal(*kept)
-    painted = [generate(pipe, [source], "the cat", seed=s, inpaint=Image.new("L", (64, 64), 255)).image for s in (0, 1)]
+    painted = [
+        Engine(pipe=pipe)(Request("the cat", [source], seed=s, inpaint=Image.new("L", (64, 64), 255))).image
+        for s in (0, 1)
+    ]
     assert not np.array_equal(*painted)
 
 
@@ -202,17 +213,17 @@ def test_a_part_from_elsewhere_is_not_fetched(folders, tmp_path):
             (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "modular_model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="its transformer is not in it but in somebody/else: load it from Python"):
-        load_pipeline(str(tmp_path))
+        load(ModelSpec(str(tmp_path)))
 
 
 def test_a_folder_that_was_moved_loads(folders, tmp_path):
     moved = tmp_path / "moved"
     moved.symlink_to(folders("Flux3DistilledModularPipeline"))
-    assert type(load_pipeline(str(moved), device="cpu")).__name__ == "Flux3DistilledModularPipeline"
+    assert type(load(ModelSpec(str(moved), device="cpu"))).__name__ == "Flux3DistilledModularPipeline"
 
 
 def test_group_offloading_of_a_modular_pipeline_changes_nothing(folders):
     folder = folders("Flux2KleinModularPipeline")
-    plain = generate(loaded(folder), [picture(96, 64)], "the cat").image
-    offloaded = load_pipeline(str(folder), dtype="float32", device="cpu", cpu_offload="group")
-    assert np.array_equal(plain, generate(offloaded, [picture(96, 64)], "the cat").image)
+    plain = Engine(pipe=loaded(folder))(Request("the cat", [picture(96, 64)])).image
+    offloaded = load(ModelSpec(str(folder), dtype="float32", device="cpu", cpu_offload="group"))
+    assert np.array_equal(plain, Engine(pipe=offloaded)(Request("the cat", [picture(96, 64)])).image)

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import Qwen2Tokenizer
 
 from sparse_context.images import put_in_place, save_text
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.training.attention import MatmulAttention
 from sparse_context.training.cache import fingerprint
 from sparse_context.training.checkpoints import newest_step, start_from
@@ -300,7 +301,7 @@ def restore(weights: Path, folder: Path) -> None:
     for name, there in (("base", (folder / "base").exists()), ("vae", newest_step(folder / "vae") > 0)):
         if there:
             raise FileExistsError(f"{folder / name} is there already: move it away to start from {weights}")
-    pipe = load_pipeline(str(weights), dtype="float32", device="cpu")
+    pipe = load(ModelSpec(str(weights), dtype="float32", device="cpu"))
     pipe.vae.save_pretrained(folder / "vae" / "final")
     shutil.copytree(weights / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
     partial = folder / "base.partial"  # renamed when it is whole: half of it would start from nothing

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from sparse_context.images import put_in_place
 from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, adapter_record
-from sparse_context.pipelines.load import load_pipeline
+from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.training.cache import fingerprint
 from sparse_context.training.checkpoints import has_begun, newest_step, start_from
 from sparse_context.training.config import FinetuneConfig
@@ -160,7 +161,7 @@ def train_sparse(
     if start is not None and accelerator.is_main_process and not has_begun(folder / name):
         start_adapter(folder / name, start, config)
     accelerator.wait_for_everyone()
-    host = find_host(load_pipeline(model, dtype="float32", device=str(device), lora=NO_LORA), config.kv)
+    host = find_host(load(ModelSpec(model, dtype="float32", device=str(device), lora=NO_LORA)), config.kv)
     held_out = everything.split("validation")
     result = finetune(
         host,
@@ -186,14 +187,14 @@ def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) ->
     """Write a LoRA that was shipped as step 0 of the run `folder`, from which `train_sparse` goes on with `config`.
 
     It may be one of another base: what it learned there is nearer than nothing. It is taken at `config.lora_alpha`;
-    with `config.full` what it changes is added to the weights, as `load_pipeline` takes it.
+    with `config.full` what it changes is added to the weights, as `load` takes it.
     Raises ValueError for one of the other mode, of other layers or another rank, and where a run has begun in `folder`.
     """
     if newest_step(folder):
         raise ValueError(f"{folder} holds a run at step {newest_step(folder)}: name another folder.")
     if adapter_record(adapter).get("kv", False) != config.kv:
         raise ValueError(f"{adapter} and the config differ in whether they are for KV mode: take one for the same.")
-    pipe = load_pipeline(dtype="float32", device="cpu", lora=str(adapter) if config.full else NO_LORA, kv=config.kv)
+    pipe = load(ModelSpec(dtype="float32", device="cpu", lora=str(adapter) if config.full else NO_LORA, kv=config.kv))
     if config.full:
         pipe.fuse_lora()
         pipe.unload_lora_weights()
@@ -226,7 +227,7 @@ def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0
     full = tuned.is_dir()
     if not full and not source.is_file():
         raise FileNotFoundError(f"{source} is missing: run `python -m recipes.mini sparse` first")
-    base = load_pipeline(dtype="float32", device="cpu", lora=NO_LORA).transformer
+    base = load(ModelSpec(dtype="float32", device="cpu", lora=NO_LORA)).transformer
     if full:
         about = json.loads((tuned / RECORD_FILE).read_text(encoding="utf-8")) | {"rank": rank}
     else:

@@ -10,7 +10,8 @@ import torch
 
 from ..embedded.demo import read_examples
 from ..evaluation.plots import check_matplotlib
-from ..pipelines.load import DTYPES, find_device, load_pipeline
+from ..pipelines.load import DTYPES, find_device, load
+from ..pipelines.spec import ModelSpec
 from ..result import make_result, write_result
 from .blocks import bench_blocks
 from .build import build_pipeline
@@ -63,7 +64,7 @@ def run_bench(
             figures = bench_blocks(shape, blocks, where, kind, config)
         else:
             pipe = (
-                load_pipeline(model, dtype=dtype, device=device)
+                load(ModelSpec(model, dtype=dtype, device=device))
                 if shape is None
                 else build_pipeline(shape, where, kind)
             )

@@ -42,8 +42,8 @@ def read_examples(folder: Path = EXAMPLES) -> list[dict]:
 
 def run_demo(output: Path, keep: float | int | str | None = None) -> list[dict]:
     """Run every example dense, sparse and, where the package has an adapter for it, sparse in KV mode; write a sheet
-    for each and one of all into `output`, and print the times. None keeps the shares of `KEEP`; an edit of the whole
-    picture keeps all its tokens in any case, as keep="auto" does.
+    for each and one of all into `output`. None keeps the shares of `KEEP`; an edit of the whole picture keeps all its
+    tokens in any case, as keep="auto" does.
 
     Returns the report that is also written to `output`/report.json. Raises ValueError for a keep out of range and
     PictureError where `output` cannot be written, before any work starts.
@@ -53,42 +53,42 @@ def run_demo(output: Path, keep: float | int | str | None = None) -> list[dict]:
     output.mkdir(parents=True, exist_ok=True)
     check_output(output / "demo.png")
 
-    from ..pipelines.engine import Generation, generate
-    from ..pipelines.load import load_pipeline
-    from ..pipelines.lora_file import NO_LORA
+    from ..pipelines.engine import Comparison, Engine, Generation
+    from ..pipelines.spec import ModelSpec, Request
     from ..preview import column, draw_selection, label, side_by_side
 
-    def kept_of(tasks: list[str]) -> float | int | str | list[float]:
+    def keep_of(tasks: list[str]) -> float | int | str | list[float]:
         return [KEEP[task] for task in tasks] if keep is None else 1.0 if "global" in tasks else keep
 
-    ways = {"dense": load_pipeline(lora=NO_LORA), "sparse": load_pipeline()}
+    plain = Engine(bar=False)
+    engines = {"dense": plain, "sparse": plain}
     if ADAPTERS["kv"].is_file():
-        ways["sparse kv"] = load_pipeline(kv=True)
+        engines["sparse kv"] = Engine(ModelSpec(kv=True), bar=False)
     examples = read_examples()
 
-    def run(way: str, example: dict, steps: int | None = None) -> Generation:
-        share = 1.0 if way == "dense" else kept_of(example["tasks"])
-        config = SparseContextConfig(keep=share, task=example["tasks"])
-        pipe = ways["dense" if way == "sparse" and config.keeps_all else way]
-        return generate(pipe, example["references"], example["prompt"], config, steps=steps)
+    def request(way: str, example: dict) -> Request:
+        config = SparseContextConfig(keep=1.0 if way == "dense" else keep_of(example["tasks"]), task=example["tasks"])
+        return Request(example["prompt"], example["references"], config)
 
-    for way, pipe in ways.items():
-        pipe.set_progress_bar_config(disable=True)
-        run(way, examples[-1], steps=2)  # a first call pays for more than itself
+    for way, engine in engines.items():
+        engine.warm_up(request(way, examples[-1]))
+
+    def run(way: str, example: dict) -> Generation:
+        return engines[way](request(way, example))
 
     sheets, report = [], []
     for example in tqdm(examples, desc="demo", unit="scene"):
-        made = {way: run(way, example) for way in ways}
-        faster = {way: made["dense"].times.total / one.times.total for way, one in made.items()}
-        selection = made["sparse"].selection
+        results = {way: run(way, example) for way in engines}
+        speedups = {way: Comparison(result, results["dense"]).speedup for way, result in results.items()}
+        selection = results["sparse"].selection
         assert selection is not None
         columns = {
             "truth": example["truth"],
-            "all tokens": made["dense"].image,
-            f"{selection.kept} tokens, {faster['sparse']:.1f}x as fast": made["sparse"].image,
+            "all tokens": results["dense"].image,
+            f"{selection.kept} tokens, {speedups['sparse']:.1f}x as fast": results["sparse"].image,
         }
-        if "sparse kv" in made:
-            columns[f"and KV, {faster['sparse kv']:.1f}x as fast"] = made["sparse kv"].image
+        if "sparse kv" in results:
+            columns[f"and KV, {speedups['sparse kv']:.1f}x as fast"] = results["sparse kv"].image
         pictures = [
             label(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), text) for text, picture in columns.items()
         ]
@@ -100,23 +100,24 @@ def run_demo(output: Path, keep: float | int | str | None = None) -> list[dict]:
                 "name": example["name"],
                 "prompt": example["prompt"],
                 "references": len(example["references"]),
-                **{way: one.to_dict() for way, one in made.items()},
-                "times faster": {way: ratio for way, ratio in faster.items() if way != "dense"},
+                **{way: result.to_dict() for way, result in results.items()},
+                "speedup": {way: speedup for way, speedup in speedups.items() if way != "dense"},
             }
         )
     save_picture(column(sheets), output / "demo.png")
     save_text(json.dumps(report, indent=2) + "\n", output / "report.json")
+    return report
 
-    print(
-        f"{'scene':<18}{'references':>11}{'tokens kept':>16}{'dense':>10}"
-        + "".join(f"{way:>18}" for way in ways if way != "dense")
-    )
+
+def table(report: list[dict]) -> str:
+    """The times of a report of `run_demo`: a head and a line for each scene."""
+    ways = list(report[0]["speedup"])
+    lines = [f"{'scene':<18}{'references':>11}{'tokens kept':>16}{'dense':>10}" + "".join(f"{way:>18}" for way in ways)]
     for row in report:
         kept = row["sparse"]["selection"]
         line = f"{row['name']:<18}{row['references']:>11}{kept['kept']:>8} of {kept['total']:<5}"
         line += f"{row['dense']['seconds']['total']:>8.2f} s"
-        for way, ratio in row["times faster"].items():
+        for way, ratio in row["speedup"].items():
             line += f"{row[way]['seconds']['total']:>8.2f} s, {ratio:>4.1f}x "
-        print(line.rstrip())
-    print(f"wrote {output / 'demo.png'}, a sheet for each scene and report.json")
-    return report
+        lines.append(line.rstrip())
+    return "\n".join(lines)

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..budget import check_budget
 from ..config import TASKS, SparseContextConfig
-from ..pipelines.engine import Generation, generate
+from ..pipelines.engine import Engine, Generation
 from ..pipelines.settings import call_inputs, call_settings
+from ..pipelines.spec import Request
 from ..preview import MAX_AREA
 from ..samples import Sample
 
@@ -99,7 +100,7 @@ def maker(
     guidance_scale: float | None = None,
     task_of: Callable[[Sample], str | Sequence[str]] | None = None,
 ) -> Maker:
-    """How `generation.generate` makes a sample with `pipe`.
+    """How an `Engine` answers a sample with `pipe`.
 
     The output has the size that the model's own call settings name, else that of the sample's `image` in whole tokens
     and at most a megapixel, else what the pipeline takes from the references. (LongCat always does the latter.)
@@ -108,6 +109,7 @@ def maker(
     each; by default `sample.task`, if that is a name of `TASKS`. A selector that was named is taken at its word then
     too: the task adds no coverage to it.
     """
+    engine = Engine(pipe=pipe)
     fixed = "height" in call_settings(pipe) or "height" not in call_inputs(pipe)
 
     def make(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
@@ -121,10 +123,9 @@ def maker(
         if config.task == "auto" and task != "auto":
             plain = config.selector is not None and config.coverage is None
             config = replace(config, task=task, coverage=0.0 if plain else config.coverage)
-        return generate(
-            pipe,
-            sample.open_references(),
+        request = Request(
             sample.prompt,
+            sample.open_references(),
             config,
             seed=seed,
             steps=steps,
@@ -132,5 +133,6 @@ def maker(
             width=width,
             guidance_scale=guidance_scale,
         )
+        return engine(request)
 
     return make

@@ -1,10 +1,12 @@
 """Modular pipelines: blocks that hand a state on. What their families share."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffusers import ModularPipelineBlocks
+from PIL import Image
 
 if TYPE_CHECKING:
     from ..context import Call
@@ -35,3 +37,24 @@ def insert_behind(blocks: Any, output: str, step: Any) -> Any:
         elif output in block.intermediate_output_names:
             blocks.sub_blocks.insert("keep_essentials", step, place + 1)
     return blocks
+
+
+def arguments(
+    pipe: Any, images: Sequence[Image.Image], mask: Image.Image | None, height: int | None, width: int | None
+) -> dict[str, Any]:
+    """How modular pipelines are handed their images, and told what to return."""
+    return {"image": list(images) or None, "output": "images"}
+
+
+@contextlib.contextmanager
+def guidance(pipe: Any, scale: float | None) -> Iterator[None]:
+    """Within it, the pipeline's guider has this scale; None leaves it."""
+    guider = pipe.guider if scale is not None else None
+    if guider is None:
+        yield
+        return
+    pipe.update_components(guider=guider.new(guidance_scale=scale))
+    try:
+        yield
+    finally:
+        pipe.update_components(guider=guider)

@@ -1,26 +1,54 @@
-"""A request, answered by a pipeline."""
+"""An engine: one loaded pipeline, and the lock that makes it safe for many threads."""
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
 
 from ..config import SparseContextConfig
 from ..families import family_of
-from ..preview import fit_reference, reference_mask
+from ..families.call import call_arguments
+from ..preview import fit_reference, label, reference_mask, side_by_side
 from ..selection import Selection
 from ..sparsify import apply_sparse_context, last_selection
+from .embedded import ADAPTERS
 from .hub import _first_line
-from .settings import Fit, _check_references, _fit_masks, call_inputs, call_settings, check_call, reference_sides
-from .timing import Times, timed
+from .load import load
+from .lora_file import NO_LORA
+from .settings import Fit, _check_references, _fit_masks, call_inputs, call_settings, reference_sides
+from .spec import ModelSpec, Request
+from .timing import Times, timed, watching
+
+WARM_UP_STEPS = 2
+"""Denoise steps of a warm-up: in KV mode the second is of another kind than the first."""
+
+PATIENCE = 0.05
+"""Seconds between two looks at whether a request that waits for its turn was cancelled."""
+
+Cancel = threading.Event | Callable[[], bool]
+"""Asked before each denoise step: an event that is set, or a function that returns True, cancels the call."""
+
+Progress = Callable[[int, int], Any]
+"""Called after each denoise step with (step, steps), the first being 1. It must not call its engine, which is busy."""
+
+
+class Cancelled(Exception):
+    """A call was cancelled. The pipeline is as usable as before."""
+
+
+class _Stop(BaseException):
+    """Leaves a call from inside of it. No Exception, for modular pipelines log those with their whole traceback."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One call: the picture, what was kept of the references (None without any), and where the time went."""
+    """One call: the image, what was kept of the references (None without any), and where the time went."""
 
     image: Image.Image
     selection: Selection | None
@@ -32,84 +60,258 @@ class Generation:
         return {"size": list(self.image.size), "selection": kept, "seconds": asdict(self.times)}
 
 
-def generate(
-    pipe: Any,
-    references: Sequence[Image.Image],
-    prompt: str,
-    config: SparseContextConfig | None = None,
-    *,
-    seed: int = 0,
-    steps: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    guidance_scale: float | None = None,
-    inpaint: Image.Image | None = None,
-) -> Generation:
-    """One picture from references (RGB or RGBA) and a prompt. `config` stays applied to `pipe` afterwards.
+@dataclass(frozen=True)
+class Comparison:
+    """One request, answered with the tokens that it keeps and with all tokens, from the same noise."""
 
-    inpaint: for a pipeline that paints into the first reference, a mask (mode L) of its size, white where to paint.
+    sparse: Generation
+    dense: Generation
 
-    A model with call settings of its own (`call_settings`) is called by them where no argument says otherwise; its
-    references, and the masks in `config` with them, are scaled to the size that it was trained on (`fit_reference`).
-    Raises ValueError for arguments out of range, and for whatever the pipeline itself raises.
-    """
-    family, name = family_of(pipe), type(pipe).__name__
-    settings = call_settings(pipe)
-    config = config or SparseContextConfig()
-    _check_references(name, family, len(references), inpaint is not None, settings.get("max_references"))
-    taken = call_inputs(pipe)
-    check_call(prompt, seed, steps, height, width, guidance_scale)
-    token = 2 * pipe.vae_scale_factor
-    for dial, value in (("height", height), ("width", width)):
-        if value is not None and dial not in taken:
-            raise ValueError(f"{dial} is {value}, but {name} takes the shape of its reference: leave it out.")
-        if value is not None and value % token:
-            near = max(1, round(value / token)) * token
-            raise ValueError(f"{dial} is {value}: this model makes multiples of {token}, such as {near}.")
-    distilled, guider = getattr(pipe.config, "is_distilled", False), getattr(pipe, "guider", None)
-    if guidance_scale is not None and (distilled or (guider is None and family.guidance not in taken)):
-        raise ValueError(f"guidance_scale is {guidance_scale}, but this distilled model takes none: leave it out.")
-    for i, reference in enumerate(references):
-        reference_mask(config.selector, i, reference)  # raises for a mask of another size
-    if inpaint is not None and inpaint.size != references[0].size:
-        raise ValueError(
-            f"The mask to paint in is {inpaint.width}x{inpaint.height}, but the first reference is "
-            f"{references[0].width}x{references[0].height}: pass a mask of its size."
+    @property
+    def speedup(self) -> float:
+        """How many times faster the sparse call was."""
+        return self.dense.times.total / self.sparse.times.total
+
+    def draw(self) -> Image.Image:
+        """Both images side by side, dense first, each with its tokens and its time below it."""
+        selection = self.sparse.selection
+        kept = "no references" if selection is None else f"{selection.kept} of {selection.total} tokens"
+        return side_by_side(
+            [
+                label(self.dense.image, f"all tokens, {self.dense.times.total:.2f} s"),
+                label(self.sparse.image, f"{kept}, {self.sparse.times.total:.2f} s"),
+            ]
         )
 
+
+class Engine:
+    """One pipeline and the lock it needs: applying a config and calling the pipeline are one act.
+
+        engine = Engine(ModelSpec("black-forest-labs/FLUX.2-klein-4B"))
+        generation = engine(Request("the cat on the sofa", [cat, sofa], SparseContextConfig(keep=0.2)))
+
+    Any number of threads may call it; their requests are answered one after the other, each with its own config.
+    Engines around the same pipeline object share its lock. Whoever calls that pipeline directly meanwhile, or another
+    one with the same scheduler, disturbs it.
+
+    The pipeline is loaded by the first call that needs it, or by `warm_up`. The embedded model's own adapter is for
+    dropped tokens, so requests that keep all of them are answered by a second pipeline, without it.
+    """
+
+    def __init__(self, spec: ModelSpec | None = None, *, pipe: Any = None, bar: bool = True) -> None:
+        """An engine that loads what `spec` says (None: the embedded model), or one around a pipeline that is there.
+
+        bar: whether the pipeline's own progress bar of the steps is shown. Raises TypeError where both a spec and a
+        pipeline are passed, and for a pipeline that is not supported.
+        """
+        if spec is not None and pipe is not None:
+            raise TypeError("An Engine takes a ModelSpec or a pipeline, not both.")
+        if pipe is not None:
+            family_of(pipe)
+        self.spec = spec or ModelSpec()
+        self._pipes: dict[ModelSpec, Any] = {}
+        self._wrapped = pipe
+        self._bar = {} if bar else {"disable": True}
+        self._loading = threading.Lock()
+
+    def pipe(self, config: SparseContextConfig | None = None) -> Any:
+        """The pipeline that answers requests with this config (None: one that drops tokens), loaded if need be.
+
+        Raises what `load` raises.
+        """
+        if self._wrapped is not None:
+            return self._wrapped
+        spec = self.spec
+        has_adapter = spec.model is None and spec.lora is None and not spec.kv and ADAPTERS["plain"].is_file()
+        if has_adapter and config is not None and config.keeps_all:
+            spec = replace(spec, lora=NO_LORA, lora_scale=1.0)
+        with self._loading:
+            if spec not in self._pipes:
+                self._pipes[spec] = load(spec)
+            return self._pipes[spec]
+
+    def __call__(
+        self, request: Request, *, cancel: Cancel | None = None, progress: Progress | None = None
+    ) -> Generation:
+        """Answer a request. Its config stays applied to the pipeline afterwards.
+
+        A model with call settings of its own (`call_settings`) is called by them where the request says nothing else;
+        references, and the masks in the config with them, are scaled to the size that it was trained on.
+
+        Raises ValueError for a request that this model does not take, and for whatever the pipeline itself raises;
+        Cancelled where `cancel` says so, before a step or while others are served.
+        """
+        return self._answer(request, cancel, progress)
+
+    def warm_up(self, request: Request | None = None) -> None:
+        """Load the pipeline and make a short call, for a first one pays for more than itself.
+
+        request: one of the kind that is to come, which is made with few steps. None: a grey reference, if the pipeline
+        takes any. Raises what a call raises.
+        """
+        if request is None:
+            grey = Image.new("RGB", (512, 512), (128, 128, 128))
+            mask = Image.new("L", grey.size, 255) if family_of(self.pipe()).paints else None
+            request = Request("grey", [grey], inpaint=mask)
+        self._answer(replace(request, steps=WARM_UP_STEPS), disable=True)
+
+    def compare(
+        self, request: Request, *, cancel: Cancel | None = None, progress: Progress | None = None
+    ) -> Comparison:
+        """Answer a request as it is and with all tokens, both after a warm-up. Raises what a call raises.
+
+        `progress` counts the steps of both answers as one.
+        """
+        dense = replace(request, config=SparseContextConfig(keep=1.0))
+        for each in (request, dense):
+            self._answer(replace(each, steps=WARM_UP_STEPS), cancel, disable=True)
+
+        def second_half(step: int, steps: int) -> None:
+            assert progress is not None
+            progress(steps + step, 2 * steps)
+
+        def first_half(step: int, steps: int) -> None:
+            assert progress is not None
+            progress(step, 2 * steps)
+
+        halves = (None, None) if progress is None else (first_half, second_half)
+        return Comparison(
+            sparse=self._answer(request, cancel, halves[0], desc="kept tokens"),
+            dense=self._answer(dense, cancel, halves[1], desc="all tokens"),
+        )
+
+    def _answer(
+        self, request: Request, cancel: Cancel | None = None, progress: Progress | None = None, **bar: Any
+    ) -> Generation:
+        """A call, with these settings of the pipeline's progress bar."""
+        pipe = self.pipe(request.config)
+        config, arguments = _call_of(pipe, request)
+        family, name = family_of(pipe), type(pipe).__name__
+        generator = torch.Generator().manual_seed(request.seed)
+        try:
+            with _turn(pipe, cancel), _bar(pipe, **bar | self._bar), _guided(pipe, request.guidance_scale):
+                apply_sparse_context(pipe, config)
+                with _stepwise(pipe, cancel, progress), timed(pipe) as times:
+                    output = pipe(prompt=request.prompt, generator=generator, **arguments)
+                return Generation((output if family.modular else output.images)[0], last_selection(pipe), times)
+        except _Stop:
+            raise Cancelled("The call was cancelled.") from None
+        except ValueError:
+            raise
+        except Exception as error:  # memory that ran out, parts that do not belong together, settings of another model
+            raise ValueError(f"{name} failed: {_first_line(error)}.") from error
+
+
+def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str, Any]]:
+    """What to apply to the pipeline, and the arguments of its call but for the prompt and the generator.
+
+    Nothing of the pipeline is changed. Raises ValueError for what it does not take.
+    """
+    family, name = family_of(pipe), type(pipe).__name__
+    settings, inputs = call_settings(pipe), call_inputs(pipe)
+    references, config, mask = request.references, request.config, request.inpaint
+    _check_references(name, family, len(references), mask is not None, settings.get("max_references"))
+    token = 2 * pipe.vae_scale_factor
+    for side, value in (("height", request.height), ("width", request.width)):
+        if value is not None and side not in inputs:
+            raise ValueError(f"{side} is {value}, but {name} takes the shape of its reference: leave it out.")
+        if value is not None and value % token:
+            near = max(1, round(value / token)) * token
+            raise ValueError(f"{side} is {value}: this model needs a multiple of {token}, such as {near}.")
+    distilled, has_guider = getattr(pipe.config, "is_distilled", False), getattr(pipe, "guider", None) is not None
+    if request.guidance_scale is not None and (distilled or not (has_guider or family.guidance in inputs)):
+        raise ValueError(
+            f"guidance_scale is {request.guidance_scale}, but this distilled model takes none: leave it out."
+        )
+    for i, reference in enumerate(references):
+        reference_mask(config.selector, i, reference)  # raises for a mask of another size
+    if mask is not None and mask.size != references[0].size:
+        raise ValueError(
+            f"The mask to paint in is {mask.width}x{mask.height}, but the first reference is "
+            f"{references[0].width}x{references[0].height}: pass a mask of its size."
+        )
     sides = reference_sides(settings.get("reference_size"), config, len(references))
     fits: list[Fit] = [partial(fit_reference, side=side, narrow=family.narrow) for side in sides]
-    pictures = [fit(reference) for fit, reference in zip(fits, references, strict=True)]
-    images: dict[str, Any] = {"image": pictures or None}
-    if inpaint is not None:
-        images = {"image": pictures[0], "mask_image": fits[0](inpaint)}
-        if pictures[1:]:
-            images["image_reference"] = pictures[1:]
-    elif family.most == 1:
-        images["image"] = pictures[0] if pictures else None
-    if "max_area" in taken and (height or width):  # Kontext scales the size that it is given to this many pixels
-        default = pipe.default_sample_size * pipe.vae_scale_factor
-        height, width = height or default, width or default
-        images["max_area"] = height * width
-    chosen = {"num_inference_steps": steps, "height": height, "width": width, family.guidance: guidance_scale}
-    if distilled:
-        chosen[family.guidance] = 1.0  # what it is run with anyhow
+    images = [fit(reference) for fit, reference in zip(fits, references, strict=True)]
+    chosen = {
+        "num_inference_steps": request.steps,
+        "height": request.height,
+        "width": request.width,
+        family.guidance: 1.0 if distilled else request.guidance_scale,  # 1 is what a distilled model is run with anyhow
+    }
     arguments = settings | {dial: value for dial, value in chosen.items() if value is not None}
-    arguments = {dial: value for dial, value in arguments.items() if dial in taken} | images
+    arguments = {dial: value for dial, value in arguments.items() if dial in inputs}
+    fitted_mask = None if mask is None else fits[0](mask)
+    arguments |= call_arguments(pipe, images, fitted_mask, request.height, request.width)
     arguments = {dial: value for dial, value in arguments.items() if value is not None}
-    if family.modular:
-        arguments["output"] = "images"
-    apply_sparse_context(pipe, replace(config, selector=_fit_masks(config.selector, fits)))
-    if guider is not None and guidance_scale is not None:
-        pipe.update_components(guider=guider.new(guidance_scale=guidance_scale))
+    return replace(config, selector=_fit_masks(config.selector, fits)), arguments
+
+
+def _guided(pipe: Any, scale: float | None) -> contextlib.AbstractContextManager[None]:
+    """Within it, a pipeline whose guidance is a part of it (a guider) has this scale."""
+    if not family_of(pipe).modular:
+        return contextlib.nullcontext()
+    from ..families.modular import guidance
+
+    return guidance(pipe, scale)
+
+
+_locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+_adding_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _turn(pipe: Any, cancel: Cancel | None) -> Iterator[None]:
+    """Wait until no other call of this pipeline is under way. Leaves by `_Stop` where `cancel` says so meanwhile."""
+    with _adding_lock:
+        lock = _locks.setdefault(pipe, threading.Lock())
+    while not lock.acquire(timeout=-1 if cancel is None else PATIENCE):
+        if cancel is not None and _is_cancelled(cancel):
+            raise _Stop
     try:
-        with timed(pipe) as times:
-            made = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **arguments)
-    except ValueError:
-        raise
-    except Exception as error:  # memory that ran out, parts that do not belong together, settings of another model
-        raise ValueError(f"{name} failed: {_first_line(error)}.") from error
+        yield
     finally:
-        if guider is not None and pipe.guider is not guider:
-            pipe.update_components(guider=guider)
-    return Generation((made if family.modular else made.images)[0], last_selection(pipe), times)
+        lock.release()
+
+
+def _is_cancelled(cancel: Cancel) -> bool:
+    return cancel.is_set() if isinstance(cancel, threading.Event) else bool(cancel())
+
+
+@contextlib.contextmanager
+def _stepwise(pipe: Any, cancel: Cancel | None, progress: Progress | None) -> Iterator[None]:
+    """Ask `cancel` before each denoise step of the call inside, and tell `progress` after it."""
+    if cancel is None and progress is None:
+        yield
+        return
+    if cancel is not None and _is_cancelled(cancel):
+        raise _Stop
+    step, scheduler = 0, pipe.scheduler
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[None]:
+        nonlocal step
+        if cancel is not None and _is_cancelled(cancel):
+            raise _Stop
+        yield
+        step += 1
+        if progress is not None:  # inpainting may begin in the middle of the schedule
+            progress(step, len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0))
+
+    with watching(scheduler, "step", watched):
+        yield
+
+
+@contextlib.contextmanager
+def _bar(pipe: Any, **settings: Any) -> Iterator[None]:
+    """Within it, the pipeline's progress bar has these settings on top of its own."""
+    blocks = pipe.blocks.sub_blocks.values() if family_of(pipe).modular else [pipe]
+    owners = [owner for owner in blocks if hasattr(owner, "set_progress_bar_config")] if settings else []
+    saved = [dict(getattr(owner, "_progress_bar_config", {})) for owner in owners]
+    for owner, config in zip(owners, saved, strict=True):
+        owner.set_progress_bar_config(**{**config, **settings})
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, saved, strict=True):
+            owner.set_progress_bar_config(**config)

@@ -72,7 +72,7 @@ def _class_name(model: str) -> str:
         raise ValueError(f"The model {model} is a file, the index of a model: pass the folder that holds it.")
     elif folder.is_file():
         raise ValueError(
-            f"The model {model} is a file, and a pipeline is many: pass a folder in the diffusers layout or a hub id."
+            f"The model {model} is a single file, not a pipeline: pass a folder in the diffusers layout or a hub id."
         )
     elif folder.exists() or folder.is_symlink():
         raise ValueError(
@@ -84,7 +84,7 @@ def _class_name(model: str) -> str:
     try:
         name = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{index} is no diffusers model index: pass a model in the diffusers layout.") from error
+        raise ValueError(f"{index} is not a diffusers model index: pass a model in the diffusers layout.") from error
     if name not in FAMILIES:
         raise ValueError(f"The model {model} is a {name}; the supported pipelines are {', '.join(FAMILIES)}.")
     return name
@@ -96,9 +96,9 @@ def _fetch_index(model: str) -> Path:
 
     reasons = {
         errors.GatedRepoError: "accept its terms there first, and log in with `hf auth login`",
-        errors.RepositoryNotFoundError: "none has this name, or it is private: log in with `hf auth login`",
+        errors.RepositoryNotFoundError: "no model has this name, or it is private: log in with `hf auth login`",
         errors.EntryNotFoundError: "it has no model_index.json there",
-        errors.HFValidationError: "that is no id of a model",
+        errors.HFValidationError: "that is not a valid model id",
     }
     try:
         for name in INDEXES:
@@ -114,9 +114,11 @@ def _fetch_index(model: str) -> Path:
     except Exception as error:  # also kinds of the HTTP library that the client happens to use
         other = _first_line(error)
         if not isinstance(error, errors.HfHubHTTPError):
-            other = f"it is out of reach, check the connection ({other})"
+            other = f"it cannot be reached, check the connection ({other})"
         reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), other)
-        raise ValueError(f"The model {model} is no folder here, and the hub does not give it: {reason}.") from error
+        raise ValueError(
+            f"The model {model} is not a local folder, and the hub does not provide it: {reason}."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

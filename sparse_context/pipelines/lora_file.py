@@ -97,7 +97,7 @@ def check_lora_file(path: str) -> None:
     except (SafetensorError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
-            f"The LoRA {path} is no safetensors file, and nothing else is read, for safety: {reason}."
+            f"The LoRA {path} is not a safetensors file, and for safety nothing else is read: {reason}."
         ) from (error)
 
 

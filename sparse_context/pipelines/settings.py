@@ -41,7 +41,7 @@ def check_call(
         if value is not None and value > most:
             raise ValueError(f"{dial} is {value}: pass {most} at most.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError(f"The prompt {prompt!r} has bytes that are no text: write it in UTF-8.")
+        raise ValueError(f"The prompt {prompt!r} contains bytes that are not text: write it in UTF-8.")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}: pass a number from 0 to {2**63 - 1}.")
     if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
@@ -66,10 +66,12 @@ def _check_references(name: str, family: Family, count: int, inpaint: bool, most
     if count < family.fewest:
         raise ValueError(f"There are {count} references, and {name} needs at least {family.fewest}: pass --image.")
     if family.paints and not inpaint:
-        raise ValueError(f"{name} paints into its first picture: pass --inpaint, a mask of where to paint.")
+        raise ValueError(
+            f"{name} paints into its first reference: pass --inpaint, a mask that is white where to paint."
+        )
     if inpaint and not family.paints:
         painters = ", ".join(painter for painter, known in FAMILIES.items() if known.paints)
-        raise ValueError(f"{name} does not paint into a picture: leave --inpaint out, or use one of {painters}.")
+        raise ValueError(f"{name} does not paint into an image: leave --inpaint out, or use one of {painters}.")
 
 
 def call_inputs(pipe: Any) -> Container[str]:

@@ -63,13 +63,13 @@ _changing = threading.Lock()
 
 
 @contextmanager
-def _watching(owner: Any, name: str, watcher: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def watching(owner: Any, name: str, watcher: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Enter `watcher()` around the calls of a method of this instance; the last who leaves puts it back as it was."""
     with _changing:
-        had_own, before = name in vars(owner), vars(owner).get(name)
-        watched = before if isinstance(before, _Watched) else _Watched(getattr(owner, name))
-        if watched is not before:
-            watched.put_back = lambda: setattr(owner, name, before) if had_own else delattr(owner, name)
+        was_set, previous = name in vars(owner), vars(owner).get(name)
+        watched = previous if isinstance(previous, _Watched) else _Watched(getattr(owner, name))
+        if watched is not previous:
+            watched.put_back = lambda: setattr(owner, name, previous) if was_set else delattr(owner, name)
             setattr(owner, name, watched)
         watched.watchers.append(watcher)
     try:
@@ -116,7 +116,7 @@ def timed(pipe: Any, peaks: dict[str, int] | None = None) -> Iterator[Times]:
             finally:
                 setattr(times, phase, getattr(times, phase) + end_phase(phase) - start)
 
-        stack.enter_context(_watching(owner, name, charged))
+        stack.enter_context(watching(owner, name, charged))
 
     def start_denoising(*_: Any) -> None:
         if not denoise_started:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,98 +14,57 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from ..pipelines.load import load_pipeline
+from ..pipelines.load import load
 from ..pipelines.lora_file import NO_LORA
 from ..pipelines.settings import call_settings, most_references
+from ..pipelines.spec import ModelSpec
 from ..samples import check_pictures, needs_datasets, read_samples
 from .cache import Cache
 from .checkpoints import has_begun
 from .config import FinetuneConfig
 from .data import Batches, check_workers, open_example
-from .dropping import Dropping
 from .export import EMBEDDED
 from .files import alone
 from .finetune import finetune
 from .hosts import find_host
+from .options import RunConfig
 from .run_folder import check_folder
 
 
 def launch(
-    model: str | None,
-    data: str,
-    output: Path,
-    *,
-    dropping: Dropping,
-    source: Mapping[str, Any],
-    resume: str | None = None,
-    train_batch_size: int = 1,
-    resolution: int = 512,
-    reference_resolution: int | None = None,
-    mixed_precision: str | None = None,
-    dtype: str = "auto",
-    validation_data: str | None = None,
-    validation_split: str | None = None,
-    num_validation_images: int = 4,
-    dataloader_num_workers: int = 0,
-    cache_latents: bool = False,
-    cache_text: bool = False,
-    cache_dir: Path | None = None,
-    report_to: str | None = None,
-    **settings: Any,
+    model: str | None, data: str, output: Path, config: FinetuneConfig, run: RunConfig, *, resume: str | None = None
 ) -> Path | None:
     """Load, train, write. Returns the path of the result, on the main process; None on the others.
 
-    source: keywords of `manifest.read_samples`, for `validation_data` too, but for its split where `validation_split`
-    names one. settings: fields of `FinetuneConfig`. Everything that can be wrong with the options is found before a
+    model: a hub id or a folder; None is the embedded model. data: a manifest, a folder of a data set or a hub name.
+    resume: "latest" continues the run in `output`. Everything that can be wrong with the options is found before a
     model is loaded. Raises ValueError and OSError in one sentence.
     """
-    config = FinetuneConfig(dropping=dropping, **settings)
     if resume not in (None, "latest"):
         raise ValueError(f"resume is {resume!r}: pass latest, or leave it out to start anew.")
-    if mixed_precision not in (None, "no", "bf16"):
-        raise ValueError(f"mixed_precision is {mixed_precision!r}: choose no or bf16.")
-    if report_to not in (None, "tensorboard"):
-        raise ValueError(f"report_to is {report_to!r}: pass tensorboard, or leave it out.")
-    _check_installed(report_to, data, validation_data)
-    if dtype in ("float16", "fp16"):
-        raise ValueError(f"dtype is {dtype!r}, in which gradients vanish: choose auto, bfloat16 or float32.")
-    sides = {
-        "resolution": resolution,
-        "reference_resolution": resolution if reference_resolution is None else reference_resolution,
-    }
-    for name, side in sides.items():
-        if side < 64:
-            raise ValueError(f"{name} is {side}: pass 64 or more pixels.")
-    for name, count in (("train_batch_size", train_batch_size), ("num_validation_images", num_validation_images)):
-        if count < 1:
-            raise ValueError(f"{name} is {count}: pass a whole number, 1 or more.")
-    if dataloader_num_workers < 0:
-        raise ValueError(f"dataloader_num_workers is {dataloader_num_workers}: pass a number of processes, or 0.")
-    check_workers(dataloader_num_workers)
-    if validation_split is not None and validation_data is None:
-        raise ValueError(
-            f"validation_split is {validation_split!r}, but there is no data for it: name it with --validation-data, "
-            "which may be the same as --data."
-        )
+    _check_installed(run.report_to, data, run.validation_data)
+    check_workers(run.dataloader_num_workers)
     check_folder(output, resume is not None, config.max_train_steps)
     most = most_references(model)
-    samples = read_samples(data, most_references=most, **source)
+    spec = ModelSpec(model, dtype=run.dtype, lora=NO_LORA)
+    samples = read_samples(data, most_references=most, **run.source)
     held_out = []
-    if validation_data is not None:
-        held_source = source if validation_split is None else {**source, "split": validation_split}
-        held_out = read_samples(validation_data, most_references=most, **held_source)[:num_validation_images]
-    shown = [open_example(sample, *sides.values()) for sample in held_out]
+    if run.validation_data is not None:
+        source = run.source if run.validation_split is None else {**run.source, "split": run.validation_split}
+        held_out = read_samples(run.validation_data, most_references=most, **source)[: run.num_validation_images]
+    shown = [open_example(sample, *run.sides.values()) for sample in held_out]
     check_pictures(samples)
 
     import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    mixed_precision = run.mixed_precision
     if mixed_precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which accelerate launch sets
         mixed_precision = "bf16" if torch.accelerator.is_available() else "no"
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
-        log_with=report_to,
+        log_with=run.report_to,
         project_dir=output,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # others wait while one validates
     )
@@ -112,8 +72,8 @@ def launch(
         raise ValueError(f"mixed_precision is {accelerator.mixed_precision!r}: choose no or bf16.")
 
     def trackers() -> list[Any]:
-        if report_to and not accelerator.trackers:  # at the first record, for what is refused writes nothing
-            accelerator.init_trackers(report_to)
+        if run.report_to and not accelerator.trackers:  # at the first record, for what is refused writes nothing
+            accelerator.init_trackers(run.report_to)
         return accelerator.trackers
 
     def log(step: int, record: Mapping[str, float]) -> None:
@@ -124,12 +84,12 @@ def launch(
         for tracker in trackers():
             tracker.writer.add_image("validation", np.asarray(picture), step, dataformats="HWC")
 
-    folder = cache_dir or output / "cache"
+    folder = run.cache_dir or output / "cache"
     try:
         with alone(output) if accelerator.is_main_process else contextlib.nullcontext():
             if accelerator.is_main_process and resume and not has_begun(output):
                 print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
-            pipe = load_pipeline(model, dtype=dtype, device=str(accelerator.device), lora=NO_LORA)
+            pipe = load(replace(spec, device=str(accelerator.device)))
             host = find_host(pipe, config.kv)
             if accelerator.is_main_process and config.kv and not getattr(pipe.config, "is_distilled", True):
                 print(
@@ -139,30 +99,31 @@ def launch(
                 )
             result = finetune(
                 host,
-                Batches(samples, train_batch_size, config.seed, *sides.values()),
+                Batches(samples, run.train_batch_size, config.seed, *run.sides.values()),
                 output,
                 config,
                 base=model or EMBEDDED,
                 data=str(Path(data).resolve()) if Path(data).exists() else data,  # the same from any folder
                 accelerator=accelerator,
                 resume=resume is not None,
-                workers=dataloader_num_workers,
+                workers=run.dataloader_num_workers,
                 validation=shown,
-                latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
+                latent_cache=Cache(folder / "latents", host.pipe.vae) if run.cache_latents else None,
                 text_cache=Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe))
-                if cache_text
+                if run.cache_text
                 else None,
                 log=log,
                 log_picture=log_picture,
-                batch=train_batch_size,
+                batch=run.train_batch_size,
                 samples=len(samples),
-                source=dict(source),
-                **sides,
+                source=run.source,
+                run=asdict(run) | {"cache_dir": None if run.cache_dir is None else str(run.cache_dir)},
+                **run.sides,
             )
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            "The device's memory ran out: pass a smaller --resolution or --train-batch-size, or "
-            "--gradient-checkpointing; resumed, the run goes on from its last checkpoint."
+            "The device's memory ran out: pass a smaller --resolution or --train-batch-size, or --set "
+            "gradient_checkpointing=true. With --resume latest the run continues from its last checkpoint."
         ) from error
     accelerator.end_training()
     return result if accelerator.is_main_process else None
@@ -172,7 +133,7 @@ def _check_installed(report_to: str | None, *sources: str | None) -> None:
     """Raise ValueError that names all that is needed and not installed."""
     missing = []
     if report_to and importlib.util.find_spec("tensorboard") is None:
-        missing.append("TensorBoard is not installed, which --report-to needs")
+        missing.append("TensorBoard is not installed, which report_to needs")
     named = [source for source in sources if source is not None and needs_datasets(source)]
     if named and importlib.util.find_spec("datasets") is None:
         missing.append(
@@ -180,7 +141,7 @@ def _check_installed(report_to: str | None, *sources: str | None) -> None:
         )
     if missing:
         raise ValueError(
-            f"{', and '.join(missing)}: pip install 'sparse-context[train]', or leave --report-to out and "
+            f"{', and '.join(missing)}: pip install 'sparse-context[train]', or leave report_to out and "
             "pass a JSONL manifest."
         )
 

@@ -60,6 +60,7 @@ WRITTEN = {
 
 FREE = (
     "base",
+    "run",
     "max_train_steps",
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -69,7 +70,8 @@ FREE = (
     "version",
 )
 """What may change when a run is resumed: its length, and what does not decide its weights (the base is told by its own,
-not by its name). So may a warm-up, where no step that is left tells."""
+not by its name; what of `run` decides them has a place of its own in the record). So may a warm-up, where no step that
+is left tells."""
 
 
 ALWAYS = {"base_weights": str, "data": str, "processes": int, "mixed_precision": str, "dropping": dict}

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..config import SparseContextConfig
 from ..families.host import Host
-from ..pipelines.engine import generate
+from ..pipelines.engine import Engine
+from ..pipelines.spec import Request
 from ..preview import column, label, side_by_side
 from ..sparsify import remove_sparse_context
 from .config import FinetuneConfig
@@ -32,21 +33,21 @@ def draw_validation(host: Host, examples: Sequence[Example], config: FinetuneCon
     """For each example one row: its references, the truth, the dense and the sparse output, from the same noise."""
     rows = []
     pipe = host.pipe
+    engine = Engine(pipe=pipe)
     quiet = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     try:
         for example in examples:
             outputs = []
             for keep in (1.0, config.validation_keep):
-                made = generate(
-                    pipe,
-                    example.references,
+                request = Request(
                     example.prompt,
+                    example.references,
                     SparseContextConfig(keep=keep),
                     height=example.image.height // host.token * host.token,
                     width=example.image.width // host.token * host.token,
                 )
-                outputs.append(label(made.image, "all tokens" if keep == 1 else f"keep {keep:g}"))
+                outputs.append(label(engine(request).image, "all tokens" if keep == 1 else f"keep {keep:g}"))
             rows.append(side_by_side([*example.references, label(example.image, "truth"), *outputs]))
     finally:
         remove_sparse_context(pipe)

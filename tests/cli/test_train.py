@@ -59,29 +59,30 @@ def call(monkeypatch, capfd, *arguments):
 def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, tiny_model, tmp_path):
     from accelerate.state import AcceleratorState
 
-    from sparse_context.pipelines.load import load_pipeline
+    from sparse_context.pipelines.load import load
+    from sparse_context.pipelines.spec import ModelSpec
 
     common = [
         "--data",
         data / "good.jsonl",
         "-m",
         tiny_model,
-        "--dtype",
-        "float32",
-        "--mixed-precision",
-        "no",
-        "--checkpointing-steps",
-        1,
+        "--set",
+        "dtype=float32",
+        "--set",
+        "mixed_precision=no",
+        "--set",
+        "checkpointing_steps=1",
         "--rank",
         2,
-        "--drop-mix",
-        "random=1,blobs=1",
-        "--coverage",
-        0.1,
-        "--merge",
-        0.5,
-        "--subsets",
-        2,
+        "--set",
+        "dropping.mix=random=1,blobs=1",
+        "--set",
+        "dropping.coverage=0.1",
+        "--set",
+        "dropping.merge=0.5",
+        "--set",
+        "subsets=2",
     ]
     out = tmp_path / "run"
     first = [
@@ -92,12 +93,12 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
         2,
         "--validation-data",
         data / "good.jsonl",
-        "--validation-steps",
-        0,
-        "--num-validation-images",
-        1,
-        "--report-to",
-        "tensorboard",
+        "--set",
+        "validation_steps=0",
+        "--set",
+        "num_validation_images=1",
+        "--set",
+        "report_to=tensorboard",
     ]
     code, said, errors = call(monkeypatch, capfd, *first)
     assert code == 0, errors
@@ -117,9 +118,9 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
     assert config["dropping"]["merge"] == [0.5] and config["subsets"] == 2
     assert sorted(p.name for p in out.glob("step-*")) == ["step-0000002", "step-0000003"]
     for other, says in (
-        (["--mixed-precision", "bf16"], "mixed_precision was 'no' and is now 'bf16'"),
-        (["--dtype", "bfloat16"], "base_weights was"),
-        (["--split", "test"], "source was"),
+        (["--set", "mixed_precision=bf16"], "mixed_precision was 'no' and is now 'bf16'"),
+        (["--set", "dtype=bfloat16"], "base_weights was"),
+        (["--set", "split=test"], "source was"),
     ):
         again = [*common, "--output-dir", out, "--max-train-steps", 4, "--resume", "latest", *other]
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -134,8 +135,10 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
         tmp_path / "whole",
         "--max-train-steps",
         3,
-        "--cache-latents",
-        "--cache-text",
+        "--set",
+        "cache_latents=true",
+        "--set",
+        "cache_text=true",
     )
     assert whole[0] == 0
     kept = {
@@ -153,8 +156,17 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
     assert code == 2 and "is at step 3, and max_train_steps is 2: pass at least as many" in errors
     one, other = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (out, tmp_path / "whole"))
     assert all((one[name] == other[name]).all() for name in one)
-    pipe = load_pipeline(str(tiny_model), device="cpu", lora=str(out / "pytorch_lora_weights.safetensors"))
+    pipe = load(ModelSpec(str(tiny_model), device="cpu", lora=str(out / "pytorch_lora_weights.safetensors")))
     assert pipe.transformer.peft_config
+
+    # the record of a run is a config: it makes the same run again
+    AcceleratorState._reset_state(reset_partial_state=True)
+    record = tmp_path / "whole" / "config.json"
+    code, _, errors = call(monkeypatch, capfd, "--config", record, "--output-dir", tmp_path / "again")
+    assert code == 0, errors
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == json.loads(record.read_text())
+    again = load_file(tmp_path / "again" / "pytorch_lora_weights.safetensors")
+    assert all((other[name] == again[name]).all() for name in again)
 
 
 WATCH = """
@@ -180,25 +192,26 @@ def test_two_processes_train_as_one_and_only_the_first_writes_what_is_kept(data,
         data / "good.jsonl",
         "-m",
         tiny_model,
-        "--dtype",
-        "float32",
-        "--mixed-precision",
-        "no",
+        "--set",
+        "dtype=float32",
+        "--set",
+        "mixed_precision=no",
         "--output-dir",
         out,
         "--rank",
         2,
         "--max-train-steps",
         2,
-        "--checkpointing-steps",
-        1,
-        "--cache-latents",
+        "--set",
+        "checkpointing_steps=1",
+        "--set",
+        "cache_latents=true",
         "--validation-data",
         data / "good.jsonl",
-        "--validation-steps",
-        1,
-        "--num-validation-images",
-        1,
+        "--set",
+        "validation_steps=1",
+        "--set",
+        "num_validation_images=1",
     ]
     (tmp_path / "sitecustomize.py").write_text(WATCH)
     watched = [tmp_path / "first.log", tmp_path / "second.log"]
@@ -241,6 +254,20 @@ def test_two_processes_train_as_one_and_only_the_first_writes_what_is_kept(data,
     assert len({open_picture(out / name).size for name in pictures}) == 1
 
 
+def test_without_data_it_says_where_to_name_it(monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(monkeypatch, capfd, "--rank", 2)
+    said = "There is no data to train on: name a manifest, a folder or a hub name with --data."
+    assert (code, out, err) == (2, "", f"sparse-context: {said}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_has_at_most_eighteen_flags(monkeypatch, capfd):
+    code, said, _ = call(monkeypatch, capfd, "--help")
+    flags = [word for line in said.splitlines() for word in line.split()[:3] if line.startswith("  -")]
+    assert code == 0 and 10 < sum(flag.startswith("--") for flag in flags if flag != "--help") <= 18
+
+
 def test_check_data_names_every_bad_row_and_loads_no_model(monkeypatch, capfd, data, tmp_path):
     model = tmp_path / "model"  # of whose weights there are none
     model.mkdir()
@@ -259,7 +286,7 @@ def test_more_references_than_the_model_takes_are_refused_before_it_is_loaded(mo
     said = "line 1 has 5 references, and the model takes at most 4: list fewer."  # the embedded model
     code, out, _ = call(monkeypatch, capfd, "--data", data / "many.jsonl", "--check-data")
     assert (code, out.strip()) == (2, said)
-    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    monkeypatch.setattr("sparse_context.training.launch.load", None)
     for options in (("--data", "many.jsonl"), ("--data", "good.jsonl", "--validation-data", "many.jsonl")):
         given = [data / one if one.endswith("jsonl") else one for one in options]
         code, _, err = call(monkeypatch, capfd, *given, "--output-dir", tmp_path / "run")
@@ -277,7 +304,7 @@ def test_two_runs_do_not_write_one_folder(monkeypatch, capfd, data, tmp_path):
 
 def test_in_a_folder_in_use_nothing_is_said_but_that(monkeypatch, capfd, data, tmp_path):
     """Not that it starts anew, and no model is loaded first."""
-    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    monkeypatch.setattr("sparse_context.training.launch.load", None)
     for made in (False, True):
         if made:
             (tmp_path / "run" / "step-0000001").mkdir(parents=True)
@@ -318,14 +345,14 @@ def spoil(folder, kind):
 
 @pytest.mark.parametrize("kind", ["text", "cut", "empty", "gone", "folder", "mask", "image"])
 def test_bad_pictures_are_found_before_a_model_is_loaded(kind, monkeypatch, capfd, data, tmp_path):
-    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    monkeypatch.setattr("sparse_context.training.launch.load", None)
     code, _, err = call(monkeypatch, capfd, "--data", spoil(data, kind), "--output-dir", tmp_path / "run")
     assert code == 2 and err.startswith("sparse-context: The sample 000002 cannot be used: ") and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_of_a_large_manifest_all_pictures_have_to_be_there_and_the_first_are_opened(monkeypatch, capfd, data, tmp_path):
-    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    monkeypatch.setattr("sparse_context.training.launch.load", None)
     monkeypatch.setattr("sparse_context.samples.CHECKED", 1)
     code, _, err = call(monkeypatch, capfd, "--data", spoil(data, "gone"), "--output-dir", tmp_path / "run")
     assert code == 2 and "The sample 000002 cannot be used: " in err and "gone.png" in err
@@ -335,7 +362,7 @@ def test_of_a_large_manifest_all_pictures_have_to_be_there_and_the_first_are_ope
 
 
 def test_what_a_run_needs_to_go_on_is_missed_before_a_model_is_loaded(monkeypatch, capfd, data, tmp_path):
-    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    monkeypatch.setattr("sparse_context.training.launch.load", None)
     (tmp_path / "run" / "step-0000001").mkdir(parents=True)
     given = ["--data", data / "good.jsonl", "--output-dir", tmp_path / "run", "--resume", "latest"]
     code, _, err = call(monkeypatch, capfd, *given)
@@ -347,7 +374,7 @@ def test_what_a_run_needs_to_go_on_is_missed_before_a_model_is_loaded(monkeypatc
 
 
 def test_processes_that_cannot_be_forked_are_refused_before_a_model_is_loaded(monkeypatch, capfd, data, tmp_path):
-    monkeypatch.setattr("sparse_context.training.launch.load_pipeline", None)
+    monkeypatch.setattr("sparse_context.training.launch.load", None)
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
     code, _, err = call(
         monkeypatch,
@@ -356,8 +383,8 @@ def test_processes_that_cannot_be_forked_are_refused_before_a_model_is_loaded(mo
         data / "good.jsonl",
         "--output-dir",
         tmp_path / "run",
-        "--dataloader-num-workers",
-        2,
+        "--set",
+        "dataloader_num_workers=2",
     )
     assert code == 2 and "The number of processes is 2, which this system cannot fork: pass 0" in err
     assert not (tmp_path / "run").exists()
@@ -366,7 +393,7 @@ def test_processes_that_cannot_be_forked_are_refused_before_a_model_is_loaded(mo
 def test_all_that_is_not_installed_is_named_at_once(monkeypatch, capfd, data, tmp_path):
     for name in ("tensorboard", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)
-    common = ["--output-dir", tmp_path / "run", "--report-to", "tensorboard"]
+    common = ["--output-dir", tmp_path / "run", "--set", "report_to=tensorboard"]
     code, _, err = call(monkeypatch, capfd, "--data", data, *common)
     assert code == 2 and "TensorBoard" in err and "datasets" in err and err.count("sparse-context[train]") == 1
     code, _, err = call(monkeypatch, capfd, "--data", data / "good.jsonl", *common)
@@ -386,49 +413,55 @@ def test_all_that_is_not_installed_is_named_at_once(monkeypatch, capfd, data, tm
 
 
 BAD = [
+    (["--set", "ema"], "--set ema has no value: write it as field=value"),
+    (["--set", "lerning_rate=1"], "There is no field 'lerning_rate': did you mean learning_rate"),
+    (["--rank", "2", "--set", "rank=4"], "--rank 2 and --set rank=4 differ: leave one of the two out."),
+    (["--set", "rank=many"], "rank is 'many': pass a whole number."),
+    (["--config", "nowhere.json"], "The config nowhere.json cannot be read (No such file or directory)"),
+    (["--config", "{data}/good.jsonl"], "is no JSON file"),
     (["--data", "nowhere.jsonl"], "does not exist"),
     (["--data", "{data}/bad.jsonl"], "line 1 has no 'references'"),
     (["--data", "{data}/one bad.jsonl", "--validation-data", "{data}/one bad.jsonl"], "no.png"),
     (["--data", "{data}/good.jsonl", "--validation-data", "nowhere.jsonl"], "does not exist"),
-    (["--data", "{data}/good.jsonl", "--caption-column", "text"], "line 1 has no 'text'"),
+    (["--data", "{data}/good.jsonl", "--set", "caption_column=text"], "line 1 has no 'text'"),
     (["-m", "nowhere/at all"], "nowhere/at all"),
     (["--resume", "best"], "resume is 'best'"),
-    (["--mixed-precision", "fp16"], "mixed_precision is 'fp16'"),
-    (["--dtype", "int8"], "dtype is 'int8'"),
-    (["--report-to", "wandb"], "report_to is 'wandb'"),
+    (["--set", "mixed_precision=fp16"], "mixed_precision is 'fp16'"),
+    (["--set", "dtype=int8"], "dtype is 'int8'"),
+    (["--set", "report_to=wandb"], "report_to is 'wandb'"),
     (["--resolution", "16"], "resolution is 16"),
-    (["--reference-resolution", "1"], "reference_resolution is 1"),
-    (["--reference-resolution", "0"], "reference_resolution is 0"),
-    (["--dtype", "float16"], "dtype is 'float16'"),
+    (["--set", "reference_resolution=1"], "reference_resolution is 1"),
+    (["--set", "reference_resolution=0"], "reference_resolution is 0"),
+    (["--set", "dtype=float16"], "dtype is 'float16'"),
     (["--train-batch-size", "0"], "train_batch_size is 0"),
     (["--gradient-accumulation-steps", "0"], "gradient_accumulation_steps is 0"),
     (["--rank", "0"], "rank is 0"),
     (["--rank", "many"], "'--rank'"),
-    (["--lora-alpha", "-1"], "lora_alpha is -1"),
+    (["--set", "lora_alpha=-1"], "lora_alpha is -1"),
     (["--learning-rate", "nan"], "learning_rate is nan"),
-    (["--lr-scheduler", "step"], "lr_scheduler is 'step'"),
-    (["--weighting-scheme", "mode"], "weighting_scheme is 'mode'"),
-    (["--keep-min", "0"], "from 0.0 to 1.0"),
-    (["--keep-min", "0.5", "--keep-max", "0.1"], "from 0.5 to 0.1"),
-    (["--dense", "2"], "dense is 2"),
-    (["--drop-mix", "random"], "drop-mix is 'random'"),
-    (["--drop-mix", "rndom=1"], "no kind of dropping 'rndom'"),
-    (["--coverage", "3"], "coverage is [3.0]"),
-    (["--merge", "3"], "merge is [3.0]"),
-    (["--caption-dropout", "1.1"], "caption_dropout is 1.1"),
-    (["--subsets", "0"], "subsets is 0"),
-    (["--distillation", "2"], "distillation is 2"),
-    (["--full", "--distillation", "1"], "leave one of the two out"),
-    (["--preservation", "-1"], "preservation is -1"),
-    (["--validation-keep", "0"], "keep is 0.0"),
-    (["--dataloader-num-workers", "-1"], "dataloader_num_workers is -1"),
+    (["--set", "lr_scheduler=step"], "lr_scheduler is 'step'"),
+    (["--set", "weighting_scheme=mode"], "weighting_scheme is 'mode'"),
+    (["--set", "dropping.keep_min=0"], "from 0.0 to 1.0"),
+    (["--set", "dropping.keep_min=0.5", "--set", "dropping.keep_max=0.1"], "from 0.5 to 0.1"),
+    (["--set", "dropping.dense=2"], "dense is 2"),
+    (["--set", "dropping.mix=random"], "dropping.mix is 'random'"),
+    (["--set", "dropping.mix=rndom=1"], "no kind of dropping 'rndom'"),
+    (["--set", "dropping.coverage=3"], "coverage is [3.0]"),
+    (["--set", "dropping.merge=3"], "merge is [3.0]"),
+    (["--set", "caption_dropout=1.1"], "caption_dropout is 1.1"),
+    (["--set", "subsets=0"], "subsets is 0"),
+    (["--set", "distillation=2"], "distillation is 2"),
+    (["--full", "--set", "distillation=1"], "leave one of the two out"),
+    (["--set", "preservation=-1"], "preservation is -1"),
+    (["--set", "validation_keep=0"], "keep is 0.0"),
+    (["--set", "dataloader_num_workers=-1"], "dataloader_num_workers is -1"),
     (["--max-train-steps", "0"], "max_train_steps is 0"),
-    (["--checkpoints-total-limit", "0"], "checkpoints_total_limit is 0"),
+    (["--set", "checkpoints_total_limit=0"], "checkpoints_total_limit is 0"),
     (["--seed", "-1"], "seed is -1"),
-    (["--ema", "1"], "ema is 1.0"),
+    (["--set", "ema=1"], "ema is 1.0"),
     (["--output-dir", "{data}/a.png"], "is a file"),
-    (["-m", "{model}", "--lora-layers", "to_z"], "lora_layers is to_z"),
-    (["-m", "{model}", "--lora-layers", "to_z", "--report-to", "tensorboard"], "lora_layers is to_z"),
+    (["-m", "{model}", "--set", "lora_layers=to_z"], "lora_layers is to_z"),
+    (["-m", "{model}", "--set", "lora_layers=to_z", "--set", "report_to=tensorboard"], "lora_layers is to_z"),
 ]
 
 

@@ -1,0 +1,62 @@
+"""The command `sparse-context`: options in, one call of the work below, results out. No logic lives here.
+
+Bad input is one sentence on stderr and exit code 2; nothing is written then. Heavy imports happen inside the commands.
+"""
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+
+import typer
+
+from . import bench, demo, evaluate, generate, select, train
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Reference-conditioned image generation with a fraction of the reference tokens.",
+)
+for command in (generate.generate, select.select, train.train, evaluate.evaluate, demo.demo, bench.bench):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command. Bad input ends in one sentence on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with _quiet():
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (ValueError, OSError) as error:
+        _fail(str(error) or type(error).__name__)
+    except (KeyboardInterrupt, EOFError):
+        sys.exit(130)
+    except Exception as error:
+        # Typer's own errors about options know how to say themselves
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message())
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what libraries log and warn of from stderr: what goes wrong is one sentence of our own."""
+    logging.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _fail(message: str) -> None:
+    print("sparse-context: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,82 @@
+"""`sparse-context bench`: the methods against each other, in seconds."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..bench.shapes import SHAPES
+from . import options
+
+
+def bench(
+    model: options.Model = None,
+    random_weights: Annotated[
+        str | None, typer.Option(help=f"Random weights in the shape of a model, with no download: {', '.join(SHAPES)}.")
+    ] = None,
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            help="With --random-weights: number of double and single blocks to time, denoising alone. Required for "
+            "all shapes but FLUX.2."
+        ),
+    ] = None,
+    references: Annotated[
+        list[int] | None, typer.Option(help="Number of references. Repeat it for several.", show_default="1 2 4")
+    ] = None,
+    keep: Annotated[
+        list[float] | None, typer.Option(help="Keep ratio. Repeat it for several.", show_default="0.2")
+    ] = None,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(help="Side of the output in pixels. Repeat it for several.", show_default="the model's, or 1024"),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Method to time. Repeat it for several.", show_default="all that the model supports"),
+    ] = None,
+    turns: Annotated[int, typer.Option(help="Number of timed calls per method, after a warm-up.")] = 5,
+    minutes: Annotated[
+        float, typer.Option(help="Time budget in minutes; no new turn starts if it would run over.")
+    ] = 2.5,
+    steps: options.Steps = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    output: Annotated[Path | None, typer.Option(help="Also write all figures as JSON into this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also plot latency against references into this file (needs matplotlib).")
+    ] = None,
+    quality: Annotated[
+        Path | None, typer.Option(help="JSON file of measured quality, to plot against latency with --plot.")
+    ] = None,
+) -> None:
+    """Time the methods that make references cheaper, and compare each with what its FLOPs allow."""
+    from ..images import check_output
+
+    if plot is not None:
+        check_output(plot)
+    options.hide_loading_bars()
+    from ..bench.config import BenchConfig
+    from ..bench.report import read_quality
+    from ..bench.run import run_bench
+
+    config = BenchConfig(
+        references=tuple(references or (1, 2, 4)),
+        keep=tuple(keep or (0.2,)),
+        size=tuple(size or ()),
+        methods=None if not method else tuple(method),
+        turns=turns,
+        minutes=minutes,
+        steps=steps,
+    )
+    run_bench(
+        config,
+        model=model,
+        random_weights=random_weights,
+        blocks=blocks,
+        dtype=dtype,
+        device=device,
+        output=output,
+        plot_to=plot,
+        quality=() if quality is None else read_quality(quality),
+    )

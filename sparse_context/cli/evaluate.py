@@ -1,0 +1,129 @@
+"""`sparse-context evaluate`: quality against the tokens that are kept."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+def evaluate(
+    manifest: Annotated[str | None, typer.Option(help="JSONL manifest, folder of a data set, or hub name.")] = None,
+    pie_bench: Annotated[Path | None, typer.Option(help="Folder of PIE-Bench, instead of a manifest.")] = None,
+    dataset_config_name: options.ConfigName = None,
+    split: options.Split = "train",
+    image_column: options.ImageColumn = "image",
+    cond_image_column: options.CondImageColumn = "references",
+    caption_column: options.CaptionColumn = "prompt",
+    model: options.Model = None,
+    keep: Annotated[
+        str, typer.Option(help="Ratios, counts or auto, separated by commas. 1 is always measured too.")
+    ] = "0.5,0.2,0.1",
+    selector: Annotated[
+        list[str] | None,
+        typer.Option(help="Selector as in generate. Repeat it to compare several.", show_default="auto"),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Metric, as NAME or NAME=MODEL. Repeat it for several.", show_default="all that need no model"
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Task as in generate. Repeat it to compare several.", show_default="auto"),
+    ] = None,
+    coverage: Annotated[
+        list[float] | None,
+        typer.Option(help="Coverage as in generate. Repeat it to compare several.", show_default="by task"),
+    ] = None,
+    merge: Annotated[
+        list[float] | None,
+        typer.Option(help="Merge as in generate. Repeat it to compare several.", show_default="0"),
+    ] = None,
+    share: options.Share = "equal",
+    floor: options.Floor = 1,
+    limit: Annotated[int | None, typer.Option(help="Number of samples to use, from the first.")] = None,
+    lora: options.Lora = None,
+    lora_scale: options.LoraScale = 1.0,
+    kv: options.KV = False,
+    seed: Annotated[int, typer.Option(help="Random seed; sample i uses seed + i.")] = 0,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    cpu_offload: options.CpuOffload = None,
+    quantization: options.Quantization = None,
+    output: Annotated[Path, typer.Option(help="Folder for figures and images. A second run into it resumes.")] = Path(
+        "evaluation"
+    ),
+) -> None:
+    """Measure quality at several keep ratios, on the same noise, with 95 % confidence intervals."""
+    from ..evaluation.evaluate import evaluate, fingerprint, open_folder
+    from ..evaluation.grid import grid, maker
+    from ..evaluation.metrics import METRICS, find_metrics, try_out
+    from ..evaluation.pie_bench import PIE_METRICS, read_pie_bench
+    from ..evaluation.plots import check_installed, draw_all
+    from ..evaluation.report import table
+    from ..pipelines.load import load
+    from ..pipelines.settings import check_references, most_references
+    from ..pipelines.spec import ModelSpec
+    from ..samples import read_samples
+
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}: pass a number of samples, 1 or more.")
+    if (manifest is None) == (pie_bench is None):
+        raise ValueError("Name what to evaluate on: pass either --manifest or --pie-bench.")
+    known = METRICS if pie_bench is None else PIE_METRICS | METRICS
+    usual = METRICS if pie_bench is None else PIE_METRICS
+    metrics = find_metrics(
+        metric or [name for name, known_metric in usual.items() if known_metric.model is None], known
+    )
+    check_installed(metrics, manifest)
+    keeps, selectors = (
+        [options.read_keep(text) for text in keep.split(",")],
+        [options.read_selector(s) for s in selector or ["auto"]],
+    )
+    cells = grid(
+        keeps,
+        selectors,
+        tasks=task or ["auto"],
+        coverages=coverage or [None],
+        merges=merge or [0.0],
+        share=share,
+        floor=floor,
+    )
+    if manifest is not None:
+        source = options.source_of(dataset_config_name, split, image_column, cond_image_column, caption_column)
+        read = read_samples(manifest, needs_image=False, most_references=most_references(model), **source)
+        samples, part = read[:limit], {"data_split": read.split, "data_config": read.config}
+    else:
+        assert pie_bench is not None
+        samples, part = read_pie_bench(pie_bench)[:limit], {}
+    spec = ModelSpec(model, dtype, device, cpu_offload, lora, lora_scale, kv, quantization)
+    options.hide_loading_bars()
+    try_out(metrics)
+    open_folder(output)
+    for count in sorted({len(sample.references) for sample in samples}):
+        check_references(model, count, inpaint=False)
+    pipe = load(spec)
+    pipe.set_progress_bar_config(disable=True)
+    about = {
+        "data": str(manifest or pie_bench),
+        **part,
+        "model": model or "embedded",
+        "lora": lora,
+        "lora_scale": lora_scale,
+        "weights": fingerprint(pipe),
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "dtype": dtype,
+        **({"kv": True} if kv else {}),
+        **({"quantization": quantization} if quantization else {}),
+    }
+    make = maker(pipe, steps=steps, guidance_scale=guidance_scale)
+    result = evaluate(make, samples, cells, metrics, output, seed=seed, about=about)
+    drawn = draw_all(result, output, samples)
+    print(table(result))
+    print(f"wrote {', '.join(str(path) for path in [output / 'result.json', *drawn])}")

@@ -1,0 +1,178 @@
+"""Options that several commands share, and what their texts come to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..config import SparseContextConfig
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Folder or hub id.", show_default="the embedded model")
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Ratio (0.2; 1 keeps all), count (400) or auto. Repeat it to give one per reference.", show_default="0.2"
+    ),
+]
+Selector = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="auto, a name (random, uniform, edges, detail, saliency, subject, contrast, mask) or a blend "
+        "(saliency=0.7,edges=0.3). Repeat it to give one per reference.",
+        show_default="auto",
+    ),
+]
+Task = Annotated[
+    str, typer.Option(help="edit, global, subject or auto. Sets the selector and coverage that you leave out.")
+]
+Mask = Annotated[
+    list[Path] | None,
+    typer.Option(help="Image of the reference's size, white where to keep. Give one per reference, in order."),
+]
+Coverage = Annotated[
+    float | None, typer.Option(help="Share of the kept tokens to spread evenly, 0 to 1.", show_default="by task")
+]
+Merge = Annotated[float, typer.Option(help="Share of the kept tokens to replace by averages of the others, 0 to 1.")]
+Share = Annotated[
+    str,
+    typer.Option(help="How references share one ratio or count. equal: the same for each. joint: they compete for it."),
+]
+Floor = Annotated[int, typer.Option(help="Fewest tokens per reference, as far as a count allows.")]
+Lora = Annotated[
+    str | None,
+    typer.Option(
+        help="LoRA for this model, as a safetensors file, or the word none.",
+        show_default="the model's own, if it has one",
+    ),
+]
+LoraScale = Annotated[float, typer.Option(help="LoRA strength: 0.5 applies half of its change.")]
+KV = Annotated[
+    bool,
+    typer.Option("--kv", help="Run references through the model only once (FLUX.2 klein, with a LoRA of train --kv)."),
+]
+Seed = Annotated[int, typer.Option(help="Random seed of the image noise.")]
+Steps = Annotated[int | None, typer.Option(help="Denoise steps.", show_default="the model's")]
+GuidanceScale = Annotated[
+    float | None, typer.Option(help="Strength of classifier-free guidance.", show_default="the model's")
+]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="the best available")]
+CpuOffload = Annotated[
+    str | None, typer.Option(help="Keep weights in CPU memory until they are used: model or group.", show_default="no")
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantised weights of the transformer: int8 (torchao), nf4 or int8-bnb (bitsandbytes, needs a GPU), or "
+        "the path of a .gguf file.",
+        show_default="none",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+ConfigName = Annotated[str | None, typer.Option(help="Configuration of a data set that has several.")]
+Split = Annotated[str, typer.Option(help="Split of a data set.")]
+ImageColumn = Annotated[str, typer.Option(help="Column of the target image.")]
+CondImageColumn = Annotated[str, typer.Option(help="Column of the reference, or of a list of references.")]
+CaptionColumn = Annotated[str, typer.Option(help="Column of the prompt.")]
+
+
+def selection_config(
+    keep: Sequence[str] | None,
+    selector: Sequence[str] | None,
+    mask: Sequence[Path] | None,
+    references: Sequence["Image.Image"],
+    **settings: Any,
+) -> "SparseContextConfig":
+    """What to keep of these references. settings: other fields of the config, such as task.
+
+    Raises ValueError for values that do not fit, and PictureError for a mask that cannot be used.
+    """
+    from ..config import SparseContextConfig
+    from ..images import open_mask
+    from ..selectors.masks import mask as masks_of
+
+    for option, values in (("--keep", keep), ("--selector", selector)):
+        if values and len(values) not in (1, len(references)):
+            raise ValueError(
+                f"{option} has {len(values)} values for {len(references)} references: give one, or as many."
+            )
+    keeps = [read_keep(text) for text in keep or ["0.2"]]
+    selectors = [read_selector(text) for text in selector or ["auto"]]
+    if mask:
+        if len(mask) != len(references):
+            raise ValueError(f"There are {len(mask)} masks for {len(references)} references: pass one --mask for each.")
+        masks = [open_mask(path, r.size) for path, r in zip(mask, references, strict=True)]
+        groups = [masks] if len(selectors) == 1 else [[each] for each in masks]
+        selectors = [_with_masks(s, masks_of(group)) for s, group in zip(selectors, groups, strict=True)]
+    return SparseContextConfig(
+        keep=keeps[0] if len(keeps) == 1 else keeps,
+        selector=selectors[0] if len(selectors) == 1 else selectors,
+        **settings,
+    )
+
+
+def _with_masks(selector: Any, user_mask: Any) -> Any:
+    """`--mask` alone selects by the mask; beside a selector it stands for the part of it that is named mask."""
+    if selector is None or selector == "mask":
+        return user_mask
+    if isinstance(selector, dict) and "mask" in selector:
+        return {user_mask if name == "mask" else name: weight for name, weight in selector.items()}
+    raise ValueError("--mask was given, but --selector does not use it: name mask there, or leave one of the two out.")
+
+
+def read_keep(text: str) -> float | int | str:
+    """A ratio, a count or "auto". Raises ValueError for other texts."""
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    if text == "auto":
+        return text
+    raise ValueError(f"keep is {text!r}: pass a ratio such as 0.2, a count such as 400, or auto.")
+
+
+def read_selector(text: str) -> Any:
+    """A selector by its name or as a blend; None for "auto". Raises ValueError for a blend that is none."""
+    if text == "auto":
+        return None
+    if "=" not in text:
+        return text
+    from ..selectors.registry import read_weights
+
+    return read_weights("selector", text, "saliency=0.7,edges=0.3")
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
+    """Raise ValueError where an output cannot be written, or would be written over an image that is read."""
+    from ..images import check_output
+
+    for output in outputs:
+        check_output(output)
+        for source in inputs:
+            if output.exists() and source.exists() and output.samefile(source):
+                raise ValueError(f"{output} is also an input and would be overwritten: name another output file.")
+
+
+def source_of(config_name: str | None, split: str, image: str, references: str, prompt: str) -> dict[str, Any]:
+    """Which part of a data set is read, and by which columns: keywords of `samples.read_samples`."""
+    columns = {"image": image, "references": references, "prompt": prompt}
+    columns = {field: column for field, column in columns.items() if field != column}
+    return {"columns": columns, "split": split, "config": config_name}
+
+
+def hide_loading_bars() -> None:
+    """Leave stderr to the bars of the steps and of downloads."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # this one hides the bars of downloads too
+    huggingface_hub.utils.enable_progress_bars()

@@ -1,0 +1,94 @@
+"""`sparse-context train`: fine-tuning with dropped reference tokens."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+def train(
+    data: Annotated[
+        str | None,
+        typer.Option(help="JSONL manifest, folder of a data set, or hub name.", show_default="the one in --config"),
+    ] = None,
+    model: options.Model = None,
+    output_dir: Annotated[
+        Path, typer.Option(help="Folder for checkpoints, log, validation images and the result.")
+    ] = Path("sparse-context-lora"),
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.", show_default="4")] = None,
+    full: Annotated[
+        bool | None, typer.Option("--full", help="Train all weights of the transformer instead of a LoRA.")
+    ] = None,
+    kv: Annotated[bool | None, typer.Option("--kv", help="Train for Flux2KleinKVPipeline.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="0.0001")] = None,
+    max_train_steps: Annotated[int | None, typer.Option(help="Number of weight updates.", show_default="1000")] = None,
+    train_batch_size: Annotated[
+        int | None, typer.Option(help="Samples per batch and process.", show_default="1")
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(help="Batches per weight update.", show_default="1")
+    ] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(
+            help="Scale larger images down to the area of a square with this side, in pixels.", show_default="512"
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.", show_default="0")] = None,
+    resume: Annotated[str | None, typer.Option(help="latest: resume the run in --output-dir.")] = None,
+    check_data: Annotated[
+        bool, typer.Option("--check-data", help="List every bad row of the data and exit without training.")
+    ] = False,
+    validation_data: Annotated[
+        str | None, typer.Option(help="Data as in --data; its first samples are drawn during the run.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file of settings, such as the config.json of another run.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other setting, as field=value: ema=0.99, dropping.dense=0.2. Repeatable."),
+    ] = None,
+) -> int:
+    """Fine-tune a model to work from any subset of its reference tokens: a LoRA, or all weights.
+
+    A flag goes before --set, --set before --config. On several GPUs, run accelerate launch -m sparse_context.training
+    with the same options.
+    """
+    from ..training.options import read_settings
+
+    flags = {
+        "data": data,
+        "model": model,
+        "rank": rank,
+        "full": full,
+        "kv": kv,
+        "learning_rate": learning_rate,
+        "max_train_steps": max_train_steps,
+        "train_batch_size": train_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "resolution": resolution,
+        "seed": seed,
+        "validation_data": validation_data,
+    }
+    settings = read_settings(config, sets or (), flags)
+    if settings.data is None:
+        raise ValueError("There is no data to train on: name a manifest, a folder or a hub name with --data.")
+    if check_data:
+        from ..pipelines.settings import most_references
+        from ..samples import check_samples
+
+        most = most_references(settings.model)
+        problems = check_samples(settings.data, most_references=most, **settings.run.source)
+        print("\n".join(problems) if problems else f"{settings.data}: every row is good.")
+        return 2 if problems else 0
+
+    options.hide_loading_bars()
+    from ..training.launch import launch
+
+    result = launch(settings.model, settings.data, output_dir, settings.config, settings.run, resume=resume)
+    if result is not None:
+        print(f"wrote {result}")
+    return 0

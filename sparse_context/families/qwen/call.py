@@ -1,0 +1,15 @@
+"""How Qwen-Image-Edit pipelines are handed their images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from .. import family_of
+
+
+def arguments(
+    pipe: Any, images: Sequence[Image.Image], mask: Image.Image | None, height: int | None, width: int | None
+) -> dict[str, Any]:
+    """One image, or a list for the Plus pipeline."""
+    return {"image": images[0] if family_of(pipe).most == 1 else list(images), "mask_image": mask}

@@ -1,0 +1,87 @@
+"""Which pipeline, and what it is asked for: the two records that every face is built on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from ..config import SparseContextConfig
+from .lora_file import check_lora_scale
+from .settings import check_call
+
+DTYPE_NAMES = ("float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
+OFFLOADS = ("model", "group")
+QUANTIZATIONS = ("int8", "nf4", "int8-bnb")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which pipeline to load, and how. Raises ValueError for a value that no pipeline takes; nothing is loaded yet.
+
+    model: a hub id or a folder in the diffusers layout; None is the embedded model.
+    dtype: a name of `DTYPE_NAMES`, or "auto": float32 for the embedded model on a CPU, else bfloat16.
+    device: a torch device; None takes an accelerator if there is one. cpu_offload: "model" or "group".
+    lora: a safetensors file for this model, under any of the common names (lora.py), or "none". None is the same as
+        "none", except that the embedded model then has its own adapter, for dropped tokens, folded into its weights.
+    lora_scale: how much of the LoRA's change of the weights to take, 0 or more; 1 takes all of it. Another value than 1
+        without a LoRA is refused when the model is loaded.
+    kv: run a klein model as `Flux2KleinKVPipeline`, for a LoRA that was trained for it (`train --kv`). The embedded
+        model then has its adapter for KV mode. Other pipelines, and klein models that need guidance, are refused.
+    quantization: how the transformer's weights are stored. "int8": torchao, on any device. "nf4" and "int8-bnb":
+        bitsandbytes, on a GPU. The path of a `.gguf` file: the transformer is read from that file, everything else from
+        the model. The other parts of the pipeline keep `dtype`. Each needs a package of `sparse-context[quantization]`.
+    """
+
+    model: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    cpu_offload: str | None = None
+    lora: str | None = None
+    lora_scale: float = 1.0
+    kv: bool = False
+    quantization: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPE_NAMES:
+            raise ValueError(f"dtype is {self.dtype!r}: choose auto, {', '.join(DTYPE_NAMES)}.")
+        if self.cpu_offload is not None and self.cpu_offload not in OFFLOADS:
+            raise ValueError(f"cpu-offload is {self.cpu_offload!r}: choose {' or '.join(OFFLOADS)}.")
+        check_lora_scale(self.lora_scale)
+        file = self.gguf
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS and file is None:
+            raise ValueError(
+                f"quantization is {self.quantization!r}: choose {', '.join(QUANTIZATIONS)} or name a .gguf file."
+            )
+        if file is not None and not file.is_file():
+            raise ValueError(f"The GGUF file {file} is not there: name one that holds the model's transformer.")
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file of the transformer, where `quantization` names one."""
+        is_file = self.quantization is not None and self.quantization.lower().endswith(".gguf")
+        return Path(str(self.quantization)) if is_file else None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate. Raises ValueError for a value that no model takes, before one is loaded.
+
+    prompt: what to make of the references. references: RGB or RGBA images, in order. config: which of their tokens to
+    keep. seed: of the image noise. steps, height, width (pixels), guidance_scale: None takes the model's.
+    inpaint: for a pipeline that paints into its first reference, a mask (mode L) of its size, white where to paint.
+    """
+
+    prompt: str
+    references: Sequence[Image.Image] = ()
+    config: SparseContextConfig = field(default_factory=SparseContextConfig)
+    seed: int = 0
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    guidance_scale: float | None = None
+    inpaint: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        check_call(self.prompt, self.seed, self.steps, self.height, self.width, self.guidance_scale)
+        object.__setattr__(self, "references", tuple(self.references))

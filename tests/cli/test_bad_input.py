@@ -1,0 +1,110 @@
+"""Bad input that needs no model: one sentence on stderr, exit code 2, and not a file more than before."""
+
+import pytest
+
+PICTURES = {
+    "missing.png": "does not exist",
+    "truncated.png": "is damaged or cut short",
+    "corrupt.png": "is damaged or cut short",
+    "text.png": "is not a picture that can be read",
+    "empty.png": "is empty",
+    "bomb.png": "is too large (as its header says)",
+    "a folder.png": "is a folder",
+}
+
+
+CHOICES = {
+    "--keep 0": "keep is 0: pass a ratio above 0 and up to 1",
+    "--keep 1.2": "keep is 1.2: pass a ratio",
+    "--keep -1": "keep is -1: pass a ratio",
+    "--keep -0.1": "keep is -0.1: pass a ratio",
+    "--keep nan": "keep is nan: pass a ratio",
+    "--keep inf": "keep is inf: pass a ratio",
+    "--keep lots": "keep is 'lots': pass a ratio such as 0.2, a count such as 400, or auto.",
+    "--keep 0.1 --keep 0.2 --keep 0.3": "--keep has 3 values for 1 references",
+    "--selector nonsense": "There is no selector 'nonsense': choose one of random, uniform",
+    "--selector edgs": "Did you mean 'edges'?",
+    "--selector edges,saliency": "There is no selector 'edges,saliency'",
+    "--selector edges=1,salience=1": "There is no selector 'salience'",
+    "--selector edges=1,saliency": "write a blend as saliency=0.7,edges=0.3",
+    "--selector edges=1,saliency=x": "write a blend as saliency=0.7,edges=0.3",
+    "--selector edges=1,edges=2": "write a blend as saliency=0.7,edges=0.3",
+    "--selector edges=1e308,detail=1e308": "The weights of the blend add up to inf: pass smaller ones",
+    "--selector edges=-1": "The weight of 'edges' in the blend is -1.0: pass a number above 0",
+    "--selector edges=nan": "The weight of 'edges' in the blend is nan",
+    "--selector edges --selector uniform": "--selector has 2 values for 1 references",
+    "--task paint": "task is 'paint': choose one of auto, edit, global, subject",
+    "--coverage 2": "coverage is 2.0: pass a share from 0 to 1",
+    "--coverage nan": "coverage is nan",
+    "--merge 2": "merge is 2.0: pass the share of the budget for averages, from 0 to 1",
+    "--share mine": "share is 'mine': choose 'joint' or 'equal'",
+    "--floor -1": "floor is -1",
+    "--mask {in}/band.png": "has 96x64 pixels but its picture has 64x64; resize the mask",
+    "--mask {in}/corner.png --mask {in}/corner.png": "There are 2 masks for 1 references: pass one --mask for each.",
+    "--mask {in}/missing.png": "does not exist",
+    "--mask {in}/text.png": "is not a picture",
+    "--mask {in}/corner.png --selector edges": "--mask was given, but --selector does not use it",
+    "--mask {in}/corner.png --selector edges=1,uniform=1": "--mask was given, but --selector does not use it",
+    "--output no/such/out.png": "does not exist; make it first",
+    "--output .": "does not end in the name of a picture format",
+    "--output out": "does not end in the name of a picture format",
+    "--output out.gif": "end it in .png, .jpg, .jpeg, .webp",
+    "--output {in}/text.png/out.png": "does not exist",
+    "--nonsense": "No such option: --nonsense",
+    "--keep": "requires an argument",
+    "--floor many": "Invalid value for '--floor': ",
+}
+
+
+@pytest.mark.parametrize("face", ["generate", "select"])
+@pytest.mark.parametrize(("name", "says"), PICTURES.items())
+def test_a_bad_picture(refused, face, name, says):
+    given = [f"{{in}}/{name}"] if face == "select" else ["--image", f"{{in}}/{name}", "--prompt", "x", "-m", "{model}"]
+    message = refused(face, *given)
+    assert says in message and name in message
+
+
+@pytest.mark.parametrize("face", ["generate", "select"])
+@pytest.mark.parametrize(("options", "says"), CHOICES.items())
+def test_a_bad_choice(refused, face, options, says):
+    given = ["{in}/a.png"] if face == "select" else ["--image", "{in}/a.png", "--prompt", "x", "-m", "{model}"]
+    assert says in refused(face, *given, *options.split(" "))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    {
+        "nonsense": "No such command 'nonsense'",
+        "--nonsense": "No such option: --nonsense",
+        "select": "Missing argument",
+        "select {in}/a.png --token 0": "token is 0: pass its side in pixels, from 1 to 256.",
+        "select {in}/a.png --token 200": "less than one token of 200 pixels",
+        "select {in}/a.png {in}/b.png --keep 2 --floor 0 --selector mask": "neither a mask nor an alpha channel",
+        "select {in}/a.png {in}/b.png {in}/c.png --keep 2": "makes 2 tokens for 3 references",
+        "generate --image {in}/a.png": "Missing option '--prompt'",
+        "generate --prompt": "requires an argument",
+        "generate --prompt x --show-tokens t.png": "--show-tokens draws on the references, but there are none",
+        "generate --prompt x --mask {in}/corner.png": "There are 1 masks for 0 references",
+        "generate --prompt x --output a.png --compare a.png": "name the same file",
+        "generate --prompt x --image {in}/a.png --output a.png --show-tokens ./a.png": "name the same file",
+        "generate --prompt x --image {in}/a.png --output {in}/a.png": "a.png is also an input and would be overwritten",
+        "generate --prompt x --image {in}/a.png --mask {in}/corner.png --compare {in}/corner.png": "is also an input",
+        "select {in}/a.png {in}/b.png --output {in}/b.png": "b.png is also an input",
+        "generate --prompt x --show-tokens no/t.png": "the folder",
+        "generate --prompt x --compare c.bmp": "end it in .png",
+    }.items(),
+)
+def test_bad_arguments(refused, arguments, says):
+    assert says in refused(*arguments.split(" "))
+
+
+def test_outputs_that_differ_in_capitals_alone_are_one_where_the_system_says_so(refused, monkeypatch):
+    monkeypatch.setattr("os.path.normcase", lambda path: str(path).lower())  # as on Windows
+    assert "name the same file" in refused(*"generate --prompt x --output a.png --compare A.png".split(" "))
+
+
+def test_a_folder_as_output(refused, tmp_path):
+    (tmp_path / "out.png").mkdir()
+    assert "is a folder; give the name of a picture file inside it" in refused(
+        "select", "{in}/a.png", "--output", "out.png"
+    )
