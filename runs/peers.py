@@ -35,7 +35,7 @@ from tables import SCORES, difference, draw, read, score_of, table
 from recipes.mini.data import SPLITS, load_assets
 from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from recipes.mini.scenes import TOKEN, Scene
-from sparse_context.bench.methods import METHODS, make_hosts, reference_tokens
+from sparse_context.bench.methods import METHODS, make_pipes, reference_tokens
 from sparse_context.config import SparseContextConfig
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
 from sparse_context.evaluation.grid import DENSE, Cell, Maker, grid, maker
@@ -58,14 +58,14 @@ TUNED = "sparse, fine-tuned"
 
 def peer_maker(pipe, method: str) -> Maker:
     """How `evaluate` makes a sample by a method of the benchmark; the scenes' pictures have the model's sizes."""
-    hosts = make_hosts(pipe)
+    pipes = make_pipes(pipe)
     arguments = {name: value for name, value in call_settings(pipe).items() if name in call_inputs(pipe)}
 
     def make(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
         references = [picture.convert("RGB") for picture in sample.open_references()]
-        host, pictures = METHODS[method].prepare(hosts, references, config.keep)
-        with timed(host) as times:
-            made = host(
+        prepared, pictures = METHODS[method].prepare(pipes, references, config.keep)
+        with timed(prepared) as times:
+            made = prepared(
                 image=pictures,
                 prompt=sample.prompt,
                 generator=torch.Generator().manual_seed(seed),

@@ -21,15 +21,16 @@ from tqdm import tqdm
 
 from sparse_context.bench.build import build_pipeline
 from sparse_context.bench.shapes import SHAPES
+from sparse_context.families import find_host
 from sparse_context.families.shape import Tokens, with_blocks
 from sparse_context.pipelines.load import find_device
 from sparse_context.pipelines.memory import Peak
+from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.timing import now
 from sparse_context.result import write_result
 from sparse_context.training.batch import Encoded
-from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.dropping import Dropping, draw_selection
-from sparse_context.training.hosts import find_host
 from sparse_context.training.loss import flow_matching_loss
 from sparse_context.training.trainable import prepare
 
@@ -74,8 +75,9 @@ def main() -> None:
     whole = replace(SHAPES[arguments.shape], encoder={})
     shape = whole if arguments.blocks is None else with_blocks(whole, arguments.blocks)
     device, side = find_device(arguments.device), arguments.size // whole.token
-    host = find_host(build_pipeline(shape, device, torch.bfloat16))
-    config = FinetuneConfig(rank=64, lora_alpha=64, gradient_checkpointing=True)
+    pipe = build_pipeline(shape, device, torch.bfloat16)
+    host = find_host(pipe, call_settings(pipe))
+    config = TrainConfig(rank=64, lora_alpha=64, gradient_checkpointing=True)
     trained = prepare(host, config)
     optimiser = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate)
     torch.manual_seed(0)

@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from recipes.mini.sparse import LORA
 from sparse_context.embedded.demo import read_examples
+from sparse_context.families import find_host
 from sparse_context.pipelines.load import load_pipeline
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.settings import call_settings
 from sparse_context.result import write_result
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import Dropping
-from sparse_context.training.hosts import find_host
 from sparse_context.training.loss import make_loss
 from sparse_context.training.trainable import prepare
 
@@ -63,7 +64,8 @@ def main() -> None:
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     example = Example(scene["prompt"], tuple(scene["references"]), scene["truth"], (None,) * 4)
-    host = find_host(load_pipeline(dtype="float32", device="cpu", lora=NO_LORA))
+    pipe = load_pipeline(dtype="float32", device="cpu", lora=NO_LORA)
+    host = find_host(pipe, call_settings(pipe))
     trained = prepare(host, LORA)
     optimiser = torch.optim.AdamW(trained.parameters(), lr=1e-5)
 

@@ -29,8 +29,9 @@ from sparse_context.bench.methods import downscaled_grid, merge_tokens
 from sparse_context.families.flux2.train import Flux2
 from sparse_context.pipelines.load import load_pipeline
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.settings import call_settings
 from sparse_context.tokens import ReferenceTokens
-from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import Dropping
 from sparse_context.training.export import EMBEDDED
@@ -50,7 +51,7 @@ class Merging(Flux2):
     """A host that merges the tokens of each reference down to a share of `dropping`, another one at every call."""
 
     def __init__(self, pipe, dropping: Dropping, seed: int) -> None:
-        super().__init__(pipe)
+        super().__init__(pipe, call_settings(pipe))
         self.dropping, self.rng = dropping, np.random.default_rng(seed)
         self.grids: list[tuple[int, int]] = []
 
@@ -86,7 +87,7 @@ def downscaled(
     return smaller
 
 
-def config_of(method: str, steps: int) -> FinetuneConfig:
+def config_of(method: str, steps: int) -> TrainConfig:
     """The recipe with all tokens of what the method leaves: its sets are of one batch each, or its batches of one."""
     config = choose(full=True, steps=steps)
     config = replace(config, dropping=replace(config.dropping, dense=1.0), unseen=1.0)
@@ -110,7 +111,7 @@ def main() -> None:
         host, batch = Merging(pipe, dropping, config.seed), 1
         batches = scene_batches(assets, batch, config.seed)
     else:
-        host, batch = Flux2(pipe), 4
+        host, batch = Flux2(pipe, call_settings(pipe)), 4
         times = choose(full=True).subsets
         batches = downscaled(scene_batches(assets, batch, config.seed), times, host.token, dropping, config.seed)
     result = finetune(

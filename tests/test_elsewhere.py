@@ -28,7 +28,7 @@ from sparse_context.pipelines.load import load_pipeline
 from sparse_context.pipelines.memory import Peak
 from sparse_context.samples import Sample
 from sparse_context.training.cache import Cache
-from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Ahead
 from sparse_context.training.export import LORA_FILE
 from sparse_context.training.files import alone
@@ -71,8 +71,8 @@ def test_a_run_is_killed_and_goes_on_and_its_result_loads(tmp_path, monkeypatch)
     """Checkpoints, log, pictures, caches, lock and result, with what Linux alone has taken away."""
     host = klein()
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
-    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host._settings}))
-    config = FinetuneConfig(**SMALL | {"max_train_steps": 6, "checkpointing_steps": 1}, ema=0.5, validation_steps=3)
+    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host.settings}))
+    config = TrainConfig(**SMALL | {"max_train_steps": 6, "checkpointing_steps": 1}, ema=0.5, validation_steps=3)
 
     def run(name, kill_at=99):
         def until_killed(number):
@@ -118,7 +118,7 @@ def test_a_run_is_killed_and_goes_on_and_its_result_loads(tmp_path, monkeypatch)
 
 def test_all_weights_are_put_in_place_too(tmp_path, monkeypatch):
     windows(monkeypatch)
-    config = FinetuneConfig(full=True, **SMALL | {"max_train_steps": 1})
+    config = TrainConfig(full=True, **SMALL | {"max_train_steps": 1})
     for _ in range(2):
         made = finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True)
     assert (made / "sparse_context.json").is_file() and not list(tmp_path.glob("*.partial"))
@@ -232,7 +232,7 @@ def test_file_systems_without_modes_are_written_all_the_same(tmp_path, monkeypat
     monkeypatch.setattr(os, "chmod", fails)
     for _ in range(2):
         save_text("x", tmp_path / "a")
-    config = FinetuneConfig(**SMALL | {"max_train_steps": 1})
+    config = TrainConfig(**SMALL | {"max_train_steps": 1})
     assert load_file(finetune(klein(), batches, tmp_path / "run", config, base="tiny", data="x"))
 
 
@@ -253,8 +253,8 @@ def test_no_run_ends_by_a_picture_that_is_open_in_a_viewer(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     host = klein()
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
-    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host._settings}))
-    config = FinetuneConfig(validation_steps=1, **SMALL | {"max_train_steps": 2})
+    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host.settings}))
+    config = TrainConfig(validation_steps=1, **SMALL | {"max_train_steps": 2})
     with pytest.MonkeyPatch.context() as patch:
 
         def viewed(picture, path):

@@ -250,6 +250,7 @@ def extract(folder, request):
 
 def random_pipeline(folder, request):
     from sparse_context.bench.build import build_pipeline
+    from sparse_context.families.flux2.bench import FLUX2
     from sparse_context.families.shape import Shape
 
     encoder = {
@@ -261,7 +262,7 @@ def random_pipeline(folder, request):
         "hidden_size": 4,
         "intermediate_size": 8,
     }
-    build_pipeline(Shape(1, 1, 1, 12, encoder), torch.device("cpu"), torch.float32)
+    build_pipeline(Shape(FLUX2, 1, 1, 1, 12, encoder), torch.device("cpu"), torch.float32)
 
 
 def train_embedded(folder, request):
@@ -477,7 +478,7 @@ def test_a_seed_makes_the_adapter_that_it_always_made():
     from peft import LoraConfig
     from test_finetune import klein
 
-    from sparse_context.training.config import FinetuneConfig
+    from sparse_context.training.config import TrainConfig
     from sparse_context.training.trainable import prepare
 
     host, twin = klein(), klein()
@@ -485,7 +486,7 @@ def test_a_seed_makes_the_adapter_that_it_always_made():
     settings = {"r": 2, "lora_alpha": 2, "init_lora_weights": "gaussian", "target_modules": ["to_q", "to_out.0"]}
     twin.transformer.add_adapter(LoraConfig(**settings))
     with untouched():
-        prepare(host, FinetuneConfig(rank=2, lora_alpha=2, lora_layers=("to_q", "to_out.0"), seed=7))
+        prepare(host, TrainConfig(rank=2, lora_alpha=2, lora_layers=("to_q", "to_out.0"), seed=7))
     wanted = {name: weight for name, weight in twin.transformer.named_parameters() if "lora_A" in name}
     found = dict(host.transformer.named_parameters())
     assert wanted and all(torch.equal(found[name], weight) for name, weight in wanted.items())

@@ -26,20 +26,21 @@ from sparse_context.bench.build import build_pipeline, build_transformer, draw_w
 from sparse_context.bench.calls import bench
 from sparse_context.bench.config import BenchConfig
 from sparse_context.bench.flops import call_flops, forward_flops, passes
-from sparse_context.bench.methods import METHODS, downscaled_grid, make_hosts, merge_tokens, reference_tokens
+from sparse_context.bench.methods import METHODS, downscaled_grid, make_pipes, merge_tokens, reference_tokens
 from sparse_context.bench.report import compare, read_quality, table
-from sparse_context.bench.shapes import KINDS, SHAPES
+from sparse_context.bench.shapes import SHAPES
 from sparse_context.bench.turns import take_turns
 from sparse_context.cli import main
-from sparse_context.families.flux2.bench import shape_of
+from sparse_context.families import FAMILIES
+from sparse_context.families.flux2.bench import FLUX2, shape_of
 from sparse_context.families.shape import Shape, Tokens, with_blocks
 from sparse_context.pipelines.memory import Peak
 from sparse_context.pipelines.timing import timed
 from sparse_context.tokens import ReferenceTokens
 
 CALL = {"prompt": "the cat", "max_sequence_length": 12, "text_encoder_out_layers": [1, 2], "guidance_scale": 1.0}
-SMALL = Shape(2, 5, 20, 24, {}, head_size=128, channels=8)
-OTHERS = ("kontext", "longcat-edit", "qwen-edit", "flux3-klein")
+SMALL = Shape(FLUX2, 2, 5, 20, 24, {}, head_size=128, channels=8)
+OTHERS = ("flux3-klein", "kontext", "longcat-edit", "qwen-edit")
 
 
 def small(name):
@@ -92,7 +93,7 @@ def test_flops_are_those_that_torch_counts(guidance):
 def test_flops_of_every_kind_are_those_that_torch_counts(name, references):
     shape, tokens = small(name), Tokens(5, 7, references)
     transformer = build_transformer(shape, torch.device("cpu"), torch.bfloat16).eval()
-    arguments = KINDS[shape.kind].arguments(transformer, shape, tokens, None)
+    arguments = shape.kind.arguments(transformer, shape, tokens, None)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         (made,) = transformer(**arguments, return_dict=False)
     assert made.shape == (1, 7 if name == "flux3-klein" else 7 + references, 8) and made.isfinite().all()
@@ -171,7 +172,7 @@ def test_the_shapes_have_as_many_parameters_as_the_models(name, billions):
 def test_the_other_shapes_are_diffusers_own_but_for_what_the_table_says(name, own, billions):
     shape = SHAPES[name]
     with torch.device("meta"):
-        transformer = KINDS[shape.kind].build(shape)
+        transformer = shape.kind.build(shape)
     parameters = inspect.signature(type(transformer).__init__).parameters
     defaults = {key: one.default for key, one in parameters.items()}
     assert {key: value for key, value in transformer.config.items() if key in defaults} == {
@@ -180,8 +181,10 @@ def test_the_other_shapes_are_diffusers_own_but_for_what_the_table_says(name, ow
     assert round(sum(p.numel() for p in transformer.parameters()) / 1e9, 2) == billions
 
 
-def test_every_kind_of_transformer_has_a_shape():
-    assert {shape.kind for shape in SHAPES.values()} == KINDS.keys()
+def test_every_family_has_shapes_and_a_kind_of_transformer_is_of_one_family():
+    kinds = {shape.kind.build.__module__.split(".")[-2] for shape in SHAPES.values()}
+    assert kinds == {family.folder for family in FAMILIES.values()}
+    assert len({shape.kind for shape in SHAPES.values()}) == 5
     assert list(SHAPES) == ["klein-4b", "klein-9b", "flux2-dev", *OTHERS]
 
 
@@ -216,19 +219,19 @@ def test_drawn_weights_are_real_and_repeat():
 def test_methods_share_the_weights_and_leave_the_pipeline_alone(pipe):
     before = {k: id(v) for k, v in vars(pipe).items()}
     processors = {k: type(v) for k, v in pipe.transformer.attn_processors.items()}
-    hosts = make_hosts(pipe)
-    assert type(hosts.plain) is Flux2KleinPipeline and type(hosts.kv) is Flux2KleinKVPipeline
-    assert hosts.plain.config.is_distilled
-    assert hosts.plain.transformer is pipe.transformer is not hosts.kv.transformer
-    own, twin = dict(pipe.transformer.named_parameters()), dict(hosts.kv.transformer.named_parameters())
+    pipes = make_pipes(pipe)
+    assert type(pipes.plain) is Flux2KleinPipeline and type(pipes.kv) is Flux2KleinKVPipeline
+    assert pipes.plain.config.is_distilled
+    assert pipes.plain.transformer is pipe.transformer is not pipes.kv.transformer
+    own, twin = dict(pipe.transformer.named_parameters()), dict(pipes.kv.transformer.named_parameters())
     assert own.keys() == twin.keys() and all(own[name] is twin[name] for name in own)
     assert {k: type(v) for k, v in pipe.transformer.attn_processors.items()} == processors
     assert {k: id(v) for k, v in vars(pipe).items()} == before
-    assert make_hosts(tiny.build_flux2(Flux2Pipeline)).kv is None
+    assert make_pipes(tiny.build_flux2(Flux2Pipeline)).kv is None
 
 
 def test_every_method_gives_the_transformer_as_many_tokens_as_it_says(pipe):
-    hosts, references = make_hosts(pipe), [tiny.picture(64, 64), tiny.picture(96, 64, 1)]
+    pipes, references = make_pipes(pipe), [tiny.picture(64, 64), tiny.picture(96, 64, 1)]
     grids, keep, made = [(8, 8), (8, 12)], 0.3, {}
     counted = {
         "dense": 160,
@@ -243,10 +246,10 @@ def test_every_method_gives_the_transformer_as_many_tokens_as_it_says(pipe):
     assert counted.keys() == METHODS.keys()
     for name, method in [*METHODS.items(), *METHODS.items()]:  # in turns: none leaves anything behind
         seen = []
-        hooks = [turns.watch_tokens(h.transformer, seen, 8) for h in (hosts.plain, hosts.kv)]
-        host, given = method.prepare(hosts, references, keep)
+        hooks = [turns.watch_tokens(h.transformer, seen, 8) for h in (pipes.plain, pipes.kv)]
+        host, given = method.prepare(pipes, references, keep)
         generator = torch.Generator().manual_seed(0)
-        call = {k: v for k, v in CALL.items() if k != "guidance_scale" or host is hosts.plain}
+        call = {k: v for k, v in CALL.items() if k != "guidance_scale" or host is pipes.plain}
         out = host(
             image=given or None,
             height=64,
@@ -276,7 +279,7 @@ def test_every_method_gives_the_transformer_as_many_tokens_as_it_says(pipe):
     ).images
     assert torch.equal(made["dense"], plain)
     assert torch.equal(made["sparse"], made["sparse_cached"])
-    assert hosts.cache.hits == 4
+    assert pipes.cache.hits == 4
 
 
 @pytest.mark.parametrize(
@@ -447,7 +450,7 @@ ENCODER = {
 @pytest.mark.parametrize("encoder", [ENCODER, {}])
 def test_a_pipeline_of_a_shape_makes_whole_calls(encoder):
     """With a text encoder, of which klein takes layers 9, 18 and 27, and without, where embeddings are drawn."""
-    shape = Shape(1, 1, 1, 12, encoder, steps=2, guidance=not encoder)
+    shape = Shape(FLUX2, 1, 1, 1, 12, encoder, steps=2, guidance=not encoder)
     pipe = build_pipeline(shape, torch.device("cpu"), torch.float32)
     assert type(pipe) is (Flux2KleinPipeline if encoder else Flux2Pipeline)
     assert (pipe.text_encoder is None) == (not encoder) and pipe.transformer.config.num_single_layers == 1

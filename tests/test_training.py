@@ -863,25 +863,27 @@ import json, sys
 from pathlib import Path
 from tiny import build_flux2, picture
 from diffusers import Flux2KleinPipeline
-from sparse_context.training import finetune as tuning
+from sparse_context.families import find_host
+from sparse_context.training import loss
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
-from sparse_context.training.hosts import find_host
+from sparse_context.training.finetune import finetune
 
 folder, accelerator, ratios = Path(sys.argv[1]), None, []
 if len(sys.argv) > 4:
     from accelerate import Accelerator
     accelerator = Accelerator(cpu=True)
-    keep = tuning.draw_selection
-    tuning.draw_selection = lambda *given: ratios.append((selection := keep(*given)).kept) or selection
-host = find_host(build_flux2(Flux2KleinPipeline, is_distilled=True))
-host._settings = {"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}
+    keep = loss.draw_selection
+    loss.draw_selection = lambda *given: ratios.append((selection := keep(*given)).kept) or selection
+settings = {"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}
+host = find_host(build_flux2(Flux2KleinPipeline, is_distilled=True), settings)
 
 def batches(number):
     return [Example("the cat", (picture(64, 64, number),), picture(64, 64, number + 1), (None,))]
 
-config = tuning.FinetuneConfig(rank=2, lora_alpha=2, max_train_steps=10, checkpointing_steps=3, learning_rate=1e-2,
-                               subsets=2, gradient_accumulation_steps=2, ema=0.9, caption_dropout=0.3)
-tuning.finetune(host, batches, folder, config, base="tiny", data="x", accelerator=accelerator, resume=True, log_every=4)
+config = TrainConfig(rank=2, lora_alpha=2, max_train_steps=10, checkpointing_steps=3, learning_rate=1e-2,
+                     subsets=2, gradient_accumulation_steps=2, ema=0.9, caption_dropout=0.3)
+finetune(host, batches, folder, config, base="tiny", data="x", accelerator=accelerator, resume=True, log_every=4)
 if accelerator is not None:
     trained = sum(p.double().sum().item() for p in host.transformer.parameters() if p.requires_grad)
     record = {"ratios": ratios[:10], "sum": trained}  # the thread that prepares is one ahead

@@ -15,19 +15,20 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sparse_context.families import find_host
 from sparse_context.images import put_in_place
 from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, adapter_record
 from sparse_context.pipelines.load import load_pipeline
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.settings import call_settings
 from sparse_context.training.cache import fingerprint
 from sparse_context.training.checkpoints import has_begun, newest_step, start_from
-from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import MIX, Dropping
 from sparse_context.training.export import EMBEDDED, LORA_FILE, RECORD_FILE
 from sparse_context.training.files import writing
 from sparse_context.training.finetune import finetune
-from sparse_context.training.hosts import find_host
 from sparse_context.training.lora import extract_lora, save_lora
 from sparse_context.training.trainable import prepare
 
@@ -37,7 +38,7 @@ from .loss import TOWARDS_NOISE
 from .run_folder import default_device
 from .scenes import Scene, make_scene
 
-LORA = FinetuneConfig(
+LORA = TrainConfig(
     rank=64,
     lora_alpha=64,
     dropping=Dropping(
@@ -132,7 +133,7 @@ def scene_batches(assets: Assets, batch: int, seed: int):
 
 def train_sparse(
     folder: Path,
-    config: FinetuneConfig = LORA,
+    config: TrainConfig = LORA,
     *,
     name: str = "sparse",
     batch: int = 4,
@@ -160,7 +161,8 @@ def train_sparse(
     if start is not None and accelerator.is_main_process and not has_begun(folder / name):
         start_adapter(folder / name, start, config)
     accelerator.wait_for_everyone()
-    host = find_host(load_pipeline(model, dtype="float32", device=str(device), lora=NO_LORA), config.kv)
+    pipe = load_pipeline(model, dtype="float32", device=str(device), lora=NO_LORA)
+    host = find_host(pipe, call_settings(pipe), config.kv)
     held_out = everything.split("validation")
     result = finetune(
         host,
@@ -182,7 +184,7 @@ def train_sparse(
     return result
 
 
-def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) -> None:
+def start_adapter(folder: Path, adapter: Path, config: TrainConfig = LORA) -> None:
     """Write a LoRA that was shipped as step 0 of the run `folder`, from which `train_sparse` goes on with `config`.
 
     It may be one of another base: what it learned there is nearer than nothing. It is taken at `config.lora_alpha`;
@@ -197,8 +199,8 @@ def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) ->
     if config.full:
         pipe.fuse_lora()
         pipe.unload_lora_weights()
-        return start_from(prepare(find_host(pipe, config.kv), config), folder)
-    trained = prepare(find_host(pipe, config.kv), config)
+        return start_from(prepare(find_host(pipe, call_settings(pipe), config.kv), config), folder)
+    trained = prepare(find_host(pipe, call_settings(pipe), config.kv), config)
     named = {name: "transformer." + name.replace("/", ".").replace(".default", "") for name in trained.state_dict()}
     own = load_file(adapter)
     shapes = {named[name]: tensor.shape for name, tensor in trained.state_dict().items()}
@@ -267,7 +269,7 @@ def choose(
     preservation: float | None = None,
     merge: Sequence[float] | None = None,
     unseen: float | None = None,
-) -> FinetuneConfig:
+) -> TrainConfig:
     """A config from the few settings that the experiments vary; None leaves the recipe's own. rate: times the recipe's
     learning rates, above 0. The warm-up is a tenth of the steps at most."""
     config = {(True, True): FULL_KV, (True, False): FULL, (False, True): KV, (False, False): LORA}[full, kv]

@@ -14,7 +14,6 @@ from .config import BenchConfig
 from .flops import passes
 from .methods import METHODS, reference_tokens
 from .report import compare
-from .shapes import KINDS
 from .turns import take_turns
 
 
@@ -29,7 +28,7 @@ def bench_blocks(
     denoising with as many blocks as the model has, had each the time of these; no such call was made. There is none
     where a model's blocks differ in what they cost. Raises ValueError for a method that the transformer does not have.
     """
-    kind = KINDS[shape.kind]
+    kind = shape.kind
     for method in config.methods or ():
         if METHODS[method].kv and not kind.kv:
             raise ValueError(f"method is {method!r}, and only FLUX.2 reuses keys and values: leave out kv, sparse_kv.")
@@ -83,7 +82,7 @@ def _forward(
     transformer: Any, shape: Shape, tokens: Tokens, mode: str | None, extracted: dict[Tokens, Any]
 ) -> Callable[[], float]:
     """A function that runs one forward and gives its seconds. "extract" leaves in `extracted` what "cached" takes."""
-    arguments, device = KINDS[shape.kind].arguments, transformer.device
+    arguments, device = shape.kind.arguments, transformer.device
 
     @torch.no_grad()
     def run() -> float:

@@ -15,7 +15,7 @@ from ..pipelines.settings import call_settings, reference_sides
 from ..pipelines.timing import Times, now, timed
 from ..preview import fit_reference
 from .config import BenchConfig
-from .methods import METHODS, Hosts, make_hosts
+from .methods import METHODS, Pipes, make_pipes
 from .report import REPORTED, TIMED, compare
 from .turns import take_turns, watch_tokens
 
@@ -37,9 +37,9 @@ def bench(pipe: Any, pictures: Sequence[Image.Image], prompt: str, config: Bench
     for size in sizes:
         if size % token:
             raise ValueError(f"size is {size}: this model makes multiples of {token}.")
-    hosts = make_hosts(pipe)
-    methods = config.methods or [m for m in METHODS if hosts.kv is not None or not METHODS[m].kv]
-    if hosts.kv is None and any(METHODS[method].kv for method in methods):
+    pipes = make_pipes(pipe)
+    methods = config.methods or [m for m in METHODS if pipes.kv is not None or not METHODS[m].kv]
+    if pipes.kv is None and any(METHODS[method].kv for method in methods):
         raise ValueError(f"{type(pipe).__name__} has no pipeline that reuses keys and values: leave out kv, sparse_kv.")
     arguments = _arguments(pipe, settings, prompt, config.steps)
     steps = arguments["num_inference_steps"]
@@ -63,12 +63,12 @@ def bench(pipe: Any, pictures: Sequence[Image.Image], prompt: str, config: Bench
             def run(first: bool, row=row, references=references, call=call) -> Times:
                 given = METHODS[row["method"]].prepare, references, 0.0 if row["keep"] is None else row["keep"]
                 if not first:
-                    return _call(hosts, *given, call)
+                    return _call(pipes, *given, call)
                 row["memory"] = {}
                 seen: list[Tokens] = []
-                watched = [watch_tokens(host.transformer, seen, row["size"] // token) for host in _hosts(hosts)]
+                watched = [watch_tokens(each.transformer, seen, row["size"] // token) for each in pipes.all()]
                 try:
-                    times = _call(hosts, *given, call, row["memory"])
+                    times = _call(pipes, *given, call, row["memory"])
                 finally:
                     for hook in watched:
                         hook.remove()
@@ -84,10 +84,6 @@ def bench(pipe: Any, pictures: Sequence[Image.Image], prompt: str, config: Bench
     return {"turns": len(turns[0]), "steps": steps, "rows": compare(rows, shape)}
 
 
-def _hosts(hosts: Hosts) -> list[Any]:
-    return [host for host in (hosts.plain, hosts.kv) if host is not None]
-
-
 def _arguments(pipe: Any, settings: dict, prompt: str, steps: int | None) -> dict[str, Any]:
     """What every call is given, whatever the method."""
     arguments = settings | {"num_inference_steps": steps or settings.get("num_inference_steps") or 28}
@@ -101,12 +97,12 @@ def _arguments(pipe: Any, settings: dict, prompt: str, steps: int | None) -> dic
 
 
 def _call(
-    hosts: Hosts, prepare: Callable, references: list, keep: float, call: dict, peaks: dict | None = None
+    pipes: Pipes, prepare: Callable, references: list, keep: float, call: dict, peaks: dict | None = None
 ) -> Times:
     """Time one call, with what the method does before it."""
-    device = hosts.plain._execution_device
+    device = pipes.plain._execution_device
     start = now(device)
-    pipe, given = prepare(hosts, references, keep)
+    pipe, given = prepare(pipes, references, keep)
     prepared = now(device) - start
     taken = inspect.signature(type(pipe).__call__).parameters
     arguments = {name: value for name, value in call.items() if name in taken}

@@ -53,7 +53,7 @@ def run_bench(
     if plot_to is not None:
         check_matplotlib()
     shape = None if random_weights is None else find_shape(random_weights)
-    if shape is not None and blocks is None and shape.kind != "flux2":
+    if shape is not None and blocks is None and not shape.kind.whole:
         raise ValueError(f"random-weights is {random_weights!r}, of which only blocks can be timed: pass --blocks N.")
     where, start = find_device(device), time.perf_counter()
     kind = DTYPES.get(dtype, torch.bfloat16)

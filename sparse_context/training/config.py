@@ -9,7 +9,7 @@ from .schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class TrainConfig:
     """How to fine-tune. Raises ValueError that names the field and its value.
 
     What is trained: a LoRA of `rank` and `lora_alpha` on `lora_layers` (module names or their endings; None: the host's

@@ -15,7 +15,7 @@ from ..families.host import Host
 from ..images import follow_folder, put_in_place, save_text
 from ..pipelines.embedded import WEIGHTS, read_call_settings
 from .checkpoints import remove
-from .config import FinetuneConfig
+from .config import TrainConfig
 from .files import not_written
 from .lora import save_lora
 
@@ -36,7 +36,7 @@ def _as_text(host: Host) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if encoder == weight.dtype else torch.autocast(weight.device.type, encoder)
 
 
-def save_result(host: Host, result: Path, record: Mapping[str, Any], config: FinetuneConfig) -> None:
+def save_result(host: Host, result: Path, record: Mapping[str, Any], config: TrainConfig) -> None:
     """Write what was trained to `result`, whole or not at all, and a model card beside it."""
     transformer: Any = host.transformer
     partial = result.parent / "result.partial"

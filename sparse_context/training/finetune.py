@@ -24,7 +24,7 @@ from ..families.host import Host
 from ..images import save_picture, save_text
 from .cache import Cache, fingerprint
 from .checkpoints import newest_step
-from .config import FinetuneConfig
+from .config import TrainConfig
 from .data import Example
 from .export import LORA_FILE, _as_text, save_result
 from .loop import train
@@ -38,7 +38,7 @@ def finetune(
     host: Host,
     batches: Callable[[int], list[Example]],
     output: Path,
-    config: FinetuneConfig,
+    config: TrainConfig,
     *,
     base: str,
     data: str,

@@ -13,19 +13,19 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from ..families import find_host
 from ..pipelines.load import load_pipeline
 from ..pipelines.lora_file import NO_LORA
 from ..pipelines.settings import call_settings, most_references
 from ..samples import check_pictures, needs_datasets, read_samples
 from .cache import Cache
 from .checkpoints import has_begun
-from .config import FinetuneConfig
+from .config import TrainConfig
 from .data import Batches, check_workers, open_example
 from .dropping import Dropping
 from .export import EMBEDDED
 from .files import alone
 from .finetune import finetune
-from .hosts import find_host
 from .run_folder import check_folder
 
 
@@ -55,10 +55,10 @@ def launch(
     """Load, train, write. Returns the path of the result, on the main process; None on the others.
 
     source: keywords of `manifest.read_samples`, for `validation_data` too, but for its split where `validation_split`
-    names one. settings: fields of `FinetuneConfig`. Everything that can be wrong with the options is found before a
+    names one. settings: fields of `TrainConfig`. Everything that can be wrong with the options is found before a
     model is loaded. Raises ValueError and OSError in one sentence.
     """
-    config = FinetuneConfig(dropping=dropping, **settings)
+    config = TrainConfig(dropping=dropping, **settings)
     if resume not in (None, "latest"):
         raise ValueError(f"resume is {resume!r}: pass latest, or leave it out to start anew.")
     if mixed_precision not in (None, "no", "bf16"):
@@ -130,7 +130,7 @@ def launch(
             if accelerator.is_main_process and resume and not has_begun(output):
                 print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
             pipe = load_pipeline(model, dtype=dtype, device=str(accelerator.device), lora=NO_LORA)
-            host = find_host(pipe, config.kv)
+            host = find_host(pipe, call_settings(pipe), config.kv)
             if accelerator.is_main_process and config.kv and not getattr(pipe.config, "is_distilled", True):
                 print(
                     f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "

@@ -13,7 +13,7 @@ from ..tokens import ReferenceTokens
 from .attention import MatmulAttention
 from .batch import Encoded, Prepared, encode, prepare_batch
 from .cache import Cache
-from .config import FinetuneConfig
+from .config import TrainConfig
 from .data import Ahead, Example
 from .dropping import draw_selection
 
@@ -101,7 +101,7 @@ Subset = tuple[np.ndarray, np.ndarray | None]  # kept tokens: `index` and `into`
 def make_loss(
     host: Host,
     batches: Callable[[int], list[Example]],
-    config: FinetuneConfig,
+    config: TrainConfig,
     *,
     rank: int = 0,
     ranks: int = 1,

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .checkpoints import check_names, has_begun, newest_step
-from .config import FinetuneConfig
+from .config import TrainConfig
 from .export import LORA_FILE
 from .schedules import SCHEDULES
 
@@ -84,7 +84,7 @@ def _check_same(output: Path, record: dict, resume: bool) -> None:
     before = read_record(output)
     if not all(isinstance(before.get(name), kind) for name, kind in ALWAYS.items()):
         raise ValueError(f"{output / 'config.json'} is no record of a run: put the run's own back, or begin anew.")
-    defaults = json.loads(json.dumps(asdict(FinetuneConfig())))  # of a run begun before a setting was there
+    defaults = json.loads(json.dumps(asdict(TrainConfig())))  # of a run begun before a setting was there
     before = {name: before.get(name, defaults.get(name, record[name])) for name in record}
     before["dropping"] = defaults["dropping"] | before["dropping"]
     changed = [name for name in record if name not in FREE and record[name] != before[name]]

@@ -11,7 +11,7 @@ from ..families.host import Host
 from ..pipelines.engine import generate
 from ..preview import column, label, side_by_side
 from ..sparsify import remove_sparse_context
-from .config import FinetuneConfig
+from .config import TrainConfig
 from .data import Example
 
 
@@ -28,7 +28,7 @@ SHEET_SIDE = 16_383
 """Pixels that a side of a validation picture may have, in webp. A larger one is scaled down, for no run ends by it."""
 
 
-def draw_validation(host: Host, examples: Sequence[Example], config: FinetuneConfig) -> Image.Image:
+def draw_validation(host: Host, examples: Sequence[Example], config: TrainConfig) -> Image.Image:
     """For each example one row: its references, the truth, the dense and the sparse output, from the same noise."""
     rows = []
     pipe = host.pipe
