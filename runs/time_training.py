@@ -29,7 +29,7 @@ from sparse_context.pipelines.settings import call_settings
 from sparse_context.result import write_result
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import Dropping
-from sparse_context.training.loss import make_loss
+from sparse_context.training.loss import FlowMatching
 from sparse_context.training.trainable import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,9 @@ def main() -> None:
 
     config = replace(LORA, subsets=1, distillation=0.0, preservation=0.0)  # a step without a teacher
     losses = {
-        name: make_loss(host, lambda number: [example] * BATCH, replace(config, dropping=dropping), autocast=autocast)
+        name: FlowMatching(
+            host, lambda number: [example] * BATCH, replace(config, dropping=dropping), autocast=autocast
+        )
         for name, dropping in KINDS.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in KINDS}

@@ -31,11 +31,11 @@ from sparse_context.pipelines.load import load_pipeline
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_settings
 from sparse_context.tokens import ReferenceTokens
+from sparse_context.training.card import EMBEDDED
 from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import Dropping
-from sparse_context.training.export import EMBEDDED
-from sparse_context.training.finetune import finetune
+from sparse_context.training.finetune import Run, finetune
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,13 +117,15 @@ def main() -> None:
     result = finetune(
         host,
         batches,
-        arguments.checkpoints / arguments.method,
+        Run(
+            arguments.checkpoints / arguments.method,
+            EMBEDDED,
+            f"scenes, {arguments.method}",
+            {"batch": batch},
+            resume=True,
+        ),
         config,
-        base=EMBEDDED,
-        data=f"scenes, {arguments.method}",
         accelerator=Accelerator(mixed_precision="bf16", cpu=True),
-        resume=True,
-        batch=batch,
     )
     print(f"wrote {result}")
 

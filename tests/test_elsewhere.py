@@ -28,11 +28,11 @@ from sparse_context.pipelines.load import load_pipeline
 from sparse_context.pipelines.memory import Peak
 from sparse_context.samples import Sample
 from sparse_context.training.cache import Cache
+from sparse_context.training.card import LORA_FILE
 from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Ahead
-from sparse_context.training.export import LORA_FILE
 from sparse_context.training.files import alone
-from sparse_context.training.finetune import finetune
+from sparse_context.training.finetune import Run, Watch, finetune
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="stands for other systems on Linux")
 PACKAGE = Path(__file__).parents[1] / "sparse_context"
@@ -90,14 +90,9 @@ def test_a_run_is_killed_and_goes_on_and_its_result_loads(tmp_path, monkeypatch)
             return finetune(
                 fresh,
                 until_killed,
-                tmp_path / name,
+                Run(tmp_path / name, "tiny", "x", {**caches}, resume=True),
                 config,
-                base="tiny",
-                data="x",
-                resume=True,
-                validation=[example()],
-                log_every=4,
-                **caches,
+                watch=Watch(validation=[example()], log_every=4),
             )
 
     whole = run("whole")
@@ -120,7 +115,7 @@ def test_all_weights_are_put_in_place_too(tmp_path, monkeypatch):
     windows(monkeypatch)
     config = TrainConfig(full=True, **SMALL | {"max_train_steps": 1})
     for _ in range(2):
-        made = finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True)
+        made = finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), config)
     assert (made / "sparse_context.json").is_file() and not list(tmp_path.glob("*.partial"))
 
 
@@ -233,7 +228,7 @@ def test_file_systems_without_modes_are_written_all_the_same(tmp_path, monkeypat
     for _ in range(2):
         save_text("x", tmp_path / "a")
     config = TrainConfig(**SMALL | {"max_train_steps": 1})
-    assert load_file(finetune(klein(), batches, tmp_path / "run", config, base="tiny", data="x"))
+    assert load_file(finetune(klein(), batches, Run(tmp_path / "run", "tiny", "x"), config))
 
 
 def test_a_program_without_a_standard_error_reads_tiffs(tmp_path, monkeypatch):
@@ -263,7 +258,7 @@ def test_no_run_ends_by_a_picture_that_is_open_in_a_viewer(tmp_path, capsys):
             raise ValueError(f"{path} could not be written; close what has it open")
 
         patch.setattr("sparse_context.training.finetune.save_picture", viewed)
-        made = finetune(host, batches, tmp_path / "run", config, base="tiny", data="x", validation=[example()])
+        made = finetune(host, batches, Run(tmp_path / "run", "tiny", "x"), config, watch=Watch(validation=[example()]))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("No validation pictures at step")]
     assert made == tmp_path / "run" / LORA_FILE and len(said) == 2
 

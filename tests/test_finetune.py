@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,16 +25,16 @@ from sparse_context.images import open_picture
 from sparse_context.samples import ManifestError, read_samples
 from sparse_context.sparsify import apply_sparse_context, last_selection
 from sparse_context.tokens import ReferenceTokens
-from sparse_context.training.batch import encode, prepare_batch
+from sparse_context.training.batch import Encoding, encode, prepare_batch
 from sparse_context.training.cache import Cache
+from sparse_context.training.card import EMBEDDED, LORA_FILE, model_card
 from sparse_context.training.checkpoints import start_from
 from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Ahead, Batches, Example, alike, open_example
 from sparse_context.training.dropping import Dropping, draw_selection
-from sparse_context.training.export import EMBEDDED, LORA_FILE, model_card
-from sparse_context.training.finetune import finetune
+from sparse_context.training.finetune import Run, Watch, finetune
 from sparse_context.training.lora import extract_lora, save_lora
-from sparse_context.training.loss import flow_matching_loss, make_loss, noise_levels, without_adapter
+from sparse_context.training.loss import FlowMatching, flow_matching_loss, noise_levels, without_adapter
 from sparse_context.training.trainable import Trainable, prepare
 from sparse_context.training.validation import draw_validation
 
@@ -228,7 +229,7 @@ def test_caption_dropout_empties_that_share():
     host.encode_text = lambda prompts, pictures: (seen.extend(prompts), encode_text(prompts, pictures))[1]
     config = TrainConfig(caption_dropout=0.3, **SMALL)
     prepare(host, config)
-    loss = make_loss(host, batches, config)
+    loss = FlowMatching(host, batches, config)
     with torch.no_grad():
         for number in range(60):
             loss(number)
@@ -246,7 +247,7 @@ def test_the_subsets_of_a_batch_differ_in_their_tokens_alone_and_encoders_and_te
         calls.append(("teacher" if teacher else "student", noisy.latents, sigma, references.latents)),
         velocity(noisy, sigma, text, references, teacher),
     )[1]
-    loss = make_loss(host, batches, config)
+    loss = FlowMatching(host, batches, config)
     values = [loss(number).item() for number in range(6)]
     assert [call if call == "text" else call[0] for call in calls] == ["text", "teacher", *["student"] * 3] * 2
     (_, noisy, sigma, _), *students = calls[1:5]
@@ -254,8 +255,8 @@ def test_the_subsets_of_a_batch_differ_in_their_tokens_alone_and_encoders_and_te
     assert len({call[3].numpy().tobytes() for call in students}) == 3
     assert len(set(values)) == 6
     assert loss(4).item() == values[4]
-    assert make_loss(host, batches, config)(5).item() == values[5]  # resumed in the middle of a batch
-    once = make_loss(host, batches, replace(config, subsets=1))
+    assert FlowMatching(host, batches, config)(5).item() == values[5]  # resumed in the middle of a batch
+    once = FlowMatching(host, batches, replace(config, subsets=1))
     assert [once(number).item() for number in (0, 1)] == [values[0], values[3]]
     pictures = prepare_batch(host, batches(0), ["x", "x"])
     first = draw_selection(config.dropping, pictures.pictures, pictures.grids(host.token), [config.seed, 3, 0, 0])
@@ -270,7 +271,7 @@ def test_the_loss_of_a_run_is_that_of_its_settings():
     randomise(host.transformer)
 
     def loss(**changes):
-        return make_loss(host, lambda number: shown, replace(config, **changes))(0).item()
+        return FlowMatching(host, lambda number: shown, replace(config, **changes))(0).item()
 
     half, unseen = loss(distillation=0.5), loss(unseen=0.5)
     assert len({loss(), half, unseen}) == 3 and loss(focus=2.0) == pytest.approx(loss(), rel=1e-5)
@@ -283,19 +284,12 @@ def test_the_loss_of_a_run_is_that_of_its_settings():
 def test_a_step_takes_all_subsets_of_its_batches(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "sparse_context.training.finetune.make_loss",
+        "sparse_context.training.finetune.FlowMatching",
         lambda *given, **settings: lambda number: (seen.append(number), loss())[1],
     )
     host = klein()
     loss = lambda: next(p for p in host.transformer.parameters() if p.requires_grad).sum()  # noqa: E731
-    finetune(
-        host,
-        batches,
-        tmp_path,
-        TrainConfig(subsets=3, gradient_accumulation_steps=2, **SMALL),
-        base="tiny",
-        data="x",
-    )
+    finetune(host, batches, Run(tmp_path, "tiny", "x"), TrainConfig(subsets=3, gradient_accumulation_steps=2, **SMALL))
     assert seen == list(range(3 * 2 * 3))
 
 
@@ -305,7 +299,8 @@ def test_processes_and_steps_draw_differently_and_equal_ones_alike():
         host = klein()
         config = TrainConfig(**SMALL)
         prepare(host, config)
-        loss = make_loss(host, lambda number: batches(0), config, rank=rank, ranks=2)
+        processes = SimpleNamespace(rank=rank, count=2)
+        loss = FlowMatching(host, lambda number: batches(0), config, processes=processes)
         losses[rank] = [loss(number).item() for number in (0, 1, 0)]
     assert losses[0][0] == losses[0][2] and losses[1][0] == losses[1][2]
     assert len({losses[0][0], losses[0][1], losses[1][0], losses[1][1]}) == 4
@@ -395,7 +390,7 @@ def test_a_lora_of_a_run_gives_equal_outputs_in_plain_diffusers(kv, tmp_path):
     """For KV mode in the pipeline that has it, dense and with dropped tokens."""
     host = klein(kv)
     config = TrainConfig(kv=kv, **SMALL | {"lora_alpha": 6})
-    result = finetune(host, batches, tmp_path / "run", config, base="tiny", data="pictures")
+    result = finetune(host, batches, Run(tmp_path / "run", "tiny", "pictures"), config)
     references = [picture(64, 64), picture(96, 64)]
     host.transformer.eval()
     if kv:
@@ -450,7 +445,7 @@ def test_a_disk_that_fills_up_at_the_result_leaves_none_and_the_run_ends_later(f
     fills_up(*((host.transformer, "save_pretrained") if full else (host.pipe, "save_lora_weights")))
     config = TrainConfig(full=full, **SMALL)
     with pytest.raises(OSError, match="could not be written .*: free some space and resume"):
-        finetune(host, batches, tmp_path, config, base="tiny", data="x")
+        finetune(host, batches, Run(tmp_path, "tiny", "x"), config)
     name = "transformer" if full else LORA_FILE
     assert not (tmp_path / name).exists() and not list(tmp_path.glob("*.partial"))
     assert (tmp_path / "step-0000003").is_dir()
@@ -458,8 +453,8 @@ def test_a_disk_that_fills_up_at_the_result_leaves_none_and_the_run_ends_later(f
     def never(number):
         raise AssertionError(f"batch {number} was taken again")
 
-    result = finetune(klein(), never, tmp_path, config, base="tiny", data="x", resume=True)
-    whole = finetune(klein(), batches, tmp_path / "whole", config, base="tiny", data="x")
+    result = finetune(klein(), never, Run(tmp_path, "tiny", "x", resume=True), config)
+    whole = finetune(klein(), batches, Run(tmp_path / "whole", "tiny", "x"), config)
     files = (result, whole) if not full else (next(each.glob("*.safetensors")) for each in (result, whole))
     one, other = map(load_file, files)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -467,7 +462,7 @@ def test_a_disk_that_fills_up_at_the_result_leaves_none_and_the_run_ends_later(f
 
 def test_all_weights_have_their_record_beside_them(tmp_path):
     config = TrainConfig(full=True, **SMALL | {"max_train_steps": 1})
-    result = finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    result = finetune(klein(), batches, Run(tmp_path, "tiny", "x"), config)
     record = json.loads((result / "sparse_context.json").read_text())
     assert (record["base"], record["steps"], record["kv"]) == ("tiny", 1, False)
     assert record["base_weights"] == json.loads((tmp_path / "config.json").read_text())["base_weights"]
@@ -476,7 +471,7 @@ def test_all_weights_have_their_record_beside_them(tmp_path):
 def test_all_weights_are_trained_and_loaded_back(tmp_path):
     host = klein()
     before = {name: p.clone() for name, p in host.transformer.named_parameters()}
-    result = finetune(host, batches, tmp_path, TrainConfig(full=True, ema=0.5, **SMALL), base="tiny", data="x")
+    result = finetune(host, batches, Run(tmp_path, "tiny", "x"), TrainConfig(full=True, ema=0.5, **SMALL))
     saved = type(host.transformer).from_pretrained(result)
     average = load_file(tmp_path / "step-0000003" / "average.safetensors")
     for name, p in saved.named_parameters():
@@ -521,7 +516,7 @@ def test_muon_takes_the_matrices_of_the_blocks(tmp_path):
     host = klein()
     before = {name: p.clone() for name, p in host.transformer.named_parameters()}
     config = TrainConfig(full=True, muon_learning_rate=1e-3, **SMALL | {"learning_rate": 1e-30})
-    finetune(host, batches, tmp_path, config, base="tiny", data="x")
+    finetune(host, batches, Run(tmp_path, "tiny", "x"), config)
     moved = {name for name, p in host.transformer.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in before.items() if p.ndim == 2 and "transformer_blocks." in name}
 
@@ -529,7 +524,7 @@ def test_muon_takes_the_matrices_of_the_blocks(tmp_path):
 def test_muon_trains_a_lora_too(tmp_path):
     host = klein()
     config = TrainConfig(muon_learning_rate=1e-3, **SMALL)
-    lora = load_file(finetune(host, batches, tmp_path, config, base="tiny", data="x"))
+    lora = load_file(finetune(host, batches, Run(tmp_path, "tiny", "x"), config))
     assert all(tensor.isfinite().all() for tensor in lora.values())
     assert any(tensor.any() for name, tensor in lora.items() if "lora_B" in name)  # which begin at 0
 
@@ -544,13 +539,13 @@ def test_the_rest_decays_as_asked_beside_muon(tmp_path):
         adam_weight_decay=0.5,
         **SMALL | {"learning_rate": 0.1, "max_train_steps": 1, "lr_warmup_steps": 0},
     )
-    finetune(host, batches, tmp_path, config, base="tiny", data="x")
+    finetune(host, batches, Run(tmp_path, "tiny", "x"), config)
     assert torch.allclose(host.transformer.proj_out.weight, before * (1 - 0.1 * 0.5))
 
 
 def test_checkpoints_hold_the_adapter_and_not_its_base(tmp_path):
     host = klein()
-    finetune(host, batches, tmp_path, TrainConfig(**SMALL), base="tiny", data="x")
+    finetune(host, batches, Run(tmp_path, "tiny", "x"), TrainConfig(**SMALL))
     weights = load_file(tmp_path / "step-0000003" / "weights.safetensors")
     assert weights and all("lora_" in name for name in weights)
 
@@ -559,7 +554,7 @@ def test_training_lowers_the_loss():
     host = klein()
     config = TrainConfig(**SMALL)
     trained = prepare(host, config)
-    loss = make_loss(host, lambda number: batches(0), config)
+    loss = FlowMatching(host, lambda number: batches(0), config)
     optimiser = torch.optim.AdamW(trained.parameters(), lr=1e-2)
     values = []
     for _ in range(12):
@@ -576,7 +571,7 @@ def test_training_lowers_the_loss():
 
 def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
     config = TrainConfig(**SMALL | {"max_train_steps": 4, "checkpointing_steps": 1, "ema": 0.5})
-    whole = finetune(klein(), batches, tmp_path / "whole", config, base="tiny", data="x")
+    whole = finetune(klein(), batches, Run(tmp_path / "whole", "tiny", "x"), config)
 
     def killed(number):
         if number >= 3:
@@ -584,7 +579,7 @@ def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
         return batches(number)
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(klein(), killed, tmp_path / "cut", config, base="tiny", data="x")
+        finetune(klein(), killed, Run(tmp_path / "cut", "tiny", "x"), config)
     for resume, changes, message in (
         (False, {}, "holds a run at step 3: continue it with --resume latest"),
         (True, {"seed": 1}, "seed was 0 and is now 1"),
@@ -593,19 +588,19 @@ def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
     ):
         other = TrainConfig(**SMALL | {"max_train_steps": 4, "checkpointing_steps": 1, "ema": 0.5} | changes)
         with pytest.raises(ValueError, match=message):
-            finetune(klein(), batches, tmp_path / "cut", other, base="tiny", data="x", resume=resume)
+            finetune(klein(), batches, Run(tmp_path / "cut", "tiny", "x", resume=resume), other)
     other_base = klein()
     with torch.no_grad():
         other_base.transformer.proj_out.weight.mul_(2)
     with pytest.raises(ValueError, match="base_weights was '[0-9a-f]{16}' and is now"):
-        finetune(other_base, batches, tmp_path / "cut", config, base="tiny", data="x", resume=True)
+        finetune(other_base, batches, Run(tmp_path / "cut", "tiny", "x", resume=True), config)
     with pytest.raises(ValueError, match="samples was 2 and is now 3"):
         record = json.loads((tmp_path / "cut" / "config.json").read_text())
         (tmp_path / "cut" / "config.json").write_text(json.dumps({**record, "samples": 2}))
-        finetune(klein(), batches, tmp_path / "cut", config, base="tiny", data="x", resume=True, samples=3)
+        finetune(klein(), batches, Run(tmp_path / "cut", "tiny", "x", {"samples": 3}, resume=True), config)
     del record["preservation"], record["dropping"]["merge"]  # as of a run begun before these were there
     (tmp_path / "cut" / "config.json").write_text(json.dumps(record))
-    cut = finetune(klein(), batches, tmp_path / "cut", config, base="tiny", data="x", resume=True)
+    cut = finetune(klein(), batches, Run(tmp_path / "cut", "tiny", "x", resume=True), config)
     one, other = load_file(whole), load_file(cut)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -623,32 +618,32 @@ LOST = {
 @pytest.mark.parametrize("lost", LOST)
 def test_without_its_settings_no_run_goes_on(lost, tmp_path):
     config = TrainConfig(**SMALL | {"max_train_steps": 1})
-    finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    finetune(klein(), batches, Run(tmp_path, "tiny", "x"), config)
     data, message = LOST[lost]
     (tmp_path / "config.json").unlink()
     if data is not None:
         (tmp_path / "config.json").write_bytes(data if isinstance(data, bytes) else data.encode())
     longer = TrainConfig(**SMALL | {"max_train_steps": 2})
     with pytest.raises(ValueError, match=message):
-        finetune(klein(), batches, tmp_path, longer, base="tiny", data="x", resume=True)
+        finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), longer)
     assert not (tmp_path / "step-0000002").exists()
 
 
 @pytest.mark.parametrize("name", ["base_weights", "data", "processes", "mixed_precision", "dropping"])
 def test_a_record_that_lacks_what_each_has_is_none(name, tmp_path):
     config = TrainConfig(**SMALL | {"max_train_steps": 1})
-    finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    finetune(klein(), batches, Run(tmp_path, "tiny", "x"), config)
     record = json.loads((tmp_path / "config.json").read_text())
     del record[name]
     (tmp_path / "config.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="config.json is no record of a run"):
-        finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True)
+        finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), config)
 
 
 def test_a_start_that_was_written_has_no_settings_yet(tmp_path):
     config = TrainConfig(**SMALL | {"max_train_steps": 1})
     start_from(prepare(klein(), config), tmp_path)
-    assert finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True).is_file()
+    assert finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), config).is_file()
 
 
 def test_two_results_of_one_training_are_equal_to_the_byte(tmp_path):
@@ -656,8 +651,9 @@ def test_two_results_of_one_training_are_equal_to_the_byte(tmp_path):
     script = """
 import sys
 from pathlib import Path
-from test_finetune import TrainConfig, SMALL, batches, finetune, klein
-finetune(klein(), batches, Path(sys.argv[1]), TrainConfig(**SMALL), base="tiny", data="x")
+from types import SimpleNamespace
+from test_finetune import Run, TrainConfig, SMALL, batches, finetune, klein
+finetune(klein(), batches, Run(Path(sys.argv[1]), "tiny", "x"), TrainConfig(**SMALL))
 """
     results = []
     for seed in "012":
@@ -689,7 +685,7 @@ def test_a_written_lora_is_what_was_to_be_written(tmp_path):
 @pytest.mark.parametrize("full", [False, True])
 def test_what_is_in_the_way_of_the_result_is_told(full, tmp_path):
     config = TrainConfig(full=full, **SMALL | {"max_train_steps": 1})
-    finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    finetune(klein(), batches, Run(tmp_path, "tiny", "x"), config)
     result = tmp_path / ("transformer" if full else LORA_FILE)
     shutil.rmtree(result) if full else result.unlink()
     (tmp_path / "result.partial").touch()  # what is left of a run, which is in nobody's way
@@ -700,7 +696,7 @@ def test_what_is_in_the_way_of_the_result_is_told(full, tmp_path):
         folder = name in ("transformer", "validation")
         (tmp_path / name).touch() if folder else (tmp_path / name).mkdir()
         with pytest.raises(ValueError, match=f"{name} is no {'folder' if folder else 'file'}, .*: move it away"):
-            finetune(None, None, tmp_path, config, base="tiny", data="x", resume=True)
+            finetune(None, None, Run(tmp_path, "tiny", "x", resume=True), config)
         (tmp_path / name).unlink() if folder else (tmp_path / name).rmdir()
         if kept.exists():
             kept.rename(tmp_path / name)
@@ -712,18 +708,18 @@ def test_what_is_in_the_way_of_the_result_is_told(full, tmp_path):
                 (result / "mine").mkdir(parents=True)
                 return {}
 
-            patch.setattr("sparse_context.training.finetune.training_record", meanwhile)
+            patch.setattr("sparse_context.training.export.training_record", meanwhile)
             with pytest.raises(OSError, match="could not be written .*: move what has its name away and resume"):
-                finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True)
+                finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), config)
         shutil.rmtree(result)
-    assert finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True) == result
+    assert finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), config) == result
 
 
 def test_a_warm_up_may_change_once_it_is_over(tmp_path):
     def run(steps, warmup, resume=True):
         changes = {"max_train_steps": steps, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": warmup}
         config = TrainConfig(**SMALL | {"checkpointing_steps": 1} | changes)
-        return finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=resume)
+        return finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=resume), config)
 
     run(2, 1, resume=False)
     with pytest.raises(ValueError, match="lr_warmup_steps was 1 and is now 5"):
@@ -733,18 +729,16 @@ def test_a_warm_up_may_change_once_it_is_over(tmp_path):
 
 def test_validation_draws_dense_beside_sparse_and_leaves_the_training_alone(tmp_path):
     config = {**SMALL, "max_train_steps": 3}
-    plain = finetune(klein(), batches, tmp_path / "plain", TrainConfig(**config), base="tiny", data="x")
+    plain = finetune(klein(), batches, Run(tmp_path / "plain", "tiny", "x"), TrainConfig(**config))
     host = klein()
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
     (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 2, **host.settings}))
     shown = finetune(
         host,
         batches,
-        tmp_path / "shown",
+        Run(tmp_path / "shown", "tiny", "x"),
         TrainConfig(**config, validation_steps=2),
-        base="tiny",
-        data="x",
-        validation=[example()],
+        watch=Watch(validation=[example()]),
     )
     sheets = sorted((tmp_path / "shown" / "validation").iterdir())
     assert [s.name for s in sheets] == ["step-0000002.webp", "step-0000003.webp"]  # and after the last
@@ -761,7 +755,7 @@ def test_validation_runs_with_float32_weights_beside_a_narrow_text_encoder(tmp_p
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
     (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host.settings}))
     config = TrainConfig(full=True, validation_steps=1, **SMALL | {"max_train_steps": 1})
-    finetune(host, batches, tmp_path / "run", config, base="tiny", data="x", validation=[example()])
+    finetune(host, batches, Run(tmp_path / "run", "tiny", "x"), config, watch=Watch(validation=[example()]))
     assert (tmp_path / "run" / "validation" / "step-0000001.webp").is_file()
 
 
@@ -770,7 +764,7 @@ def test_no_run_ends_by_its_validation_pictures(tmp_path, capsys):
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
     (tmp_path / "call.json").write_text(json.dumps({"max_references": 1, **host.settings}))
     config = TrainConfig(validation_steps=1, **SMALL | {"max_train_steps": 2})
-    result = finetune(host, batches, tmp_path / "run", config, base="tiny", data="x", validation=[example()])
+    result = finetune(host, batches, Run(tmp_path / "run", "tiny", "x"), config, watch=Watch(validation=[example()]))
     assert result.is_file() and not list((tmp_path / "run").glob("validation/*"))
     said = [line for line in capsys.readouterr().out.splitlines() if line]
     assert [line.split(":")[0] for line in said] == [f"No validation pictures at step {step}" for step in (1, 2)]
@@ -796,7 +790,7 @@ def test_a_folder_with_files_of_somebody_else_is_left_alone(tmp_path, name, text
     file.parent.mkdir(exist_ok=True)
     file.write_text(text)
     with pytest.raises(ValueError, match=f"holds {name.split('/')[0]} and no checkpoint|config.json cannot be read"):
-        finetune(klein(), batches, tmp_path, TrainConfig(**SMALL), base="tiny", data="x", resume=resume)
+        finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=resume), TrainConfig(**SMALL))
     assert file.read_text() == text and len(list(tmp_path.iterdir())) == 1
 
 
@@ -972,7 +966,7 @@ def test_losses_are_the_same_whoever_prepares():
     host = klein()
     config = TrainConfig(**SMALL)
     prepare(host, config)
-    by_processes, by_a_thread = (make_loss(host, batches, config, workers=workers) for workers in (2, 0))
+    by_processes, by_a_thread = (FlowMatching(host, batches, config, encoding=Encoding(workers)) for workers in (2, 0))
     assert [by_processes(n).item() for n in (4, 5)] == [by_a_thread(n).item() for n in (4, 5)]
 
 

@@ -16,10 +16,10 @@ from sparse_context.pipelines.load import load_pipeline
 from sparse_context.pipelines.settings import call_settings
 from sparse_context.sparsify import apply_sparse_context
 from sparse_context.training.batch import encode, prepare_batch
+from sparse_context.training.card import LORA_FILE
 from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
-from sparse_context.training.export import LORA_FILE
-from sparse_context.training.finetune import finetune
+from sparse_context.training.finetune import Run, finetune
 from sparse_context.training.loss import flow_matching_loss
 
 REFERENCES = {"FluxKontextPipeline": 1, "QwenImageEditPlusPipeline": 2, "Flux3ModularPipeline": 2}
@@ -115,7 +115,7 @@ def test_a_step_trains_an_adapter_that_plain_diffusers_loads(model, monkeypatch,
     host = host_of(loaded(folder))
     config = TrainConfig(max_train_steps=1, learning_rate=0.5, lr_warmup_steps=0, distillation=0.5)
     batch = [example(REFERENCES[name])]
-    result = finetune(host, lambda number: batch, tmp_path / "run", config, base=str(folder), data="made here")
+    result = finetune(host, lambda number: batch, Run(tmp_path / "run", str(folder), "made here"), config)
     assert result.name == LORA_FILE
     host.transformer.eval()
     count = REFERENCES[name]
@@ -139,7 +139,7 @@ def test_the_card_of_a_full_fine_tuning_loads_the_transformer_of_its_family(mode
     host = host_of(loaded(folder))
     config = TrainConfig(full=True, max_train_steps=1, learning_rate=0.5, lr_warmup_steps=0)
     batch = [example(REFERENCES[name])]
-    finetune(host, lambda number: batch, tmp_path / "run", config, base=str(folder), data="made here")
+    finetune(host, lambda number: batch, Run(tmp_path / "run", str(folder), "made here"), config)
     monkeypatch.chdir(tmp_path / "run")
     code = Path("README.md").read_text().split("```python")[1].split("```")[0].replace("path/to/model", str(folder))
     names: dict = {}

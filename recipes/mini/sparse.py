@@ -21,14 +21,16 @@ from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, adapter_record
 from sparse_context.pipelines.load import load_pipeline
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_settings
+from sparse_context.training.batch import Encoding
 from sparse_context.training.cache import fingerprint
+from sparse_context.training.card import EMBEDDED, LORA_FILE
 from sparse_context.training.checkpoints import has_begun, newest_step, start_from
 from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import MIX, Dropping
-from sparse_context.training.export import EMBEDDED, LORA_FILE, RECORD_FILE
+from sparse_context.training.export import RECORD_FILE
 from sparse_context.training.files import writing
-from sparse_context.training.finetune import finetune
+from sparse_context.training.finetune import Limits, Run, Watch, finetune
 from sparse_context.training.lora import extract_lora, save_lora
 from sparse_context.training.trainable import prepare
 
@@ -167,18 +169,18 @@ def train_sparse(
     result = finetune(
         host,
         scene_batches(everything.split("train"), batch, config.seed),
-        folder / name,
+        Run(
+            folder / name,
+            model or EMBEDDED,
+            "scenes",
+            {"batch": batch, "start": None if start is None else start.name},
+            resume=True,
+        ),
         config,
-        base=model or EMBEDDED,
-        data="scenes",
         accelerator=accelerator,
-        resume=True,
-        validation=[to_example(make_scene(held_out, task, seed)) for task, seed in validation],
-        workers=workers,
-        stop_after=stop_after,
-        seconds=seconds,
-        batch=batch,
-        start=None if start is None else start.name,
+        encoding=Encoding(workers=workers),
+        watch=Watch(validation=[to_example(make_scene(held_out, task, seed)) for task, seed in validation]),
+        limits=Limits(stop_after=stop_after, seconds=seconds),
     )
     accelerator.end_training()
     return result

@@ -5,9 +5,10 @@ torch only inside functions, for the command's help names the shapes. Time and m
 out of random weights means nothing.
 
 Sources: the configs published with each model (black-forest-labs/FLUX.2-klein-4B, FLUX.2-klein-9B, FLUX.2-dev;
-Qwen/Qwen3-4B, Qwen/Qwen3-8B), and the defaults of diffusers' `Flux2Transformer2DModel` and `AutoencoderKLFlux2`, which are those of FLUX.2-dev. The others are
-the defaults of `FluxTransformer2DModel`, `LongCatImageTransformer2DModel`, `QwenImageTransformer2DModel` and
-`Flux3Transformer2DModel`, with the steps and the length of the prompt that their pipelines use, but for what follows.
+Qwen/Qwen3-4B, Qwen/Qwen3-8B), and the defaults of diffusers' `Flux2Transformer2DModel` and `AutoencoderKLFlux2`, which
+are those of FLUX.2-dev. The others are the defaults of `FluxTransformer2DModel`, `LongCatImageTransformer2DModel`,
+`QwenImageTransformer2DModel` and `Flux3Transformer2DModel`, with the steps and the length of the prompt that their
+pipelines use, but for what follows.
 
 No published config was read of these others. That FLUX.1 Kontext embeds the guidance scale follows from its pipeline's
 use. LongCat-Image-Edit would have 11.9 B parameters with diffusers' default numbers of blocks: 10 and 20 are those of

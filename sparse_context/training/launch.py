@@ -18,14 +18,15 @@ from ..pipelines.load import load_pipeline
 from ..pipelines.lora_file import NO_LORA
 from ..pipelines.settings import call_settings, most_references
 from ..samples import check_pictures, needs_datasets, read_samples
+from .batch import Encoding
 from .cache import Cache
+from .card import EMBEDDED
 from .checkpoints import has_begun
 from .config import TrainConfig
 from .data import Batches, check_workers, open_example
 from .dropping import Dropping
-from .export import EMBEDDED
 from .files import alone
-from .finetune import finetune
+from .finetune import Run, Watch, finetune
 from .run_folder import check_folder
 
 
@@ -140,24 +141,23 @@ def launch(
             result = finetune(
                 host,
                 Batches(samples, train_batch_size, config.seed, *sides.values()),
-                output,
+                Run(
+                    output,
+                    model or EMBEDDED,
+                    str(Path(data).resolve()) if Path(data).exists() else data,  # the same from any folder
+                    {"batch": train_batch_size, "samples": len(samples), "source": dict(source), **sides},
+                    resume=resume is not None,
+                ),
                 config,
-                base=model or EMBEDDED,
-                data=str(Path(data).resolve()) if Path(data).exists() else data,  # the same from any folder
                 accelerator=accelerator,
-                resume=resume is not None,
-                workers=dataloader_num_workers,
-                validation=shown,
-                latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
-                text_cache=Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe))
-                if cache_text
-                else None,
-                log=log,
-                log_picture=log_picture,
-                batch=train_batch_size,
-                samples=len(samples),
-                source=dict(source),
-                **sides,
+                encoding=Encoding(
+                    workers=dataloader_num_workers,
+                    latent_cache=Cache(folder / "latents", host.pipe.vae) if cache_latents else None,
+                    text_cache=Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe))
+                    if cache_text
+                    else None,
+                ),
+                watch=Watch(validation=shown, log=log, log_picture=log_picture),
             )
     except torch.OutOfMemoryError as error:
         raise ValueError(

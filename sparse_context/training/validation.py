@@ -16,7 +16,8 @@ from .data import Example
 
 
 @contextlib.contextmanager
-def _evaluating(transformer: nn.Module) -> Iterator[None]:
+def evaluating(transformer: nn.Module) -> Iterator[None]:
+    """The transformer in evaluation mode inside, and in training mode again afterwards."""
     transformer.eval()
     try:
         yield
@@ -38,7 +39,7 @@ def draw_validation(host: Host, examples: Sequence[Example], config: TrainConfig
         for example in examples:
             outputs = []
             for keep in (1.0, config.validation_keep):
-                made = generate(
+                generation = generate(
                     pipe,
                     example.references,
                     example.prompt,
@@ -46,7 +47,7 @@ def draw_validation(host: Host, examples: Sequence[Example], config: TrainConfig
                     height=example.image.height // host.token * host.token,
                     width=example.image.width // host.token * host.token,
                 )
-                outputs.append(label(made.image, "all tokens" if keep == 1 else f"keep {keep:g}"))
+                outputs.append(label(generation.image, "all tokens" if keep == 1 else f"keep {keep:g}"))
             rows.append(side_by_side([*example.references, label(example.image, "truth"), *outputs]))
     finally:
         remove_sparse_context(pipe)
