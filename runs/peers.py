@@ -134,7 +134,7 @@ def pairs(name: str = "peers_sides") -> str:
         [
             group,
             f"{keep:g}",
-            *(difference(score_of(result["figures"]["to sparse"][f"{keep:g}"][group], way, of)) for way in ways),
+            *(difference(score_of(result["figures"]["against_sparse"][f"{keep:g}"][group], way, of)) for way in ways),
         ]
         for group, of in SCORES.items()
         for keep in result["config"]["keeps"]
@@ -225,7 +225,7 @@ def main() -> None:
 
     grids = [[(r.shape[0] // TOKEN, r.shape[1] // TOKEN) for r in scene.references] for scene, _, _ in scenes.values()]
     figures = result["figures"] | {
-        "to sparse": {
+        "against_sparse": {
             f"{keep:g}": summarise({DENSE: rows("sparse", keep)} | {way: rows(way, keep) for way in ways})
             for keep in arguments.keeps
         },

@@ -20,6 +20,7 @@ from tables import draw, read, speedup, table
 from tqdm import tqdm
 
 from sparse_context.bench.build import build_pipeline
+from sparse_context.bench.figures import Spread
 from sparse_context.bench.shapes import SHAPES
 from sparse_context.families import find_host
 from sparse_context.families.shape import Tokens, with_blocks
@@ -40,12 +41,12 @@ ROOT = Path(__file__).resolve().parents[1]
 def klein_training() -> str:
     """Time and memory of a step of fine-tuning at a part of klein-4B's shape, with all tokens and with a fifth."""
     figures = read("klein_training")["figures"]
-    faster = {"dense": "1.00x", "sparse": speedup(figures["times faster"])}
+    faster = {"dense": "1.00x", "sparse": speedup(Spread(**figures["speedup"]))}
     rows = [
         [
             f"{figures['tokens'][name]['references']:,}",
             faster[name],
-            f"{figures['memory above the weights'][name] / 2**30:.2f} GiB",
+            f"{figures['memory_above_weights'][name] / 2**30:.2f} GiB",
         ]
         for name in faster
     ]
@@ -125,8 +126,8 @@ def main() -> None:
     faster = {"median": round(median(ratios), 3), "min": round(ratios[0], 3), "max": round(ratios[-1], 3)}
     weights = sum(p.numel() * p.element_size() for p in host.transformer.parameters())
     figures = {
-        "times faster": faster,
-        "memory above the weights": memory,
+        "speedup": faster,
+        "memory_above_weights": memory,
         "weights": weights,
         "tokens": {name: asdict(each) for name, each in tokens.items()},
         "blocks": [shape.double_blocks, shape.single_blocks],

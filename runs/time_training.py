@@ -21,6 +21,7 @@ from tables import draw, read, speedup, table
 from tqdm import tqdm
 
 from recipes.mini.sparse import LORA
+from sparse_context.bench.figures import Spread
 from sparse_context.embedded.demo import read_examples
 from sparse_context.families import find_host
 from sparse_context.pipelines.load import load_pipeline
@@ -44,7 +45,7 @@ def training_speed() -> str:
     """How many times faster a sparse step of fine-tuning is than a dense one."""
     result = read("training_speed")
     config = result["config"]
-    cells = [str(config["references"]), f"{config['keep']:g}", speedup(result["figures"]["times faster"])]
+    cells = [str(config["references"]), f"{config['keep']:g}", speedup(Spread(**result["figures"]["speedup"]))]
     return table(["references", "keep", "speed-up of a step"], [cells])
 
 
@@ -99,9 +100,9 @@ def main() -> None:
         "dtype": "bfloat16",
         "turns": arguments.turns,
         "threads": torch.get_num_threads(),
-        "memory is reused": os.environ.get("MALLOC_MMAP_MAX_") == "0",
+        "memory_is_reused": os.environ.get("MALLOC_MMAP_MAX_") == "0",
     }
-    figures = {"seconds": seconds, "times faster": faster, "reached": {f"{LEAST}x": faster["median"] >= LEAST}}
+    figures = {"seconds": seconds, "speedup": faster, "reached": {f"{LEAST}x": faster["median"] >= LEAST}}
     write_result(arguments.output, "training_speed", about, figures)
     draw(TABLES)
 

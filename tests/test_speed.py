@@ -25,6 +25,7 @@ from sparse_context.bench.blocks import bench_blocks
 from sparse_context.bench.build import build_pipeline, build_transformer, draw_weights
 from sparse_context.bench.calls import bench
 from sparse_context.bench.config import BenchConfig
+from sparse_context.bench.figures import Figures, Measurement, Setting, Spread
 from sparse_context.bench.flops import call_flops, forward_flops, passes
 from sparse_context.bench.methods import METHODS, downscaled_grid, make_pipes, merge_tokens, reference_tokens
 from sparse_context.bench.report import compare, read_quality, table
@@ -340,43 +341,43 @@ def test_turns_are_interleaved_and_the_first_does_not_count():
 
 
 def test_ratios_are_taken_within_a_turn():
-    tokens = [dataclasses.asdict(Tokens(5, 10, n)) for n in (20, 0)]
+    tokens = [Tokens(5, 10, n) for n in (20, 0)]
     rows = [
-        {"size": 8, "references": 1, "method": method, "keep": None, "tokens": t, "seconds": {"denoise": s, "total": s}}
+        Measurement(Setting(8, 1, method, None), t, {"denoise": s, "total": s})
         for method, t, s in zip(("dense", "no_references"), tokens, ([8.0, 3.0, 9.0], [2.0, 3.0, 1.0]), strict=True)
     ]
     first, second = compare(rows, SMALL)
-    assert first["times faster"]["denoise"] == {"median": 1, "min": 1, "max": 1}
-    assert second["times faster"]["denoise"] == {"median": 4, "min": 1, "max": 9}
-    assert second["seconds"]["total"] == {"median": 2, "min": 1, "max": 3}
+    assert first.speedup["denoise"] == Spread(median=1, min=1, max=1)
+    assert second.speedup["denoise"] == Spread(median=4, min=1, max=9)
+    assert second.seconds["total"] == Spread(median=2, min=1, max=3)
     predicted = call_flops(SMALL, Tokens(5, 10, 20), 4) / call_flops(SMALL, Tokens(5, 10, 0), 4)
-    assert second["predicted"] == round(predicted, 3) and second["of predicted"] == round(4 / predicted, 3)
-    assert (first["of ceiling"], second["of ceiling"]) == (0.25, 1)
+    assert second.flops_speedup == round(predicted, 3) and second.share_of_flops == round(4 / predicted, 3)
+    assert (first.share_of_ceiling, second.share_of_ceiling) == (0.25, 1)
 
 
 def test_whole_calls(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(calls, "call_settings", lambda pipe: {**CALL, "num_inference_steps": 2})
     config = BenchConfig(references=(1, 3), keep=(0.5, 0.25), size=(64,), turns=1)
     figures = bench(pipe, [tiny.picture(40, 50)], "the cat", config)
-    assert (figures["turns"], figures["steps"]) == (1, 2)
-    rows = {(row["references"], row["method"], row["keep"]): row for row in figures["rows"]}
-    assert len(rows) == len(figures["rows"]) == 2 * (3 + 5 * 2)
-    assert rows[3, "sparse", 0.25]["tokens"] == {"text": 12, "output": 64, "references": 48}
-    assert rows[3, "dense", None]["tokens"]["references"] == 192
-    for row in figures["rows"]:
-        medians = {phase: seconds["median"] for phase, seconds in row["seconds"].items()}
+    assert (figures.turns, figures.steps) == (1, 2)
+    rows = {(row.references, row.method, row.keep): row for row in figures.rows}
+    assert len(rows) == len(figures.rows) == 2 * (3 + 5 * 2)
+    assert rows[3, "sparse", 0.25].tokens == Tokens(text=12, output=64, references=48)
+    assert rows[3, "dense", None].tokens.references == 192
+    for row in figures.rows:
+        medians = {phase: seconds.median for phase, seconds in row.seconds.items()}
         assert medians["total"] >= medians["denoise"] > 0 and medians["text"] > 0 and medians["decode"] > 0
-        assert (medians["encode"] > 0) == (row["method"] not in ("no_references", "sparse_cached"))
-        assert (medians["selection"] > 0) == (row["method"].startswith("sparse") or row["method"] == "merged")
-        assert row["memory"].keys() <= {"text", "encode", "denoise", "decode"}
+        assert (medians["encode"] > 0) == (row.method not in ("no_references", "sparse_cached"))
+        assert (medians["selection"] > 0) == (row.method.startswith("sparse") or row.method == "merged")
+        assert row.memory.keys() <= {"text", "encode", "denoise", "decode"}
     assert len(table(figures).splitlines()) == 1 + len(rows)
-    json.dumps(figures)
+    assert Figures(**json.loads(json.dumps(dataclasses.asdict(figures)))) == figures
     pytest.importorskip("matplotlib")
     point = {"method": "sparse", "keep": 0.25, "references": 3, "value": 0.9, "metric": "SSIM"}
     (tmp_path / "quality.json").write_text(json.dumps([point]))
     report.plot(figures, tmp_path / "plot.png", read_quality(tmp_path / "quality.json"))
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    alone = figures | {"rows": [row for row in figures["rows"] if row["references"] == 3]}
+    alone = dataclasses.replace(figures, rows=[row for row in figures.rows if row.references == 3])
     unknown = point | {"keep": 0.1}  # which no row has
     for of, known, panels in ((figures, point, 2), (figures, unknown, 1), (alone, point, 1), (alone, unknown, 1)):
         report.plot(of, tmp_path / "plot.png", [known])
@@ -461,8 +462,8 @@ def test_a_pipeline_of_a_shape_makes_whole_calls(encoder):
     methods = {"dense": 16, "sparse": 4} | ({"sparse_kv": 4} if encoder else {})  # FLUX.2 dev has no pipeline for KV
     config = BenchConfig(references=(1,), keep=(0.25,), size=(64,), turns=1, steps=2, methods=tuple(methods))
     figures = bench(pipe, [tiny.picture(64, 64)], "a cat", config)
-    assert figures["steps"] == 2 and {row["method"]: row["tokens"] for row in figures["rows"]} == {
-        method: {"text": 512, "output": 16, "references": references} for method, references in methods.items()
+    assert figures.steps == 2 and {row.method: row.tokens for row in figures.rows} == {
+        method: Tokens(text=512, output=16, references=references) for method, references in methods.items()
     }
     drawn = torch.randn(1, 512, 12, generator=torch.Generator().manual_seed(0))
     assert len(seen) == 2 * 2 * len(methods)  # the warm-up and a turn of two steps
@@ -472,18 +473,18 @@ def test_a_pipeline_of_a_shape_makes_whole_calls(encoder):
 def test_blocks_alone():
     config = BenchConfig(references=(2,), keep=(0.25,), size=(64,), turns=2)
     figures = bench_blocks(SMALL, 1, torch.device("cpu"), torch.float32, config)
-    assert (figures["blocks"], figures["of"], figures["turns"]) == ([1, 1], [5, 20], 2)
-    rows = {row["method"]: row for row in figures["rows"]}
-    assert {name: row["tokens"]["references"] for name, row in rows.items()} == {
+    assert (figures.blocks, figures.of, figures.turns) == ((1, 1), (5, 20), 2)
+    rows = {row.method: row for row in figures.rows}
+    assert {name: row.tokens.references for name, row in rows.items()} == {
         "dense": 32,
         "kv": 32,
         "sparse": 8,
         "sparse_kv": 8,
         "no_references": 0,
     }
-    for row in figures["rows"]:
-        assert row["seconds"].keys() == {"denoise"} and row["tokens"]["text"] == 512
-        assert row["extrapolated"] == pytest.approx(12.5 * row["seconds"]["denoise"]["median"], rel=0.01, abs=0.002)
+    for row in figures.rows:
+        assert row.seconds.keys() == {"denoise"} and row.tokens.text == 512
+        assert row.extrapolated == pytest.approx(12.5 * row.seconds["denoise"].median, rel=0.01, abs=0.002)
     assert table(figures)
 
 
@@ -491,13 +492,13 @@ def test_blocks_alone():
 def test_blocks_of_every_kind(name):
     shape, config = small(name), BenchConfig(references=(2,), keep=(0.25,), size=(64,), turns=1)
     figures = bench_blocks(shape, 1, torch.device("cpu"), torch.bfloat16, config)
-    assert figures["blocks"] == [1, 0 if name == "qwen-edit" else 1] and figures["steps"] == SHAPES[name].steps
-    assert {row["method"]: row["tokens"]["references"] for row in figures["rows"]} == {
+    assert figures.blocks == (1, 0 if name == "qwen-edit" else 1) and figures.steps == SHAPES[name].steps
+    assert {row.method: row.tokens.references for row in figures.rows} == {
         "dense": 32,
         "sparse": 8,
         "no_references": 0,
     }
-    assert all(("extrapolated" in row) == (name != "flux3-klein") for row in figures["rows"])
+    assert all((row.extrapolated is not None) == (name != "flux3-klein") for row in figures.rows)
     assert table(figures)
 
 
@@ -694,6 +695,6 @@ def test_the_embedded_model_sees_references_in_the_size_of_their_task():
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     config = BenchConfig(references=(1, 2), keep=(0.25,), methods=("dense", "sparse"), turns=1, steps=1)
-    rows = bench(load_pipeline(device="cpu"), scene["references"], scene["prompt"], config)["rows"]
-    seen = {(row["references"], row["method"]): row["tokens"]["references"] for row in rows}
+    rows = bench(load_pipeline(device="cpu"), scene["references"], scene["prompt"], config).rows
+    seen = {(row.references, row.method): row.tokens.references for row in rows}
     assert seen == {(1, "dense"): 256, (1, "sparse"): 64, (2, "dense"): 1152, (2, "sparse"): 288}
