@@ -42,7 +42,7 @@ def problem():
     return module, optimisers, loss
 
 
-def run(folder, steps=12, stop_at=None, **changes):
+def run(folder, steps=12, stop_at=None, show=None, **changes):
     """The averaged and the last weights of a run; `stop_at` kills it after that step's checkpoint."""
     module, optimisers, loss = problem()
 
@@ -52,7 +52,7 @@ def run(folder, steps=12, stop_at=None, **changes):
         return loss(step)
 
     settings = {"steps": steps, "warmup": 2, "save_every": 3, "log_every": 3} | changes
-    average = train(module, optimisers, until_killed, folder, LoopConfig(**settings))
+    average = train(module, optimisers, until_killed, folder, LoopConfig(**settings), show=show)
     return average.state_dict(), module.state_dict()
 
 

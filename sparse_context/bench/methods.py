@@ -224,13 +224,13 @@ def _merge(tokens: ReferenceTokens, grid: Grid, count: int) -> ReferenceTokens:
             pad = (0, 0, 0, odd) if axis else (0, 0, 0, 0, 0, odd)
             values, size = torch.nn.functional.pad(values, pad), torch.nn.functional.pad(size, pad)
             floor = torch.nn.functional.pad(floor, pad[2:])
-        (first, second), (n, m), (before, after) = (
+        (first, second), (n, m), (first_floor, second_floor) = (
             [t.narrow(axis, 0, t.shape[axis]).unfold(axis, 2, 2).select(-1, i) for i in (0, 1)]
             for t in (values, size, floor)
         )
         both = n + m
         ward = (n * m / both.clamp_min(1) * (first - second).square()).sum(-1)
-        floor = torch.maximum(torch.maximum(before, after), ward)
+        floor = torch.maximum(torch.maximum(first_floor, second_floor), ward)
         values = (n * first + m * second) / both.clamp_min(1)
         size = both
         levels.append((axis, height, width, floor, (n * m).squeeze(-1) > 0))
