@@ -755,7 +755,9 @@ if accelerator is not None:
 
 
 def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **more}
+    tests = Path(__file__).parent
+    path = os.pathsep.join(map(str, (tests, tests.parent)))  # this checkout, wherever the package is installed from
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
 
 
 def start(tmp_path, folder, width=8, limit=0, *more, script=RUN, env=None):
