@@ -36,15 +36,16 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+from held_out import scene_maker
 from peers import PEERS, peer_maker
 from tables import SCORES, difference, draw, read, score_of, table
 
 from recipes.mini.data import load_assets
-from recipes.mini.samples import FIRST_SEED, TURNS, scene_samples, tasks_of
+from recipes.mini.samples import FIRST_SEED, TURNS, scene_samples
 from recipes.mini.sparse import export_adapter
 from sparse_context.config import SparseContextConfig
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
-from sparse_context.evaluation.grid import DENSE, Cell, grid, maker
+from sparse_context.evaluation.grid import DENSE, Cell, grid
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.statistics import summarise
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
@@ -252,8 +253,7 @@ def main() -> None:
     def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:
         """The figures of every scene, by setting."""
         pipe = load_pipeline(lora=lora, lora_scale=1.0 if lora == NO_LORA else scale)
-        pipe.set_progress_bar_config(disable=True)
-        make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+        make = scene_maker(pipe, scenes)
         beside = (BASE, arguments.shipped) if arguments.all_selectors else ()
         everything = name in (*beside, *arguments.all_selectors)
         cells = grid([1.0]) if name in arguments.methods else dict(by_task)

@@ -33,6 +33,7 @@ import cv2
 import numpy as np
 import torch
 from base_quality import objects, with_other_objects
+from held_out import scene_maker
 from PIL import Image
 from tables import SCORES, difference, draw, read, score_of
 from tables import table as markdown
@@ -42,7 +43,7 @@ from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from recipes.mini.scenes import Scene
 from sparse_context.config import SparseContextConfig
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
-from sparse_context.evaluation.grid import DENSE, grid, maker
+from sparse_context.evaluation.grid import DENSE, grid
 from sparse_context.evaluation.metrics import Metric, decoys, features, find_metrics, nearest_of
 from sparse_context.evaluation.plots import draw_curves, draw_sheet
 from sparse_context.evaluation.report import table
@@ -309,8 +310,7 @@ def main() -> None:
         metrics["recognised"] = Metric(share_recognised)
 
     pipe = load_pipeline(arguments.model, lora=arguments.lora)
-    pipe.set_progress_bar_config(disable=True)
-    make = maker(pipe, steps=arguments.steps, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+    make = scene_maker(pipe, scenes, steps=arguments.steps)
     limits = dict.fromkeys(MANY, arguments.scenes) | dict.fromkeys(FEW, arguments.few)
     keeps = sorted(limits, reverse=True)
     cells = grid(keeps, merges=MERGES, limits=limits) | grid(keeps, SELECTORS, limits=limits)

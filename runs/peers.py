@@ -20,7 +20,6 @@ It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -29,6 +28,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from held_out import cell_rows, print_gains, scene_maker
 from PIL import Image
 from tables import SCORES, difference, draw, read, score_of, table
 
@@ -38,7 +38,7 @@ from recipes.mini.scenes import TOKEN, Scene
 from sparse_context.bench.methods import METHODS, make_pipes, reference_tokens
 from sparse_context.config import SparseContextConfig
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
-from sparse_context.evaluation.grid import DENSE, Cell, Maker, grid, maker
+from sparse_context.evaluation.grid import DENSE, Cell, Maker, grid
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.statistics import summarise
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
@@ -193,18 +193,16 @@ def main() -> None:
     if record.get("kv"):
         raise SystemExit(f"peers: {lora} is a LoRA for KV mode: name one that `mini sparse` made without --kv.")
     pipe, tuned = load_pipeline(lora=NO_LORA), load_pipeline(lora=str(lora))
-    for each in (pipe, tuned):
-        each.set_progress_bar_config(disable=True)
     weights = {"weights": fingerprint(tuned)}
     folder = arguments.folder or ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
-    own, own_tuned = (maker(each, task_of=lambda sample: tasks_of(scenes[sample.name][0])) for each in (pipe, tuned))
+    untrained, trained = (scene_maker(each, scenes) for each in (pipe, tuned))
     filled = filling_maker({name: scene for name, (scene, _, _) in scenes.items()}, folder / "dense")
     ways = {
-        "sparse": (own, "equal", 0.0),
-        **({TUNED: (own_tuned, "equal", 0.0)} if record else {}),
-        "sparse, 30 % averages": (own, "equal", 0.3),
-        "sparse, one joint ranking": (own, "joint", 0.0),
-        **({f"{TUNED}, one joint ranking": (own_tuned, "joint", 0.0)} if record else {}),
+        "sparse": (untrained, "equal", 0.0),
+        **({TUNED: (trained, "equal", 0.0)} if record else {}),
+        "sparse, 30 % averages": (untrained, "equal", 0.3),
+        "sparse, one joint ranking": (untrained, "joint", 0.0),
+        **({f"{TUNED}, one joint ranking": (trained, "joint", 0.0)} if record else {}),
         **{method: (peer_maker(pipe, method), "joint", 0.0) for method in PEERS},  # to which these mean nothing
         "copied and filled": (filled, "equal", 0.0),
     }
@@ -215,13 +213,12 @@ def main() -> None:
             about = {"method": method} | (weights if method.startswith(TUNED) else {})
             cells[f"{method} {keep:g}"] = Cell(config, make=make, about=about)
     if record:
-        cells[f"{TUNED}, all tokens"] = Cell(SparseContextConfig(keep=1.0), make=own_tuned, about=weights)
+        cells[f"{TUNED}, all tokens"] = Cell(SparseContextConfig(keep=1.0), make=trained, about=weights)
     about = {"split": arguments.split, "lora": NO_LORA, "weights": fingerprint(pipe)}
-    result = evaluate(own, samples, cells, find_metrics(["psnr"]), folder, about=about)
+    result = evaluate(untrained, samples, cells, find_metrics(["psnr"]), folder, about=about)
 
     def rows(way: str, keep: float) -> list[dict]:
-        file = folder / "cells" / f"{way} {keep:g}.json"
-        return json.loads(file.read_text(encoding="utf-8"))["figures"]["samples"]
+        return cell_rows(folder, f"{way} {keep:g}")
 
     grids = [[(r.shape[0] // TOKEN, r.shape[1] // TOKEN) for r in scene.references] for scene, _, _ in scenes.values()]
     figures = result["figures"] | {
@@ -240,10 +237,7 @@ def main() -> None:
     config = about | {"keeps": arguments.keeps, "methods": list(ways), "adapter": record}
     write_result(arguments.output, arguments.output.stem, config, figures)
     draw(TABLES)
-    for group, settings in result["figures"].items():
-        score = "psnr" if group == "global edits" else "psnr_in_mask"
-        shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items())
-        print(f"{group}: {', '.join(shown)}")
+    print_gains(result["figures"])
     print(f"wrote {arguments.output}")
 
 
