@@ -152,7 +152,7 @@ def generate(folder, request):
 
 
 def train(folder, request, **options):
-    from sparse_context.training.dropping import KINDS, Dropping
+    from sparse_context.training.dropping import DROPS, Dropping
     from sparse_context.training.launch import launch
 
     model = str(request.getfixturevalue("tiny_model"))
@@ -160,7 +160,7 @@ def train(folder, request, **options):
         picture(64, 64, ord(name)).save(folder / f"{name}.png")
     rows = [{"references": [f"{name}.png"], "image": "a.png", "prompt": "the cat"} for name in "ab"]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    dropping = Dropping(mix=dict.fromkeys(KINDS, 1.0), merge=(0.0, 0.3))
+    dropping = Dropping(mix=dict.fromkeys(DROPS, 1.0), merge=(0.0, 0.3))
     with untouched():
         for steps, resume in ((1, None), (2, "latest")):
             launch(

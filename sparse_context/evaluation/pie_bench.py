@@ -21,7 +21,7 @@ from .metrics import CLIP_MODEL, METRICS, Metric, Picture, clip_t, lpips, mse, o
 from .networks import LPIPS_MODEL, accelerator, vision
 
 SIDE = 512
-KINDS = (
+EDIT_TYPES = (
     "random",
     "change object",
     "add object",
@@ -70,7 +70,7 @@ def _sample(key: str, entry: Any, folder: Path, listing: Path) -> PieSample:
         )
         prompt = entry.get("editing_instruction") or caption
         image = find_picture(entry["image_path"], folder / "annotation_images")
-        kind = KINDS[int(entry["editing_type_id"])]
+        kind = EDIT_TYPES[int(entry["editing_type_id"])]
         mask = decode_mask(entry["mask"])
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
