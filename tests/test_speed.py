@@ -385,6 +385,16 @@ def test_whole_calls(pipe, tmp_path, monkeypatch):
             assert drawn.width == panels * 768
 
 
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@pytest.mark.parametrize("path", [*RESULTS.glob("bench_*.json"), RESULTS / "choosing_gpu.json"], ids=lambda p: p.stem)
+def test_published_benchmarks_are_read_as_records(path):
+    figures = Figures(**json.loads(path.read_text(encoding="utf-8"))["figures"])
+    dense = [row for row in figures.rows if row.method == "dense"]
+    assert dense and all(spread == Spread(1, 1, 1) for row in dense for spread in row.speedup.values())
+
+
 @pytest.mark.parametrize("change", [{"keep": [0.2]}, {"value": "good"}, {"references": "4"}, {"method": None}])
 def test_quality_that_could_not_be_drawn_is_refused(tmp_path, change):
     point = {"method": "sparse", "keep": None, "references": 4, "value": 1, "metric": "PSNR"}
