@@ -27,6 +27,7 @@ from sparse_context.pipelines.embedded import read_call_settings
 from sparse_context.pipelines.load import load_pipeline
 from sparse_context.pipelines.memory import Peak
 from sparse_context.samples import Sample
+from sparse_context.training.batch import Encoding
 from sparse_context.training.cache import Cache
 from sparse_context.training.card import LORA_FILE
 from sparse_context.training.config import TrainConfig
@@ -90,8 +91,9 @@ def test_a_run_is_killed_and_goes_on_and_its_result_loads(tmp_path, monkeypatch)
             return finetune(
                 fresh,
                 until_killed,
-                Run(tmp_path / name, "tiny", "x", {**caches}, resume=True),
+                Run(tmp_path / name, "tiny", "x", resume=True),
                 config,
+                encoding=Encoding(**caches),
                 watch=Watch(validation=[example()], log_every=4),
             )
 
@@ -129,7 +131,7 @@ def test_what_is_cached_can_be_replaced_while_it_is_used(tmp_path, monkeypatch):
     assert str(file) not in open_files() and held["x"].sum() == 3
     with file.open("rb"):  # another process reads it, and it is damaged
         with monkeypatch.context() as patch:
-            patch.setattr("sparse_context.training.data._digest", lambda *given: "another")
+            patch.setattr("sparse_context.training.cache._digest", lambda *given: "another")
             assert cache.get(b"key", lambda: {"x": torch.ones(3)})["x"].sum() == 3
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [file.name]
 
@@ -169,7 +171,7 @@ def test_without_proc_the_processor_and_the_peak_are_told_as_far_as_they_can(mon
         return read(path, *given, **named)
 
     monkeypatch.setattr(Path, "read_text", elsewhere)
-    monkeypatch.setattr("sparse_context.bench.memory._RESET", Path("/nowhere/clear_refs"))
+    monkeypatch.setattr("sparse_context.pipelines.memory._RESET", Path("/nowhere/clear_refs"))
     assert isinstance(result.make_result("x", {}, {})["hardware"]["cpu"], str)
     assert Peak(torch.device("cpu")).read() is None
 
