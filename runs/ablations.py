@@ -36,15 +36,16 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+from held_out import scene_maker
 from peers import PEERS, peer_maker
 from tables import SCORES, difference, draw, read, score_of, table
 
 from recipes.mini.data import load_assets
-from recipes.mini.samples import FIRST_SEED, TURNS, scene_samples, tasks_of
+from recipes.mini.samples import FIRST_SEED, TURNS, scene_samples
 from recipes.mini.sparse import export_adapter
 from sparse_context.config import SparseContextConfig
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
-from sparse_context.evaluation.grid import DENSE, Cell, grid, maker
+from sparse_context.evaluation.grid import DENSE, Cell, grid
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.statistics import summarise
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
@@ -93,12 +94,12 @@ def won_by_keep(name: str = "ablations") -> str:
     keeps, figures = result["config"]["keeps"], result["figures"]
     rows = []
     for group, of in SCORES.items():
-        base = figures["against dense"][BASE][group]
+        base = figures["against_dense"][BASE][group]
         cells = [difference(score_of(base, f"auto-{keep:g}", of), interval=False) for keep in keeps]
         rows.append([group, "the base, against all tokens", "", *cells])
         for run, groups in figures["won"].items():
             if run in result["config"]["runs"] and f"auto-{keeps[0]:g}" in groups[group]:
-                full = difference(score_of(figures["against dense"][run][group], "all tokens", of))
+                full = difference(score_of(figures["against_dense"][run][group], "all tokens", of))
                 cells = [difference(score_of(groups[group], f"auto-{keep:g}", of)) for keep in keeps]
                 rows.append([group, run, full, *cells])
     return table(["task", "run", "all tokens", *(f"keep {keep:g}" for keep in keeps)], rows)
@@ -135,7 +136,7 @@ def won_by_selector(name: str = "ablations_length") -> str:
     """What the runs that were measured with every selector win over the base, by selector."""
     result = read(name)
     config = result["config"]
-    runs = [run for run in (config.get("shipped"), *config["all selectors"]) if run]
+    runs = [run for run in (config.get("shipped"), *config["all_selectors"]) if run]
     columns = [(run, group) for run in runs for group in OBJECTS]
     rows = [
         [
@@ -160,14 +161,14 @@ def random_alone() -> str:
     rows = []
     for group in OBJECTS:
         of = SCORES[group]
-        base = figures["against dense"][BASE][group]
+        base = figures["against_dense"][BASE][group]
         cells = [difference(score_of(base, f"{selector}-{keep:g}", of)) for selector in selectors]
         rows.append([group, "the base, against all tokens", "", "", "", *cells])
         for run, record in config["runs"].items():
             name, _, cut = run.partition(":")
             won = figures["won"][run][group]
             cells = [group, name, cut.partition(":")[0] or str(config["rank"]), f"{record['share']:g}"]
-            cells.append(difference(score_of(figures["against dense"][run][group], "all tokens", of)))
+            cells.append(difference(score_of(figures["against_dense"][run][group], "all tokens", of)))
             rows.append([*cells, *(difference(score_of(won, f"{selector}-{keep:g}", of)) for selector in selectors)])
     return table(["task", "run", "rank", "share", "all tokens", *map(named, selectors)], rows)
 
@@ -179,8 +180,8 @@ def spread() -> str:
     columns = [(group, of, share) for group in OBJECTS for of in ("psnr_in_mask", "psnr") for share in (0, 0.3)]
     places = {"psnr_in_mask": "object", "psnr": "picture"}
     rows = []
-    for run in (BASE, *config["all selectors"], *config["spread"]):
-        figures, setting = result["figures"]["against dense"][run], f"auto-{config['keeps'][0]:g}-coverage"
+    for run in (BASE, *config["all_selectors"], *config["spread"]):
+        figures, setting = result["figures"]["against_dense"][run], f"auto-{config['keeps'][0]:g}-coverage"
         cells = (score_of(figures[group], f"{setting}={share:g}", of) for group, of, share in columns)
         rows.append([run, *(difference(cell, interval=False) for cell in cells)])
     return table(["run", *(f"{group}, {places[of]}, coverage {share:g}" for group, of, share in columns)], rows)
@@ -198,9 +199,9 @@ def methods(name: str = "ablations") -> str:
 
     rows = []
     for shown, method, run in (("sparse", "auto", own), *((peer, peer, peer) for peer in peers)):
-        rows.append([f"{shown}, training-free", *cells(figures["against dense"][BASE], method)])
-        rows.append([f"{shown}, fine-tuned", *cells(figures["against dense"][run], method)])
-    for run, ways in figures.get("over peers", {}).items():
+        rows.append([f"{shown}, training-free", *cells(figures["against_dense"][BASE], method)])
+        rows.append([f"{shown}, fine-tuned", *cells(figures["against_dense"][run], method)])
+    for run, ways in figures.get("over_peers", {}).items():
         weights = "training-free" if run == BASE else "each fine-tuned"
         rows += [[f"**sparse over {peer}**, {weights}", *cells(ways[peer], "auto")] for peer in peers]
     return table(["method", *(f"{group}, keep {keep:g}" for group, keep in columns)], rows)
@@ -253,8 +254,7 @@ def main() -> None:
     def measure(name: str, lora: str, scale: float) -> dict[str, list[dict]]:
         """The figures of every scene, by setting."""
         pipe = load(ModelSpec(lora=lora, lora_scale=1.0 if lora == NO_LORA else scale))
-        pipe.set_progress_bar_config(disable=True)
-        make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+        make = scene_maker(pipe, scenes)
         beside = (BASE, arguments.shipped) if arguments.all_selectors else ()
         everything = name in (*beside, *arguments.all_selectors)
         cells = grid([1.0]) if name in arguments.methods else dict(by_task)
@@ -311,7 +311,7 @@ def main() -> None:
         "keeps": arguments.keeps,
         "scale": arguments.scale,
         "rank": arguments.rank,
-        "all selectors": arguments.all_selectors,
+        "all_selectors": arguments.all_selectors,
         "spread": arguments.spread,
         "methods": arguments.methods,
         "turns": list(arguments.turns),
@@ -321,7 +321,7 @@ def main() -> None:
     compared = {
         f"{one} over {other}": won(found[one], found[other]) for one, other in PAIRS if {one, other} <= found.keys()
     }
-    figures = {"against dense": against_dense, "won": gains, "pairs": compared, "over peers": over_peers}
+    figures = {"against_dense": against_dense, "won": gains, "pairs": compared, "over_peers": over_peers}
     write_result(arguments.output, arguments.output.stem, config, figures)
     draw(TABLES)
     print(f"wrote {arguments.output}")

@@ -12,17 +12,17 @@ It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from held_out import cell_rows, gain, scene_maker
 from tables import SCORES, difference, draw, read, score_of, table
 
 from recipes.mini.data import SPLITS, load_assets
-from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from recipes.mini.samples import FIRST_SEED, scene_samples
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
-from sparse_context.evaluation.grid import DENSE, grid, maker
+from sparse_context.evaluation.grid import DENSE, grid
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.statistics import summarise
 from sparse_context.pipelines.load import load
@@ -36,7 +36,7 @@ FIXED = (1.0, 0.5, 0.3, 0.2, 0.1)
 def between(rows: dict[float, list[dict]], shares: dict[str, float]) -> list[dict]:
     """What each scene would score at the share of its group, from its scores at fixed ratios."""
     ratios = sorted(rows)
-    made = []
+    interpolated = []
     for scenes in zip(*(rows[ratio] for ratio in ratios), strict=True):
         share = shares[scenes[0]["task"]]
         known = [{name for name, value in scene["scores"].items() if value is not None} for scene in scenes]
@@ -44,8 +44,8 @@ def between(rows: dict[float, list[dict]], shares: dict[str, float]) -> list[dic
             name: float(np.interp(np.log(share), np.log(ratios), [scene["scores"][name] for scene in scenes]))
             for name in sorted(set.intersection(*known))
         }
-        made.append(scenes[0] | {"scores": scores, "kept": round(share * scenes[0]["total"])})
-    return made
+        interpolated.append(scenes[0] | {"scores": scores, "kept": round(share * scenes[0]["total"])})
+    return interpolated
 
 
 def auto_budget(name: str = "auto_budget") -> str:
@@ -54,8 +54,8 @@ def auto_budget(name: str = "auto_budget") -> str:
     rows = []
     for group in ("subjects", "edits"):
         for mass, groups in figures.items():
-            gain = difference(score_of(groups[group], "auto", SCORES[group]))
-            rows.append([group, mass, f"{groups[group]['auto']['kept']:.0%}", gain])
+            gained = difference(score_of(groups[group], "auto", SCORES[group]))
+            rows.append([group, mass, f"{groups[group]['auto']['kept']:.0%}", gained])
     return table(["task", "mass", "kept", "auto against the fixed ratio"], rows)
 
 
@@ -81,8 +81,7 @@ def main() -> None:
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split])
     pipe = load(ModelSpec(lora=arguments.lora))
-    pipe.set_progress_bar_config(disable=True)
-    make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+    make = scene_maker(pipe, scenes)
     folder = ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
     about = {"split": arguments.split, "lora": arguments.lora or "the package's own", "weights": fingerprint(pipe)}
 
@@ -90,8 +89,7 @@ def main() -> None:
     for mass in arguments.masses:
         cells[f"mass-{mass:g}"] = grid(["auto"], mass=mass)["auto-auto"]
     evaluate(make, samples, cells, find_metrics(["psnr"]), folder, about=about)
-    files = {cell: folder / "cells" / f"{cell}.json" for cell in cells}
-    found = {cell: json.loads(file.read_text(encoding="utf-8"))["figures"]["samples"] for cell, file in files.items()}
+    found = {cell: cell_rows(folder, cell) for cell in cells}
     fixed = {ratio: found[DENSE if ratio == 1 else f"auto-{ratio:g}"] for ratio in FIXED}
     figures = {}
     for mass in arguments.masses:
@@ -108,9 +106,8 @@ def main() -> None:
         ]
         figures[f"{mass:g}"] = summarise(compared)
         for group, settings in figures[f"{mass:g}"].items():
-            score = "psnr" if group == "global edits" else "psnr_in_mask"
             entry = settings["auto"]
-            print(f"mass {mass:g}, {group}: keeps {entry['kept']:.3f}, {entry['scores'][score]['difference']:+.2f} dB")
+            print(f"mass {mass:g}, {group}: keeps {entry['kept']:.3f}, {gain(entry, group)} dB")
     write_result(arguments.output, arguments.output.stem, about | {"masses": arguments.masses}, figures)
     draw(TABLES)
     print(f"wrote {arguments.output}")

@@ -95,7 +95,7 @@ def check(figures: dict) -> dict[str, tuple[float, float, bool, bool]]:
     """What is to be reached on the test split, as `check_gpu.check` gives it; recognised as a share."""
     found = {}
     for task, by_name in figures.items():
-        asked = {"psnr inside": 19.0, "recognised": 0.8}
+        asked = {"psnr_inside": 19.0, "recognised": 0.8}
         if task == "vae":
             asked = {"psnr": 32.0}
         elif task == "edit_global":  # of each kind of edit too: a mean hides one
@@ -112,16 +112,16 @@ def base_quality() -> str:
     figures, ceiling = read("base_quality")["figures"], read("base_quality_ceiling")["figures"]
     columns = {
         "whole picture": ("psnr", "{:.1f} dB"),
-        "object": ("psnr inside", "{:.1f} dB"),
-        "its flat colour": ("psnr inside, flat colour", "{:.1f} dB"),
-        "its blur": ("psnr inside, blur", "{:.1f} dB"),
+        "object": ("psnr_inside", "{:.1f} dB"),
+        "its flat colour": ("psnr_inside_flat_colour", "{:.1f} dB"),
+        "its blur": ("psnr_inside_blur", "{:.1f} dB"),
         "recognised": ("recognised", "{:.0%}"),
     }
     more = {
-        "taken for its flat colour or blur": ("taken for its flat colour or blur", "{:.0%}"),
-        "taken for another object": ("taken for another object", "{:.0%}"),
-        "flat colour recognised": ("recognised, flat colour", "{:.0%}"),
-        "blur recognised": ("recognised, blur", "{:.0%}"),
+        "taken for its flat colour or blur": ("taken_for_its_flat_colour_or_blur", "{:.0%}"),
+        "taken for another object": ("taken_for_another_object", "{:.0%}"),
+        "flat colour recognised": ("recognised_flat_colour", "{:.0%}"),
+        "blur recognised": ("recognised_blur", "{:.0%}"),
     }
 
     def shown(of: dict, name: str, pattern: str) -> str:
@@ -149,7 +149,7 @@ def over_all() -> str:
         found = [by_name[name] for by_name in of.values() if name in by_name]
         return f"{sum(one['mean'] * one['number'] for one in found) / sum(one['number'] for one in found):.0%}"
 
-    cells = [share(figures, "alike"), share(figures, "recognised, unlike"), share(ceiling, "recognised, unlike")]
+    cells = [share(figures, "alike"), share(figures, "recognised_unlike"), share(ceiling, "recognised_unlike")]
     head = [
         "objects that look like their flat colour or blur",
         "the others: recognised",
@@ -164,9 +164,9 @@ def unlike() -> str:
     every, apart = read("base_quality")["figures"], read("base_quality_unlike")["figures"]
     rows = []
     for task, figures in apart.items():
-        if "psnr inside" in figures:
+        if "psnr_inside" in figures:
             both = (every[task], figures)
-            cells = [f"{of['psnr inside']['mean']:.1f} dB" for of in both]
+            cells = [f"{of['psnr_inside']['mean']:.1f} dB" for of in both]
             cells += [f"{of['recognised']['mean']:.0%} of {of['recognised']['number']}" for of in both]
             rows.append([task.replace("_", ", "), *cells])
     return table(["task", "object", "object, unlike", "recognised", "recognised, unlike"], rows)
@@ -228,9 +228,9 @@ def main() -> None:
             continue
         note("psnr", psnr(output, scene.target))
         if task == "edit_global":
-            note(f"psnr, {scene.task.removeprefix('edit_')}", psnr(output, scene.target))
+            note(f"psnr_{scene.task.removeprefix('edit_')}", psnr(output, scene.target))
             continue
-        note("psnr inside", psnr(output, scene.target, scene.mask))
+        note("psnr_inside", psnr(output, scene.target, scene.mask))
         others = with_other_objects(assets, task, seed)
         for mask in objects(scene):
             failing = failures(scene, mask)
@@ -238,15 +238,15 @@ def main() -> None:
             taken, *of_failing = nearest([output, *failing.values()], candidates, mask)
             note("recognised", taken == "itself")
             for name in ("its flat colour or blur", "another object"):
-                note(f"taken for {name}", taken == name)
+                note(f"taken_for_{name.replace(' ', '_')}", taken == name)
             alike = float((candidates[1:3] @ candidates[0]).max()) >= ALIKE
             note("alike", alike)
             if not alike:
-                note("recognised, unlike", taken == "itself")
+                note("recognised_unlike", taken == "itself")
             for name, one in zip(failing, of_failing, strict=True):
-                note(f"recognised, {name}", one == "itself")
+                note(f"recognised_{name.replace(' ', '_')}", one == "itself")
             for name, picture in failing.items():
-                note(f"psnr inside, {name}", psnr(picture, scene.target, mask))
+                note(f"psnr_inside_{name.replace(' ', '_')}", psnr(picture, scene.target, mask))
 
     figures = {
         task: {

@@ -8,10 +8,11 @@ time for; the warm-up is the shortest forward. The figures to reach at keep 0.1:
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tables import bench_table, draw, read
+from tables import bench_table, draw, read_bench
 
 from sparse_context.bench.blocks import bench_blocks
 from sparse_context.bench.config import BenchConfig
@@ -24,7 +25,7 @@ LEAST = {1: 1.8, 4: 4.4}
 
 
 def blocks() -> str:
-    return bench_table(read("bench_klein_9b_blocks")["figures"]["rows"])
+    return bench_table(read_bench("bench_klein_9b_blocks").rows)
 
 
 TABLES = {
@@ -52,14 +53,13 @@ def main() -> None:
         steps=1,
     )
     figures = bench_blocks(SHAPES["klein-9b"], 1, torch.device("cpu"), torch.bfloat16, config)
-    figures["reached"] = {}
-    for row in figures["rows"]:
-        if row["method"] == "sparse":
-            count, faster = row["references"], row["times faster"]["denoise"]["median"]
-            figures["reached"][f"{count} references, {LEAST[count]}x"] = faster >= LEAST[count]
-            figures["reached"][f"{count} references, 94 % of the FLOPs' ratio"] = row["of predicted"] >= 0.94
+    for row in figures.rows:
+        if row.method == "sparse":
+            count, speedup = row.references, row.speedup["denoise"].median
+            figures.reached[f"{count} references, {LEAST[count]}x"] = speedup >= LEAST[count]
+            figures.reached[f"{count} references, 94 % of the FLOPs' ratio"] = row.share_of_flops >= 0.94
     print(table(figures))
-    for name, reached in figures["reached"].items():
+    for name, reached in figures.reached.items():
         print(f"{'yes' if reached else 'NO ':3} {name}")
     settings = {
         "shape": "klein-9b",
@@ -69,7 +69,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "warm_up": "the shortest forward",
     }
-    write_result(arguments.output, "bench_klein_9b_blocks", settings, figures)
+    write_result(arguments.output, "bench_klein_9b_blocks", settings, asdict(figures))
     draw(TABLES)
 
 

@@ -9,13 +9,15 @@ What runs/peers.py and runs/kv.py found of the quality at the same keep is drawn
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tables import bench_table, draw, read
+from tables import bench_table, draw, read_bench
 
 from sparse_context.bench.calls import bench
 from sparse_context.bench.config import BenchConfig
+from sparse_context.bench.figures import Figures
 from sparse_context.bench.report import plot, table
 from sparse_context.embedded.demo import read_examples
 from sparse_context.pipelines.load import load
@@ -47,9 +49,9 @@ def known_quality(group: str = "subjects", score: str = "psnr_in_mask") -> dict[
     return found
 
 
-def check(figures: dict) -> dict[str, tuple[float, float, bool, bool]]:
+def check(figures: Figures) -> dict[str, tuple[float, float, bool, bool]]:
     """What is to be reached end to end, as `check_gpu.check` gives it: times faster than dense, and than the others."""
-    faster = {row["method"]: row["times faster"]["total"]["median"] for row in figures["rows"]}
+    faster = {row.method: row.speedup["total"].median for row in figures.rows}
     asked = {"sparse": (faster["sparse"], 3.0), "sparse, references cached": (faster["sparse_cached"], 3.5)} | {
         f"{ours.replace('_', ' ')} to {other}": (faster[ours] / faster[other], 1.0)
         for ours in ("sparse", "sparse_cached", "sparse_kv")
@@ -64,7 +66,7 @@ def bench_mini() -> str:
         f"{group}, dB": {method: f"{entry['difference']:+.1f}" for method, entry in known_quality(group).items()}
         for group in ("subjects", "edits")
     }
-    return bench_table(read("bench_mini")["figures"]["rows"], costs)
+    return bench_table(read_bench("bench_mini").rows, costs)
 
 
 TABLES = {
@@ -86,7 +88,7 @@ def main() -> None:
     pipe = load(ModelSpec(device="cpu"))
     config = BenchConfig(references=(4,), keep=(KEEP,), turns=9, minutes=arguments.minutes)
     figures = bench(pipe, scene["references"], scene["prompt"], config)
-    rows = {row["method"]: row for row in figures["rows"]}
+    rows = {row.method: row for row in figures.rows}
     print(table(figures))
     for name, (value, bound, _, reached) in check(figures).items():
         print(f"{'yes' if reached else 'NO ':3} {name}: {value:.2f}, asked {bound:g}")
@@ -97,12 +99,12 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "scene": scene["name"],
     }
-    write_result(arguments.output, "bench_mini", settings, figures)
+    write_result(arguments.output, "bench_mini", settings, asdict(figures))
     draw(TABLES)
     quality = [
         {
             "method": name,
-            "keep": rows[name]["keep"],
+            "keep": rows[name].keep,
             "references": 4,
             "value": entry["mean"],
             "metric": "PSNR inside the objects, dB",

@@ -20,6 +20,7 @@ from tables import draw, read, speedup, table
 from tqdm import tqdm
 
 from sparse_context import SparseContextConfig, apply_sparse_context, last_selection, remove_sparse_context
+from sparse_context.bench.figures import Spread
 from sparse_context.embedded.demo import read_examples
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.settings import call_inputs, call_settings, reference_sides
@@ -36,14 +37,16 @@ def core_speed() -> str:
     """Sparse, and patched with all tokens kept, against the untouched pipeline."""
     rows = []
     for count, row in read("core_speed")["figures"].items():
-        faster, kept = row["times faster"], row["keep 1 to untouched"]
+        total, denoise, overhead = (
+            Spread(**each) for each in (row["speedup"]["total"], row["speedup"]["denoise"], row["patch_overhead"])
+        )
         rows.append(
             [
                 count,
                 f"{row['tokens']['kept']} of {row['tokens']['of']}",
-                speedup(faster["total"]),
-                f"{faster['denoise']['median']:.2f}x",
-                f"{kept['median']:.2f} ({kept['min']:.2f} to {kept['max']:.2f})",
+                speedup(total),
+                f"{denoise.median:.2f}x",
+                f"{overhead.median:.2f} ({overhead.min:.2f} to {overhead.max:.2f})",
             ]
         )
     head = ["references", "tokens kept", "end to end", "denoising", "all tokens kept / untouched, time"]
@@ -101,16 +104,16 @@ def main() -> None:
         rows[count] = {
             "tokens": {"kept": selection.kept, "of": selection.total},
             "seconds": {n: {p: round(median(t[p] for t in ts), 4) for p in ts[0]} for n, ts in turns.items()},
-            "times faster": {phase: ratios(turns, phase, "untouched", "sparse") for phase in ("total", "denoise")},
-            "keep 1 to untouched": ratios(turns, "total", "keep 1", "untouched"),
+            "speedup": {phase: ratios(turns, phase, "untouched", "sparse") for phase in ("total", "denoise")},
+            "patch_overhead": ratios(turns, "total", "keep 1", "untouched"),
         }
-    print(f"{'references':>10}{'tokens kept':>16}{'end to end':>12}{'denoise only':>14}{'keep 1 to untouched':>21}")
+    print(f"{'references':>10}{'tokens kept':>16}{'end to end':>12}{'denoise only':>14}{'patch_overhead':>21}")
     for count, row in rows.items():
-        faster = row["times faster"]
+        faster = row["speedup"]
         print(
             f"{count:>10}{row['tokens']['kept']:>9} of {row['tokens']['of']:<5}"
             f"{faster['total']['median']:>10.2f}x{faster['denoise']['median']:>12.2f}x"
-            f"{row['keep 1 to untouched']['median']:>20.3f}x"
+            f"{row['patch_overhead']['median']:>20.3f}x"
         )
     config = {
         "keep": arguments.keep,

@@ -11,16 +11,16 @@ It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
+from held_out import cell_rows, scene_maker
 from tables import difference, draw, read, score_of, table
 
 from recipes.mini.data import SPLITS, load_assets
-from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from recipes.mini.samples import FIRST_SEED, scene_samples
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
-from sparse_context.evaluation.grid import DENSE, grid, maker
+from sparse_context.evaluation.grid import DENSE, grid
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.plots import draw_sheet
 from sparse_context.evaluation.statistics import summarise
@@ -70,16 +70,12 @@ def main() -> None:
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split], KINDS)
     pipe = load(ModelSpec(lora=arguments.lora))
-    pipe.set_progress_bar_config(disable=True)
-    make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+    make = scene_maker(pipe, scenes)
     cells = grid((1.0, arguments.keep), coverages=COVERAGES)
     folder = ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
     about = {"split": arguments.split, "lora": arguments.lora or "the package's own", "weights": fingerprint(pipe)}
     evaluate(make, samples, cells, find_metrics(["psnr"]), folder, about=about)
-    rows = {
-        name: json.loads((folder / "cells" / f"{name}.json").read_text(encoding="utf-8"))["figures"]["samples"]
-        for name in cells
-    }
+    rows = {name: cell_rows(folder, name) for name in cells}
     without, *others = (name for name in cells if name != DENSE)
     figures = summarise({DENSE: rows[without]} | {name: rows[name] for name in others})
     config = about | {"keep": arguments.keep, "kinds": KINDS, "coverages": COVERAGES}

@@ -11,15 +11,15 @@ It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
-import json
 from pathlib import Path
 
+from held_out import cell_rows, scene_maker
 from tables import difference, draw, read, score_of, table
 
 from recipes.mini.data import SPLITS, load_assets
-from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from recipes.mini.samples import FIRST_SEED, scene_samples
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
-from sparse_context.evaluation.grid import DENSE, grid, maker
+from sparse_context.evaluation.grid import DENSE, grid
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.statistics import summarise
 from sparse_context.pipelines.load import load
@@ -68,15 +68,13 @@ def main() -> None:
     cells, rows, weights = grid([1.0, *arguments.keeps]), {}, {}
     for name, lora in WEIGHTS.items():
         pipe = load(ModelSpec(lora=lora))
-        pipe.set_progress_bar_config(disable=True)
-        make = maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+        make = scene_maker(pipe, scenes)
         folder = ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}" / name
         weights[name] = fingerprint(pipe)
         about = {"split": arguments.split, "weights": weights[name]}
         evaluate(make, samples, cells, find_metrics(["psnr"]), folder, about=about)
         for cell in cells:
-            file = folder / "cells" / f"{cell}.json"
-            rows[f"{name}, {cell}"] = json.loads(file.read_text(encoding="utf-8"))["figures"]["samples"]
+            rows[f"{name}, {cell}"] = cell_rows(folder, cell)
     dense = rows.pop(f"training-free, {DENSE}")
     figures = summarise({DENSE: dense} | rows)["all"]
     for name, entry in figures.items():

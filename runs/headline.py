@@ -9,7 +9,7 @@ for the rows with KV runs/kv.py, which has the first of the same scenes.
 
 import argparse
 
-from tables import SCORES, difference, draw, read, score_of, table
+from tables import SCORES, difference, draw, read, read_bench, score_of, table
 
 ROWS = {
     "all tokens": ("dense", None),
@@ -23,17 +23,17 @@ ROWS = {
 
 def headline() -> str:
     timed = {
-        (row["method"], row["keep"]): row
-        for row in read("bench_gpu_klein-9b")["figures"]["rows"]
-        if row["references"] == 4 and row["size"] == 1024
+        (row.method, row.keep): row
+        for row in read_bench("bench_gpu_klein-9b").rows
+        if row.references == 4 and row.size == 1024
     }
-    curves, kv = read("mini_curves_test")["figures"]["to the dense base"], read("kv_test")["figures"]
+    curves, kv = read("mini_curves_test")["figures"]["against_dense_base"], read("kv_test")["figures"]
     rows = []
     for name, (method, keep) in ROWS.items():
         row = timed[method, keep]
-        faster = row["times faster"]["total"]["median"]
-        seconds = f"{row['seconds']['total']['median']:.2f} s" + (f" ({faster:.1f}x)" if method != "dense" else "")
-        cells = [name, seconds, f"{row['memory']['denoise'] / 2**30:.1f} GiB"]
+        speedup = f" ({row.speedup['total'].median:.1f}x)" if method != "dense" else ""
+        seconds = f"{row.seconds['total'].median:.2f} s{speedup}"
+        cells = [name, seconds, f"{row.memory['denoise'] / 2**30:.1f} GiB"]
         for group in ("subjects", "edits"):
             if method == "dense":
                 cells.append(f"{score_of(curves[group], 'dense', SCORES[group])['mean']:.1f} dB")

@@ -15,15 +15,15 @@ It needs the scenes' objects: `python -m recipes.mini data`.
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from held_out import print_gains, scene_maker
 from tables import SCORES, difference, draw, read, score_of, table
 
 from recipes.mini.data import SPLITS, load_assets
-from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
+from recipes.mini.samples import FIRST_SEED, scene_samples
 from sparse_context.config import SparseContextConfig
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
-from sparse_context.evaluation.grid import Cell, Maker, grid, maker
+from sparse_context.evaluation.grid import Cell, grid
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
 from sparse_context.pipelines.load import load
@@ -72,16 +72,13 @@ def main() -> None:
     tuned = load(ModelSpec(lora=str(arguments.lora), kv=True))
     plain_tuned = load(ModelSpec(lora=str(ADAPTERS["plain"]))) if ADAPTERS["plain"].is_file() else None
 
-    def make(pipe: Any) -> Maker:
-        pipe.set_progress_bar_config(disable=True)
-        return maker(pipe, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
-
     about = {"split": arguments.split, "weights": fingerprint(plain)}
-    ways = {
-        "plain": (make(plain), {}),
-        **({"plain, fine-tuned": (make(plain_tuned), {"weights": fingerprint(plain_tuned)})} if plain_tuned else {}),
-        "KV": (make(untrained), {"kv": True}),
-        "KV, fine-tuned": (make(tuned), {"kv": True, "weights": fingerprint(tuned)}),
+    ways = {"plain": (scene_maker(plain, scenes), {})}
+    if plain_tuned is not None:
+        ways["plain, fine-tuned"] = (scene_maker(plain_tuned, scenes), {"weights": fingerprint(plain_tuned)})
+    ways |= {
+        "KV": (scene_maker(untrained, scenes), {"kv": True}),
+        "KV, fine-tuned": (scene_maker(tuned, scenes), {"kv": True, "weights": fingerprint(tuned)}),
     }
     cells = grid([1.0])
     for way, (how, of) in ways.items():
@@ -90,14 +87,11 @@ def main() -> None:
                 name = f"{way}, {'all tokens' if keep == 1 else f'keep {keep:g}'}"
                 cells[name] = Cell(SparseContextConfig(keep=keep), make=how, about=of)
     folder = arguments.checkpoints / f"{arguments.output.stem}-{arguments.split}"
-    figures = evaluate(make(plain), samples, cells, find_metrics(["psnr"]), folder, about=about)["figures"]
+    figures = evaluate(ways["plain"][0], samples, cells, find_metrics(["psnr"]), folder, about=about)["figures"]
     config = {"split": arguments.split, "keeps": arguments.keeps, "adapter": record}
     write_result(arguments.output, arguments.output.stem, config, figures)
     draw(TABLES)
-    for group, settings in figures.items():
-        score = "psnr" if group == "global edits" else "psnr_in_mask"
-        shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items())
-        print(f"{group}: {'; '.join(shown)}")
+    print_gains(figures)
     print(f"wrote {arguments.output}")
 
 

@@ -33,6 +33,7 @@ import cv2
 import numpy as np
 import torch
 from base_quality import objects, with_other_objects
+from held_out import scene_maker
 from PIL import Image
 from tables import SCORES, difference, draw, read, score_of
 from tables import table as markdown
@@ -42,7 +43,7 @@ from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from recipes.mini.scenes import Scene
 from sparse_context.config import SparseContextConfig
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
-from sparse_context.evaluation.grid import DENSE, grid, maker
+from sparse_context.evaluation.grid import DENSE, grid
 from sparse_context.evaluation.metrics import Metric, decoys, features, find_metrics, nearest_of
 from sparse_context.evaluation.plots import draw_curves, draw_sheet
 from sparse_context.evaluation.report import table
@@ -124,7 +125,7 @@ def curves(name: str) -> str:
     """Every selector at every keep, against the dense base with all tokens."""
     result = read(name)
     found = lines(result)
-    against = "groups" if weights(result) == "training-free" else "to the dense base"
+    against = "groups" if weights(result) == "training-free" else "against_dense_base"
     keeps = sorted({keep for line in found.values() for keep in line}, reverse=True)
     rows = []
     for group, of in SCORES.items():
@@ -144,7 +145,7 @@ def by_keep() -> str:
     rows = []
     for group, of in SCORES.items():
         for result in results:
-            settings = result["figures"]["groups" if result is results[0] else "to the dense base"][group]
+            settings = result["figures"]["groups" if result is results[0] else "against_dense_base"][group]
             full = difference(score_of(settings, "all tokens", of), interval=False)
             rows.append(
                 [group, weights(result), full or f"{score_of(settings, DENSE, of)['mean']:.1f} dB"]
@@ -157,7 +158,7 @@ def by_keep() -> str:
 
 def by_selector() -> str:
     """The selectors side by side at a fifth of the tokens: test split, fine-tuned."""
-    settings = read("mini_curves_test")["figures"]["to the dense base"]
+    settings = read("mini_curves_test")["figures"]["against_dense_base"]
     rows = [
         [named, *(difference(score_of(settings[group], f"{selector}-0.2", of)) for group, of in SCORES.items())]
         for named, selector in {OWN: "auto", **{f"`{selector}`": selector for selector in SELECTORS}}.items()
@@ -171,7 +172,7 @@ def over_random() -> str:
     rows = []
     for result in map(read, RESULTS):
         for keep in ("0.2", "0.1"):
-            groups = result["figures"]["over random"][keep]
+            groups = result["figures"]["over_random"][keep]
             won = (difference(score_of(groups[group], "auto", of)) for group, of in columns)
             rows.append([weights(result), result["config"]["split"], keep, *won])
     return markdown(["weights", "split", "keep", *SCORES, "edits, whole picture"], rows)
@@ -194,12 +195,12 @@ def by_kept() -> str:
     """What subjects lose where all of their objects was kept, and where it was not."""
     rows = []
     for result in map(read, RESULTS):
-        for keep, parts in result["figures"]["subjects by what was kept"].items():
+        for keep, parts in result["figures"]["recognised_by_share_kept"].items():
             cells = [
                 f"{difference(score_of(parts[part], 'auto', 'psnr_in_mask'))}, {parts[part]['auto']['samples']} scenes"
                 if part in parts
                 else ""
-                for part in ("whole", "in part")
+                for part in ("whole", "in_part")
             ]
             rows.append([weights(result), result["config"]["split"], keep, *cells])
     return markdown(["weights", "split", "keep", "objects kept whole", "objects kept in part"], rows)
@@ -210,7 +211,7 @@ def tuned() -> str:
     rows = []
     for result in (read("mini_curves"), read("mini_curves_test")):
         for keep in ("0.5", "0.2", "0.1"):
-            groups = result["figures"]["won by fine-tuning"][keep]
+            groups = result["figures"]["gain_of_fine_tuning"][keep]
             won = (difference(score_of(groups[group], "auto", of)) for group, of in SCORES.items())
             rows.append([result["config"]["split"], keep, *won])
     return markdown(["split", "keep", *SCORES], rows)
@@ -310,8 +311,7 @@ def main() -> None:
         metrics["recognised"] = Metric(share_recognised)
 
     pipe = load(ModelSpec(arguments.model, lora=arguments.lora))
-    pipe.set_progress_bar_config(disable=True)
-    make = maker(pipe, steps=arguments.steps, task_of=lambda sample: tasks_of(scenes[sample.name][0]))
+    make = scene_maker(pipe, scenes, steps=arguments.steps)
     limits = dict.fromkeys(MANY, arguments.scenes) | dict.fromkeys(FEW, arguments.few)
     keeps = sorted(limits, reverse=True)
     cells = grid(keeps, merges=MERGES, limits=limits) | grid(keeps, SELECTORS, limits=limits)
@@ -341,24 +341,26 @@ def main() -> None:
 
     figures = {
         "groups": result["figures"],
-        "over random": {f"{keep:g}": gains(keep, folder, f"random-{keep:g}") for keep in keeps[1:]},
-        "subjects by what was kept": {},
+        "over_random": {f"{keep:g}": gains(keep, folder, f"random-{keep:g}") for keep in keeps[1:]},
+        "recognised_by_share_kept": {},
     }
     subjects = {sample.name: scenes[sample.name][0] for sample in samples if sample.task == "subjects"}
     for keep in MANY[1:]:
         shares = {name: share_kept(scene, keep, 2 * pipe.vae_scale_factor) for name, scene in subjects.items()}
         whole = {name for name, share in shares.items() if share >= WHOLE}
-        figures["subjects by what was kept"][f"{keep:g}"] = {
+        figures["recognised_by_share_kept"][f"{keep:g}"] = {
             part: gains(keep, dense_folder, DENSE, names)["all"]
-            for part, names in (("whole", whole), ("in part", shares.keys() - whole))
+            for part, names in (("whole", whole), ("in_part", shares.keys() - whole))
             if names
         }
     if base is not None:
-        figures["to the dense base"] = summarise(
+        figures["against_dense_base"] = summarise(
             {DENSE: rows(dense_folder, DENSE), "all tokens": rows(folder, DENSE)}
             | {name: rows(folder, name) for name in cells if name != DENSE}
         )
-        figures["won by fine-tuning"] = {f"{keep:g}": gains(keep, dense_folder, f"auto-{keep:g}") for keep in keeps[1:]}
+        figures["gain_of_fine_tuning"] = {
+            f"{keep:g}": gains(keep, dense_folder, f"auto-{keep:g}") for keep in keeps[1:]
+        }
     write_result(arguments.output, arguments.output.stem, result["config"], figures)
     draw(TABLES)
 

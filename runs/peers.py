@@ -20,7 +20,6 @@ It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -29,16 +28,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from held_out import cell_rows, print_gains, scene_maker
 from PIL import Image
 from tables import SCORES, difference, draw, read, score_of, table
 
 from recipes.mini.data import SPLITS, load_assets
 from recipes.mini.samples import FIRST_SEED, scene_samples, tasks_of
 from recipes.mini.scenes import TOKEN, Scene
-from sparse_context.bench.methods import METHODS, make_hosts, reference_tokens
+from sparse_context.bench.methods import METHODS, make_pipes, reference_tokens
 from sparse_context.config import SparseContextConfig
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
-from sparse_context.evaluation.grid import DENSE, Cell, Maker, grid, maker
+from sparse_context.evaluation.grid import DENSE, Cell, Maker, grid
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.statistics import summarise
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
@@ -59,14 +59,14 @@ TUNED = "sparse, fine-tuned"
 
 def peer_maker(pipe, method: str) -> Maker:
     """How `evaluate` makes a sample by a method of the benchmark; the scenes' pictures have the model's sizes."""
-    hosts = make_hosts(pipe)
+    pipes = make_pipes(pipe)
     arguments = {name: value for name, value in call_settings(pipe).items() if name in call_inputs(pipe)}
 
     def make(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
         references = [picture.convert("RGB") for picture in sample.open_references()]
-        host, pictures = METHODS[method].prepare(hosts, references, config.keep)
-        with timed(host) as times:
-            made = host(
+        prepared, pictures = METHODS[method].prepare(pipes, references, config.keep)
+        with timed(prepared) as times:
+            made = prepared(
                 image=pictures,
                 prompt=sample.prompt,
                 generator=torch.Generator().manual_seed(seed),
@@ -135,7 +135,7 @@ def pairs(name: str = "peers_sides") -> str:
         [
             group,
             f"{keep:g}",
-            *(difference(score_of(result["figures"]["to sparse"][f"{keep:g}"][group], way, of)) for way in ways),
+            *(difference(score_of(result["figures"]["against_sparse"][f"{keep:g}"][group], way, of)) for way in ways),
         ]
         for group, of in SCORES.items()
         for keep in result["config"]["keeps"]
@@ -194,18 +194,16 @@ def main() -> None:
     if record.get("kv"):
         raise SystemExit(f"peers: {lora} is a LoRA for KV mode: name one that `mini sparse` made without --kv.")
     pipe, tuned = load(ModelSpec(lora=NO_LORA)), load(ModelSpec(lora=str(lora)))
-    for each in (pipe, tuned):
-        each.set_progress_bar_config(disable=True)
     weights = {"weights": fingerprint(tuned)}
     folder = arguments.folder or ROOT / "checkpoints" / f"{arguments.output.stem}-{arguments.split}"
-    own, own_tuned = (maker(each, task_of=lambda sample: tasks_of(scenes[sample.name][0])) for each in (pipe, tuned))
+    untrained, trained = (scene_maker(each, scenes) for each in (pipe, tuned))
     filled = filling_maker({name: scene for name, (scene, _, _) in scenes.items()}, folder / "dense")
     ways = {
-        "sparse": (own, "equal", 0.0),
-        **({TUNED: (own_tuned, "equal", 0.0)} if record else {}),
-        "sparse, 30 % averages": (own, "equal", 0.3),
-        "sparse, one joint ranking": (own, "joint", 0.0),
-        **({f"{TUNED}, one joint ranking": (own_tuned, "joint", 0.0)} if record else {}),
+        "sparse": (untrained, "equal", 0.0),
+        **({TUNED: (trained, "equal", 0.0)} if record else {}),
+        "sparse, 30 % averages": (untrained, "equal", 0.3),
+        "sparse, one joint ranking": (untrained, "joint", 0.0),
+        **({f"{TUNED}, one joint ranking": (trained, "joint", 0.0)} if record else {}),
         **{method: (peer_maker(pipe, method), "joint", 0.0) for method in PEERS},  # to which these mean nothing
         "copied and filled": (filled, "equal", 0.0),
     }
@@ -216,17 +214,16 @@ def main() -> None:
             about = {"method": method} | (weights if method.startswith(TUNED) else {})
             cells[f"{method} {keep:g}"] = Cell(config, make=make, about=about)
     if record:
-        cells[f"{TUNED}, all tokens"] = Cell(SparseContextConfig(keep=1.0), make=own_tuned, about=weights)
+        cells[f"{TUNED}, all tokens"] = Cell(SparseContextConfig(keep=1.0), make=trained, about=weights)
     about = {"split": arguments.split, "lora": NO_LORA, "weights": fingerprint(pipe)}
-    result = evaluate(own, samples, cells, find_metrics(["psnr"]), folder, about=about)
+    result = evaluate(untrained, samples, cells, find_metrics(["psnr"]), folder, about=about)
 
     def rows(way: str, keep: float) -> list[dict]:
-        file = folder / "cells" / f"{way} {keep:g}.json"
-        return json.loads(file.read_text(encoding="utf-8"))["figures"]["samples"]
+        return cell_rows(folder, f"{way} {keep:g}")
 
     grids = [[(r.shape[0] // TOKEN, r.shape[1] // TOKEN) for r in scene.references] for scene, _, _ in scenes.values()]
     figures = result["figures"] | {
-        "to sparse": {
+        "against_sparse": {
             f"{keep:g}": summarise({DENSE: rows("sparse", keep)} | {way: rows(way, keep) for way in ways})
             for keep in arguments.keeps
         },
@@ -241,10 +238,7 @@ def main() -> None:
     config = about | {"keeps": arguments.keeps, "methods": list(ways), "adapter": record}
     write_result(arguments.output, arguments.output.stem, config, figures)
     draw(TABLES)
-    for group, settings in result["figures"].items():
-        score = "psnr" if group == "global edits" else "psnr_in_mask"
-        shown = (f"{name} {entry['scores'][score]['difference']:+.2f}" for name, entry in settings.items())
-        print(f"{group}: {', '.join(shown)}")
+    print_gains(result["figures"])
     print(f"wrote {arguments.output}")
 
 

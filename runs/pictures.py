@@ -166,7 +166,7 @@ def curves() -> Image.Image:
     }
     figure, panels = new_figure(2, 9, 3.7)
     for axes, group in zip(panels, ("subjects", "edits"), strict=True):
-        settings = result["figures"]["to the dense base"][group]
+        settings = result["figures"]["against_dense_base"][group]
         for selector, name in named.items():
             found = {1.0: score_of(settings, "all tokens", SCORES[group])["difference"]}
             for cell, config in result["config"]["cells"].items():

@@ -116,7 +116,7 @@ def summary(rows: list[dict[str, dict[str, float]]]) -> dict:
             figures[name][keep] = {"recall": round(float(np.mean(values)), 3), "lowest": round(min(values), 3)}
             if name != "saliency":
                 better = sum(a > b + 1e-9 for a, b in zip(ours, values, strict=True))
-                figures[name][keep]["saliency is better on"] = f"{better} of {len(rows)}"
+                figures[name][keep]["saliency_is_better"] = f"{better} of {len(rows)}"
     return figures
 
 
@@ -231,24 +231,32 @@ def times() -> dict:
         for name, v in figures.items()
     }
     ratio = {"median": round(float(middle), 2), "p10": round(float(low), 2), "p90": round(float(high), 2)}
-    return {"milliseconds": milliseconds, "ratio to edges": ratio}
+    return {"milliseconds": milliseconds, "ratio_to_edges": ratio}
+
+
+SETS = {
+    "held_out_composites": "composites of a held-out source",
+    "photographs_not_chosen_on": "photographs with boxes, not chosen on",
+    "photographs_chosen_on": "photographs with boxes, chosen on",
+}
+"""The sets of pictures whose recall is known, as the table names them."""
 
 
 def recall() -> str:
     """How much of the subject's tokens the selector finds at keep 0.2, beside simpler ways."""
     ways = ("saliency", "net", "contrast", "centre", "edges", "uniform")
     rows = []
-    for name, figures in read("saliency")["figures"].items():
-        if isinstance(figures, dict) and "recall" in figures:
-            found = figures["recall"]
-            cells = [f"{found[way]['0.2']['recall']:.2f}" if way in found else "" for way in ways]
-            rows.append([name, str(figures["pictures"]), *cells])
+    for name, label in SETS.items():
+        figures = read("saliency")["figures"][name]
+        found = figures["recall"]
+        cells = [f"{found[way]['0.2']['recall']:.2f}" if way in found else "" for way in ways]
+        rows.append([label, str(figures["pictures"]), *cells])
     return table(["pictures", "number", *ways], rows)
 
 
 def behind() -> str:
     """How many objects are kept whole, by what is behind them in the reference."""
-    splits = read("saliency")["figures"]["objects kept whole"]
+    splits = read("saliency")["figures"]["objects_kept_whole"]
     rows = [
         [split, keep, *(f"{kind[keep]['whole']:.0%} of {kind['objects']}" for kind in kinds.values())]
         for split, kinds in splits.items()
@@ -294,7 +302,7 @@ def main() -> None:
             {
                 "subject": subject,
                 "share": round(float(truth.mean()), 3),
-                "recall at 0.2": {name: round(real[-1][name]["0.2"], 3) for name in RIVALS},
+                "recall_at_fifth": {name: round(real[-1][name]["0.2"], 3) for name in RIVALS},
             }
         )
         if len(real) % 2 and len(tiles) < 36:
@@ -304,20 +312,20 @@ def main() -> None:
         for name, each in overlaps.items()
     }
     figures = {
-        "composites of a held-out source": {
+        "held_out_composites": {
             "pictures": len(rows),
             "recall": summary(rows),
             "overlap": means,
-            "mean score without a subject": {"pictures": len(flat), "mean": round(float(np.mean(flat)), 4)},
+            "mean_score_without_subject": {"pictures": len(flat), "mean": round(float(np.mean(flat)), 4)},
         },
-        "photographs with boxes, not chosen on": {"pictures": len(real[1::2]), "recall": summary(real[1::2])},
-        "photographs with boxes, chosen on": {"pictures": len(real[::2]), "recall": summary(real[::2])},
-        "each photograph": subjects,
-        "objects kept whole": {split: kept_whole(assets, split) for split in SPLITS[1:]},
+        "photographs_not_chosen_on": {"pictures": len(real[1::2]), "recall": summary(real[1::2])},
+        "photographs_chosen_on": {"pictures": len(real[::2]), "recall": summary(real[::2])},
+        "each_photograph": subjects,
+        "objects_kept_whole": {split: kept_whole(assets, split) for split in SPLITS[1:]},
         "time": times(),
         "size": {"parameters": sum(p.numel() for p in load_net().parameters()), "bytes": WEIGHTS.stat().st_size},
     }
-    settings = {"keep": list(KEEPS), "composites": COMPOSITES, "composite size": SIZE, "token": TOKEN, "runs": RUNS}
+    settings = {"keep": list(KEEPS), "composites": COMPOSITES, "composite_size": SIZE, "token": TOKEN, "runs": RUNS}
     write_result(arguments.output, "saliency", settings, figures)
     draw(TABLES)
     columns = 4

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from sparse_context.bench.figures import Figures, Row, Spread
+
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SCORES = {"subjects": "psnr_in_mask", "edits": "psnr_in_mask", "global edits": "psnr"}
 """The groups of held-out scenes, and the score that counts in each."""
@@ -45,6 +47,11 @@ def read(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def read_bench(name: str) -> Figures:
+    """The figures of a benchmark, by the name of its file in results/."""
+    return Figures(**read(name)["figures"])
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -64,13 +71,13 @@ def difference(entry: Mapping, interval: bool = True) -> str:
     return f"{entry['difference']:+.1f}" + (f" ({low:+.1f} to {high:+.1f})" if interval and low is not None else "")
 
 
-def speedup(ratio: Mapping[str, float]) -> str:
+def speedup(ratio: Spread) -> str:
     """A ratio of times, and the range over the turns where there were several: "2.11x (2.06 to 2.25)"."""
-    spread = "" if ratio["min"] == ratio["max"] else f" ({ratio['min']:.2f} to {ratio['max']:.2f})"
-    return f"{ratio['median']:.2f}x{spread}"
+    spread = "" if ratio.min == ratio.max else f" ({ratio.min:.2f} to {ratio.max:.2f})"
+    return f"{ratio.median:.2f}x{spread}"
 
 
-def bench_table(rows: Iterable[Mapping], more: Mapping[str, Mapping[str, str]] | None = None) -> str:
+def bench_table(rows: Iterable[Row], more: Mapping[str, Mapping[str, str]] | None = None) -> str:
     """The rows of a benchmark. more: further columns, each with its texts by method."""
     more = more or {}
     head = [
@@ -87,18 +94,15 @@ def bench_table(rows: Iterable[Mapping], more: Mapping[str, Mapping[str, str]] |
     ]
     cells = [
         [
-            str(row["references"]),
-            row["method"].replace("_", " "),
-            "" if row["keep"] is None else f"{row['keep']:g}",
-            str(row["tokens"]["references"]),
-            *(
-                speedup(row["times faster"][phase]) if phase in row["times faster"] else ""
-                for phase in ("total", "denoise")
-            ),
-            f"{row['predicted']:.2f}x",
-            f"{row['of predicted']:.0%}",
-            f"{row['of ceiling']:.0%}",
-            *(texts.get(row["method"], "") for texts in more.values()),
+            str(row.references),
+            row.method.replace("_", " "),
+            "" if row.keep is None else f"{row.keep:g}",
+            str(row.tokens.references),
+            *(speedup(row.speedup[phase]) if phase in row.speedup else "" for phase in ("total", "denoise")),
+            f"{row.flops_speedup:.2f}x",
+            f"{row.share_of_flops:.0%}",
+            f"{row.share_of_ceiling:.0%}",
+            *(texts.get(row.method, "") for texts in more.values()),
         ]
         for row in rows
     ]

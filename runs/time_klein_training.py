@@ -20,16 +20,18 @@ from tables import draw, read, speedup, table
 from tqdm import tqdm
 
 from sparse_context.bench.build import build_pipeline
+from sparse_context.bench.figures import Spread
 from sparse_context.bench.shapes import SHAPES
+from sparse_context.families import find_host
 from sparse_context.families.shape import Tokens, with_blocks
 from sparse_context.pipelines.load import find_device
 from sparse_context.pipelines.memory import Peak
+from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.timing import now
 from sparse_context.result import write_result
 from sparse_context.training.batch import Encoded
-from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.dropping import Dropping, draw_selection
-from sparse_context.training.hosts import find_host
 from sparse_context.training.loss import flow_matching_loss
 from sparse_context.training.trainable import prepare
 
@@ -39,12 +41,12 @@ ROOT = Path(__file__).resolve().parents[1]
 def klein_training() -> str:
     """Time and memory of a step of fine-tuning at a part of klein-4B's shape, with all tokens and with a fifth."""
     figures = read("klein_training")["figures"]
-    faster = {"dense": "1.00x", "sparse": speedup(figures["times faster"])}
+    faster = {"dense": "1.00x", "sparse": speedup(Spread(**figures["speedup"]))}
     rows = [
         [
             f"{figures['tokens'][name]['references']:,}",
             faster[name],
-            f"{figures['memory above the weights'][name] / 2**30:.2f} GiB",
+            f"{figures['memory_above_weights'][name] / 2**30:.2f} GiB",
         ]
         for name in faster
     ]
@@ -74,8 +76,9 @@ def main() -> None:
     whole = replace(SHAPES[arguments.shape], encoder={})
     shape = whole if arguments.blocks is None else with_blocks(whole, arguments.blocks)
     device, side = find_device(arguments.device), arguments.size // whole.token
-    host = find_host(build_pipeline(shape, device, torch.bfloat16))
-    config = FinetuneConfig(rank=64, lora_alpha=64, gradient_checkpointing=True)
+    pipe = build_pipeline(shape, device, torch.bfloat16)
+    host = find_host(pipe, call_settings(pipe))
+    config = TrainConfig(rank=64, lora_alpha=64, gradient_checkpointing=True)
     trained = prepare(host, config)
     optimiser = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate)
     torch.manual_seed(0)
@@ -123,8 +126,8 @@ def main() -> None:
     faster = {"median": round(median(ratios), 3), "min": round(ratios[0], 3), "max": round(ratios[-1], 3)}
     weights = sum(p.numel() * p.element_size() for p in host.transformer.parameters())
     figures = {
-        "times faster": faster,
-        "memory above the weights": memory,
+        "speedup": faster,
+        "memory_above_weights": memory,
         "weights": weights,
         "tokens": {name: asdict(each) for name, each in tokens.items()},
         "blocks": [shape.double_blocks, shape.single_blocks],

@@ -101,7 +101,7 @@ def main() -> None:
     other = torch.cat([last.encode(picture).latent_dist.mode() for picture in small])
     figures = {
         "milliseconds": {name: round(median(values), 2) for name, values in taken.items()},
-        "largest difference from one by one": {
+        "largest_difference": {
             "as a batch": float((vae.encode(whole).latent_dist.mode() - each).abs().max()),
             "channels last": float((other - each).abs().max()),
         },

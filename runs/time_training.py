@@ -21,15 +21,17 @@ from tables import draw, read, speedup, table
 from tqdm import tqdm
 
 from recipes.mini.sparse import LORA
+from sparse_context.bench.figures import Spread
 from sparse_context.embedded.demo import read_examples
+from sparse_context.families import find_host
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import write_result
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import Dropping
-from sparse_context.training.hosts import find_host
-from sparse_context.training.loss import make_loss
+from sparse_context.training.loss import FlowMatching
 from sparse_context.training.trainable import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +46,7 @@ def training_speed() -> str:
     """How many times faster a sparse step of fine-tuning is than a dense one."""
     result = read("training_speed")
     config = result["config"]
-    cells = [str(config["references"]), f"{config['keep']:g}", speedup(result["figures"]["times faster"])]
+    cells = [str(config["references"]), f"{config['keep']:g}", speedup(Spread(**result["figures"]["speedup"]))]
     return table(["references", "keep", "speed-up of a step"], [cells])
 
 
@@ -64,7 +66,8 @@ def main() -> None:
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     example = Example(scene["prompt"], tuple(scene["references"]), scene["truth"], (None,) * 4)
-    host = find_host(load(ModelSpec(dtype="float32", device="cpu", lora=NO_LORA)))
+    pipe = load(ModelSpec(dtype="float32", device="cpu", lora=NO_LORA))
+    host = find_host(pipe, call_settings(pipe))
     trained = prepare(host, LORA)
     optimiser = torch.optim.AdamW(trained.parameters(), lr=1e-5)
 
@@ -73,7 +76,9 @@ def main() -> None:
 
     config = replace(LORA, subsets=1, distillation=0.0, preservation=0.0)  # a step without a teacher
     losses = {
-        name: make_loss(host, lambda number: [example] * BATCH, replace(config, dropping=dropping), autocast=autocast)
+        name: FlowMatching(
+            host, lambda number: [example] * BATCH, replace(config, dropping=dropping), autocast=autocast
+        )
         for name, dropping in KINDS.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in KINDS}
@@ -96,9 +101,9 @@ def main() -> None:
         "dtype": "bfloat16",
         "turns": arguments.turns,
         "threads": torch.get_num_threads(),
-        "memory is reused": os.environ.get("MALLOC_MMAP_MAX_") == "0",
+        "memory_is_reused": os.environ.get("MALLOC_MMAP_MAX_") == "0",
     }
-    figures = {"seconds": seconds, "times faster": faster, "reached": {f"{LEAST}x": faster["median"] >= LEAST}}
+    figures = {"seconds": seconds, "speedup": faster, "reached": {f"{LEAST}x": faster["median"] >= LEAST}}
     write_result(arguments.output, "training_speed", about, figures)
     draw(TABLES)
 

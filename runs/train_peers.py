@@ -29,13 +29,14 @@ from sparse_context.bench.methods import downscaled_grid, merge_tokens
 from sparse_context.families.flux2.train import Flux2
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.tokens import ReferenceTokens
-from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.card import EMBEDDED
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import Dropping
-from sparse_context.training.export import EMBEDDED
-from sparse_context.training.finetune import finetune
+from sparse_context.training.finetune import Run, finetune
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +52,7 @@ class Merging(Flux2):
     """A host that merges the tokens of each reference down to a share of `dropping`, another one at every call."""
 
     def __init__(self, pipe, dropping: Dropping, seed: int) -> None:
-        super().__init__(pipe)
+        super().__init__(pipe, call_settings(pipe))
         self.dropping, self.rng = dropping, np.random.default_rng(seed)
         self.grids: list[tuple[int, int]] = []
 
@@ -87,7 +88,7 @@ def downscaled(
     return smaller
 
 
-def config_of(method: str, steps: int) -> FinetuneConfig:
+def config_of(method: str, steps: int) -> TrainConfig:
     """The recipe with all tokens of what the method leaves: its sets are of one batch each, or its batches of one."""
     config = choose(full=True, steps=steps)
     config = replace(config, dropping=replace(config.dropping, dense=1.0), unseen=1.0)
@@ -111,19 +112,21 @@ def main() -> None:
         host, batch = Merging(pipe, dropping, config.seed), 1
         batches = scene_batches(assets, batch, config.seed)
     else:
-        host, batch = Flux2(pipe), 4
+        host, batch = Flux2(pipe, call_settings(pipe)), 4
         times = choose(full=True).subsets
         batches = downscaled(scene_batches(assets, batch, config.seed), times, host.token, dropping, config.seed)
     result = finetune(
         host,
         batches,
-        arguments.checkpoints / arguments.method,
+        Run(
+            arguments.checkpoints / arguments.method,
+            EMBEDDED,
+            f"scenes, {arguments.method}",
+            {"batch": batch},
+            resume=True,
+        ),
         config,
-        base=EMBEDDED,
-        data=f"scenes, {arguments.method}",
         accelerator=Accelerator(mixed_precision="bf16", cpu=True),
-        resume=True,
-        batch=batch,
     )
     print(f"wrote {result}")
 

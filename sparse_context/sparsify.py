@@ -15,7 +15,7 @@ from typing import Any
 from .cache import ReferenceCache
 from .config import SparseContextConfig
 from .context import SparseContext, context_of, install, uninstall
-from .families import find_family
+from .families import find_attach
 from .selection import Selection
 
 
@@ -33,7 +33,7 @@ def apply_sparse_context(
     Applying again replaces what was applied before, and is cheap enough to do for each call. Raises TypeError for a
     pipeline or a cache of another kind and ValueError for a setting out of range; the pipeline is then left as it was.
     """
-    attach = find_family(pipe)
+    attach = find_attach(pipe)
     if not isinstance(config, SparseContextConfig | None):
         raise TypeError(f"config is {config!r}: pass a SparseContextConfig, or name what it holds, as in keep=0.2.")
     if not isinstance(cache, ReferenceCache | None):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import picture
 
 from sparse_context.selectors.order import uniform_order
-from sparse_context.training.dropping import KINDS, MIX, Dropping, draw_selection
+from sparse_context.training.dropping import DROPS, MIX, Dropping, draw_selection
 
 GRID = (16, 16)
 PICTURE = np.asarray(picture(128, 128))
@@ -116,7 +116,7 @@ def test_outside_is_the_complement_of_the_object():
     masked = np.dstack([PICTURE, np.zeros(PICTURE.shape[:2], np.uint8)])
     masked[32:96, 32:96, 3] = 255
     rng = np.random.default_rng(0)
-    assert np.array_equal(KINDS["outside"](masked, GRID, rng), 1 - KINDS["inside"](masked, GRID, rng))
+    assert np.array_equal(DROPS["outside"](masked, GRID, rng), 1 - DROPS["inside"](masked, GRID, rng))
     fixed = {"dense": 0.0, "keep_min": 0.75, "keep_max": 0.75, "coverage": (0.0,)}
     (selection,) = draws(1, pictures=[masked], mix={"outside": 1.0}, **fixed)
     assert not selection.references[0].mask[4:12, 4:12].any()
@@ -125,18 +125,18 @@ def test_outside_is_the_complement_of_the_object():
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 14), columns=st.integers(1, 14), share=st.floats(0.05, 1))
 @settings(max_examples=60, deadline=None)
 def test_blobs_are_connected_at_every_budget(seed, rows, columns, share):
-    scores = KINDS["blobs"](None, (rows, columns), np.random.default_rng(seed))
+    scores = DROPS["blobs"](None, (rows, columns), np.random.default_rng(seed))
     assert len(np.unique(scores)) == scores.size  # a total order: a budget cuts it anywhere
     count = max(1, round(share * scores.size))
     kept = scores >= np.sort(scores.ravel())[-count]
     assert pieces(kept, 4) <= 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DROPS)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 12), columns=st.integers(1, 12))
 @settings(max_examples=12, deadline=None)
 def test_every_kind_scores_as_a_selector_does(kind, seed, rows, columns):
-    scores = KINDS[kind](
+    scores = DROPS[kind](
         np.asarray(picture(columns * 8, rows * 8)) if kind != "mask" else None,
         (rows, columns),
         np.random.default_rng(seed),
@@ -147,7 +147,7 @@ def test_every_kind_scores_as_a_selector_does(kind, seed, rows, columns):
 
 def test_bands_are_one_piece():
     for seed in range(30):
-        scores = KINDS["bands"](None, GRID, np.random.default_rng(seed))
+        scores = DROPS["bands"](None, GRID, np.random.default_rng(seed))
         kept = scores >= np.sort(scores.ravel())[-80]
         assert pieces(kept, 8) == 1
 
@@ -175,4 +175,4 @@ def test_settings_out_of_range_are_named(changes, message):
 
 
 def test_the_default_mix_is_known_and_sums_to_one():
-    assert set(MIX) <= set(KINDS) and sum(MIX.values()) == pytest.approx(1)
+    assert set(MIX) <= set(DROPS) and sum(MIX.values()) == pytest.approx(1)

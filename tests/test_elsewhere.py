@@ -28,12 +28,13 @@ from sparse_context.pipelines.load import load
 from sparse_context.pipelines.memory import Peak
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.samples import Sample
+from sparse_context.training.batch import Encoding
 from sparse_context.training.cache import Cache
-from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.card import LORA_FILE
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Ahead
-from sparse_context.training.export import LORA_FILE
 from sparse_context.training.files import alone
-from sparse_context.training.finetune import finetune
+from sparse_context.training.finetune import Run, Watch, finetune
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="stands for other systems on Linux")
 PACKAGE = Path(__file__).parents[1] / "sparse_context"
@@ -72,8 +73,8 @@ def test_a_run_is_killed_and_goes_on_and_its_result_loads(tmp_path, monkeypatch)
     """Checkpoints, log, pictures, caches, lock and result, with what Linux alone has taken away."""
     host = klein()
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
-    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host._settings}))
-    config = FinetuneConfig(**SMALL | {"max_train_steps": 6, "checkpointing_steps": 1}, ema=0.5, validation_steps=3)
+    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host.settings}))
+    config = TrainConfig(**SMALL | {"max_train_steps": 6, "checkpointing_steps": 1}, ema=0.5, validation_steps=3)
 
     def run(name, kill_at=99):
         def until_killed(number):
@@ -91,14 +92,10 @@ def test_a_run_is_killed_and_goes_on_and_its_result_loads(tmp_path, monkeypatch)
             return finetune(
                 fresh,
                 until_killed,
-                tmp_path / name,
+                Run(tmp_path / name, "tiny", "x", resume=True),
                 config,
-                base="tiny",
-                data="x",
-                resume=True,
-                validation=[example()],
-                log_every=4,
-                **caches,
+                encoding=Encoding(**caches),
+                watch=Watch(validation=[example()], log_every=4),
             )
 
     whole = run("whole")
@@ -119,9 +116,9 @@ def test_a_run_is_killed_and_goes_on_and_its_result_loads(tmp_path, monkeypatch)
 
 def test_all_weights_are_put_in_place_too(tmp_path, monkeypatch):
     windows(monkeypatch)
-    config = FinetuneConfig(full=True, **SMALL | {"max_train_steps": 1})
+    config = TrainConfig(full=True, **SMALL | {"max_train_steps": 1})
     for _ in range(2):
-        made = finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True)
+        made = finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), config)
     assert (made / "sparse_context.json").is_file() and not list(tmp_path.glob("*.partial"))
 
 
@@ -135,7 +132,7 @@ def test_what_is_cached_can_be_replaced_while_it_is_used(tmp_path, monkeypatch):
     assert str(file) not in open_files() and held["x"].sum() == 3
     with file.open("rb"):  # another process reads it, and it is damaged
         with monkeypatch.context() as patch:
-            patch.setattr("sparse_context.training.data._digest", lambda *given: "another")
+            patch.setattr("sparse_context.training.cache._digest", lambda *given: "another")
             assert cache.get(b"key", lambda: {"x": torch.ones(3)})["x"].sum() == 3
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [file.name]
 
@@ -175,7 +172,7 @@ def test_without_proc_the_processor_and_the_peak_are_told_as_far_as_they_can(mon
         return read(path, *given, **named)
 
     monkeypatch.setattr(Path, "read_text", elsewhere)
-    monkeypatch.setattr("sparse_context.bench.memory._RESET", Path("/nowhere/clear_refs"))
+    monkeypatch.setattr("sparse_context.pipelines.memory._RESET", Path("/nowhere/clear_refs"))
     assert isinstance(result.make_result("x", {}, {})["hardware"]["cpu"], str)
     assert Peak(torch.device("cpu")).read() is None
 
@@ -233,8 +230,8 @@ def test_file_systems_without_modes_are_written_all_the_same(tmp_path, monkeypat
     monkeypatch.setattr(os, "chmod", fails)
     for _ in range(2):
         save_text("x", tmp_path / "a")
-    config = FinetuneConfig(**SMALL | {"max_train_steps": 1})
-    assert load_file(finetune(klein(), batches, tmp_path / "run", config, base="tiny", data="x"))
+    config = TrainConfig(**SMALL | {"max_train_steps": 1})
+    assert load_file(finetune(klein(), batches, Run(tmp_path / "run", "tiny", "x"), config))
 
 
 def test_a_program_without_a_standard_error_reads_tiffs(tmp_path, monkeypatch):
@@ -254,8 +251,8 @@ def test_no_run_ends_by_a_picture_that_is_open_in_a_viewer(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     host = klein()
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
-    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host._settings}))
-    config = FinetuneConfig(validation_steps=1, **SMALL | {"max_train_steps": 2})
+    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host.settings}))
+    config = TrainConfig(validation_steps=1, **SMALL | {"max_train_steps": 2})
     with pytest.MonkeyPatch.context() as patch:
 
         def viewed(picture, path):
@@ -264,7 +261,7 @@ def test_no_run_ends_by_a_picture_that_is_open_in_a_viewer(tmp_path, capsys):
             raise ValueError(f"{path} could not be written; close what has it open")
 
         patch.setattr("sparse_context.training.finetune.save_picture", viewed)
-        made = finetune(host, batches, tmp_path / "run", config, base="tiny", data="x", validation=[example()])
+        made = finetune(host, batches, Run(tmp_path / "run", "tiny", "x"), config, watch=Watch(validation=[example()]))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("No validation pictures at step")]
     assert made == tmp_path / "run" / LORA_FILE and len(said) == 2
 

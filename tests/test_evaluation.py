@@ -562,13 +562,13 @@ def test_curves_and_sheets_are_drawn(finished, samples):
     colours = {colour for _, colour in curves.getcolors(2**24)}
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # a line for each of two selectors, in matplotlib's colours
     assert (44, 160, 44) not in colours
-    alone, twice = draw_curves(result, "psnr"), draw_curves(result, "psnr", before=result)
+    alone, twice = draw_curves(result, "psnr"), draw_curves(result, "psnr", baseline=result)
     assert np.array_equal(alone, curves) and alone.size == twice.size
     lower = copy.deepcopy(result["figures"])
     for cell in lower["all"].values():
         cell["scores"]["psnr"]["mean"] -= 0.5
-    assert np.any(np.array(draw_curves(result, "psnr", before={"figures": lower})) != np.array(alone))
-    other = draw_curves(result, "psnr", before={"figures": {"dogs": lower["all"]}})  # of no group that is drawn
+    assert np.any(np.array(draw_curves(result, "psnr", baseline={"figures": lower})) != np.array(alone))
+    other = draw_curves(result, "psnr", baseline={"figures": {"dogs": lower["all"]}})  # of no group that is drawn
     assert np.array_equal(other, alone)
     with pytest.raises(ValueError, match="The result has no score 'beauty'"):
         draw_curves(result, "beauty")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,21 +20,21 @@ from safetensors.torch import save_file as save_torch
 from test_training import environment
 from tiny import build_flux2, call_flux2, embeds, picture
 
+from sparse_context.families import find_host
 from sparse_context.images import open_picture
 from sparse_context.samples import ManifestError, read_samples
 from sparse_context.sparsify import apply_sparse_context, last_selection
 from sparse_context.tokens import ReferenceTokens
-from sparse_context.training.batch import encode, prepare_batch
+from sparse_context.training.batch import Encoding, encode, prepare_batch
 from sparse_context.training.cache import Cache
+from sparse_context.training.card import EMBEDDED, LORA_FILE, model_card
 from sparse_context.training.checkpoints import start_from
-from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Ahead, Batches, Example, alike, open_example
 from sparse_context.training.dropping import Dropping, draw_selection
-from sparse_context.training.export import EMBEDDED, LORA_FILE, model_card
-from sparse_context.training.finetune import finetune
-from sparse_context.training.hosts import find_host
+from sparse_context.training.finetune import Run, Watch, finetune
 from sparse_context.training.lora import extract_lora, save_lora
-from sparse_context.training.loss import flow_matching_loss, make_loss, noise_levels, without_adapter
+from sparse_context.training.loss import FlowMatching, flow_matching_loss, noise_levels, without_adapter
 from sparse_context.training.trainable import Trainable, prepare
 from sparse_context.training.validation import draw_validation
 
@@ -42,9 +43,8 @@ SMALL = {"rank": 2, "lora_alpha": 2, "max_train_steps": 3, "checkpointing_steps"
 
 def klein(kv=False):
     """A host whose text encoder reads 12 tokens of the tiny one's layers."""
-    host = find_host(build_flux2(Flux2KleinPipeline, is_distilled=True), kv)
-    host._settings = {"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}
-    return host
+    settings = {"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}
+    return find_host(build_flux2(Flux2KleinPipeline, is_distilled=True), settings, kv)
 
 
 def example(seed=0, sizes=((64, 64), (96, 64)), prompt="the cat of image 1"):
@@ -82,7 +82,7 @@ def randomise(transformer):
 @pytest.mark.parametrize("cls", [Flux2KleinPipeline, Flux2Pipeline])
 def test_the_host_hands_over_what_the_pipeline_does(cls, monkeypatch):
     pipe = build_flux2(cls)
-    host = find_host(pipe)
+    host = find_host(pipe, {})
     references = [picture(96, 64), picture(64, 80, 1)]
     seen = []
     hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
@@ -121,7 +121,7 @@ def test_distillation_meets_the_dense_answer_without_the_adapter():
     host = klein()
     encoded, sigma, noise = parts(host)
     index = everything(encoded)
-    prepare(host, FinetuneConfig(**SMALL))
+    prepare(host, TrainConfig(**SMALL))
     # A fresh adapter says nothing, so with all tokens it is its own teacher
     assert flow_matching_loss(host, encoded, index, sigma, noise, 1.0).item() == 0
     assert flow_matching_loss(host, encoded, index[::4], sigma, noise, 1.0).item() > 0
@@ -136,7 +136,7 @@ def test_preservation_holds_dense_batches_to_the_base_and_leaves_the_others():
     host = klein()
     encoded, sigma, noise = parts(host)
     index = everything(encoded)
-    prepare(host, FinetuneConfig(**SMALL))
+    prepare(host, TrainConfig(**SMALL))
 
     def loss(index, **settings):
         return flow_matching_loss(host, encoded, index, sigma, noise, **settings).item()
@@ -227,9 +227,9 @@ def test_caption_dropout_empties_that_share():
     seen = []
     encode_text = host.encode_text
     host.encode_text = lambda prompts, pictures: (seen.extend(prompts), encode_text(prompts, pictures))[1]
-    config = FinetuneConfig(caption_dropout=0.3, **SMALL)
+    config = TrainConfig(caption_dropout=0.3, **SMALL)
     prepare(host, config)
-    loss = make_loss(host, batches, config)
+    loss = FlowMatching(host, batches, config)
     with torch.no_grad():
         for number in range(60):
             loss(number)
@@ -238,7 +238,7 @@ def test_caption_dropout_empties_that_share():
 
 def test_the_subsets_of_a_batch_differ_in_their_tokens_alone_and_encoders_and_teacher_run_once():
     host = klein()
-    config = FinetuneConfig(subsets=3, distillation=1.0, dropping=Dropping(mix={"random": 1.0}, dense=0.0), **SMALL)
+    config = TrainConfig(subsets=3, distillation=1.0, dropping=Dropping(mix={"random": 1.0}, dense=0.0), **SMALL)
     prepare(host, config)
     randomise(host.transformer)
     calls, velocity, encode_text = [], host.velocity, host.encode_text
@@ -247,7 +247,7 @@ def test_the_subsets_of_a_batch_differ_in_their_tokens_alone_and_encoders_and_te
         calls.append(("teacher" if teacher else "student", noisy.latents, sigma, references.latents)),
         velocity(noisy, sigma, text, references, teacher),
     )[1]
-    loss = make_loss(host, batches, config)
+    loss = FlowMatching(host, batches, config)
     values = [loss(number).item() for number in range(6)]
     assert [call if call == "text" else call[0] for call in calls] == ["text", "teacher", *["student"] * 3] * 2
     (_, noisy, sigma, _), *students = calls[1:5]
@@ -255,8 +255,8 @@ def test_the_subsets_of_a_batch_differ_in_their_tokens_alone_and_encoders_and_te
     assert len({call[3].numpy().tobytes() for call in students}) == 3
     assert len(set(values)) == 6
     assert loss(4).item() == values[4]
-    assert make_loss(host, batches, config)(5).item() == values[5]  # resumed in the middle of a batch
-    once = make_loss(host, batches, replace(config, subsets=1))
+    assert FlowMatching(host, batches, config)(5).item() == values[5]  # resumed in the middle of a batch
+    once = FlowMatching(host, batches, replace(config, subsets=1))
     assert [once(number).item() for number in (0, 1)] == [values[0], values[3]]
     pictures = prepare_batch(host, batches(0), ["x", "x"])
     first = draw_selection(config.dropping, pictures.pictures, pictures.grids(host.token), [config.seed, 3, 0, 0])
@@ -266,12 +266,12 @@ def test_the_subsets_of_a_batch_differ_in_their_tokens_alone_and_encoders_and_te
 def test_the_loss_of_a_run_is_that_of_its_settings():
     host = klein()
     shown = [replace(example(0), source=np.arange(64).reshape(8, 8), mask=Image.new("L", (64, 64), 255))]
-    config = FinetuneConfig(dropping=Dropping(mix={"random": 1.0}, dense=0.0, keep_max=0.5), **SMALL)
+    config = TrainConfig(dropping=Dropping(mix={"random": 1.0}, dense=0.0, keep_max=0.5), **SMALL)
     prepare(host, config)
     randomise(host.transformer)
 
     def loss(**changes):
-        return make_loss(host, lambda number: shown, replace(config, **changes))(0).item()
+        return FlowMatching(host, lambda number: shown, replace(config, **changes))(0).item()
 
     half, unseen = loss(distillation=0.5), loss(unseen=0.5)
     assert len({loss(), half, unseen}) == 3 and loss(focus=2.0) == pytest.approx(loss(), rel=1e-5)
@@ -284,19 +284,12 @@ def test_the_loss_of_a_run_is_that_of_its_settings():
 def test_a_step_takes_all_subsets_of_its_batches(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "sparse_context.training.finetune.make_loss",
+        "sparse_context.training.finetune.FlowMatching",
         lambda *given, **settings: lambda number: (seen.append(number), loss())[1],
     )
     host = klein()
     loss = lambda: next(p for p in host.transformer.parameters() if p.requires_grad).sum()  # noqa: E731
-    finetune(
-        host,
-        batches,
-        tmp_path,
-        FinetuneConfig(subsets=3, gradient_accumulation_steps=2, **SMALL),
-        base="tiny",
-        data="x",
-    )
+    finetune(host, batches, Run(tmp_path, "tiny", "x"), TrainConfig(subsets=3, gradient_accumulation_steps=2, **SMALL))
     assert seen == list(range(3 * 2 * 3))
 
 
@@ -304,9 +297,10 @@ def test_processes_and_steps_draw_differently_and_equal_ones_alike():
     losses = {}
     for rank in (0, 1):
         host = klein()
-        config = FinetuneConfig(**SMALL)
+        config = TrainConfig(**SMALL)
         prepare(host, config)
-        loss = make_loss(host, lambda number: batches(0), config, rank=rank, ranks=2)
+        processes = SimpleNamespace(rank=rank, count=2)
+        loss = FlowMatching(host, lambda number: batches(0), config, processes=processes)
         losses[rank] = [loss(number).item() for number in (0, 1, 0)]
     assert losses[0][0] == losses[0][2] and losses[1][0] == losses[1][2]
     assert len({losses[0][0], losses[0][1], losses[1][0], losses[1][1]}) == 4
@@ -333,7 +327,7 @@ def test_kv_training_computes_what_the_kv_pipeline_does():
         hook.remove()
     assert [k["kv_cache_mode"] for k in seen] == ["extract", "cached"]
 
-    host = find_host(build_flux2(Flux2KleinPipeline, is_distilled=True), kv=True)
+    host = find_host(build_flux2(Flux2KleinPipeline, is_distilled=True), {}, kv=True)
     made = host.reference_tokens([host.encode_pictures(host.pixels(r)) for r in references]).keep(index)
     ids = host.target_tokens(torch.zeros(1, 8, 8, 8)).ids
     for call, answer in zip(seen, answers, strict=True):
@@ -351,7 +345,7 @@ def test_kv_training_puts_references_first_and_has_finite_gradients_with_and_wit
     for checkpointing in (False, True):
         host = klein(kv=True)
         encoded, sigma, noise = parts(host)
-        trained = prepare(host, FinetuneConfig(kv=True, gradient_checkpointing=checkpointing, **SMALL))
+        trained = prepare(host, TrainConfig(kv=True, gradient_checkpointing=checkpointing, **SMALL))
         randomise(host.transformer)
         seen = []
         hook = host.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)  # noqa: B023
@@ -366,7 +360,7 @@ def test_kv_training_puts_references_first_and_has_finite_gradients_with_and_wit
 
 def test_kv_mode_is_refused_where_no_pipeline_runs_it():
     with pytest.raises(ValueError, match="FLUX.2 dev has no pipeline"):
-        find_host(build_flux2(Flux2Pipeline), kv=True)
+        find_host(build_flux2(Flux2Pipeline), {}, kv=True)
 
 
 # What is trained --------------------------------------------------------------------------------------------------
@@ -375,7 +369,7 @@ def test_kv_mode_is_refused_where_no_pipeline_runs_it():
 def test_lora_sits_on_attention_and_fused_layers_alone_and_is_float32():
     host = klein()
     host.pipe.to(torch.bfloat16)
-    trained = prepare(host, FinetuneConfig(**SMALL))
+    trained = prepare(host, TrainConfig(**SMALL))
     names = {name.split("/lora_")[0].replace("/", ".") for name, _ in trained.named_parameters()}
     double, single = "transformer_blocks.{}.attn.{}", "single_transformer_blocks.{}.attn.{}"
     assert names == {double.format(i, n) for i in (0, 1) for n in ("to_q", "to_k", "to_v", "to_out.0")} | {
@@ -388,15 +382,15 @@ def test_lora_sits_on_attention_and_fused_layers_alone_and_is_float32():
 @pytest.mark.parametrize("layers", [("to_z",), ("to_q", "to_z"), ("to_q", "")])
 def test_unknown_layers_are_named_also_beside_known_ones(layers):
     with pytest.raises(ValueError, match=f"takes no LoRA there .it has no '{layers[-1]}'"):
-        prepare(klein(), FinetuneConfig(lora_layers=layers))
+        prepare(klein(), TrainConfig(lora_layers=layers))
 
 
 @pytest.mark.parametrize("kv", [False, True])
 def test_a_lora_of_a_run_gives_equal_outputs_in_plain_diffusers(kv, tmp_path):
     """For KV mode in the pipeline that has it, dense and with dropped tokens."""
     host = klein(kv)
-    config = FinetuneConfig(kv=kv, **SMALL | {"lora_alpha": 6})
-    result = finetune(host, batches, tmp_path / "run", config, base="tiny", data="pictures")
+    config = TrainConfig(kv=kv, **SMALL | {"lora_alpha": 6})
+    result = finetune(host, batches, Run(tmp_path / "run", "tiny", "pictures"), config)
     references = [picture(64, 64), picture(96, 64)]
     host.transformer.eval()
     if kv:
@@ -449,9 +443,9 @@ def test_a_disk_that_fills_up_at_the_result_leaves_none_and_the_run_ends_later(f
 
     host = klein()
     fills_up(*((host.transformer, "save_pretrained") if full else (host.pipe, "save_lora_weights")))
-    config = FinetuneConfig(full=full, **SMALL)
+    config = TrainConfig(full=full, **SMALL)
     with pytest.raises(OSError, match="could not be written .*: free some space and resume"):
-        finetune(host, batches, tmp_path, config, base="tiny", data="x")
+        finetune(host, batches, Run(tmp_path, "tiny", "x"), config)
     name = "transformer" if full else LORA_FILE
     assert not (tmp_path / name).exists() and not list(tmp_path.glob("*.partial"))
     assert (tmp_path / "step-0000003").is_dir()
@@ -459,16 +453,16 @@ def test_a_disk_that_fills_up_at_the_result_leaves_none_and_the_run_ends_later(f
     def never(number):
         raise AssertionError(f"batch {number} was taken again")
 
-    result = finetune(klein(), never, tmp_path, config, base="tiny", data="x", resume=True)
-    whole = finetune(klein(), batches, tmp_path / "whole", config, base="tiny", data="x")
+    result = finetune(klein(), never, Run(tmp_path, "tiny", "x", resume=True), config)
+    whole = finetune(klein(), batches, Run(tmp_path / "whole", "tiny", "x"), config)
     files = (result, whole) if not full else (next(each.glob("*.safetensors")) for each in (result, whole))
     one, other = map(load_file, files)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_all_weights_have_their_record_beside_them(tmp_path):
-    config = FinetuneConfig(full=True, **SMALL | {"max_train_steps": 1})
-    result = finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    config = TrainConfig(full=True, **SMALL | {"max_train_steps": 1})
+    result = finetune(klein(), batches, Run(tmp_path, "tiny", "x"), config)
     record = json.loads((result / "sparse_context.json").read_text())
     assert (record["base"], record["steps"], record["kv"]) == ("tiny", 1, False)
     assert record["base_weights"] == json.loads((tmp_path / "config.json").read_text())["base_weights"]
@@ -477,7 +471,7 @@ def test_all_weights_have_their_record_beside_them(tmp_path):
 def test_all_weights_are_trained_and_loaded_back(tmp_path):
     host = klein()
     before = {name: p.clone() for name, p in host.transformer.named_parameters()}
-    result = finetune(host, batches, tmp_path, FinetuneConfig(full=True, ema=0.5, **SMALL), base="tiny", data="x")
+    result = finetune(host, batches, Run(tmp_path, "tiny", "x"), TrainConfig(full=True, ema=0.5, **SMALL))
     saved = type(host.transformer).from_pretrained(result)
     average = load_file(tmp_path / "step-0000003" / "average.safetensors")
     for name, p in saved.named_parameters():
@@ -521,16 +515,16 @@ def test_a_lora_is_extracted_from_a_full_fine_tuning(tmp_path):
 def test_muon_takes_the_matrices_of_the_blocks(tmp_path):
     host = klein()
     before = {name: p.clone() for name, p in host.transformer.named_parameters()}
-    config = FinetuneConfig(full=True, muon_learning_rate=1e-3, **SMALL | {"learning_rate": 1e-30})
-    finetune(host, batches, tmp_path, config, base="tiny", data="x")
+    config = TrainConfig(full=True, muon_learning_rate=1e-3, **SMALL | {"learning_rate": 1e-30})
+    finetune(host, batches, Run(tmp_path, "tiny", "x"), config)
     moved = {name for name, p in host.transformer.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in before.items() if p.ndim == 2 and "transformer_blocks." in name}
 
 
 def test_muon_trains_a_lora_too(tmp_path):
     host = klein()
-    config = FinetuneConfig(muon_learning_rate=1e-3, **SMALL)
-    lora = load_file(finetune(host, batches, tmp_path, config, base="tiny", data="x"))
+    config = TrainConfig(muon_learning_rate=1e-3, **SMALL)
+    lora = load_file(finetune(host, batches, Run(tmp_path, "tiny", "x"), config))
     assert all(tensor.isfinite().all() for tensor in lora.values())
     assert any(tensor.any() for name, tensor in lora.items() if "lora_B" in name)  # which begin at 0
 
@@ -539,28 +533,28 @@ def test_the_rest_decays_as_asked_beside_muon(tmp_path):
     host = klein()
     before = host.transformer.proj_out.weight.clone()
     host.transformer.proj_out.weight.register_hook(torch.zeros_like)  # decay is all that moves it
-    config = FinetuneConfig(
+    config = TrainConfig(
         full=True,
         muon_learning_rate=1e-3,
         adam_weight_decay=0.5,
         **SMALL | {"learning_rate": 0.1, "max_train_steps": 1, "lr_warmup_steps": 0},
     )
-    finetune(host, batches, tmp_path, config, base="tiny", data="x")
+    finetune(host, batches, Run(tmp_path, "tiny", "x"), config)
     assert torch.allclose(host.transformer.proj_out.weight, before * (1 - 0.1 * 0.5))
 
 
 def test_checkpoints_hold_the_adapter_and_not_its_base(tmp_path):
     host = klein()
-    finetune(host, batches, tmp_path, FinetuneConfig(**SMALL), base="tiny", data="x")
+    finetune(host, batches, Run(tmp_path, "tiny", "x"), TrainConfig(**SMALL))
     weights = load_file(tmp_path / "step-0000003" / "weights.safetensors")
     assert weights and all("lora_" in name for name in weights)
 
 
 def test_training_lowers_the_loss():
     host = klein()
-    config = FinetuneConfig(**SMALL)
+    config = TrainConfig(**SMALL)
     trained = prepare(host, config)
-    loss = make_loss(host, lambda number: batches(0), config)
+    loss = FlowMatching(host, lambda number: batches(0), config)
     optimiser = torch.optim.AdamW(trained.parameters(), lr=1e-2)
     values = []
     for _ in range(12):
@@ -576,8 +570,8 @@ def test_training_lowers_the_loss():
 
 
 def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
-    config = FinetuneConfig(**SMALL | {"max_train_steps": 4, "checkpointing_steps": 1, "ema": 0.5})
-    whole = finetune(klein(), batches, tmp_path / "whole", config, base="tiny", data="x")
+    config = TrainConfig(**SMALL | {"max_train_steps": 4, "checkpointing_steps": 1, "ema": 0.5})
+    whole = finetune(klein(), batches, Run(tmp_path / "whole", "tiny", "x"), config)
 
     def killed(number):
         if number >= 3:
@@ -585,28 +579,28 @@ def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
         return batches(number)
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(klein(), killed, tmp_path / "cut", config, base="tiny", data="x")
+        finetune(klein(), killed, Run(tmp_path / "cut", "tiny", "x"), config)
     for resume, changes, message in (
         (False, {}, "holds a run at step 3: continue it with --resume latest"),
         (True, {"seed": 1}, "seed was 0 and is now 1"),
         (True, {"lr_warmup_steps": 200, "lr_scheduler": "cosine"}, "lr_warmup_steps was 100 and is now 200"),
         (True, {"max_train_steps": 2}, "is at step 3, and max_train_steps is 2: pass at least as many"),
     ):
-        other = FinetuneConfig(**SMALL | {"max_train_steps": 4, "checkpointing_steps": 1, "ema": 0.5} | changes)
+        other = TrainConfig(**SMALL | {"max_train_steps": 4, "checkpointing_steps": 1, "ema": 0.5} | changes)
         with pytest.raises(ValueError, match=message):
-            finetune(klein(), batches, tmp_path / "cut", other, base="tiny", data="x", resume=resume)
+            finetune(klein(), batches, Run(tmp_path / "cut", "tiny", "x", resume=resume), other)
     other_base = klein()
     with torch.no_grad():
         other_base.transformer.proj_out.weight.mul_(2)
     with pytest.raises(ValueError, match="base_weights was '[0-9a-f]{16}' and is now"):
-        finetune(other_base, batches, tmp_path / "cut", config, base="tiny", data="x", resume=True)
+        finetune(other_base, batches, Run(tmp_path / "cut", "tiny", "x", resume=True), config)
     with pytest.raises(ValueError, match="samples was 2 and is now 3"):
         record = json.loads((tmp_path / "cut" / "config.json").read_text())
         (tmp_path / "cut" / "config.json").write_text(json.dumps({**record, "samples": 2}))
-        finetune(klein(), batches, tmp_path / "cut", config, base="tiny", data="x", resume=True, samples=3)
+        finetune(klein(), batches, Run(tmp_path / "cut", "tiny", "x", {"samples": 3}, resume=True), config)
     del record["preservation"], record["dropping"]["merge"]  # as of a run begun before these were there
     (tmp_path / "cut" / "config.json").write_text(json.dumps(record))
-    cut = finetune(klein(), batches, tmp_path / "cut", config, base="tiny", data="x", resume=True)
+    cut = finetune(klein(), batches, Run(tmp_path / "cut", "tiny", "x", resume=True), config)
     one, other = load_file(whole), load_file(cut)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -623,33 +617,33 @@ LOST = {
 
 @pytest.mark.parametrize("lost", LOST)
 def test_without_its_settings_no_run_goes_on(lost, tmp_path):
-    config = FinetuneConfig(**SMALL | {"max_train_steps": 1})
-    finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    config = TrainConfig(**SMALL | {"max_train_steps": 1})
+    finetune(klein(), batches, Run(tmp_path, "tiny", "x"), config)
     data, message = LOST[lost]
     (tmp_path / "config.json").unlink()
     if data is not None:
         (tmp_path / "config.json").write_bytes(data if isinstance(data, bytes) else data.encode())
-    longer = FinetuneConfig(**SMALL | {"max_train_steps": 2})
+    longer = TrainConfig(**SMALL | {"max_train_steps": 2})
     with pytest.raises(ValueError, match=message):
-        finetune(klein(), batches, tmp_path, longer, base="tiny", data="x", resume=True)
+        finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), longer)
     assert not (tmp_path / "step-0000002").exists()
 
 
 @pytest.mark.parametrize("name", ["base_weights", "data", "processes", "mixed_precision", "dropping"])
 def test_a_record_that_lacks_what_each_has_is_none(name, tmp_path):
-    config = FinetuneConfig(**SMALL | {"max_train_steps": 1})
-    finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    config = TrainConfig(**SMALL | {"max_train_steps": 1})
+    finetune(klein(), batches, Run(tmp_path, "tiny", "x"), config)
     record = json.loads((tmp_path / "config.json").read_text())
     del record[name]
     (tmp_path / "config.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="config.json is no record of a run"):
-        finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True)
+        finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), config)
 
 
 def test_a_start_that_was_written_has_no_settings_yet(tmp_path):
-    config = FinetuneConfig(**SMALL | {"max_train_steps": 1})
+    config = TrainConfig(**SMALL | {"max_train_steps": 1})
     start_from(prepare(klein(), config), tmp_path)
-    assert finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True).is_file()
+    assert finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), config).is_file()
 
 
 def test_two_results_of_one_training_are_equal_to_the_byte(tmp_path):
@@ -657,8 +651,9 @@ def test_two_results_of_one_training_are_equal_to_the_byte(tmp_path):
     script = """
 import sys
 from pathlib import Path
-from test_finetune import FinetuneConfig, SMALL, batches, finetune, klein
-finetune(klein(), batches, Path(sys.argv[1]), FinetuneConfig(**SMALL), base="tiny", data="x")
+from types import SimpleNamespace
+from test_finetune import Run, TrainConfig, SMALL, batches, finetune, klein
+finetune(klein(), batches, Run(Path(sys.argv[1]), "tiny", "x"), TrainConfig(**SMALL))
 """
     results = []
     for seed in "012":
@@ -691,8 +686,8 @@ def test_a_written_lora_is_what_was_to_be_written(tmp_path):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_what_is_in_the_way_of_the_result_is_told(full, tmp_path):
-    config = FinetuneConfig(full=full, **SMALL | {"max_train_steps": 1})
-    finetune(klein(), batches, tmp_path, config, base="tiny", data="x")
+    config = TrainConfig(full=full, **SMALL | {"max_train_steps": 1})
+    finetune(klein(), batches, Run(tmp_path, "tiny", "x"), config)
     result = tmp_path / ("transformer" if full else LORA_FILE)
     shutil.rmtree(result) if full else result.unlink()
     (tmp_path / "result.partial").touch()  # what is left of a run, which is in nobody's way
@@ -703,7 +698,7 @@ def test_what_is_in_the_way_of_the_result_is_told(full, tmp_path):
         folder = name in ("transformer", "validation")
         (tmp_path / name).touch() if folder else (tmp_path / name).mkdir()
         with pytest.raises(ValueError, match=f"{name} is no {'folder' if folder else 'file'}, .*: move it away"):
-            finetune(None, None, tmp_path, config, base="tiny", data="x", resume=True)
+            finetune(None, None, Run(tmp_path, "tiny", "x", resume=True), config)
         (tmp_path / name).unlink() if folder else (tmp_path / name).rmdir()
         if kept.exists():
             kept.rename(tmp_path / name)
@@ -715,18 +710,18 @@ def test_what_is_in_the_way_of_the_result_is_told(full, tmp_path):
                 (result / "mine").mkdir(parents=True)
                 return {}
 
-            patch.setattr("sparse_context.training.finetune.training_record", meanwhile)
+            patch.setattr("sparse_context.training.export.training_record", meanwhile)
             with pytest.raises(OSError, match="could not be written .*: move what has its name away and resume"):
-                finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True)
+                finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), config)
         shutil.rmtree(result)
-    assert finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=True) == result
+    assert finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), config) == result
 
 
 def test_a_warm_up_may_change_once_it_is_over(tmp_path):
     def run(steps, warmup, resume=True):
         changes = {"max_train_steps": steps, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": warmup}
-        config = FinetuneConfig(**SMALL | {"checkpointing_steps": 1} | changes)
-        return finetune(klein(), batches, tmp_path, config, base="tiny", data="x", resume=resume)
+        config = TrainConfig(**SMALL | {"checkpointing_steps": 1} | changes)
+        return finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=resume), config)
 
     run(2, 1, resume=False)
     with pytest.raises(ValueError, match="lr_warmup_steps was 1 and is now 5"):
@@ -736,18 +731,16 @@ def test_a_warm_up_may_change_once_it_is_over(tmp_path):
 
 def test_validation_draws_dense_beside_sparse_and_leaves_the_training_alone(tmp_path):
     config = {**SMALL, "max_train_steps": 3}
-    plain = finetune(klein(), batches, tmp_path / "plain", FinetuneConfig(**config), base="tiny", data="x")
+    plain = finetune(klein(), batches, Run(tmp_path / "plain", "tiny", "x"), TrainConfig(**config))
     host = klein()
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
-    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 2, **host._settings}))
+    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 2, **host.settings}))
     shown = finetune(
         host,
         batches,
-        tmp_path / "shown",
-        FinetuneConfig(**config, validation_steps=2),
-        base="tiny",
-        data="x",
-        validation=[example()],
+        Run(tmp_path / "shown", "tiny", "x"),
+        TrainConfig(**config, validation_steps=2),
+        watch=Watch(validation=[example()]),
     )
     sheets = sorted((tmp_path / "shown" / "validation").iterdir())
     assert [s.name for s in sheets] == ["step-0000002.webp", "step-0000003.webp"]  # and after the last
@@ -762,18 +755,18 @@ def test_validation_runs_with_float32_weights_beside_a_narrow_text_encoder(tmp_p
     host = klein()
     host.pipe.text_encoder.to(torch.bfloat16)
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
-    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host._settings}))
-    config = FinetuneConfig(full=True, validation_steps=1, **SMALL | {"max_train_steps": 1})
-    finetune(host, batches, tmp_path / "run", config, base="tiny", data="x", validation=[example()])
+    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host.settings}))
+    config = TrainConfig(full=True, validation_steps=1, **SMALL | {"max_train_steps": 1})
+    finetune(host, batches, Run(tmp_path / "run", "tiny", "x"), config, watch=Watch(validation=[example()]))
     assert (tmp_path / "run" / "validation" / "step-0000001.webp").is_file()
 
 
 def test_no_run_ends_by_its_validation_pictures(tmp_path, capsys):
     host = klein()
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
-    (tmp_path / "call.json").write_text(json.dumps({"max_references": 1, **host._settings}))
-    config = FinetuneConfig(validation_steps=1, **SMALL | {"max_train_steps": 2})
-    result = finetune(host, batches, tmp_path / "run", config, base="tiny", data="x", validation=[example()])
+    (tmp_path / "call.json").write_text(json.dumps({"max_references": 1, **host.settings}))
+    config = TrainConfig(validation_steps=1, **SMALL | {"max_train_steps": 2})
+    result = finetune(host, batches, Run(tmp_path / "run", "tiny", "x"), config, watch=Watch(validation=[example()]))
     assert result.is_file() and not list((tmp_path / "run").glob("validation/*"))
     said = [line for line in capsys.readouterr().out.splitlines() if line]
     assert [line.split(":")[0] for line in said] == [f"No validation pictures at step {step}" for step in (1, 2)]
@@ -799,16 +792,16 @@ def test_a_folder_with_files_of_somebody_else_is_left_alone(tmp_path, name, text
     file.parent.mkdir(exist_ok=True)
     file.write_text(text)
     with pytest.raises(ValueError, match=f"holds {name.split('/')[0]} and no checkpoint|config.json cannot be read"):
-        finetune(klein(), batches, tmp_path, FinetuneConfig(**SMALL), base="tiny", data="x", resume=resume)
+        finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=resume), TrainConfig(**SMALL))
     assert file.read_text() == text and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_validation_picture_that_the_format_does_not_hold_is_scaled_down(monkeypatch, tmp_path):
     host = klein()
     host.pipe.register_to_config(_name_or_path=str(tmp_path))
-    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host._settings}))
+    (tmp_path / "call.json").write_text(json.dumps({"num_inference_steps": 1, **host.settings}))
     monkeypatch.setattr("sparse_context.training.validation.SHEET_SIDE", 200)
-    assert max(draw_validation(host, [example()], FinetuneConfig(**SMALL)).size) == 200
+    assert max(draw_validation(host, [example()], TrainConfig(**SMALL)).size) == 200
 
 
 def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_machine(tmp_path):
@@ -870,7 +863,7 @@ def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_mac
 )
 def test_settings_out_of_range_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        FinetuneConfig(**changes)
+        TrainConfig(**changes)
 
 
 # Data -------------------------------------------------------------------------------------------------------------
@@ -973,9 +966,9 @@ def test_processes_make_ahead_what_a_thread_makes():
 
 def test_losses_are_the_same_whoever_prepares():
     host = klein()
-    config = FinetuneConfig(**SMALL)
+    config = TrainConfig(**SMALL)
     prepare(host, config)
-    by_processes, by_a_thread = (make_loss(host, batches, config, workers=workers) for workers in (2, 0))
+    by_processes, by_a_thread = (FlowMatching(host, batches, config, encoding=Encoding(workers)) for workers in (2, 0))
     assert [by_processes(n).item() for n in (4, 5)] == [by_a_thread(n).item() for n in (4, 5)]
 
 
@@ -1077,6 +1070,6 @@ def test_a_cached_prompt_serves_other_references_unless_the_encoder_sees_them(tm
 
 def test_trainable_shares_the_parameters():
     host = klein()
-    trained = prepare(host, FinetuneConfig(**SMALL))
+    trained = prepare(host, TrainConfig(**SMALL))
     assert isinstance(trained, Trainable)
     assert {id(p) for p in trained.parameters()} == {id(p) for p in host.transformer.parameters() if p.requires_grad}

@@ -10,16 +10,17 @@ from tiny import picture
 from whole import save_whole
 
 from sparse_context import SparseContextConfig
+from sparse_context.families import FAMILIES, find_host
 from sparse_context.pipelines.engine import Engine
 from sparse_context.pipelines.load import load
+from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec, Request
 from sparse_context.sparsify import apply_sparse_context
 from sparse_context.training.batch import encode, prepare_batch
-from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.card import LORA_FILE
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
-from sparse_context.training.export import LORA_FILE
-from sparse_context.training.finetune import finetune
-from sparse_context.training.hosts import HOSTS, find_host
+from sparse_context.training.finetune import Run, finetune
 from sparse_context.training.loss import flow_matching_loss
 
 REFERENCES = {"FluxKontextPipeline": 1, "QwenImageEditPlusPipeline": 2, "Flux3ModularPipeline": 2}
@@ -38,12 +39,16 @@ def loaded(folder):
     return pipe
 
 
+def host_of(pipe, kv=False):
+    return find_host(pipe, call_settings(pipe), kv)
+
+
 def example(count):
     return Example("the cat", tuple(PICTURES[:count]), picture(64, 64, 3), (None,) * count)
 
 
 def test_every_new_host_is_tried():
-    assert set(REFERENCES) == {name for name in HOSTS if not name.startswith("Flux2")}
+    assert set(REFERENCES) == {name for name, family in FAMILIES.items() if family.host and family.host != "Flux2"}
 
 
 def predictions(pipe, count, keep):
@@ -67,7 +72,7 @@ def test_a_host_predicts_what_its_pipeline_predicts(model, keep):
     pipe = loaded(folder)
     pictures = PICTURES[: REFERENCES[name]]
     [(kwargs, predicted)], made = predictions(pipe, REFERENCES[name], keep)
-    host = find_host(pipe)
+    host = host_of(pipe)
     rows, columns = made.image.height // host.token, made.image.width // host.token
     given = kwargs["hidden_states"][:, : rows * columns]
     noisy = host.target_tokens(given.transpose(1, 2).reshape(1, -1, rows, columns))
@@ -82,7 +87,7 @@ def test_a_host_predicts_what_its_pipeline_predicts(model, keep):
 
 def test_pixels_leave_no_trace_in_a_pipeline_that_is_being_validated(model):
     """They are asked by a thread ahead of the steps, while validation may be taking notes of the same processor."""
-    host = find_host(loaded(model[1]))
+    host = host_of(loaded(model[1]))
     before = host.pixels(PICTURES[1])
     apply_sparse_context(host.pipe, keep=0.5)
     host.pipe.image_processor.preprocess = host.pipe.image_processor.resize = None
@@ -91,7 +96,7 @@ def test_pixels_leave_no_trace_in_a_pipeline_that_is_being_validated(model):
 
 def test_references_change_the_loss_and_gradients_reach_the_weights(model):
     name, folder = model
-    host = find_host(loaded(folder))
+    host = host_of(loaded(folder))
     host.transformer.requires_grad_(True)
     count = REFERENCES[name]
     encoded = encode(host, prepare_batch(host, [example(count)], ["the cat"]))
@@ -108,10 +113,10 @@ def test_references_change_the_loss_and_gradients_reach_the_weights(model):
 
 def test_a_step_trains_an_adapter_that_plain_diffusers_loads(model, monkeypatch, tmp_path):
     name, folder = model
-    host = find_host(loaded(folder))
-    config = FinetuneConfig(max_train_steps=1, learning_rate=0.5, lr_warmup_steps=0, distillation=0.5)
+    host = host_of(loaded(folder))
+    config = TrainConfig(max_train_steps=1, learning_rate=0.5, lr_warmup_steps=0, distillation=0.5)
     batch = [example(REFERENCES[name])]
-    result = finetune(host, lambda number: batch, tmp_path / "run", config, base=str(folder), data="made here")
+    result = finetune(host, lambda number: batch, Run(tmp_path / "run", str(folder), "made here"), config)
     assert result.name == LORA_FILE
     host.transformer.eval()
     count = REFERENCES[name]
@@ -132,10 +137,10 @@ def test_a_step_trains_an_adapter_that_plain_diffusers_loads(model, monkeypatch,
 
 def test_the_card_of_a_full_fine_tuning_loads_the_transformer_of_its_family(model, monkeypatch, tmp_path):
     name, folder = model
-    host = find_host(loaded(folder))
-    config = FinetuneConfig(full=True, max_train_steps=1, learning_rate=0.5, lr_warmup_steps=0)
+    host = host_of(loaded(folder))
+    config = TrainConfig(full=True, max_train_steps=1, learning_rate=0.5, lr_warmup_steps=0)
     batch = [example(REFERENCES[name])]
-    finetune(host, lambda number: batch, tmp_path / "run", config, base=str(folder), data="made here")
+    finetune(host, lambda number: batch, Run(tmp_path / "run", str(folder), "made here"), config)
     monkeypatch.chdir(tmp_path / "run")
     code = Path("README.md").read_text().split("```python")[1].split("```")[0].replace("path/to/model", str(folder))
     names: dict = {}
@@ -149,9 +154,9 @@ def test_a_host_says_what_it_cannot_do(model):
     name, folder = model
     pipe = loaded(folder)
     with pytest.raises(ValueError, match=f"KV mode is for FLUX.2 klein: {name} has no pipeline that runs it.$"):
-        find_host(pipe, kv=True)
+        host_of(pipe, kv=True)
     if name == "FluxKontextPipeline":
-        host = find_host(pipe)
+        host = host_of(pipe)
         latents = host.encode_pictures(host.pixels(Image.new("RGB", (64, 64))))
         with pytest.raises(ValueError, match="takes one reference, and a sample has 2: give each one.$"):
             host.reference_tokens([latents, latents])

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.options import RunConfig, _kinds, read_settings
 
 
 def test_nothing_said_is_the_defaults():
     settings = read_settings()
-    assert settings.config == FinetuneConfig(validation_steps=500) and settings.run == RunConfig()
+    assert settings.config == TrainConfig(validation_steps=500) and settings.run == RunConfig()
     assert (settings.model, settings.data) == (None, None)
 
 
 def test_no_field_has_two_meanings():
-    names = [field.name for record in (FinetuneConfig, RunConfig) for field in fields(record)]
+    names = [field.name for record in (TrainConfig, RunConfig) for field in fields(record)]
     assert len(set(names)) == len(names)
 
 
@@ -119,7 +119,7 @@ def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
 
 
 def test_every_field_can_be_set_from_a_record_of_all_of_them(tmp_path):
-    config, run = FinetuneConfig(lora_layers=("to_q",), shift=2.0), RunConfig(cache_dir=Path("x"))
+    config, run = TrainConfig(lora_layers=("to_q",), shift=2.0), RunConfig(cache_dir=Path("x"))
     record = json.dumps(
         asdict(config) | {"run": asdict(run)} | {"version": "1", "base": "a/b", "data": "c"}, default=str
     )

@@ -156,8 +156,8 @@ def generate(folder, request):
 
 
 def train(folder, request, **options):
-    from sparse_context.training.config import FinetuneConfig
-    from sparse_context.training.dropping import KINDS, Dropping
+    from sparse_context.training.config import TrainConfig
+    from sparse_context.training.dropping import DROPS, Dropping
     from sparse_context.training.launch import launch
     from sparse_context.training.options import RunConfig
 
@@ -166,7 +166,7 @@ def train(folder, request, **options):
         picture(64, 64, ord(name)).save(folder / f"{name}.png")
     rows = [{"references": [f"{name}.png"], "image": "a.png", "prompt": "the cat"} for name in "ab"]
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    dropping = Dropping(mix=dict.fromkeys(KINDS, 1.0), merge=(0.0, 0.3))
+    dropping = Dropping(mix=dict.fromkeys(DROPS, 1.0), merge=(0.0, 0.3))
     run = RunConfig(
         dtype="float32",
         mixed_precision="no",
@@ -176,7 +176,7 @@ def train(folder, request, **options):
     )
     with untouched():
         for steps, resume in ((1, None), (2, "latest")):
-            config = FinetuneConfig(
+            config = TrainConfig(
                 dropping=dropping,
                 max_train_steps=steps,
                 checkpointing_steps=1,
@@ -256,6 +256,7 @@ def extract(folder, request):
 
 def random_pipeline(folder, request):
     from sparse_context.bench.build import build_pipeline
+    from sparse_context.families.flux2.bench import FLUX2
     from sparse_context.families.shape import Shape
 
     encoder = {
@@ -267,7 +268,7 @@ def random_pipeline(folder, request):
         "hidden_size": 4,
         "intermediate_size": 8,
     }
-    build_pipeline(Shape(1, 1, 1, 12, encoder), torch.device("cpu"), torch.float32)
+    build_pipeline(Shape(FLUX2, 1, 1, 1, 12, encoder), torch.device("cpu"), torch.float32)
 
 
 def train_embedded(folder, request):
@@ -483,7 +484,7 @@ def test_a_seed_makes_the_adapter_that_it_always_made():
     from peft import LoraConfig
     from test_finetune import klein
 
-    from sparse_context.training.config import FinetuneConfig
+    from sparse_context.training.config import TrainConfig
     from sparse_context.training.trainable import prepare
 
     host, twin = klein(), klein()
@@ -491,7 +492,7 @@ def test_a_seed_makes_the_adapter_that_it_always_made():
     settings = {"r": 2, "lora_alpha": 2, "init_lora_weights": "gaussian", "target_modules": ["to_q", "to_out.0"]}
     twin.transformer.add_adapter(LoraConfig(**settings))
     with untouched():
-        prepare(host, FinetuneConfig(rank=2, lora_alpha=2, lora_layers=("to_q", "to_out.0"), seed=7))
+        prepare(host, TrainConfig(rank=2, lora_alpha=2, lora_layers=("to_q", "to_out.0"), seed=7))
     wanted = {name: weight for name, weight in twin.transformer.named_parameters() if "lora_A" in name}
     found = dict(host.transformer.named_parameters())
     assert wanted and all(torch.equal(found[name], weight) for name, weight in wanted.items())

@@ -25,21 +25,23 @@ from sparse_context.bench.blocks import bench_blocks
 from sparse_context.bench.build import build_pipeline, build_transformer, draw_weights
 from sparse_context.bench.calls import bench
 from sparse_context.bench.config import BenchConfig
+from sparse_context.bench.figures import Figures, Measurement, Setting, Spread
 from sparse_context.bench.flops import call_flops, forward_flops, passes
-from sparse_context.bench.methods import METHODS, downscaled_grid, make_hosts, merge_tokens, reference_tokens
+from sparse_context.bench.methods import METHODS, downscaled_grid, make_pipes, merge_tokens, reference_tokens
 from sparse_context.bench.report import compare, read_quality, table
-from sparse_context.bench.shapes import KINDS, SHAPES
+from sparse_context.bench.shapes import SHAPES
 from sparse_context.bench.turns import take_turns
 from sparse_context.cli import main
-from sparse_context.families.flux2.bench import shape_of
+from sparse_context.families import FAMILIES
+from sparse_context.families.flux2.bench import FLUX2, shape_of
 from sparse_context.families.shape import Shape, Tokens, with_blocks
 from sparse_context.pipelines.memory import Peak
 from sparse_context.pipelines.timing import timed
 from sparse_context.tokens import ReferenceTokens
 
 CALL = {"prompt": "the cat", "max_sequence_length": 12, "text_encoder_out_layers": [1, 2], "guidance_scale": 1.0}
-SMALL = Shape(2, 5, 20, 24, {}, head_size=128, channels=8)
-OTHERS = ("kontext", "longcat-edit", "qwen-edit", "flux3-klein")
+SMALL = Shape(FLUX2, 2, 5, 20, 24, {}, head_size=128, channels=8)
+OTHERS = ("flux3-klein", "kontext", "longcat-edit", "qwen-edit")
 
 
 def small(name):
@@ -92,7 +94,7 @@ def test_flops_are_those_that_torch_counts(guidance):
 def test_flops_of_every_kind_are_those_that_torch_counts(name, references):
     shape, tokens = small(name), Tokens(5, 7, references)
     transformer = build_transformer(shape, torch.device("cpu"), torch.bfloat16).eval()
-    arguments = KINDS[shape.kind].arguments(transformer, shape, tokens, None)
+    arguments = shape.kind.arguments(transformer, shape, tokens, None)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         (made,) = transformer(**arguments, return_dict=False)
     assert made.shape == (1, 7 if name == "flux3-klein" else 7 + references, 8) and made.isfinite().all()
@@ -171,7 +173,7 @@ def test_the_shapes_have_as_many_parameters_as_the_models(name, billions):
 def test_the_other_shapes_are_diffusers_own_but_for_what_the_table_says(name, own, billions):
     shape = SHAPES[name]
     with torch.device("meta"):
-        transformer = KINDS[shape.kind].build(shape)
+        transformer = shape.kind.build(shape)
     parameters = inspect.signature(type(transformer).__init__).parameters
     defaults = {key: one.default for key, one in parameters.items()}
     assert {key: value for key, value in transformer.config.items() if key in defaults} == {
@@ -180,8 +182,10 @@ def test_the_other_shapes_are_diffusers_own_but_for_what_the_table_says(name, ow
     assert round(sum(p.numel() for p in transformer.parameters()) / 1e9, 2) == billions
 
 
-def test_every_kind_of_transformer_has_a_shape():
-    assert {shape.kind for shape in SHAPES.values()} == KINDS.keys()
+def test_every_family_has_shapes_and_a_kind_of_transformer_is_of_one_family():
+    kinds = {shape.kind.build.__module__.split(".")[-2] for shape in SHAPES.values()}
+    assert kinds == {family.folder for family in FAMILIES.values()}
+    assert len({shape.kind for shape in SHAPES.values()}) == 5
     assert list(SHAPES) == ["klein-4b", "klein-9b", "flux2-dev", *OTHERS]
 
 
@@ -216,19 +220,19 @@ def test_drawn_weights_are_real_and_repeat():
 def test_methods_share_the_weights_and_leave_the_pipeline_alone(pipe):
     before = {k: id(v) for k, v in vars(pipe).items()}
     processors = {k: type(v) for k, v in pipe.transformer.attn_processors.items()}
-    hosts = make_hosts(pipe)
-    assert type(hosts.plain) is Flux2KleinPipeline and type(hosts.kv) is Flux2KleinKVPipeline
-    assert hosts.plain.config.is_distilled
-    assert hosts.plain.transformer is pipe.transformer is not hosts.kv.transformer
-    own, twin = dict(pipe.transformer.named_parameters()), dict(hosts.kv.transformer.named_parameters())
+    pipes = make_pipes(pipe)
+    assert type(pipes.plain) is Flux2KleinPipeline and type(pipes.kv) is Flux2KleinKVPipeline
+    assert pipes.plain.config.is_distilled
+    assert pipes.plain.transformer is pipe.transformer is not pipes.kv.transformer
+    own, twin = dict(pipe.transformer.named_parameters()), dict(pipes.kv.transformer.named_parameters())
     assert own.keys() == twin.keys() and all(own[name] is twin[name] for name in own)
     assert {k: type(v) for k, v in pipe.transformer.attn_processors.items()} == processors
     assert {k: id(v) for k, v in vars(pipe).items()} == before
-    assert make_hosts(tiny.build_flux2(Flux2Pipeline)).kv is None
+    assert make_pipes(tiny.build_flux2(Flux2Pipeline)).kv is None
 
 
 def test_every_method_gives_the_transformer_as_many_tokens_as_it_says(pipe):
-    hosts, references = make_hosts(pipe), [tiny.picture(64, 64), tiny.picture(96, 64, 1)]
+    pipes, references = make_pipes(pipe), [tiny.picture(64, 64), tiny.picture(96, 64, 1)]
     grids, keep, made = [(8, 8), (8, 12)], 0.3, {}
     counted = {
         "dense": 160,
@@ -243,10 +247,10 @@ def test_every_method_gives_the_transformer_as_many_tokens_as_it_says(pipe):
     assert counted.keys() == METHODS.keys()
     for name, method in [*METHODS.items(), *METHODS.items()]:  # in turns: none leaves anything behind
         seen = []
-        hooks = [turns.watch_tokens(h.transformer, seen, 8) for h in (hosts.plain, hosts.kv)]
-        host, given = method.prepare(hosts, references, keep)
+        hooks = [turns.watch_tokens(h.transformer, seen, 8) for h in (pipes.plain, pipes.kv)]
+        host, given = method.prepare(pipes, references, keep)
         generator = torch.Generator().manual_seed(0)
-        call = {k: v for k, v in CALL.items() if k != "guidance_scale" or host is hosts.plain}
+        call = {k: v for k, v in CALL.items() if k != "guidance_scale" or host is pipes.plain}
         out = host(
             image=given or None,
             height=64,
@@ -276,7 +280,7 @@ def test_every_method_gives_the_transformer_as_many_tokens_as_it_says(pipe):
     ).images
     assert torch.equal(made["dense"], plain)
     assert torch.equal(made["sparse"], made["sparse_cached"])
-    assert hosts.cache.hits == 4
+    assert pipes.cache.hits == 4
 
 
 @pytest.mark.parametrize(
@@ -337,48 +341,58 @@ def test_turns_are_interleaved_and_the_first_does_not_count():
 
 
 def test_ratios_are_taken_within_a_turn():
-    tokens = [dataclasses.asdict(Tokens(5, 10, n)) for n in (20, 0)]
+    tokens = [Tokens(5, 10, n) for n in (20, 0)]
     rows = [
-        {"size": 8, "references": 1, "method": method, "keep": None, "tokens": t, "seconds": {"denoise": s, "total": s}}
+        Measurement(Setting(8, 1, method, None), t, {"denoise": s, "total": s})
         for method, t, s in zip(("dense", "no_references"), tokens, ([8.0, 3.0, 9.0], [2.0, 3.0, 1.0]), strict=True)
     ]
     first, second = compare(rows, SMALL)
-    assert first["times faster"]["denoise"] == {"median": 1, "min": 1, "max": 1}
-    assert second["times faster"]["denoise"] == {"median": 4, "min": 1, "max": 9}
-    assert second["seconds"]["total"] == {"median": 2, "min": 1, "max": 3}
+    assert first.speedup["denoise"] == Spread(median=1, min=1, max=1)
+    assert second.speedup["denoise"] == Spread(median=4, min=1, max=9)
+    assert second.seconds["total"] == Spread(median=2, min=1, max=3)
     predicted = call_flops(SMALL, Tokens(5, 10, 20), 4) / call_flops(SMALL, Tokens(5, 10, 0), 4)
-    assert second["predicted"] == round(predicted, 3) and second["of predicted"] == round(4 / predicted, 3)
-    assert (first["of ceiling"], second["of ceiling"]) == (0.25, 1)
+    assert second.flops_speedup == round(predicted, 3) and second.share_of_flops == round(4 / predicted, 3)
+    assert (first.share_of_ceiling, second.share_of_ceiling) == (0.25, 1)
 
 
 def test_whole_calls(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(calls, "call_settings", lambda pipe: {**CALL, "num_inference_steps": 2})
     config = BenchConfig(references=(1, 3), keep=(0.5, 0.25), size=(64,), turns=1)
     figures = bench(pipe, [tiny.picture(40, 50)], "the cat", config)
-    assert (figures["turns"], figures["steps"]) == (1, 2)
-    rows = {(row["references"], row["method"], row["keep"]): row for row in figures["rows"]}
-    assert len(rows) == len(figures["rows"]) == 2 * (3 + 5 * 2)
-    assert rows[3, "sparse", 0.25]["tokens"] == {"text": 12, "output": 64, "references": 48}
-    assert rows[3, "dense", None]["tokens"]["references"] == 192
-    for row in figures["rows"]:
-        medians = {phase: seconds["median"] for phase, seconds in row["seconds"].items()}
+    assert (figures.turns, figures.steps) == (1, 2)
+    rows = {(row.references, row.method, row.keep): row for row in figures.rows}
+    assert len(rows) == len(figures.rows) == 2 * (3 + 5 * 2)
+    assert rows[3, "sparse", 0.25].tokens == Tokens(text=12, output=64, references=48)
+    assert rows[3, "dense", None].tokens.references == 192
+    for row in figures.rows:
+        medians = {phase: seconds.median for phase, seconds in row.seconds.items()}
         assert medians["total"] >= medians["denoise"] > 0 and medians["text"] > 0 and medians["decode"] > 0
-        assert (medians["encode"] > 0) == (row["method"] not in ("no_references", "sparse_cached"))
-        assert (medians["selection"] > 0) == (row["method"].startswith("sparse") or row["method"] == "merged")
-        assert row["memory"].keys() <= {"text", "encode", "denoise", "decode"}
+        assert (medians["encode"] > 0) == (row.method not in ("no_references", "sparse_cached"))
+        assert (medians["selection"] > 0) == (row.method.startswith("sparse") or row.method == "merged")
+        assert row.memory.keys() <= {"text", "encode", "denoise", "decode"}
     assert len(table(figures).splitlines()) == 1 + len(rows)
-    json.dumps(figures)
+    assert Figures(**json.loads(json.dumps(dataclasses.asdict(figures)))) == figures
     pytest.importorskip("matplotlib")
     point = {"method": "sparse", "keep": 0.25, "references": 3, "value": 0.9, "metric": "SSIM"}
     (tmp_path / "quality.json").write_text(json.dumps([point]))
     report.plot(figures, tmp_path / "plot.png", read_quality(tmp_path / "quality.json"))
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    alone = figures | {"rows": [row for row in figures["rows"] if row["references"] == 3]}
+    alone = dataclasses.replace(figures, rows=[row for row in figures.rows if row.references == 3])
     unknown = point | {"keep": 0.1}  # which no row has
     for of, known, panels in ((figures, point, 2), (figures, unknown, 1), (alone, point, 1), (alone, unknown, 1)):
         report.plot(of, tmp_path / "plot.png", [known])
         with Image.open(tmp_path / "plot.png") as drawn:
             assert drawn.width == panels * 768
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@pytest.mark.parametrize("path", [*RESULTS.glob("bench_*.json"), RESULTS / "choosing_gpu.json"], ids=lambda p: p.stem)
+def test_published_benchmarks_are_read_as_records(path):
+    figures = Figures(**json.loads(path.read_text(encoding="utf-8"))["figures"])
+    dense = [row for row in figures.rows if row.method == "dense"]
+    assert dense and all(spread == Spread(1, 1, 1) for row in dense for spread in row.speedup.values())
 
 
 @pytest.mark.parametrize("change", [{"keep": [0.2]}, {"value": "good"}, {"references": "4"}, {"method": None}])
@@ -447,7 +461,7 @@ ENCODER = {
 @pytest.mark.parametrize("encoder", [ENCODER, {}])
 def test_a_pipeline_of_a_shape_makes_whole_calls(encoder):
     """With a text encoder, of which klein takes layers 9, 18 and 27, and without, where embeddings are drawn."""
-    shape = Shape(1, 1, 1, 12, encoder, steps=2, guidance=not encoder)
+    shape = Shape(FLUX2, 1, 1, 1, 12, encoder, steps=2, guidance=not encoder)
     pipe = build_pipeline(shape, torch.device("cpu"), torch.float32)
     assert type(pipe) is (Flux2KleinPipeline if encoder else Flux2Pipeline)
     assert (pipe.text_encoder is None) == (not encoder) and pipe.transformer.config.num_single_layers == 1
@@ -458,8 +472,8 @@ def test_a_pipeline_of_a_shape_makes_whole_calls(encoder):
     methods = {"dense": 16, "sparse": 4} | ({"sparse_kv": 4} if encoder else {})  # FLUX.2 dev has no pipeline for KV
     config = BenchConfig(references=(1,), keep=(0.25,), size=(64,), turns=1, steps=2, methods=tuple(methods))
     figures = bench(pipe, [tiny.picture(64, 64)], "a cat", config)
-    assert figures["steps"] == 2 and {row["method"]: row["tokens"] for row in figures["rows"]} == {
-        method: {"text": 512, "output": 16, "references": references} for method, references in methods.items()
+    assert figures.steps == 2 and {row.method: row.tokens for row in figures.rows} == {
+        method: Tokens(text=512, output=16, references=references) for method, references in methods.items()
     }
     drawn = torch.randn(1, 512, 12, generator=torch.Generator().manual_seed(0))
     assert len(seen) == 2 * 2 * len(methods)  # the warm-up and a turn of two steps
@@ -469,18 +483,18 @@ def test_a_pipeline_of_a_shape_makes_whole_calls(encoder):
 def test_blocks_alone():
     config = BenchConfig(references=(2,), keep=(0.25,), size=(64,), turns=2)
     figures = bench_blocks(SMALL, 1, torch.device("cpu"), torch.float32, config)
-    assert (figures["blocks"], figures["of"], figures["turns"]) == ([1, 1], [5, 20], 2)
-    rows = {row["method"]: row for row in figures["rows"]}
-    assert {name: row["tokens"]["references"] for name, row in rows.items()} == {
+    assert (figures.blocks, figures.of, figures.turns) == ((1, 1), (5, 20), 2)
+    rows = {row.method: row for row in figures.rows}
+    assert {name: row.tokens.references for name, row in rows.items()} == {
         "dense": 32,
         "kv": 32,
         "sparse": 8,
         "sparse_kv": 8,
         "no_references": 0,
     }
-    for row in figures["rows"]:
-        assert row["seconds"].keys() == {"denoise"} and row["tokens"]["text"] == 512
-        assert row["extrapolated"] == pytest.approx(12.5 * row["seconds"]["denoise"]["median"], rel=0.01, abs=0.002)
+    for row in figures.rows:
+        assert row.seconds.keys() == {"denoise"} and row.tokens.text == 512
+        assert row.extrapolated == pytest.approx(12.5 * row.seconds["denoise"].median, rel=0.01, abs=0.002)
     assert table(figures)
 
 
@@ -488,13 +502,13 @@ def test_blocks_alone():
 def test_blocks_of_every_kind(name):
     shape, config = small(name), BenchConfig(references=(2,), keep=(0.25,), size=(64,), turns=1)
     figures = bench_blocks(shape, 1, torch.device("cpu"), torch.bfloat16, config)
-    assert figures["blocks"] == [1, 0 if name == "qwen-edit" else 1] and figures["steps"] == SHAPES[name].steps
-    assert {row["method"]: row["tokens"]["references"] for row in figures["rows"]} == {
+    assert figures.blocks == (1, 0 if name == "qwen-edit" else 1) and figures.steps == SHAPES[name].steps
+    assert {row.method: row.tokens.references for row in figures.rows} == {
         "dense": 32,
         "sparse": 8,
         "no_references": 0,
     }
-    assert all(("extrapolated" in row) == (name != "flux3-klein") for row in figures["rows"])
+    assert all((row.extrapolated is not None) == (name != "flux3-klein") for row in figures.rows)
     assert table(figures)
 
 
@@ -692,6 +706,6 @@ def test_the_embedded_model_sees_references_in_the_size_of_their_task():
 
     scene = next(e for e in read_examples() if len(e["references"]) == 4)
     config = BenchConfig(references=(1, 2), keep=(0.25,), methods=("dense", "sparse"), turns=1, steps=1)
-    rows = bench(load(ModelSpec(device="cpu")), scene["references"], scene["prompt"], config)["rows"]
-    seen = {(row["references"], row["method"]): row["tokens"]["references"] for row in rows}
+    rows = bench(load(ModelSpec(device="cpu")), scene["references"], scene["prompt"], config).rows
+    seen = {(row.references, row.method): row.tokens.references for row in rows}
     assert seen == {(1, "dense"): 256, (1, "sparse"): 64, (2, "dense"): 1152, (2, "sparse"): 288}

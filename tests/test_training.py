@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sparse_context
-from sparse_context.training import loop
-from sparse_context.training.checkpoints import _tidy, has_begun, load_average, newest_step, start_from
+from sparse_context.training import checkpoint_files, files
+from sparse_context.training.card import LORA_FILE
+from sparse_context.training.checkpoints import Checkpoints, has_begun, load_average, newest_step, start_from
 from sparse_context.training.dropping import Dropping, draw_selection
-from sparse_context.training.export import LORA_FILE
 from sparse_context.training.files import alone
-from sparse_context.training.loop import train
+from sparse_context.training.loop import LoopConfig, train
 from sparse_context.training.muon import Muon
 from sparse_context.training.optimisers import make_optimisers
 from sparse_context.training.schedules import SCHEDULES, learning_rate
@@ -43,7 +43,7 @@ def problem():
     return module, optimisers, loss
 
 
-def run(folder, steps=12, stop_at=None, **changes):
+def run(folder, steps=12, stop_at=None, show=None, **changes):
     """The averaged and the last weights of a run; `stop_at` kills it after that step's checkpoint."""
     module, optimisers, loss = problem()
 
@@ -53,7 +53,7 @@ def run(folder, steps=12, stop_at=None, **changes):
         return loss(step)
 
     settings = {"steps": steps, "warmup": 2, "save_every": 3, "log_every": 3} | changes
-    average = train(module, optimisers, until_killed, folder, **settings)
+    average = train(module, optimisers, until_killed, folder, LoopConfig(**settings), show=show)
     return average.state_dict(), module.state_dict()
 
 
@@ -111,9 +111,7 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing(tmp_path):
             optimisers,
             lambda step: loss(step) * (math.nan if step in broken else 1.0),
             tmp_path / name,
-            steps=steps,
-            schedule="constant",
-            ema=0.0,
+            LoopConfig(steps=steps, schedule="constant", ema=0.0),
         )
         return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
@@ -128,11 +126,13 @@ def test_steps_without_finite_gradients_are_counted_and_end_a_run_that_learns_no
         return lambda step: loss(step) * (math.nan if step in steps else 1.0)
 
     module, optimisers, loss = problem()
-    train(module, optimisers, broken({1, 2, 5}), tmp_path / "few", steps=6, log_every=3)
+    train(module, optimisers, broken({1, 2, 5}), tmp_path / "few", LoopConfig(steps=6, log_every=3))
     log = [json.loads(line) for line in (tmp_path / "few" / "log.jsonl").read_text().splitlines()]
     assert [record["skipped"] for record in log] == [2, 1]
     with pytest.raises(ValueError, match="^The gradients of steps 26 to 45 are not finite, .* lower learning rate"):
-        train(module, optimisers, broken({*range(4, 24), *range(25, 99)} - {23}), tmp_path / "end", steps=99)
+        train(
+            module, optimisers, broken({*range(4, 24), *range(25, 99)} - {23}), tmp_path / "end", LoopConfig(steps=99)
+        )
 
 
 def test_a_killed_run_ends_at_equal_weights(tmp_path):
@@ -316,8 +316,7 @@ def test_without_a_gradient_there_is_no_state_to_miss(tmp_path):
                 [torch.optim.AdamW(module.parameters())],
                 lambda step, used=module["used"]: used(torch.ones(2)).square().mean(),
                 folder,
-                steps=steps,
-                save_every=3,
+                LoopConfig(steps=steps, save_every=3),
             )
             if old:
                 without_sums(folder / f"step-000000{steps}")
@@ -332,8 +331,7 @@ def test_a_run_whose_first_steps_were_skipped_has_no_state_either(tmp_path):
             optimisers,
             lambda step, loss=loss: loss(step) * (math.nan if step < 4 else 1.0),
             tmp_path,
-            steps=steps,
-            save_every=3,
+            LoopConfig(steps=steps, save_every=3),
         )
     assert newest_step(tmp_path) == 6
 
@@ -342,7 +340,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_to_be_deleted(killed, tmp_path
     def refused(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(loop, "load_file", refused)
+    monkeypatch.setattr(checkpoint_files, "load_file", refused)
     folder = shutil.copytree(killed / "killed", tmp_path / "killed")
     with pytest.raises(OSError, match=r"cannot be read \(Permission denied\): make its files readable\.$"):
         run(folder)
@@ -359,7 +357,7 @@ def test_a_resumed_run_holds_no_file_of_a_checkpoint(killed, tmp_path):
         held.extend(path for path in open_files() if path.startswith(os.path.realpath(folder) + os.sep))
         return loss(step)
 
-    train(module, optimisers, watched, folder, steps=12, warmup=2, save_every=3, log_every=3)
+    train(module, optimisers, watched, folder, LoopConfig(steps=12, warmup=2, save_every=3, log_every=3))
     assert held == []
 
 
@@ -371,7 +369,7 @@ def test_a_file_with_the_name_of_a_checkpoint_is_told_before_a_step_is_taken(nam
     (tmp_path / name).write_text("mine")
     module, optimisers, _ = problem()
     with pytest.raises(OSError, match=f"{name} is no folder, and has the name of a checkpoint: move it away") as raised:
-        train(module, optimisers, lambda step: pytest.fail("a step was taken"), tmp_path, steps=12)
+        train(module, optimisers, lambda step: pytest.fail("a step was taken"), tmp_path, LoopConfig(steps=12))
     assert "free some space" not in str(raised.value) and (tmp_path / name).read_text() == "mine"
 
 
@@ -389,7 +387,7 @@ def test_what_comes_into_the_way_during_a_run_ends_it_with_what_to_do_and_it_goe
 
     settings = {"steps": 12, "warmup": 2, "save_every": 3, "log_every": 3}
     with pytest.raises(OSError, match="step-0000009 is no folder.*: move it away"):
-        train(module, optimisers, disturbed(file, Path.touch), tmp_path, **settings)
+        train(module, optimisers, disturbed(file, Path.touch), tmp_path, LoopConfig(**settings))
     file.unlink()
 
     def folder(path):
@@ -400,7 +398,7 @@ def test_what_comes_into_the_way_during_a_run_ends_it_with_what_to_do_and_it_goe
     with pytest.raises(
         OSError, match=r"log.jsonl could not be written \(Is a directory\): move what has its name away"
     ):
-        train(module, optimisers, disturbed(log, folder), tmp_path, **settings)
+        train(module, optimisers, disturbed(log, folder), tmp_path, LoopConfig(**settings))
     log.rmdir()
     resumed, whole = run(tmp_path), run(tmp_path / "whole")
     assert all(torch.equal(one[name], other[name]) for one, other in zip(resumed, whole, strict=True) for name in one)
@@ -476,7 +474,7 @@ def broken_run(folder, kill_at=None, **changes):
         return loss(batch) * (math.nan if batch // 2 in (1, 3, 4, 10) else 1.0)
 
     settings = {"steps": 12, "warmup": 2, "save_every": 3, "log_every": 5, "accumulate": 2} | changes
-    train(module, optimisers, until_killed, folder, **settings)
+    train(module, optimisers, until_killed, folder, LoopConfig(**settings))
 
 
 @pytest.mark.parametrize(
@@ -510,9 +508,9 @@ def test_steps_in_a_row_are_counted_over_kills(tmp_path):
         return until_killed
 
     with pytest.raises(KeyboardInterrupt):
-        train(module, optimisers, broken(17), tmp_path, steps=99, save_every=8, log_every=2)
+        train(module, optimisers, broken(17), tmp_path, LoopConfig(steps=99, save_every=8, log_every=2))
     with pytest.raises(ValueError, match="^The gradients of steps 1 to 20 are not finite"):
-        train(module, optimisers, broken(99), tmp_path, steps=99, save_every=8, log_every=2)
+        train(module, optimisers, broken(99), tmp_path, LoopConfig(steps=99, save_every=8, log_every=2))
     assert taken == [*range(17), *range(16, 20)]
 
 
@@ -557,7 +555,7 @@ def test_a_log_keeps_its_records_alone(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "log.jsonl").write_text('5\n{}\n{"step": 1}\n{"step": 4}\n[]\nhi\n{"step": 2')
-    _tidy(tmp_path, 3)
+    Checkpoints(tmp_path).tidy(3)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
     assert {path.name for path in tmp_path.rglob("*")} == {"log.jsonl", "validation"}
 
@@ -583,7 +581,7 @@ def test_a_folder_that_cannot_be_locked_is_one_sentence(error, tmp_path, monkeyp
     def fails(self, timeout):
         raise error
 
-    monkeypatch.setattr(loop.FileLock, "acquire", fails)
+    monkeypatch.setattr(files.FileLock, "acquire", fails)
     with pytest.raises(OSError, match=r"run cannot be written \(.*\): name another folder\.$"), alone(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()
@@ -611,7 +609,7 @@ def test_schedules():
 def test_by_the_clock_the_last_step_comes_when_the_time_is_up(tmp_path, monkeypatch):
     module, optimisers, loss = problem()
     now, rates = [0.0], []
-    monkeypatch.setattr("sparse_context.training.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("sparse_context.training.pace.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def slow(step):
         rates.append(optimisers[0].param_groups[0]["lr"])
@@ -625,10 +623,7 @@ def test_by_the_clock_the_last_step_comes_when_the_time_is_up(tmp_path, monkeypa
         optimisers,
         slow,
         tmp_path,
-        steps=10**6,
-        warmup=2,
-        seconds=10.0,
-        show_every=8,
+        LoopConfig(steps=10**6, warmup=2, seconds=10.0, show_every=8),
         show=lambda step, average: shown.append(step),
     )
     assert shown == [8, 11]
@@ -652,7 +647,7 @@ def test_accumulated_batches_equal_one_of_their_size(tmp_path):
             x = data[batch * size : (batch + 1) * size]
             return (module["head"](module["blocks"](x).tanh()) - x[:, :2]).square().mean()
 
-        train(module, optimisers, loss, folder, steps=3, warmup=1, save_every=3, accumulate=accumulate)
+        train(module, optimisers, loss, folder, LoopConfig(steps=3, warmup=1, save_every=3, accumulate=accumulate))
         return module.state_dict()
 
     whole, parts = final(tmp_path / "whole", 8, 1), final(tmp_path / "parts", 2, 4)
@@ -717,7 +712,7 @@ import json, sys
 from pathlib import Path
 import torch
 from torch import nn
-from sparse_context.training.loop import train
+from sparse_context.training.loop import LoopConfig, train
 
 folder, width = Path(sys.argv[1]), int(sys.argv[2])
 limit, _, first = sys.argv[3].partition("@")  # bytes that a file may have, and from which step on
@@ -729,9 +724,9 @@ if len(sys.argv) > 4:
     rank = accelerator.process_index
 if len(sys.argv) > 5:
     import time, types
-    from sparse_context.training import loop
+    from sparse_context.training import pace
     seconds = float(sys.argv[5])
-    loop.time = types.SimpleNamespace(monotonic=lambda: (1 + 2 * rank) * time.monotonic())  # one clock runs fast
+    pace.time = types.SimpleNamespace(monotonic=lambda: (1 + 2 * rank) * time.monotonic())  # one clock runs fast
 torch.manual_seed(rank)  # each process begins elsewhere, and takes the first one's weights
 module = nn.Linear(width, width)
 
@@ -747,9 +742,10 @@ def loss(step):
         return x.square().mean()
     return (module(x) - x.flip(1)).square().mean()
 
-average = train(module, [torch.optim.AdamW(module.parameters(), lr=1e-2)], loss, folder,
-                steps=10**6 if seconds else 40, warmup=2, save_every=10**6 if seconds else 2, log_every=3,
-                accelerator=accelerator, seconds=seconds)
+config = LoopConfig(steps=10**6 if seconds else 40, warmup=2, save_every=10**6 if seconds else 2, log_every=3,
+                    seconds=seconds)
+average = train(module, [torch.optim.AdamW(module.parameters(), lr=1e-2)], loss, folder, config,
+                accelerator=accelerator)
 if accelerator is not None:
     torch.manual_seed(0)
     record = {"ratios": ratios, "sum": module.weight.double().sum().item(),
@@ -866,25 +862,28 @@ import json, sys
 from pathlib import Path
 from tiny import build_flux2, picture
 from diffusers import Flux2KleinPipeline
-from sparse_context.training import finetune as tuning
+from sparse_context.families import find_host
+from sparse_context.training import loss
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
-from sparse_context.training.hosts import find_host
+from sparse_context.training.finetune import Run, Watch, finetune
 
 folder, accelerator, ratios = Path(sys.argv[1]), None, []
 if len(sys.argv) > 4:
     from accelerate import Accelerator
     accelerator = Accelerator(cpu=True)
-    keep = tuning.draw_selection
-    tuning.draw_selection = lambda *given: ratios.append((selection := keep(*given)).kept) or selection
-host = find_host(build_flux2(Flux2KleinPipeline, is_distilled=True))
-host._settings = {"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}
+    keep = loss.draw_selection
+    loss.draw_selection = lambda *given: ratios.append((selection := keep(*given)).kept) or selection
+settings = {"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}
+host = find_host(build_flux2(Flux2KleinPipeline, is_distilled=True), settings)
 
 def batches(number):
     return [Example("the cat", (picture(64, 64, number),), picture(64, 64, number + 1), (None,))]
 
-config = tuning.FinetuneConfig(rank=2, lora_alpha=2, max_train_steps=10, checkpointing_steps=3, learning_rate=1e-2,
-                               subsets=2, gradient_accumulation_steps=2, ema=0.9, caption_dropout=0.3)
-tuning.finetune(host, batches, folder, config, base="tiny", data="x", accelerator=accelerator, resume=True, log_every=4)
+config = TrainConfig(rank=2, lora_alpha=2, max_train_steps=10, checkpointing_steps=3, learning_rate=1e-2,
+                     subsets=2, gradient_accumulation_steps=2, ema=0.9, caption_dropout=0.3)
+run = Run(folder, "tiny", "x", resume=True)
+finetune(host, batches, run, config, accelerator=accelerator, watch=Watch(log_every=4))
 if accelerator is not None:
     trained = sum(p.double().sum().item() for p in host.transformer.parameters() if p.requires_grad)
     record = {"ratios": ratios[:10], "sum": trained}  # the thread that prepares is one ahead
@@ -1016,5 +1015,11 @@ def expected_of_two(tmp_path):
         return kept.square().mean()
 
     optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2)
-    train(module, [optimiser], lambda b: part(b // 2, b % 2), tmp_path / "one", steps=40, warmup=2, accumulate=2)
+    train(
+        module,
+        [optimiser],
+        lambda b: part(b // 2, b % 2),
+        tmp_path / "one",
+        LoopConfig(steps=40, warmup=2, accumulate=2),
+    )
     return module.state_dict()

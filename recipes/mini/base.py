@@ -23,7 +23,7 @@ from sparse_context.training.attention import MatmulAttention
 from sparse_context.training.cache import fingerprint
 from sparse_context.training.checkpoints import newest_step, start_from
 from sparse_context.training.data import Ahead
-from sparse_context.training.loop import train
+from sparse_context.training.loop import LoopConfig, train
 from sparse_context.training.optimisers import drawn_from, make_optimisers
 
 from .data import Assets, load_assets
@@ -268,14 +268,16 @@ def train_base(
         optimisers,
         loss,
         folder / "base",
-        steps=config.steps,
-        warmup=config.warmup,
-        save_every=save_every,
-        ema=config.ema,
+        LoopConfig(
+            steps=config.steps,
+            warmup=config.warmup,
+            save_every=save_every,
+            ema=config.ema,
+            show_every=show_every,
+            stop_after=stop_after,
+            seconds=seconds,
+        ),
         show=show,
-        show_every=show_every,
-        stop_after=stop_after,
-        seconds=seconds,
     )
 
 

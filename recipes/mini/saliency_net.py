@@ -33,7 +33,7 @@ from sparse_context.images import put_in_place
 from sparse_context.selectors.saliency import STAGES, SaliencyNet
 from sparse_context.training.checkpoints import load_average
 from sparse_context.training.data import Ahead
-from sparse_context.training.loop import train
+from sparse_context.training.loop import LoopConfig, train
 from sparse_context.training.optimisers import drawn_from
 
 from .data import Assets, fetch, load_assets
@@ -354,12 +354,8 @@ def train_saliency(
         [optimiser],
         loss,
         folder / "saliency",
-        steps=config.steps,
-        warmup=config.warmup,
-        ema=0.995,
+        LoopConfig(steps=config.steps, warmup=config.warmup, ema=0.995, show_every=200, stop_after=stop_after),
         show=show,
-        show_every=200,
-        stop_after=stop_after,
     )
 
 

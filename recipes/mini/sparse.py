@@ -15,20 +15,23 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sparse_context.families import find_host
 from sparse_context.images import put_in_place
 from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, adapter_record
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec
+from sparse_context.training.batch import Encoding
 from sparse_context.training.cache import fingerprint
+from sparse_context.training.card import EMBEDDED, LORA_FILE
 from sparse_context.training.checkpoints import has_begun, newest_step, start_from
-from sparse_context.training.config import FinetuneConfig
+from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import MIX, Dropping
-from sparse_context.training.export import EMBEDDED, LORA_FILE, RECORD_FILE
+from sparse_context.training.export import RECORD_FILE
 from sparse_context.training.files import writing
-from sparse_context.training.finetune import finetune
-from sparse_context.training.hosts import find_host
+from sparse_context.training.finetune import Limits, Run, Watch, finetune
 from sparse_context.training.lora import extract_lora, save_lora
 from sparse_context.training.trainable import prepare
 
@@ -38,7 +41,7 @@ from .loss import TOWARDS_NOISE
 from .run_folder import default_device
 from .scenes import Scene, make_scene
 
-LORA = FinetuneConfig(
+LORA = TrainConfig(
     rank=64,
     lora_alpha=64,
     dropping=Dropping(
@@ -133,7 +136,7 @@ def scene_batches(assets: Assets, batch: int, seed: int):
 
 def train_sparse(
     folder: Path,
-    config: FinetuneConfig = LORA,
+    config: TrainConfig = LORA,
     *,
     name: str = "sparse",
     batch: int = 4,
@@ -161,29 +164,30 @@ def train_sparse(
     if start is not None and accelerator.is_main_process and not has_begun(folder / name):
         start_adapter(folder / name, start, config)
     accelerator.wait_for_everyone()
-    host = find_host(load(ModelSpec(model, dtype="float32", device=str(device), lora=NO_LORA)), config.kv)
+    pipe = load(ModelSpec(model, dtype="float32", device=str(device), lora=NO_LORA))
+    host = find_host(pipe, call_settings(pipe), config.kv)
     held_out = everything.split("validation")
     result = finetune(
         host,
         scene_batches(everything.split("train"), batch, config.seed),
-        folder / name,
+        Run(
+            folder / name,
+            model or EMBEDDED,
+            "scenes",
+            {"batch": batch, "start": None if start is None else start.name},
+            resume=True,
+        ),
         config,
-        base=model or EMBEDDED,
-        data="scenes",
         accelerator=accelerator,
-        resume=True,
-        validation=[to_example(make_scene(held_out, task, seed)) for task, seed in validation],
-        workers=workers,
-        stop_after=stop_after,
-        seconds=seconds,
-        batch=batch,
-        start=None if start is None else start.name,
+        encoding=Encoding(workers=workers),
+        watch=Watch(validation=[to_example(make_scene(held_out, task, seed)) for task, seed in validation]),
+        limits=Limits(stop_after=stop_after, seconds=seconds),
     )
     accelerator.end_training()
     return result
 
 
-def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) -> None:
+def start_adapter(folder: Path, adapter: Path, config: TrainConfig = LORA) -> None:
     """Write a LoRA that was shipped as step 0 of the run `folder`, from which `train_sparse` goes on with `config`.
 
     It may be one of another base: what it learned there is nearer than nothing. It is taken at `config.lora_alpha`;
@@ -198,8 +202,8 @@ def start_adapter(folder: Path, adapter: Path, config: FinetuneConfig = LORA) ->
     if config.full:
         pipe.fuse_lora()
         pipe.unload_lora_weights()
-        return start_from(prepare(find_host(pipe, config.kv), config), folder)
-    trained = prepare(find_host(pipe, config.kv), config)
+        return start_from(prepare(find_host(pipe, call_settings(pipe), config.kv), config), folder)
+    trained = prepare(find_host(pipe, call_settings(pipe), config.kv), config)
     named = {name: "transformer." + name.replace("/", ".").replace(".default", "") for name in trained.state_dict()}
     own = load_file(adapter)
     shapes = {named[name]: tensor.shape for name, tensor in trained.state_dict().items()}
@@ -268,7 +272,7 @@ def choose(
     preservation: float | None = None,
     merge: Sequence[float] | None = None,
     unseen: float | None = None,
-) -> FinetuneConfig:
+) -> TrainConfig:
     """A config from the few settings that the experiments vary; None leaves the recipe's own. rate: times the recipe's
     learning rates, above 0. The warm-up is a tenth of the steps at most."""
     config = {(True, True): FULL_KV, (True, False): FULL, (False, True): KV, (False, False): LORA}[full, kv]

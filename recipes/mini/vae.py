@@ -14,7 +14,7 @@ from torch import nn
 from sparse_context.images import put_in_place, save_text
 from sparse_context.training.checkpoints import newest_step
 from sparse_context.training.data import Ahead
-from sparse_context.training.loop import train
+from sparse_context.training.loop import LoopConfig, train
 from sparse_context.training.optimisers import drawn_from
 
 from .data import Assets, load_assets
@@ -95,14 +95,16 @@ def train_vae(
         [optimiser],
         loss,
         folder / "vae",
-        steps=config.steps,
-        warmup=100,
-        ema=0.995,
-        save_every=400,
+        LoopConfig(
+            steps=config.steps,
+            warmup=100,
+            ema=0.995,
+            save_every=400,
+            show_every=400,
+            stop_after=stop_after,
+            seconds=seconds,
+        ),
         show=show,
-        show_every=400,
-        stop_after=stop_after,
-        seconds=seconds,
     )
     by_the_clock = seconds is not None and (stop_after is None or stop_after >= seconds)
     if done.is_dir() or by_the_clock:  # all steps were taken, or the time is up, so the base may rely on it
@@ -179,13 +181,8 @@ def train_decoder(
         [optimiser],
         loss,
         folder / "decoder",
-        steps=config.steps,
-        warmup=100,
-        ema=0.995,
-        save_every=400,
+        LoopConfig(steps=config.steps, warmup=100, ema=0.995, save_every=400, show_every=400, stop_after=stop_after),
         show=show,
-        show_every=400,
-        stop_after=stop_after,
     )
     if (folder / "decoder" / f"step-{config.steps:07d}").is_dir():
         decoder.load_state_dict(average.state_dict())

@@ -8,25 +8,20 @@ from ..families.shape import Shape, with_blocks
 
 
 def build_transformer(
-    shape: Shape, device: "torch.device", dtype: "torch.dtype", blocks: int | None = None
-) -> "torch.nn.Module":
+    shape: Shape, device: torch.device, dtype: torch.dtype, blocks: int | None = None
+) -> torch.nn.Module:
     """A transformer of this shape with random weights, drawn on the device; `blocks` of each kind in place of all."""
-    import torch
-
-    from .shapes import KINDS
-
     with torch.device("meta"):
-        transformer = KINDS[shape.kind].build(shape if blocks is None else with_blocks(shape, blocks))
+        transformer = shape.kind.build(shape if blocks is None else with_blocks(shape, blocks))
     return draw_weights(transformer, device, dtype)
 
 
-def build_pipeline(shape: Shape, device: "torch.device", dtype: "torch.dtype") -> Any:
+def build_pipeline(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     """A pipeline of this shape, which is FLUX.2's, with random weights.
 
     Without an `encoder` it has no text encoder: pass `prompt_embeds`. Its tokeniser is the embedded model's, filled up
     to the same number of tokens.
     """
-    import torch
     from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -45,13 +40,11 @@ def build_pipeline(shape: Shape, device: "torch.device", dtype: "torch.dtype") -
     return Flux2Pipeline(**parts) if shape.guidance else Flux2KleinPipeline(**parts, is_distilled=True)
 
 
-def draw_weights(module: "torch.nn.Module", device: "torch.device", dtype: "torch.dtype") -> "torch.nn.Module":
+def draw_weights(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """Give a module on the meta device real weights: matrices from N(0, 0.02), norms 1, biases and statistics 0 and 1.
 
     Nothing passes through the CPU, and there is never a second copy. What diffusers keeps in float32, stays in it.
     """
-    import torch
-
     rotary = {name for name, _ in module.named_buffers() if name.endswith("inv_freq")}
     torch.nn.Module.to(module, dtype)  # not diffusers' own, which warns of weights that nobody has drawn yet
     exact = getattr(module, "_keep_in_fp32_modules", None) or ()

@@ -1,13 +1,12 @@
 """How many floating-point operations a call takes in a transformer: what a speed-up can be at most.
 
-What one forward takes is counted for each kind of transformer by itself (kinds.py). The test holds the whole count to
-torch's own.
+What one forward takes is counted by each family for its kinds of transformer (`families.*.bench`). The test holds the
+whole count to torch's own.
 """
 
 from typing import NamedTuple
 
 from ..families.shape import Shape, Tokens
-from .shapes import KINDS
 
 
 class Pass(NamedTuple):
@@ -29,7 +28,7 @@ def forward_flops(shape: Shape, tokens: Tokens, mode: str | None = None) -> int:
 
     mode: as in `Pass`; None for kinds that do not reuse keys and values.
     """
-    return KINDS[shape.kind].flops(shape, tokens, mode)
+    return shape.kind.flops(shape, tokens, mode)
 
 
 def call_flops(shape: Shape, tokens: Tokens, steps: int, kv: bool = False) -> int:

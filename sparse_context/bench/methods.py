@@ -1,6 +1,6 @@
 """The ways to make references cheaper that a user would choose among, and the two ends: everything, and nothing.
 
-    (hosts, references, keep) -> (pipe, references)
+    (pipes, references, keep) -> (pipe, references)
 
 A method prepares a pipeline and the references for the one call that follows. What it does by then, and what the call
 does because of it, is all part of its time. All methods share the weights, so they can be run in turns. To add one,
@@ -29,69 +29,68 @@ Grid = tuple[int, int]
 
 
 @dataclass
-class Hosts:
+class Pipes:
     """The pipelines that methods prepare, on the same weights: `plain`, and `kv` where the class has such a twin."""
 
     plain: Any
     kv: Any | None
     cache: ReferenceCache = field(default_factory=ReferenceCache)
 
+    def all(self) -> list[Any]:
+        """Those that there are."""
+        return [pipe for pipe in (self.plain, self.kv) if pipe is not None]
 
-def make_hosts(pipe: Any) -> Hosts:
-    """Hosts on the weights of `pipe`, which itself is left alone."""
+
+def make_pipes(pipe: Any) -> Pipes:
+    """Pipelines on the weights of `pipe`, which itself is left alone."""
     from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
 
     kv = None
-    if isinstance(
-        pipe, Flux2KleinPipeline
-    ):  # Flux2KleinKVPipeline sets attention processors on its transformer, so that
-        weights = [
-            *pipe.transformer.parameters(),
-            *pipe.transformer.buffers(),
-        ]  # has to be another, of the same weights
+    if isinstance(pipe, Flux2KleinPipeline):
+        # Flux2KleinKVPipeline sets attention processors, so its transformer has to be another, of the same weights
+        weights = [*pipe.transformer.parameters(), *pipe.transformer.buffers()]
         twin = copy.deepcopy(pipe.transformer, {id(weight): weight for weight in weights})
         kv = Flux2KleinKVPipeline(**{**pipe.components, "transformer": twin})
-    own = {"is_distilled": pipe.config.is_distilled} if "is_distilled" in pipe.config else {}
-    hosts = Hosts(type(pipe)(**pipe.components, **own), kv)  # `from_pipe` would cast the shared weights
-    for host in (hosts.plain, hosts.kv):
-        if host is not None:
-            host.set_progress_bar_config(disable=True)
-    return hosts
+    distilled = {"is_distilled": pipe.config.is_distilled} if "is_distilled" in pipe.config else {}
+    pipes = Pipes(type(pipe)(**pipe.components, **distilled), kv)  # `from_pipe` would cast the shared weights
+    for each in pipes.all():
+        each.set_progress_bar_config(disable=True)
+    return pipes
 
 
-def dense(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
+def dense(pipes: Pipes, references: list, keep: float) -> tuple[Any, list]:
     """The pipeline as it is, all tokens at every step."""
-    remove_sparse_context(hosts.plain)
-    return hosts.plain, references
+    remove_sparse_context(pipes.plain)
+    return pipes.plain, references
 
 
-def kv(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
+def kv(pipes: Pipes, references: list, keep: float) -> tuple[Any, list]:
     """References go through the transformer once, and every step uses their keys and values (FLUX.2 klein KV)."""
-    remove_sparse_context(hosts.kv)
-    return hosts.kv, references
+    remove_sparse_context(pipes.kv)
+    return pipes.kv, references
 
 
-def sparse(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
+def sparse(pipes: Pipes, references: list, keep: float) -> tuple[Any, list]:
     """Sparse Context, with its defaults."""
-    apply_sparse_context(hosts.plain, keep=keep)
-    return hosts.plain, references
+    apply_sparse_context(pipes.plain, keep=keep)
+    return pipes.plain, references
 
 
-def sparse_cached(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
+def sparse_cached(pipes: Pipes, references: list, keep: float) -> tuple[Any, list]:
     """The same where the references were used before, and so their latents and scores are at hand."""
-    apply_sparse_context(hosts.plain, keep=keep, cache=hosts.cache)
-    return hosts.plain, references
+    apply_sparse_context(pipes.plain, keep=keep, cache=pipes.cache)
+    return pipes.plain, references
 
 
-def sparse_kv(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
+def sparse_kv(pipes: Pipes, references: list, keep: float) -> tuple[Any, list]:
     """Sparse Context, and what is kept goes through the transformer once."""
-    apply_sparse_context(hosts.kv, keep=keep)
-    return hosts.kv, references
+    apply_sparse_context(pipes.kv, keep=keep)
+    return pipes.kv, references
 
 
-def downscaled(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
+def downscaled(pipes: Pipes, references: list, keep: float) -> tuple[Any, list]:
     """References scaled down to (as near as a grid comes) as many tokens as the others keep."""
-    pipe = hosts.plain
+    pipe = pipes.plain
 
     def lenient(processor: Any) -> Any:
         processor = copy.copy(processor)
@@ -110,7 +109,7 @@ def downscaled(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
     return pipe, smaller
 
 
-def merged(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
+def merged(pipes: Pipes, references: list, keep: float) -> tuple[Any, list]:
     """Neighbouring tokens that are alike become one, their mean, at their centre: see `merge_tokens`."""
 
     def attach(pipe: Any, call: Call) -> None:
@@ -125,20 +124,20 @@ def merged(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
 
         call.around("prepare_image_latents", merge)
 
-    install(hosts.plain, SparseContext(SparseContextConfig(keep=keep), attach))
-    return hosts.plain, references
+    install(pipes.plain, SparseContext(SparseContextConfig(keep=keep), attach))
+    return pipes.plain, references
 
 
-def no_references(hosts: Hosts, references: list, keep: float) -> tuple[Any, list]:
+def no_references(pipes: Pipes, references: list, keep: float) -> tuple[Any, list]:
     """None at all, in the same size: the ceiling of every method that drops tokens."""
-    remove_sparse_context(hosts.plain)
-    return hosts.plain, []
+    remove_sparse_context(pipes.plain)
+    return pipes.plain, []
 
 
 class Method(NamedTuple):
     """`prepare`, whether it reuses keys and values, and whether the dial `keep` means anything to it."""
 
-    prepare: Callable[[Hosts, list, float], tuple[Any, list]]
+    prepare: Callable[[Pipes, list, float], tuple[Any, list]]
     kv: bool = False
     keeps: bool = True
 
@@ -225,13 +224,13 @@ def _merge(tokens: ReferenceTokens, grid: Grid, count: int) -> ReferenceTokens:
             pad = (0, 0, 0, odd) if axis else (0, 0, 0, 0, 0, odd)
             values, size = torch.nn.functional.pad(values, pad), torch.nn.functional.pad(size, pad)
             floor = torch.nn.functional.pad(floor, pad[2:])
-        (first, second), (n, m), (before, after) = (
+        (first, second), (n, m), (first_floor, second_floor) = (
             [t.narrow(axis, 0, t.shape[axis]).unfold(axis, 2, 2).select(-1, i) for i in (0, 1)]
             for t in (values, size, floor)
         )
         both = n + m
         ward = (n * m / both.clamp_min(1) * (first - second).square()).sum(-1)
-        floor = torch.maximum(torch.maximum(before, after), ward)
+        floor = torch.maximum(torch.maximum(first_floor, second_floor), ward)
         values = (n * first + m * second) / both.clamp_min(1)
         size = both
         levels.append((axis, height, width, floor, (n * m).squeeze(-1) > 0))

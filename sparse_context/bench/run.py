@@ -12,12 +12,13 @@ from ..embedded.demo import read_examples
 from ..evaluation.plots import check_matplotlib
 from ..pipelines.load import DTYPES, find_device, load
 from ..pipelines.spec import ModelSpec
-from ..result import make_result, write_result
+from ..result import write_result
 from .blocks import bench_blocks
 from .build import build_pipeline
 from .calls import bench
 from .config import BenchConfig
-from .report import plot, table
+from .figures import Figures
+from .report import plot
 from .shapes import find_shape
 
 
@@ -32,13 +33,54 @@ def run_bench(
     output: Path | None = None,
     plot_to: Path | None = None,
     quality: Sequence[dict[str, Any]] = (),
-) -> dict[str, Any]:
-    """What `sparse-context bench` does: build or load the model, measure, print the table, write JSON and plot.
+) -> Figures:
+    """What `sparse-context bench` does: build or load the model, measure, write JSON and plot.
 
-    Without `model` and `random_weights` the embedded model is measured. Returns the result record (result.py), in whose
-    figures `took` are the seconds of it all, loading and the warm-up included. Raises ValueError for arguments that do
-    not go together, before any work.
+    Without `model` and `random_weights` the embedded model is measured. `took` of the figures are the seconds of
+    it all, loading and the warm-up included. Raises ValueError for arguments that do not go together, before any work.
     """
+    _check(model, random_weights, blocks, dtype, output)
+    if plot_to is not None:
+        check_matplotlib()
+    shape = None if random_weights is None else find_shape(random_weights)
+    if shape is not None and blocks is None and not shape.kind.whole:
+        raise ValueError(f"random-weights is {random_weights!r}, of which only blocks can be timed: pass --blocks N.")
+    where, start = find_device(device), time.perf_counter()
+    weights = DTYPES.get(dtype, torch.bfloat16)
+    example = next(each for each in read_examples() if len(each["references"]) == 4)
+    try:
+        if shape is not None and blocks is not None:
+            figures = bench_blocks(shape, blocks, where, weights, config)
+        else:
+            pipe = (
+                load(ModelSpec(model, dtype=dtype, device=device))
+                if shape is None
+                else build_pipeline(shape, where, weights)
+            )
+            weights = pipe.transformer.dtype
+            if shape is not None and config.steps is None:
+                config = replace(config, steps=shape.steps)
+            figures = bench(pipe, example["references"], example["prompt"], config)
+    except torch.OutOfMemoryError as error:
+        raise ValueError("The device's memory ran out: choose a smaller shape or size, or --blocks 1.") from error
+    figures.took = round(time.perf_counter() - start, 1)
+    record = {
+        "model": model or random_weights or "embedded",
+        "random_weights": shape is not None,
+        **{k: v for k, v in asdict(config).items() if k != "steps"},
+        "dtype": str(weights).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
+        "threads": torch.get_num_threads(),
+    }
+    if output is not None:
+        write_result(output, "bench", record, asdict(figures))
+    if plot_to is not None:
+        plot(figures, plot_to, quality)
+    return figures
+
+
+def _check(model: str | None, random_weights: str | None, blocks: int | None, dtype: str, output: Path | None) -> None:
+    """Raise ValueError for arguments that do not go together."""
     if random_weights is not None and model is not None:
         raise ValueError("A model and random-weights were given: choose one of the two.")
     if blocks is not None and random_weights is None:
@@ -51,48 +93,3 @@ def run_bench(
         raise ValueError(f"{output} cannot be written: the folder {output.parent} does not exist; make it first.")
     if output is not None and output.is_dir():
         raise ValueError(f"{output} is a folder: name a file in it.")
-    if plot_to is not None:
-        check_matplotlib()
-    shape = None if random_weights is None else find_shape(random_weights)
-    if shape is not None and blocks is None and shape.kind != "flux2":
-        raise ValueError(f"random-weights is {random_weights!r}, of which only blocks can be timed: pass --blocks N.")
-    where, start = find_device(device), time.perf_counter()
-    kind = DTYPES.get(dtype, torch.bfloat16)
-    example = next(e for e in read_examples() if len(e["references"]) == 4)
-    try:
-        if shape is not None and blocks is not None:
-            figures = bench_blocks(shape, blocks, where, kind, config)
-        else:
-            pipe = (
-                load(ModelSpec(model, dtype=dtype, device=device))
-                if shape is None
-                else build_pipeline(shape, where, kind)
-            )
-            kind = pipe.transformer.dtype
-            if shape is not None and config.steps is None:
-                config = replace(config, steps=shape.steps)
-            figures = bench(pipe, example["references"], example["prompt"], config)
-    except torch.OutOfMemoryError as error:
-        raise ValueError("The device's memory ran out: choose a smaller shape or size, or --blocks 1.") from error
-    figures["took"] = round(time.perf_counter() - start, 1)
-    print(table(figures))
-    turns = "1 turn" if figures["turns"] == 1 else f"{figures['turns']} turns"
-    print(f"{turns} after the warm-up, in {figures['took']:.0f} s.")
-    if blocks is not None:
-        (double, single), of = figures["blocks"], figures["of"]
-        print(f"Measured with {double} double and {single} single blocks of {of[0]} and {of[1]}.")
-    record = {
-        "model": model or random_weights or "embedded",
-        "random_weights": shape is not None,
-        **{k: v for k, v in asdict(config).items() if k != "steps"},
-        "dtype": str(kind).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else where.type,
-        "threads": torch.get_num_threads(),
-    }
-    result = make_result("bench", record, figures) if output is None else write_result(output, "bench", record, figures)
-    if plot_to is not None:
-        plot(figures, plot_to, quality)
-    for written in (output, plot_to):
-        if written is not None:
-            print(f"wrote {written}")
-    return result

@@ -18,9 +18,9 @@ def take_turns(jobs: Sequence[Callable[[bool], Any]], config: BenchConfig) -> li
         for turn in range(config.turns + 1):
             begun = time.perf_counter()
             for job, result in zip(jobs, results, strict=True):
-                made = job(turn == 0)
+                measured = job(turn == 0)
                 if turn:
-                    result.append(made)
+                    result.append(measured)
                 bar.update()
             end = time.perf_counter()
             if turn and config.minutes is not None and 2 * end - begun - start > 60 * config.minutes:

@@ -57,7 +57,7 @@ def bench(
         check_output(plot)
     options.hide_loading_bars()
     from ..bench.config import BenchConfig
-    from ..bench.report import read_quality
+    from ..bench.report import read_quality, summary
     from ..bench.run import run_bench
 
     config = BenchConfig(
@@ -69,7 +69,7 @@ def bench(
         minutes=minutes,
         steps=steps,
     )
-    run_bench(
+    figures = run_bench(
         config,
         model=model,
         random_weights=random_weights,
@@ -80,3 +80,7 @@ def bench(
         plot_to=plot,
         quality=() if quality is None else read_quality(quality),
     )
+    print(summary(figures))
+    for path in (output, plot):
+        if path is not None:
+            print(f"wrote {path}")

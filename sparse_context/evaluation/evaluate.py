@@ -82,7 +82,7 @@ def evaluate(
     }
     if not samples or max(counts.values()) > counts[DENSE]:
         raise ValueError("There are samples that are not made with all tokens: raise the limit of the dense cell.")
-    measured = sorted(name if one.model is None else f"{name}={one.model}" for name, one in metrics.items())
+    measured = sorted(name if metric.model is None else f"{name}={metric.model}" for name, metric in metrics.items())
     settings = {**(about or {}), "seed": seed, "metrics": measured, "selection": selection_version()}
     configs = {
         name: {**settings, "samples": counts[name], "digest": _digest(samples[: counts[name]]), **cell.to_dict()}
@@ -90,35 +90,23 @@ def evaluate(
     }
     done = {name: _read_cell(folder / "cells" / f"{name}.json", configs[name]) for name in cells}
     names = [sample.name for sample in samples[: counts[DENSE]]]
-    for name in names:
-        size = len(name.encode("utf-8", "surrogatepass"))
-        if size > LONGEST_NAME:
-            raise ValueError(
-                f"A sample's name has {size} bytes, and its pictures go by it: give it one of {LONGEST_NAME} at most "
-                f"({name[:40]} ...)."
-            )
-        if advice := name_problem(name):
-            raise ValueError(f"A sample is named {name!r}, which no file can be: {advice}.")
-    for kind, each in (("samples", names), ("settings", list(cells))):
-        if twice := same_file(each):
-            says = (
-                repr(twice[0]) if twice[0] == twice[1] else f"{twice[0]!r} and {twice[1]!r}, one file on some systems"
-            )
-            raise ValueError(f"Two {kind} are named {says}: give each a name of its own.")
+    _check_names(names, list(cells))
     if not all((folder / DENSE / f"{name}.png").is_file() for name in names):
         done[DENSE] = None  # the others are compared with its pictures
     if any(rows is None for rows in done.values()):
         masked = [counts[n] for n, cell in cells.items() if done[n] is None and _asks_for_masks(cell.config)]
         _check(samples[: counts[DENSE]], max(masked, default=0))
-    left = sum(counts[name] for name, rows in done.items() if rows is None)
-    with tqdm(total=left, unit="output", desc="evaluate", disable=not left) as bar:
+    remaining = sum(counts[name] for name, rows in done.items() if rows is None)
+    with tqdm(total=remaining, unit="output", desc="evaluate", disable=not remaining) as bar:
         for name, cell in cells.items():
             if done[name] is None:
                 bar.set_postfix_str(name)
                 rows, how = [], cell.make or make
                 for i, sample in enumerate(samples[: counts[name]]):
                     try:
-                        rows.append(_run(how, sample, name, cell.config, metrics, folder, seed + i, shown=i < SHOWN))
+                        rows.append(
+                            _run(how, sample, name, cell.config, metrics, folder, seed + i, keeps_picture=i < SHOWN)
+                        )
                     except ValueError as error:
                         raise ValueError(f"Sample {sample.name}, setting {name}: {error}") from error
                     bar.update()
@@ -128,6 +116,25 @@ def evaluate(
     config = {**settings, "cells": {name: cell.to_dict() for name, cell in cells.items()}}
     figures = summarise({name: rows for name, rows in done.items() if rows is not None})
     return write_result(folder / "result.json", "evaluation", config, figures)
+
+
+def _check_names(samples: Sequence[str], settings: Sequence[str]) -> None:
+    """Raise ValueError for names that no file can have, or that two would share."""
+    for name in samples:
+        size = len(name.encode("utf-8", "surrogatepass"))
+        if size > LONGEST_NAME:
+            raise ValueError(
+                f"A sample's name has {size} bytes, and its pictures go by it: give it one of {LONGEST_NAME} at most "
+                f"({name[:40]} ...)."
+            )
+        if advice := name_problem(name):
+            raise ValueError(f"A sample is named {name!r}, which no file can be: {advice}.")
+    for kind, each in (("samples", samples), ("settings", settings)):
+        if twice := same_file(each):
+            says = (
+                repr(twice[0]) if twice[0] == twice[1] else f"{twice[0]!r} and {twice[1]!r}, one file on some systems"
+            )
+            raise ValueError(f"Two {kind} are named {says}: give each a name of its own.")
 
 
 def open_folder(folder: Path) -> None:
@@ -166,16 +173,16 @@ def _read_cell(path: Path, config: dict[str, Any]) -> list[dict[str, Any]] | Non
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        before, rows = record["config"], record["figures"]["samples"]
+        earlier, rows = record["config"], record["figures"]["samples"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no figures of an evaluation: remove it, or give another folder.") from error
     now = json.loads(json.dumps(config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
+    for key in sorted(earlier.keys() | now.keys()):
+        if earlier.get(key) != now.get(key):
             if key == "digest":
                 raise ValueError(f"{path} has figures of other samples: give another folder, or remove it.")
             raise ValueError(
-                f"{path} is of {key} {before.get(key)!r} and not {now.get(key)!r}: give another folder, or remove it."
+                f"{path} is of {key} {earlier.get(key)!r} and not {now.get(key)!r}: give another folder, or remove it."
             )
     return rows
 
@@ -188,35 +195,35 @@ def _run(
     metrics: Mapping[str, Metric],
     folder: Path,
     seed: int,
-    shown: bool,
+    keeps_picture: bool,
 ) -> dict[str, Any]:
     """Make one sample under one setting: its figures."""
     if _asks_for_masks(config):
-        given: Any = _oracle(sample)
+        selector: Any = _oracle(sample)
         if isinstance(config.selector, Mapping):
-            given = {given if part == "mask" else part: weight for part, weight in config.selector.items()}
-        config = replace(config, selector=given)
-    made = make(sample, replace(config, seed=seed), seed)
-    output = made.image.convert("RGB")
+            selector = {selector if part == "mask" else part: weight for part, weight in config.selector.items()}
+        config = replace(config, selector=selector)
+    generation = make(sample, replace(config, seed=seed), seed)
+    output = generation.image.convert("RGB")
     path = folder / "dense" / f"{sample.name}.png"
     if name == DENSE:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_picture(output, path)
     dense = None if name == DENSE else open_picture(path)
-    if shown and name != DENSE:
+    if keeps_picture and name != DENSE:
         place = folder / "shown" / name
         place.mkdir(parents=True, exist_ok=True)
         save_picture(output, place / f"{sample.name}.png")
-        if made.selection is not None:
+        if generation.selection is not None:
             (place / "tokens").mkdir(exist_ok=True)
-            save_picture(draw_selection(made.selection, height=192), place / "tokens" / f"{sample.name}.png")
-    tokens = (made.selection.kept, made.selection.total) if made.selection else (0, 0)
+            save_picture(draw_selection(generation.selection, height=192), place / "tokens" / f"{sample.name}.png")
+    tokens = (generation.selection.kept, generation.selection.total) if generation.selection else (0, 0)
     return {
         "name": sample.name,
         "task": sample.task,
         "kept": tokens[0],
         "total": tokens[1],
-        "seconds": round(made.times.total, 4),
+        "seconds": round(generation.times.total, 4),
         "scores": dict(_scores(output, sample, dense, metrics)),
     }
 
@@ -228,14 +235,14 @@ def _asks_for_masks(config: SparseContextConfig) -> bool:
 
 def _oracle(sample: Sample) -> Any:
     """The selector that keeps what the sample's own masks of its references cover; all of one that has none."""
-    given = sample.open_reference_masks()
-    if all(mask is None for mask in given):
+    masks = sample.open_reference_masks()
+    if all(mask is None for mask in masks):
         raise ValueError(
             f"The selector 'mask' needs masks, and the sample {sample.name} has none: add reference_masks or pictures "
             "with transparency, or leave this selector out."
         )
     sizes = [picture.size for picture in sample.open_references()]
-    return masks_of([Image.new("L", s, 255) if m is None else m for m, s in zip(given, sizes, strict=True)])
+    return masks_of([Image.new("L", s, 255) if m is None else m for m, s in zip(masks, sizes, strict=True)])
 
 
 def _scores(

@@ -42,7 +42,7 @@ class Cell:
 
     def to_dict(self) -> dict[str, Any]:
         """The setting, for JSON. A selector without a name goes by its label."""
-        values = {one.name: getattr(self.config, one.name) for one in fields(self.config) if one.name != "seed"}
+        values = {each.name: getattr(self.config, each.name) for each in fields(self.config) if each.name != "seed"}
         return {**values, "selector": _label(self.config), "limit": self.limit, **self.about}
 
 

@@ -212,26 +212,26 @@ def _pil(picture: Picture) -> Image.Image:
 
 def clip_i(output: Picture, truth: Picture, mask: Any = None, *, model: str) -> float:
     """CLIP-I: the cosine of CLIP's embeddings of two pictures (Ruiz et al. 2023), which may differ in size."""
-    return float(_clip_picture(_inside(output, mask), model) @ _clip_picture(_inside(truth, mask), model))
+    return float(_clip_picture(only_inside(output, mask), model) @ _clip_picture(only_inside(truth, mask), model))
 
 
 def clip_t(output: Picture, truth: str, mask: Any = None, *, model: str) -> float:
     """CLIP-T: the cosine of CLIP's embeddings of a picture and a text; a longer text is cut."""
-    return float(_clip_picture(_inside(output, mask), model) @ _clip_text(truth, model))
+    return float(_clip_picture(only_inside(output, mask), model) @ _clip_text(truth, model))
 
 
 @torch.inference_mode()
 def dino_i(output: Picture, truth: Picture, mask: Any = None, *, model: str) -> float:
     """DINO-I: the cosine of a vision transformer's class tokens (Ruiz et al. 2023)."""
     net, processor = vision(model)
-    rows = [
-        net(**processor(images=_pil(_inside(p, mask)), return_tensors="pt").to(accelerator())).last_hidden_state[0, 0]
+    states = [
+        net(**processor(images=_pil(only_inside(p, mask)), return_tensors="pt").to(accelerator())).last_hidden_state
         for p in (output, truth)
     ]
-    return float(F.cosine_similarity(*rows, dim=0))
+    return float(F.cosine_similarity(*(state[0, 0] for state in states), dim=0))
 
 
-def _inside(picture: Picture, mask: Any) -> Picture:
+def only_inside(picture: Picture, mask: Any) -> Picture:
     """The picture, black outside the mask: PIE-Bench's way to look at a part."""
     if mask is None:
         return picture

@@ -288,18 +288,18 @@ def _pretrained(model: str, net: Any, *others: Any) -> list[Any]:
             if not local_only:  # `from_pretrained` would try for a minute when offline
                 huggingface_hub.model_info(model, timeout=10)
             with torch.random.fork_rng(devices=()):  # what a file lacks is drawn, and the generator is the user's
-                own, report = net.from_pretrained(
+                network, report = net.from_pretrained(
                     model, local_files_only=local_only, use_safetensors=True, output_loading_info=True
                 )
             # What the file lacks would be random. A pooler, which nothing here asks, is not published with every model.
             missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
             if missing:
-                raise ValueError(f"as a {type(own).__name__} it lacks {len(missing)} weights, such as {missing[0]}")
-            made = [own]
+                raise ValueError(f"as a {type(network).__name__} it lacks {len(missing)} weights, such as {missing[0]}")
+            loaded = [network]
             for kind in others:
                 backend = {"backend": "pil"} if kind is AutoImageProcessor else {}  # the other one needs torchvision
-                made.append(kind.from_pretrained(model, local_files_only=local_only, **backend))
-            return made
+                loaded.append(kind.from_pretrained(model, local_files_only=local_only, **backend))
+            return loaded
         except Exception as error:  # the loaders raise many kinds, and all of them mean this
             problem = error
     where = "in that folder" if local else "on the hub or in its cache: download it on a machine with a connection"

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..samples import Sample, find_picture
-from .metrics import CLIP_MODEL, METRICS, Metric, Picture, _inside, clip_t, lpips, mse, psnr, ssim, st_lpips
+from .metrics import CLIP_MODEL, METRICS, Metric, Picture, clip_t, lpips, mse, only_inside, psnr, ssim, st_lpips
 from .networks import LPIPS_MODEL, accelerator, vision
 
 SIDE = 512
-KINDS = (
+EDIT_TYPES = (
     "random",
     "change object",
     "add object",
@@ -70,7 +70,7 @@ def _sample(key: str, entry: Any, folder: Path, listing: Path) -> PieSample:
         )
         prompt = entry.get("editing_instruction") or caption
         image = find_picture(entry["image_path"], folder / "annotation_images")
-        kind = KINDS[int(entry["editing_type_id"])]
+        kind = EDIT_TYPES[int(entry["editing_type_id"])]
         mask = decode_mask(entry["mask"])
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -107,7 +107,11 @@ def _unedited(function: Any):
         if mask is None:
             return function(output, source, None, **model)
         rest = 255 - np.asarray(mask)
-        return function(_inside(output, rest), _inside(source, rest), None, **model) if rest.any() else float("nan")
+        return (
+            function(only_inside(output, rest), only_inside(source, rest), None, **model)
+            if rest.any()
+            else float("nan")
+        )
 
     return outside
 
@@ -132,7 +136,7 @@ def structure_distance(output: Picture, source: Picture, mask: Any = None, *, mo
         x = F.interpolate(x, (net.config.image_size,) * 2, mode="bilinear", antialias=True)
         mean, spread = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_SPREAD))
         keys: list[torch.Tensor] = []
-        hook = last.register_forward_hook(lambda module, args, made: keys.append(made[0]))  # noqa: B023
+        hook = last.register_forward_hook(lambda module, args, layer: keys.append(layer[0]))  # noqa: B023
         try:
             net(pixel_values=(x - mean) / spread)
         finally:

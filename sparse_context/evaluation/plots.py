@@ -66,7 +66,7 @@ def _sort_key(keep: Any) -> tuple[int, float]:
     return (0, -float(keep)) if isinstance(keep, (int, float)) else (1, 0.0)
 
 
-def draw_curves(result: Mapping[str, Any], score: str, before: Mapping[str, Any] | None = None) -> Image.Image:
+def draw_curves(result: Mapping[str, Any], score: str, baseline: Mapping[str, Any] | None = None) -> Image.Image:
     """A score against the share of tokens kept: a panel for each group, a line for each selector.
 
     The dashed line is the mean with all tokens; a point is that plus the mean of the paired differences, and the band
@@ -98,7 +98,7 @@ def draw_curves(result: Mapping[str, Any], score: str, before: Mapping[str, Any]
         if dense is not None:
             axis.axhline(dense["mean"], color="0.4", linestyle="--", linewidth=1)
         for i, (line, names) in enumerate(lines.items()):
-            if before is not None and (points := _points(before["figures"].get(group, {}), names, score)):
+            if baseline is not None and (points := _points(baseline["figures"].get(group, {}), names, score)):
                 axis.plot(*list(zip(*points, strict=True))[:2], f"C{i}:", linewidth=1.2)
             if not (points := _points(cells, names, score)):
                 continue
@@ -107,8 +107,8 @@ def draw_curves(result: Mapping[str, Any], score: str, before: Mapping[str, Any]
             axis.fill_between(kept, lows, highs, color=f"C{i}", alpha=0.15, linewidth=0)
         axis.set_xscale("log")
         shares = sorted({cell["kept"] for cell in cells.values() if cell["kept"]} | {1.0})
-        shown = [s for i, s in enumerate(shares) if i == 0 or s > 1.25 * shares[i - 1]]
-        axis.set_xticks(shown, [f"{s:.2g}" for s in shown])
+        ticks = [s for i, s in enumerate(shares) if i == 0 or s > 1.25 * shares[i - 1]]
+        axis.set_xticks(ticks, [f"{s:.2g}" for s in ticks])
         axis.minorticks_off()
         axis.set_title(f"{group} (n = {max(c['samples'] for c in cells.values())})", fontsize=10)
         axis.grid(alpha=0.25)
@@ -181,8 +181,8 @@ def draw_all(result: Mapping[str, Any], folder: Path, samples: Sequence[Sample])
         written.append(folder / f"curves-{score}.png")
         save_picture(draw_curves(result, score), written[-1])
     for line, names in lines.items():
-        shown = [n for n in names if cells[n]["limit"] is None or cells[n]["limit"] >= min(SHOWN, len(samples))]
-        if shown:
+        pictured = [n for n in names if cells[n]["limit"] is None or cells[n]["limit"] >= min(SHOWN, len(samples))]
+        if pictured:
             written.append(folder / f"sheet-{re.sub(ILLEGAL, '_', line)}.png")
-            save_picture(draw_sheet(folder, samples, shown), written[-1])
+            save_picture(draw_sheet(folder, samples, pictured), written[-1])
     return written

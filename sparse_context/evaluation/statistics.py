@@ -55,8 +55,8 @@ def _summary(rows: list[dict[str, Any]], dense: Mapping[str, Mapping[str, float 
         there = {sample: value for sample, value in values.items() if value is not None}
         if not there:
             continue
-        before = {sample: dense[sample].get(score) for sample in there}
-        pairs = [there[sample] - value for sample, value in before.items() if value is not None]
+        reference = {sample: dense[sample].get(score) for sample in there}
+        pairs = [there[sample] - value for sample, value in reference.items() if value is not None]
         scores[score] = {"n": len(there), **_mean(list(there.values()), "mean", "interval")}
         if pairs:
             scores[score] |= _mean(pairs, "difference", "difference_interval")

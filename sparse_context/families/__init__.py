@@ -1,24 +1,41 @@
-"""Where reference tokens enter each kind of pipeline: one folder a family, found by the pipeline's class name."""
+"""What is known of each kind of pipeline: a folder a family, found by the pipeline's class name in one table.
 
-from collections.abc import Callable, Mapping
+    drop.py     `attach(pipe, call)`: where reference tokens enter, and are cut
+    train.py    a `Host` (host.py), by which the trainer encodes and predicts; optional
+    bench.py    `SHAPES` (shape.py): the sizes of real models, by the names of the benchmark; optional, without torch
+
+A new kind of pipeline is one folder and one line in `FAMILIES`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .host import Host
 
 
 @dataclass(frozen=True)
 class Family:
     """What is known of a pipeline class before it is loaded.
 
-    file: the module below this package whose `attach(pipe, call)` knows where its reference tokens enter.
-    fewest, most: how many references a call takes (most None: the host sets no limit).
+    folder: the family's, below this package.
+    drop: its module whose `attach(pipe, call)` knows where reference tokens enter.
+    host: the class in its train.py that trains it; None where it cannot be trained.
+    fewest, most: how many references a call takes (most None: the pipeline sets no limit).
     modular: whether it is made of blocks; its index is then `modular_model_index.json`.
     paints: whether it paints into its first picture, where a mask says so.
     guidance: its argument for the strength of classifier-free guidance.
     narrow: whether it refuses pictures with a side under 64 pixels or of a shape beyond 8:1.
     """
 
-    file: str
+    folder: str
+    drop: str = "drop"
+    host: str | None = None
     fewest: int = 0
     most: int | None = None
     modular: bool = False
@@ -27,29 +44,29 @@ class Family:
     narrow: bool = False
 
 
-_flux2 = partial(Family, "flux2.drop", narrow=True)
-_flux2_modular = partial(Family, "flux2.modular", modular=True, narrow=True)
-_flux3 = partial(Family, "flux3.drop", most=10, modular=True)
-_flux_kontext = partial(Family, "kontext.drop", most=1)
-_qwen_image_edit = partial(Family, "qwen.drop", fewest=1, guidance="true_cfg_scale")
+_flux2 = partial(Family, "flux2", narrow=True)
+_flux2_modular = partial(_flux2, "modular", modular=True)
+_flux3 = partial(Family, "flux3", most=10, modular=True)
+_kontext = partial(Family, "kontext", most=1)
+_qwen = partial(Family, "qwen", fewest=1, guidance="true_cfg_scale")
 
 
 FAMILIES: Mapping[str, Family] = {
-    "Flux2Pipeline": _flux2(),
-    "Flux2KleinPipeline": _flux2(),
-    "Flux2KleinKVPipeline": _flux2(),
+    "Flux2Pipeline": _flux2(host="Flux2"),
+    "Flux2KleinPipeline": _flux2(host="Flux2"),
+    "Flux2KleinKVPipeline": _flux2(host="Flux2"),
     "Flux2KleinInpaintPipeline": _flux2(fewest=1, paints=True),
     "Flux2ModularPipeline": _flux2_modular(),
     "Flux2KleinModularPipeline": _flux2_modular(),
     "Flux2KleinBaseModularPipeline": _flux2_modular(),
-    "Flux3ModularPipeline": _flux3(),
+    "Flux3ModularPipeline": _flux3(host="Flux3"),
     "Flux3DistilledModularPipeline": _flux3(),
-    "FluxKontextPipeline": _flux_kontext(),
-    "FluxKontextInpaintPipeline": _flux_kontext(fewest=1, paints=True),
-    "LongCatImageEditPipeline": _flux_kontext(fewest=1),
-    "QwenImageEditPipeline": _qwen_image_edit(most=1),
-    "QwenImageEditInpaintPipeline": _qwen_image_edit(most=1, paints=True),
-    "QwenImageEditPlusPipeline": _qwen_image_edit(),
+    "FluxKontextPipeline": _kontext(host="Kontext"),
+    "FluxKontextInpaintPipeline": _kontext(fewest=1, paints=True),
+    "LongCatImageEditPipeline": _kontext(fewest=1),
+    "QwenImageEditPipeline": _qwen(most=1),
+    "QwenImageEditInpaintPipeline": _qwen(most=1, paints=True),
+    "QwenImageEditPlusPipeline": _qwen(host="QwenImageEditPlus"),
 }
 
 
@@ -67,6 +84,28 @@ def family_of(pipe: object) -> Family:
     )
 
 
-def find_family(pipe: object) -> Callable:
+def find_attach(pipe: object) -> Callable:
     """The `attach(pipe, call)` of a pipeline's family. Raises TypeError as `family_of` does."""
-    return import_module(f".{family_of(pipe).file}", __name__).attach
+    family = family_of(pipe)
+    return import_module(f".{family.folder}.{family.drop}", __name__).attach
+
+
+def find_host(pipe: Any, settings: Mapping[str, Any], kv: bool = False) -> "Host":
+    """What trains a pipeline, by its class. Raises ValueError that names the pipelines that can be trained.
+
+    settings: what the model wants of a call, for encoding prompts (`pipelines.settings.call_settings`). kv: asks for KV
+    mode; raises ValueError where the family has none.
+    """
+    name = type(pipe).__name__
+    trained = {each: family for each, family in FAMILIES.items() if family.host is not None}
+    if name not in trained:
+        raise ValueError(f"{name} cannot be trained here; the pipelines that can are {', '.join(trained)}.")
+    train = import_module(f".{trained[name].folder}.train", __name__)
+    return getattr(train, str(trained[name].host))(pipe, settings, kv)
+
+
+def bench_modules() -> Iterator[ModuleType]:
+    """The bench.py of each family that has one, in the order of `FAMILIES`."""
+    for folder in dict.fromkeys(family.folder for family in FAMILIES.values()):
+        if find_spec(f".{folder}.bench", __name__) is not None:
+            yield import_module(f".{folder}.bench", __name__)

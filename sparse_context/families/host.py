@@ -1,50 +1,59 @@
 """The interface by which the trainer reaches a family of pipelines: encode pictures and prompts, and predict.
 
 A host knows what its pipeline does around the transformer, and nothing of training: which pixels the VAE gets, which
-position ids tokens have, and in which order they go in. Everything is done with the pipeline's own methods. To add a
-family, write a class with the methods of `Host` and give each of its pipelines a line in `HOSTS`.
+position ids tokens have, and in which order they go in. Everything is done with the pipeline's own methods. To add one,
+derive a class from `Host` in the family's train.py, and name it in the lines of its pipelines in `FAMILIES`.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from ..tokens import ReferenceTokens
 
 Text = dict[str, torch.Tensor]
 """What a host makes of prompts; the first axis of each tensor is the batch."""
 
-
 GUIDANCE = 3.5  # what diffusers' own script trains FLUX.2 dev with, whose guidance is distilled
-
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]  # what diffusers' own scripts adapt by default
 
 
-class Host(Protocol):
-    """One family of pipelines, as the trainer sees it. Shapes: B samples, tokens of C channels, A axes of positions."""
+class Host(ABC):
+    """One family of pipelines, as the trainer sees it. Shapes: B samples, tokens of C channels, A axes of positions.
 
-    pipe: Any
-    """The pipeline; validation calls it. In KV mode it is one that caches."""
+    pipe: the pipeline; validation calls it. In KV mode it is one that caches.
+    transformer: what is trained. With an adapter on it, `transformer.disable_adapters()` gives the base.
+    settings: what the model wants of a call.
+    token: pixels a side of a token.
+    shift: how far noise levels move towards noise, as the scheduler's own `shift`; 1 leaves them.
+    """
 
-    transformer: nn.Module
-    """What is trained. With an adapter on it, `transformer.disable_adapters()` gives the base."""
-
-    token: int
-    """Pixels a side of a token."""
-
-    shift: float
-    """How far noise levels move towards noise, as the scheduler's own `shift`; 1 leaves them."""
-
-    text_sees_references: bool
+    text_sees_references = False
     """Whether `encode_text` looks at the pictures. If not, what it makes of a prompt serves all that have it."""
+
+    has_kv = False
+    """Whether there is a KV mode."""
+
+    def __init__(self, pipe: Any, settings: Mapping[str, Any], kv: bool = False) -> None:
+        """Raises ValueError for `kv`, which asks for KV mode, where the family has none."""
+        if kv and not self.has_kv:
+            raise ValueError(f"KV mode is for FLUX.2 klein: {type(pipe).__name__} has no pipeline that runs it.")
+        self.pipe, self.settings = pipe, settings
+        self.transformer: Any = pipe.transformer
+        self.token = 2 * pipe.vae_scale_factor
+        self.shift = float(pipe.scheduler.config.shift)
+        self.processor = copy.copy(pipe.image_processor)
 
     def lora_targets(self) -> list[str]:
         """The modules of the transformer that LoRA adapts by default."""
+        return ATTENTION
 
+    @abstractmethod
     def pixels(self, picture: Image.Image) -> torch.Tensor:
         """A picture as the pipeline hands it to its VAE: float32 (1, 3, H, W) in [-1, 1], resized and cropped by it.
 
@@ -52,18 +61,23 @@ class Host(Protocol):
         meantime takes notes of what passes through the pipeline's own (`families/`).
         """
 
+    @abstractmethod
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) -> latents (B, C, rows, columns), one cell a token, as the transformer wants them."""
 
+    @abstractmethod
     def encode_text(self, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Text:
         """What the transformer gets of prompts. `pictures` has each sample's references, for encoders that see them."""
 
+    @abstractmethod
     def target_tokens(self, latents: torch.Tensor) -> ReferenceTokens:
         """Latents (B, C, rows, columns) of the output -> its tokens and their position ids."""
 
+    @abstractmethod
     def reference_tokens(self, latents: Sequence[torch.Tensor]) -> ReferenceTokens:
         """Latents of each reference, (B, C, rows, columns) of any sizes -> all tokens, one reference after another."""
 
+    @abstractmethod
     def velocity(
         self,
         noisy: ReferenceTokens,
@@ -78,12 +92,18 @@ class Host(Protocol):
         (KV mode).
         """
 
+    def vae_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the pipeline's own `_encode_vae_image` makes of pixels, on the VAE's device and in its dtype."""
+        vae = self.pipe.vae
+        return self.pipe._encode_vae_image(pixels.to(vae.device, vae.dtype), generator=None)
 
-def _flat(latents: torch.Tensor) -> torch.Tensor:
+    def guidance(self, batch: int, device: torch.device) -> torch.Tensor | None:
+        """The strength of a distilled guidance, (batch,); None where the transformer embeds none."""
+        if not getattr(self.transformer.config, "guidance_embeds", False):
+            return None
+        return torch.full([batch], GUIDANCE, device=device)
+
+
+def flat(latents: torch.Tensor) -> torch.Tensor:
     """Latents (B, C, rows, columns) as tokens (B, rows * columns, C)."""
     return latents.flatten(2).transpose(1, 2)
-
-
-def _refuse_kv(pipe: Any, kv: bool) -> None:
-    if kv:
-        raise ValueError(f"KV mode is for FLUX.2 klein: {type(pipe).__name__} has no pipeline that runs it.")

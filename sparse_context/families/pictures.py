@@ -1,4 +1,4 @@
-"""The pictures behind the tensors that a host encodes: what selectors look at, and the way that a user's mask takes."""
+"""The pictures behind the tensors that a pipeline encodes: what selectors look at, and the way of a user's mask."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def _same(image: Any) -> Any:
 def _opaque(image: Any) -> Any:
     """Pictures without their alpha channels; all else as it is."""
     if isinstance(image, list):
-        return [_opaque(own) for own in image]
+        return [_opaque(picture) for picture in image]
     return image.convert("RGB") if _has_alpha(image) else image
 
 
@@ -43,9 +43,9 @@ class _View:
 class Pictures:
     """Watches the image processor of one call, and so knows what each preprocessed tensor was made from.
 
-    `max_area` is the number of pixels that the host scales larger pictures down to before the processor sees them; a
-    mask of the size that the picture had before that is scaled with it. Where the host's own processor keeps an alpha
-    channel, which its VAE cannot take, pictures go to it without, as FLUX.2's processor does by itself.
+    `max_area` is the number of pixels that the pipeline scales larger pictures down to before the processor sees them;
+    a mask of the size that the picture had before that is scaled with it. Where the pipeline's own processor keeps an
+    alpha channel, which its VAE cannot take, pictures go to it without, as FLUX.2's processor does by itself.
     """
 
     def __init__(self, max_area: float = math.inf) -> None:
@@ -71,10 +71,10 @@ class Pictures:
 
     def _watched(self, step: Callable, prepare: Callable = _same) -> Callable:
         def watched(image, *args, **kwargs):
-            made = step(prepare(image), *args, **kwargs)
-            if made is not image:  # as a list of pictures passes through `resize`
-                self._made_by[made] = (step, image, args, kwargs)
-            return made
+            result = step(prepare(image), *args, **kwargs)
+            if result is not image:  # as a list of pictures passes through `resize`
+                self._made_by[result] = (step, image, args, kwargs)
+            return result
 
         return watched
 
@@ -86,30 +86,30 @@ class Pictures:
         uint8 (H, W, 3) each; or (H, W, 4) with the user's mask, or else the picture's own alpha channel, carried
         through the processor's resize and crop. Raises ValueError for a mask of another size than its picture's.
         """
-        shown = to_uint8(pixels[rows])
+        pixels_shown = to_uint8(pixels[rows])
         original = self._original(pixels)
         originals = list(original) if isinstance(original, list) else [original]
         if original is pixels:
-            return list(shown)
+            return list(pixels_shown)
         alike = []
-        for own in originals[rows] if len(originals) > 1 else originals:
-            own_mask = mask_of(own, mask, reference, self._max_area)
-            if own_mask is None:
-                return list(shown)
-            alike.append(_like(own, own_mask))
+        for picture in originals[rows] if len(originals) > 1 else originals:
+            picture_mask = mask_of(picture, mask, reference, self._max_area)
+            if picture_mask is None:
+                return list(pixels_shown)
+            alike.append(_like(picture, picture_mask))
         alpha = to_uint8(self._replay(pixels, alike if len(alike) > 1 else alike[0]))[..., :1]
-        return list(np.concatenate([shown, np.broadcast_to(alpha, (*shown.shape[:3], 1))], axis=-1))
+        return list(np.concatenate([pixels_shown, np.broadcast_to(alpha, (*pixels_shown.shape[:3], 1))], axis=-1))
 
-    def _original(self, made: Any) -> Any:
-        while made in self._made_by:
-            made = self._made_by[made][1]
-        return made
+    def _original(self, tensor: Any) -> Any:
+        while tensor in self._made_by:
+            tensor = self._made_by[tensor][1]
+        return tensor
 
-    def _replay(self, made: Any, start: Any) -> Any:
-        """What `made` would have become, had its way begun with `start`."""
-        if made not in self._made_by:
+    def _replay(self, tensor: Any, start: Any) -> Any:
+        """What `tensor` would have been, had its way begun with `start`."""
+        if tensor not in self._made_by:
             return start
-        step, image, args, kwargs = self._made_by[made]
+        step, image, args, kwargs = self._made_by[tensor]
         return step(self._replay(image, start), *args, **kwargs)
 
 
@@ -124,14 +124,14 @@ def mask_of(
     if mask is None:
         return original.convert("RGBA").getchannel("A") if _has_alpha(original) else None
     width, height = original.size if isinstance(original, PIL.Image.Image) else _array_size(original)
-    given = PIL.Image.fromarray(mask)
-    limit = math.sqrt(max_area / (given.width * given.height))
-    if given.size == (width, height):
-        return given
-    if limit < 1 and (int(given.width * limit), int(given.height * limit)) == (width, height):
-        return given.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    user_mask = PIL.Image.fromarray(mask)
+    limit = math.sqrt(max_area / (user_mask.width * user_mask.height))
+    if user_mask.size == (width, height):
+        return user_mask
+    if limit < 1 and (int(user_mask.width * limit), int(user_mask.height * limit)) == (width, height):
+        return user_mask.resize((width, height), PIL.Image.Resampling.LANCZOS)
     raise ValueError(
-        f"the mask of reference {reference + 1} is {given.width}x{given.height}, but its picture is "
+        f"the mask of reference {reference + 1} is {user_mask.width}x{user_mask.height}, but its picture is "
         f"{width}x{height}: pass a mask of the picture's own size"
     )
 
@@ -142,7 +142,7 @@ def to_uint8(pixels: torch.Tensor) -> np.ndarray:
     rows = planes.reshape(-1, planes.shape[-1])
     # OpenCV scales, rounds and clips in one pass, where torch takes five
     grey = cv2.addWeighted(rows, 127.5, rows, 0.0, 127.5, dtype=cv2.CV_8U).reshape(planes.shape)
-    return np.stack([cv2.merge(list(one)).reshape(*one.shape[1:], -1) for one in grey])
+    return np.stack([cv2.merge(list(item)).reshape(*item.shape[1:], -1) for item in grey])
 
 
 def _array_size(original: Any) -> tuple[int, int]:
@@ -152,7 +152,7 @@ def _array_size(original: Any) -> tuple[int, int]:
 
 
 def _like(original: Any, mask: PIL.Image.Image) -> Any:
-    """The mask as a picture of the kind that the user passed, so that it takes the same way through the host."""
+    """The mask as a picture of the kind that the user passed, so that it takes the same way through the pipeline."""
     if isinstance(original, PIL.Image.Image):
         return mask
     values = np.repeat(np.asarray(mask, np.float32)[..., None] / 255, 3, axis=-1)

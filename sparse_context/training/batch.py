@@ -43,12 +43,12 @@ def prepare_batch(host: Host, examples: Sequence[Example], prompts: Sequence[str
     for i in range(len(examples[0].references)):
         pixels = [host.pixels(example.references[i]) for example in examples]
         masks = [example.masks[i] for example in examples]
-        shown = [to_uint8(one)[0] for one in pixels]
+        arrays = [to_uint8(each)[0] for each in pixels]
         if all(mask is not None for mask in masks):
             covered = [to_uint8(host.pixels(mask.convert("RGB")))[0][..., :1] for mask in masks if mask is not None]
-            shown = [np.concatenate(pair, axis=-1) for pair in zip(shown, covered, strict=True)]
+            arrays = [np.concatenate(pair, axis=-1) for pair in zip(arrays, covered, strict=True)]
         references.append(torch.cat(pixels))
-        pictures.append(shown)
+        pictures.append(arrays)
     target = torch.cat([host.pixels(example.image) for example in examples])
     grid = target.shape[-2] // host.token, target.shape[-1] // host.token
     covers = [
@@ -74,6 +74,19 @@ def prepare_batch(host: Host, examples: Sequence[Example], prompts: Sequence[str
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """How batches are made ready.
+
+    workers: processes that prepare them ahead of the steps; 0 for a thread (`data.Ahead`). latent_cache, text_cache:
+    what the encoders made before, on disk; None asks them anew.
+    """
+
+    workers: int = 0
+    latent_cache: Cache | None = None
+    text_cache: Cache | None = None
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A batch as the transformer's surroundings see it.
 
@@ -95,14 +108,14 @@ def encode(host: Host, batch: Prepared, latent_cache: Cache | None = None, text_
     def latents(pixels: torch.Tensor) -> torch.Tensor:
         if latent_cache is None:
             return host.encode_pictures(pixels).to(device).float()
-        made = [
+        encoded = [
             latent_cache.get(
-                repr(tuple(one.shape)).encode() + one.numpy().tobytes(),
-                lambda one=one: {"latents": host.encode_pictures(one)},  # type: ignore[misc]
+                repr(tuple(sample.shape)).encode() + sample.numpy().tobytes(),
+                lambda sample=sample: {"latents": host.encode_pictures(sample)},  # type: ignore[misc]
             )["latents"]
-            for one in pixels.split(1)
+            for sample in pixels.split(1)
         ]
-        return torch.cat(made).to(device).float()
+        return torch.cat(encoded).to(device).float()
 
     if text_cache is None:
         text = host.encode_text(batch.prompts, batch.seen)

@@ -50,23 +50,23 @@ class Cache:
                     return tensors
             except (SafetensorError, OSError):
                 pass  # half a file of another file system's making
-        made = {part: tensor.detach().cpu().contiguous() for part, tensor in make().items()}
+        tensors = {part: tensor.detach().cpu().contiguous() for part, tensor in make().items()}
         partial = file.with_suffix(f".{os.getpid()}.partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(made, partial, {"digest": _digest(name, made)})
+            save_file(tensors, partial, {"digest": _digest(name, tensors)})
             follow_folder(partial)
             put_in_place(partial, file)
         except (SafetensorError, OSError) as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             if isinstance(error, PermissionError) and file.is_file():
-                return made  # on Windows: another process has just written the same, and reads it
+                return tensors  # on Windows: another process has just written the same, and reads it
             advice = "free some space" if error_number(error) in FULL else "see that its folder is writable"
             raise OSError(
                 f"The cache {file} could not be written ({error}): {advice}, or name another folder."
             ) from error
-        return made
+        return tensors
 
 
 def _digest(name: str, tensors: Mapping[str, torch.Tensor]) -> str:

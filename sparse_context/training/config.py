@@ -9,11 +9,11 @@ from .schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class TrainConfig:
     """How to fine-tune. Raises ValueError that names the field and its value.
 
     What is trained: a LoRA of `rank` and `lora_alpha` on `lora_layers` (module names or their endings; None: the host's
-    own), or with `full` all weights of the transformer. `kv`: for pipelines that cache the references (hosts.py).
+    own), or with `full` all weights of the transformer. `kv`: for pipelines that cache the references.
 
     The loss: `dropping` says which tokens batches keep; with `subsets` each batch is taken that many times, from one
     noise with other tokens; encoders and teacher run once for all. `caption_dropout` is the share of prompts emptied;
@@ -26,7 +26,7 @@ class FinetuneConfig:
     uniform, moved by `shift` (None: the scheduler's own).
 
     The optimiser: AdamW, or where `muon_learning_rate` is given Muon at that rate on the matrices inside the
-    transformer's blocks and AdamW on the rest; `lr_scheduler` is a name of `loop.SCHEDULES`; `ema` is the decay of the
+    transformer's blocks and AdamW on the rest; `lr_scheduler` is a name of `SCHEDULES`; `ema` is the decay of the
     weights' average, of which the result is made (0: of the last weights). A step is `gradient_accumulation_steps`
     batches, with all their subsets.
     """

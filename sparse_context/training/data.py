@@ -59,7 +59,7 @@ def open_example(sample: Sample, resolution: int, reference_resolution: int) -> 
         sample.prompt,
         tuple(_fit(reference, reference_resolution) for reference in references),
         _fit(image, resolution),
-        tuple(None if one is None else _fit(one, reference_resolution) for one in masks),
+        tuple(None if each is None else _fit(each, reference_resolution) for each in masks),
         None if mask is None else _fit(mask, resolution),
     )
 
@@ -159,11 +159,11 @@ class Ahead:
         if number != self._next:
             self._made = self._by_processes(number) if self._workers else self._by_a_thread(number)
         self._next = None  # should this one fail
-        made = next(self._made)
-        if isinstance(made, Exception):
-            raise made
+        result = next(self._made)
+        if isinstance(result, Exception):
+            raise result
         self._next = number + 1
-        return made
+        return result
 
     def _by_a_thread(self, first: int) -> Iterator[Any]:
         with ThreadPoolExecutor(1) as pool:
@@ -174,11 +174,11 @@ class Ahead:
 
     def _by_processes(self, first: int) -> Iterator[Any]:
         # Each has one core; and a thread pool of OpenCV's, which a fork leaves behind, would be waited for without end
-        before = cv2.getNumThreads()
+        threads = cv2.getNumThreads()
         cv2.setNumThreads(1)
         numbers = cast(Dataset, range(first, sys.maxsize))
         # The loader draws seeds for its processes, which nothing here uses: without a generator, from the user's
-        made = iter(
+        batches = iter(
             DataLoader(
                 numbers,
                 batch_size=None,
@@ -189,8 +189,8 @@ class Ahead:
                 pin_memory=torch.cuda.is_available(),
             )
         )
-        cv2.setNumThreads(before)
-        return made
+        cv2.setNumThreads(threads)
+        return batches
 
 
 def _or_error(make: Callable[[int], Any], number: int) -> Any:

@@ -4,7 +4,7 @@ Random dropping alone may teach a model to fill every gap from its neighbours, s
 (docs/quality.md says where it did and where not). So a batch draws a kind of set from a mix: scattered, in blobs, in
 bands, along edges, on the salient part, around an object. A kind is a selector like those of selectors.py and is cut by
 the same budget, so training and inference share one mechanism. To add one, write a function and give it a line in
-`KINDS`.
+`DROPS`.
 """
 
 import heapq
@@ -68,7 +68,7 @@ def outside(image: np.ndarray | None, grid: Grid, generator: np.random.Generator
     return 1 - inside(image, grid, generator)
 
 
-KINDS: dict[str, Selector] = {
+DROPS: dict[str, Selector] = {
     "random": SELECTORS["random"],
     "uniform": SELECTORS["uniform"],
     "blobs": blobs,
@@ -90,7 +90,7 @@ class Dropping:
     """How batches drop. Raises ValueError that names the field and its value.
 
     keep_min, keep_max: the range of the keep ratio, in (0, 1]; it is log-uniform, and each reference draws its own.
-    dense: the share of batches, in [0, 1], that keep all tokens. mix: the share of each kind of `KINDS` among the
+    dense: the share of batches, in [0, 1], that keep all tokens. mix: the share of each kind of `DROPS` among the
     others, any numbers of 0 or more. coverage: shares of evenly spread tokens, in [0, 1], of which a batch draws one.
     merge: the same for shares of averages, each as in `SparseContextConfig`.
     """
@@ -111,8 +111,8 @@ class Dropping:
         if not 0 <= self.dense <= 1:
             raise ValueError(f"dense is {self.dense!r}: pass the share of batches that keep all tokens, from 0 to 1.")
         for kind, share in self.mix.items():
-            if kind not in KINDS:
-                raise ValueError(f"There is no kind of dropping {kind!r}: choose from {', '.join(KINDS)}.")
+            if kind not in DROPS:
+                raise ValueError(f"There is no kind of dropping {kind!r}: choose from {', '.join(DROPS)}.")
             if not 0 <= share < math.inf:
                 raise ValueError(f"The share of {kind!r} in the drop mix is {share!r}: pass a number of 0 or more.")
         if not sum(self.mix.values()) > 0:
@@ -162,4 +162,4 @@ def draw_selection(
 
 def _named(kind: str) -> str | Selector:
     """A name where selectors.py has the kind too, else the function."""
-    return kind if kind in SELECTORS else KINDS[kind]
+    return kind if kind in SELECTORS else DROPS[kind]

@@ -31,7 +31,7 @@ def alone(folder: Path) -> Iterator[None]:
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             with contextlib.suppress(OSError):
                 held.unlink(missing_ok=True)
-            raise OSError(f"{folder} cannot be written ({_reason(error)}): name another folder.") from error
+            raise OSError(f"{folder} cannot be written ({reason(error)}): name another folder.") from error
         try:
             yield
         finally:
@@ -59,10 +59,11 @@ def not_written(path: Path, error: Exception) -> OSError:
         advice = "move what has its name away"
     else:
         advice = "see that its folder is writable and that nothing has it open"
-    return OSError(f"{path} could not be written ({_reason(error)}): {advice} and resume; older checkpoints are whole.")
+    return OSError(f"{path} could not be written ({reason(error)}): {advice} and resume; older checkpoints are whole.")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What an error says, as a clause."""
     return " ".join(str(getattr(error, "strerror", None) or error).split())[:200].rstrip(".") or type(error).__name__
 
 

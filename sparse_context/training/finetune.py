@@ -10,8 +10,8 @@ the end `pytorch_lora_weights.safetensors` (or the folder `transformer/`) with a
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,121 +22,154 @@ from tqdm import tqdm
 from .. import __version__
 from ..families.host import Host
 from ..images import save_picture, save_text
-from .cache import Cache, fingerprint
+from .batch import Encoding
+from .cache import fingerprint
 from .checkpoints import newest_step
-from .config import FinetuneConfig
+from .config import TrainConfig
 from .data import Example
-from .export import LORA_FILE, _as_text, save_result
-from .loop import train
-from .loss import make_loss
-from .run_folder import _check_same, check_folder
-from .trainable import _make_optimisers, prepare, weights_of
-from .validation import _evaluating, draw_validation
+from .export import LORA_FILE, save_result, text_autocast
+from .loop import LoopConfig, train
+from .loss import FlowMatching
+from .processes import Processes
+from .run_folder import check_folder, check_same
+from .trainable import Trainable, prepare, run_optimisers, weights_of
+from .validation import draw_validation, evaluating
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes, and what its record says beside the config.
+
+    base, data: of what is trained, and on what. sampling: whatever else says how batches are drawn; all of it must be
+    the same when the run is resumed. resume: whether the run goes on from the newest checkpoint in `output`; without
+    it a folder that holds one is refused, and with it so are other settings and base weights than those of the run.
+    """
+
+    output: Path
+    base: str
+    data: str
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is seen of a run on its way.
+
+    validation: examples that pictures are drawn of. log(step, record), log_picture(step, picture): beside what the
+    folder gets, with a record every `log_every` steps.
+    """
+
+    validation: Sequence[Example] = ()
+    log: Callable[[int, dict], None] | None = None
+    log_picture: Callable[[int, Image.Image], None] | None = None
+    log_every: int = 10
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many seconds a run has, as in `loop.LoopConfig`."""
+
+    stop_after: float | None = None
+    seconds: float | None = None
 
 
 def finetune(
     host: Host,
     batches: Callable[[int], list[Example]],
-    output: Path,
-    config: FinetuneConfig,
+    run: Run,
+    config: TrainConfig,
     *,
-    base: str,
-    data: str,
     accelerator: Any = None,
-    resume: bool = False,
-    validation: Sequence[Example] = (),
-    latent_cache: Cache | None = None,
-    text_cache: Cache | None = None,
-    workers: int = 0,
-    stop_after: float | None = None,
-    seconds: float | None = None,
-    log: Callable[[int, dict], None] | None = None,
-    log_picture: Callable[[int, Image.Image], None] | None = None,
-    log_every: int = 10,
-    **sampling: Any,
+    encoding: Encoding | None = None,
+    watch: Watch | None = None,
+    limits: Limits | None = None,
 ) -> Path:
     """Train and write the result; returns the path of the LoRA, or of the transformer's folder.
 
-    base, data, sampling: for the record; what says how `batches` draws must be the same when resumed. accelerator: an
-    `accelerate.Accelerator`, or None for one plain process. workers: as in `make_loss`. stop_after, seconds: as in
-    `loop.train`. `resume` continues from the newest checkpoint in `output`; without it a folder that holds one is
-    refused, and with it so are other settings and base weights than those of the run. Raises ValueError and OSError in
-    one sentence.
+    batches: (number) -> the examples of a batch. accelerator: an `accelerate.Accelerator`, or None for one plain
+    process. Raises ValueError and OSError in one sentence.
     """
-    main = accelerator is None or accelerator.is_main_process
-    ranks = 1 if accelerator is None else accelerator.num_processes
-    check_folder(output, resume, config.max_train_steps)
-    precision = "no" if accelerator is None else accelerator.mixed_precision
+    processes, watch = Processes(accelerator), watch or Watch()
+    check_folder(run.output, run.resume, config.max_train_steps)
+    record = _record(host, run, config, accelerator)
+    check_same(run.output, record, run.resume)
+    trained = prepare(host, config)
+    if processes.main:
+        run.output.mkdir(parents=True, exist_ok=True)
+        save_text(json.dumps(record, indent=2) + "\n", run.output / "config.json")
+    autocast = contextlib.nullcontext if accelerator is None else accelerator.autocast
+    average = train(
+        trained,
+        run_optimisers(host.transformer, trained, config),
+        FlowMatching(host, batches, config, processes=processes, encoding=encoding, autocast=autocast),
+        run.output,
+        _loop_config(config, watch, limits or Limits()),
+        accelerator=accelerator,
+        show=_sheets(host, trained, run, config, watch, autocast) if watch.validation else None,
+        log=watch.log,
+    )
+    result = run.output / ("transformer" if config.full else LORA_FILE)
+    if processes.main:
+        with weights_of(average, trained):
+            save_result(host, result, record | {"steps": newest_step(run.output)}, config)
+    return result
+
+
+def _record(host: Host, run: Run, config: TrainConfig, accelerator: Any) -> dict[str, Any]:
+    """What config.json holds: all that decides where the run ends."""
     record = {
-        "base": base,
+        "base": run.base,
         "base_weights": fingerprint(host.transformer),
-        "data": data,
-        **sampling,
-        "processes": ranks,
-        "mixed_precision": precision,
+        "data": run.data,
+        **run.sampling,
+        "processes": Processes(accelerator).count,
+        "mixed_precision": "no" if accelerator is None else accelerator.mixed_precision,
         **asdict(config),
         "version": __version__,
     }
-    record = json.loads(json.dumps(record))
-    _check_same(output, record, resume)
-    trained = prepare(host, config)
-    if main:
-        output.mkdir(parents=True, exist_ok=True)
-        save_text(json.dumps(record, indent=2) + "\n", output / "config.json")
-    optimisers = _make_optimisers(host.transformer, trained, config)
+    return json.loads(json.dumps(record))
 
-    def show(step: int, average: nn.Module) -> None:
-        try:
-            with weights_of(average, trained), _evaluating(host.transformer), _autocast(accelerator)(), _as_text(host):
-                sheet = draw_validation(host, validation, config)
-            folder = output / "validation"
-            folder.mkdir(exist_ok=True)
-            save_picture(sheet, folder / f"step-{step:07d}.webp")
-        except (ValueError, OSError) as error:
-            # Such as memory that suffices for training alone, or a picture that is open in a viewer on Windows: no run
-            # ends by its pictures
-            return tqdm.write(f"No validation pictures at step {step}: {error}")
-        if log_picture is not None:
-            log_picture(step, sheet)
 
-    loss = make_loss(
-        host,
-        batches,
-        config,
-        rank=0 if accelerator is None else accelerator.process_index,
-        ranks=ranks,
-        workers=workers,
-        autocast=_autocast(accelerator),
-        latent_cache=latent_cache,
-        text_cache=text_cache,
-    )
-    average = train(
-        trained,
-        optimisers,
-        loss,
-        output,
+def _loop_config(config: TrainConfig, watch: Watch, limits: Limits) -> LoopConfig:
+    return LoopConfig(
         steps=config.max_train_steps,
         warmup=config.lr_warmup_steps,
         schedule=config.lr_scheduler,
         ema=config.ema,
         clip=config.max_grad_norm,
         accumulate=config.gradient_accumulation_steps * config.subsets,
-        accelerator=accelerator,
-        log_every=log_every,
+        log_every=watch.log_every,
         save_every=config.checkpointing_steps,
         keep_last=config.checkpoints_total_limit,
-        show=show if validation else None,
         show_every=config.validation_steps or config.max_train_steps,  # 0: after the last alone
-        log=log,
-        stop_after=stop_after,
-        seconds=seconds,
+        stop_after=limits.stop_after,
+        seconds=limits.seconds,
     )
-    result = output / ("transformer" if config.full else LORA_FILE)
-    if main:
-        with weights_of(average, trained):
-            save_result(host, result, record | {"steps": newest_step(output)}, config)
-    return result
 
 
-def _autocast(accelerator: Any) -> Callable[[], contextlib.AbstractContextManager]:
-    return contextlib.nullcontext if accelerator is None else accelerator.autocast
+def _sheets(
+    host: Host,
+    trained: Trainable,
+    run: Run,
+    config: TrainConfig,
+    watch: Watch,
+    autocast: Callable[[], contextlib.AbstractContextManager],
+) -> Callable[[int, nn.Module], None]:
+    """(step, average) -> None: draws the validation pictures of a step."""
+
+    def show(step: int, average: nn.Module) -> None:
+        try:
+            with weights_of(average, trained), evaluating(host.transformer), autocast(), text_autocast(host):
+                sheet = draw_validation(host, watch.validation, config)
+            folder = run.output / "validation"
+            folder.mkdir(exist_ok=True)
+            save_picture(sheet, folder / f"step-{step:07d}.webp")
+        except (ValueError, OSError) as error:
+            # Such as memory that suffices for training alone, or a picture that is open in a viewer on Windows: no run
+            # ends by its pictures
+            return tqdm.write(f"No validation pictures at step {step}: {error}")
+        if watch.log_picture is not None:
+            watch.log_picture(step, sheet)
+
+    return show

@@ -14,25 +14,26 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
+from ..families import find_host
 from ..pipelines.load import load
 from ..pipelines.lora_file import NO_LORA
 from ..pipelines.settings import call_settings, most_references
 from ..pipelines.spec import ModelSpec
 from ..samples import check_pictures, needs_datasets, read_samples
+from .batch import Encoding
 from .cache import Cache
+from .card import EMBEDDED
 from .checkpoints import has_begun
-from .config import FinetuneConfig
+from .config import TrainConfig
 from .data import Batches, check_workers, open_example
-from .export import EMBEDDED
 from .files import alone
-from .finetune import finetune
-from .hosts import find_host
+from .finetune import Run, Watch, finetune
 from .options import RunConfig
 from .run_folder import check_folder
 
 
 def launch(
-    model: str | None, data: str, output: Path, config: FinetuneConfig, run: RunConfig, *, resume: str | None = None
+    model: str | None, data: str, output: Path, config: TrainConfig, run: RunConfig, *, resume: str | None = None
 ) -> Path | None:
     """Load, train, write. Returns the path of the result, on the main process; None on the others.
 
@@ -90,7 +91,7 @@ def launch(
             if accelerator.is_main_process and resume and not has_begun(output):
                 print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
             pipe = load(replace(spec, device=str(accelerator.device)))
-            host = find_host(pipe, config.kv)
+            host = find_host(pipe, call_settings(pipe), config.kv)
             if accelerator.is_main_process and config.kv and not getattr(pipe.config, "is_distilled", True):
                 print(
                     f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "
@@ -100,25 +101,29 @@ def launch(
             result = finetune(
                 host,
                 Batches(samples, run.train_batch_size, config.seed, *run.sides.values()),
-                output,
+                Run(
+                    output,
+                    model or EMBEDDED,
+                    str(Path(data).resolve()) if Path(data).exists() else data,  # the same from any folder
+                    {
+                        "batch": run.train_batch_size,
+                        "samples": len(samples),
+                        "source": run.source,
+                        "run": asdict(run) | {"cache_dir": None if run.cache_dir is None else str(run.cache_dir)},
+                        **run.sides,
+                    },
+                    resume=resume is not None,
+                ),
                 config,
-                base=model or EMBEDDED,
-                data=str(Path(data).resolve()) if Path(data).exists() else data,  # the same from any folder
                 accelerator=accelerator,
-                resume=resume is not None,
-                workers=run.dataloader_num_workers,
-                validation=shown,
-                latent_cache=Cache(folder / "latents", host.pipe.vae) if run.cache_latents else None,
-                text_cache=Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe))
-                if run.cache_text
-                else None,
-                log=log,
-                log_picture=log_picture,
-                batch=run.train_batch_size,
-                samples=len(samples),
-                source=run.source,
-                run=asdict(run) | {"cache_dir": None if run.cache_dir is None else str(run.cache_dir)},
-                **run.sides,
+                encoding=Encoding(
+                    workers=run.dataloader_num_workers,
+                    latent_cache=Cache(folder / "latents", host.pipe.vae) if run.cache_latents else None,
+                    text_cache=Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe))
+                    if run.cache_text
+                    else None,
+                ),
+                watch=Watch(validation=shown, log=log, log_picture=log_picture),
             )
     except torch.OutOfMemoryError as error:
         raise ValueError(

@@ -50,8 +50,8 @@ def extract_lora(base: nn.Module, tuned: nn.Module, rank: int) -> dict[str, torc
         if not isinstance(other, nn.Linear) or other.weight.shape != layer.weight.shape:
             raise ValueError(f"{name} is not the same kind of layer in both models: pass a fine-tuning of this base.")
         change = other.weight.float().cpu() - layer.weight.float().cpu()
-        left, strengths, right = torch.linalg.svd(change, full_matrices=False)
+        left_vectors, strengths, right_vectors = torch.linalg.svd(change, full_matrices=False)
         root = strengths[:rank].sqrt()
-        lora[f"transformer.{name}.lora_A.weight"] = (root[:, None] * right[:rank]).contiguous()
-        lora[f"transformer.{name}.lora_B.weight"] = (left[:, :rank] * root).contiguous()
+        lora[f"transformer.{name}.lora_A.weight"] = (root[:, None] * right_vectors[:rank]).contiguous()
+        lora[f"transformer.{name}.lora_B.weight"] = (left_vectors[:, :rank] * root).contiguous()
     return lora

@@ -2,8 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ import torch
 from ..families.host import Host
 from ..tokens import ReferenceTokens
 from .attention import MatmulAttention
-from .batch import Encoded, Prepared, encode, prepare_batch
-from .cache import Cache
-from .config import FinetuneConfig
+from .batch import Encoded, Encoding, Prepared, encode, prepare_batch
+from .config import TrainConfig
 from .data import Ahead, Example
 from .dropping import draw_selection
+from .processes import Processes
 
 
 def noise_levels(u: torch.Tensor, scheme: str, shift: float) -> torch.Tensor:
@@ -98,80 +98,108 @@ def without_adapter(transformer: Any) -> Iterator[None]:
 Subset = tuple[np.ndarray, np.ndarray | None]  # kept tokens: `index` and `into` of a `Selection`
 
 
-def make_loss(
-    host: Host,
-    batches: Callable[[int], list[Example]],
-    config: FinetuneConfig,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    workers: int = 0,
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    latent_cache: Cache | None = None,
-    text_cache: Cache | None = None,
-) -> Callable[[int], torch.Tensor]:
-    """`loss(number)` for loop.py: subset number % subsets of batch number // subsets.
+class Drawn(NamedTuple):
+    """What is drawn for a batch, ahead of its steps: the batch, a set of tokens each subset, and the noise's seed."""
 
-    That batch of process `rank` is batch * ranks + rank of the data. All that is random is drawn from (seed, batch,
-    rank), and the sets from the subset as well, so processes draw different ratios, sets and noise. What needs no
-    encoder is made ahead, in a thread or by `workers` processes; what the encoders and the teacher say of a batch is
+    batch: Prepared
+    subsets: list[Subset]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Noised:
+    """An encoded batch with its noise, and what the teacher says of it (None where nobody asks)."""
+
+    number: int
+    encoded: Encoded
+    subsets: list[Subset]
+    sigma: torch.Tensor
+    noise: torch.Tensor
+    teacher: torch.Tensor | None
+
+
+class FlowMatching:
+    """The loss of a run, for loop.py: a call with `number` gives that of one set of tokens of one batch.
+
+    Each batch is taken `config.subsets` times in a row: call n is of subset n % subsets of batch n // subsets. That
+    batch of process `processes.rank` is batch * processes.count + rank of the data. All that is random is drawn from
+    (seed, batch, rank), and the sets from the subset as well, so processes draw different ratios, sets and noise. What
+    needs no encoder is made ahead, in a thread or by processes; what the encoders and the teacher say of a batch is
     kept until the next one.
     """
-    shift = host.shift if config.shift is None else config.shift
-    device = next(host.transformer.parameters()).device
-    plain = config.gradient_checkpointing or device.type != "cpu"
 
-    def prepare(number: int) -> tuple[Prepared, list[Subset], int]:
-        examples = batches(number * ranks + rank)
+    def __init__(
+        self,
+        host: Host,
+        batches: Callable[[int], list[Example]],
+        config: TrainConfig,
+        *,
+        processes: Processes | None = None,
+        encoding: Encoding | None = None,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        """processes: one without it. encoding: caches and workers, none without it. autocast: around each forward."""
+        self.host, self.batches, self.config, self.autocast = host, batches, config, autocast
+        self.processes = processes or Processes()
+        self.encoding = encoding or Encoding()
+        self.device = next(host.transformer.parameters()).device
+        self.shift = host.shift if config.shift is None else config.shift
+        self.fused_attention = config.gradient_checkpointing or self.device.type != "cpu"
+        self._ahead = Ahead(self._draw, self.encoding.workers)
+        self._current: Noised | None = None
+
+    def __call__(self, number: int) -> torch.Tensor:
+        number, subset = divmod(number, self.config.subsets)
+        if self._current is None or self._current.number != number:
+            self._current = self._noised(number)
+        batch = self._current
+        index, into = batch.subsets[subset]
+        with self._forward():
+            return flow_matching_loss(
+                self.host,
+                batch.encoded,
+                index,
+                batch.sigma,
+                batch.noise,
+                self.config.distillation,
+                self.config.focus,
+                self.config.preservation,
+                into=into,
+                teacher=batch.teacher,
+                unseen=self.config.unseen,
+            )
+
+    def _draw(self, number: int) -> Drawn:
+        """A batch before any encoder saw it, and which tokens it keeps; in a thread or process ahead of the steps."""
+        config, rank = self.config, self.processes.rank
+        examples = self.batches(number * self.processes.count + rank)
         rng = np.random.default_rng([config.seed, 2, number, rank])
         emptied = rng.random(len(examples)) < config.caption_dropout
         prompts = ["" if empty else example.prompt for empty, example in zip(emptied, examples, strict=True)]
-        batch = prepare_batch(host, examples, prompts)
+        batch = prepare_batch(self.host, examples, prompts)
         seed = [config.seed, 3, number, rank]
         seeds = [seed, *([*seed, subset] for subset in range(1, config.subsets))]  # the first is as without others
-        drawn = [draw_selection(config.dropping, batch.pictures, batch.grids(host.token), seed) for seed in seeds]
-        subsets = [(selection.index, selection.into) for selection in drawn]
-        return batch._replace(pictures=[]), subsets, int(rng.integers(2**62))
+        grids = batch.grids(self.host.token)
+        selections = [draw_selection(config.dropping, batch.pictures, grids, seed) for seed in seeds]
+        subsets = [(selection.index, selection.into) for selection in selections]
+        return Drawn(batch._replace(pictures=[]), subsets, int(rng.integers(2**62)))
 
-    ahead = Ahead(prepare, workers)
-
-    @contextlib.contextmanager
-    def forward() -> Iterator[None]:
-        with autocast(), contextlib.nullcontext() if plain else MatmulAttention():
-            yield
-
-    @lru_cache(maxsize=1)
-    def take(number: int) -> tuple[Encoded, list[Subset], torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        batch, subsets, seed = ahead(number)
-        encoded = encode(host, batch, latent_cache, text_cache)
+    def _noised(self, number: int) -> Noised:
+        batch, subsets, seed = self._ahead(number)
+        encoded = encode(self.host, batch, self.encoding.latent_cache, self.encoding.text_cache)
         generator = torch.Generator().manual_seed(seed)
         u = torch.rand(len(encoded.target), generator=generator).clamp(1e-4, 1 - 1e-4)
-        sigma = noise_levels(u, config.weighting_scheme, shift).to(device)
-        noise = torch.randn(encoded.target.shape, generator=generator).to(device)
-        count = sum(rows * columns for rows, columns in batch.grids(host.token))
-        preserves = config.preservation > 0 and any(len(index) == count for index, _ in subsets)
+        sigma = noise_levels(u, self.config.weighting_scheme, self.shift).to(self.device)
+        noise = torch.randn(encoded.target.shape, generator=generator).to(self.device)
+        count = sum(rows * columns for rows, columns in batch.grids(self.host.token))
+        preserves = self.config.preservation > 0 and any(len(index) == count for index, _ in subsets)
         teacher = None
-        if config.distillation or preserves:
-            with forward():
-                teacher = dense_answer(host, encoded, sigma, noise)
-        return encoded, subsets, sigma, noise, teacher
+        if self.config.distillation or preserves:
+            with self._forward():
+                teacher = dense_answer(self.host, encoded, sigma, noise)
+        return Noised(number, encoded, subsets, sigma, noise, teacher)
 
-    def loss(number: int) -> torch.Tensor:
-        encoded, subsets, sigma, noise, teacher = take(number // config.subsets)
-        index, into = subsets[number % config.subsets]
-        with forward():
-            return flow_matching_loss(
-                host,
-                encoded,
-                index,
-                sigma,
-                noise,
-                config.distillation,
-                config.focus,
-                config.preservation,
-                into=into,
-                teacher=teacher,
-                unseen=config.unseen,
-            )
-
-    return loss
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        with self.autocast(), contextlib.nullcontext() if self.fused_attention else MatmulAttention():
+            yield

@@ -1,6 +1,6 @@
 """The settings of a run from a file, from `field=value` and from flags, each checked against its dataclass.
 
-A field is one of `FinetuneConfig` or `RunConfig`; those of `Dropping` are written `dropping.<field>`. As text:
+A field is one of `TrainConfig` or `RunConfig`; those of `Dropping` are written `dropping.<field>`. As text:
 
     --set ema=0.99  --set gradient_checkpointing=true  --set shift=none  --set lora_layers=to_q,to_v
     --set dropping.dense=0.2  --set dropping.coverage=0,0.1  --set dropping.mix=random=0.5,blobs=0.5
@@ -19,9 +19,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import FinetuneConfig
+from .config import TrainConfig
 from .dropping import Dropping
-from .export import EMBEDDED
+from .card import EMBEDDED
 
 DEFAULTS = {"validation_steps": 500}
 """Where the command's defaults differ from those of the dataclasses, which are for runs without validation data."""
@@ -109,14 +109,14 @@ class Settings:
 
     model: str | None
     data: str | None
-    config: FinetuneConfig
+    config: TrainConfig
     run: RunConfig
 
 
 def _kinds() -> dict[str, Any]:
     """Every field by its dotted name -> its type."""
     kinds: dict[str, Any] = {}
-    for prefix, record in (("", RunConfig), ("", FinetuneConfig), ("dropping.", Dropping)):
+    for prefix, record in (("", RunConfig), ("", TrainConfig), ("dropping.", Dropping)):
         hints = typing.get_type_hints(record)
         kinds |= {prefix + field.name: hints[field.name] for field in fields(record)}
     return {name: kind for name, kind in kinds.items() if not is_dataclass(kind)}
@@ -148,11 +148,11 @@ def read_settings(
         if value is not None:
             values[name] = value
     dropping = {name.partition(".")[2]: value for name, value in values.items() if name.startswith("dropping.")}
-    config, run = ({f.name: values[f.name] for f in fields(r) if f.name in values} for r in (FinetuneConfig, RunConfig))
+    config, run = ({f.name: values[f.name] for f in fields(r) if f.name in values} for r in (TrainConfig, RunConfig))
     return Settings(
         model=values.get("model"),
         data=values.get("data"),
-        config=FinetuneConfig(dropping=Dropping(**dropping), **config),
+        config=TrainConfig(dropping=Dropping(**dropping), **config),
         run=RunConfig(**run),
     )
 

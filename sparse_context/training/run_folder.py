@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from .checkpoints import check_names, has_begun, newest_step
-from .config import FinetuneConfig
+from .checkpoints import Checkpoints, has_begun, newest_step
+from .config import TrainConfig
 from .export import LORA_FILE
 from .schedules import SCHEDULES
 
@@ -16,7 +16,7 @@ def check_folder(output: Path, resume: bool, steps: int) -> None:
     there = next(place for place in (output, *output.absolute().parents) if place.exists())
     if not there.is_dir():
         raise ValueError(f"The output {output} {'is' if there == output else 'lies below'} a file: name a folder.")
-    check_names(output)
+    Checkpoints(output).check_names()
     if step and not resume:
         raise ValueError(
             f"The folder {output} holds a run at step {step}: continue it with --resume latest, or name another folder."
@@ -30,10 +30,10 @@ def check_folder(output: Path, resume: bool, steps: int) -> None:
         )
     if not step:
         foreign = [name for name in (LORA_FILE, "transformer", "README.md") if (output / name).exists()]
-        own = (output / "config.json").exists()
-        if own and "dropping" not in read_record(output):
+        recorded = (output / "config.json").exists()
+        if recorded and "dropping" not in read_record(output):
             foreign.append("config.json")
-        if not own:  # what a run that was killed before its first checkpoint leaves, it leaves beside one
+        if not recorded:  # what a run that was killed before its first checkpoint leaves, it leaves beside one
             foreign += [
                 path.name for name in ("log.jsonl", "validation", "step-*.partial") for path in output.glob(name)
             ]
@@ -78,28 +78,29 @@ ALWAYS = {"base_weights": str, "data": str, "processes": int, "mixed_precision":
 """What every record of a run has, and of which kind it is. What came later and lacks there is the default."""
 
 
-def _check_same(output: Path, record: dict, resume: bool) -> None:
+def check_same(output: Path, record: dict, resume: bool) -> None:
+    """Raise ValueError where a run that is resumed in `output` had other settings than `record`."""
     if not resume or not has_begun(output):
         return
     if not newest_step(output) and not (output / "config.json").exists():
-        return  # the start that `loop.start_from` writes has seen no settings
-    before = read_record(output)
-    if not all(isinstance(before.get(name), kind) for name, kind in ALWAYS.items()):
+        return  # the start that `checkpoints.start_from` writes has seen no settings
+    earlier = read_record(output)
+    if not all(isinstance(earlier.get(name), kind) for name, kind in ALWAYS.items()):
         raise ValueError(f"{output / 'config.json'} is no record of a run: put the run's own back, or begin anew.")
-    defaults = json.loads(json.dumps(asdict(FinetuneConfig())))  # of a run begun before a setting was there
-    before = {name: before.get(name, defaults.get(name, record[name])) for name in record}
-    before["dropping"] = defaults["dropping"] | before["dropping"]
-    changed = [name for name in record if name not in FREE and record[name] != before[name]]
+    defaults = json.loads(json.dumps(asdict(TrainConfig())))  # of a run begun before a setting was there
+    earlier = {name: earlier.get(name, defaults.get(name, record[name])) for name in record}
+    earlier["dropping"] = defaults["dropping"] | earlier["dropping"]
+    changed = [name for name in record if name not in FREE and record[name] != earlier[name]]
     if "lr_warmup_steps" in changed:
         rate, steps = SCHEDULES[record["lr_scheduler"]], record["max_train_steps"]
-        left = range(newest_step(output), steps)
+        ahead = range(newest_step(output), steps)
         if all(
-            rate(step, steps, before["lr_warmup_steps"]) == rate(step, steps, record["lr_warmup_steps"])
-            for step in left
+            rate(step, steps, earlier["lr_warmup_steps"]) == rate(step, steps, record["lr_warmup_steps"])
+            for step in ahead
         ):
             changed.remove("lr_warmup_steps")
     if changed:
-        says = "; ".join(f"{name} was {before.get(name)!r} and is now {record[name]!r}" for name in changed)
+        says = "; ".join(f"{name} was {earlier.get(name)!r} and is now {record[name]!r}" for name in changed)
         raise ValueError(f"The run in {output} was started with other settings: {says}. Resume it with its own.")
 
 

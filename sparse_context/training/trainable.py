@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..families.host import Host
-from .config import FinetuneConfig
+from .config import TrainConfig
 from .optimisers import drawn_from, make_optimisers
 
 
@@ -26,7 +26,7 @@ class Trainable(nn.Module):
                 self.register_parameter(name.replace(".", "/"), parameter)
 
 
-def prepare(host: Host, config: FinetuneConfig) -> Trainable:
+def prepare(host: Host, config: TrainConfig) -> Trainable:
     """Put a fresh LoRA on the transformer, or open all its weights; what is trained is float32.
 
     Raises ValueError for layers that the transformer does not have.
@@ -62,7 +62,8 @@ def prepare(host: Host, config: FinetuneConfig) -> Trainable:
     return Trainable(transformer)
 
 
-def _make_optimisers(transformer: nn.Module, trained: Trainable, config: FinetuneConfig) -> list[torch.optim.Optimizer]:
+def run_optimisers(transformer: nn.Module, trained: Trainable, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW on what is trained; with Muon, that on the matrices of the transformer's blocks and AdamW on the rest."""
     decay = config.adam_weight_decay
     if config.muon_learning_rate is None:
         return [torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=decay)]
@@ -76,9 +77,9 @@ def weights_of(average: nn.Module, trained: nn.Module) -> Iterator[None]:
     if average is trained:
         yield
         return
-    own = copy.deepcopy(trained.state_dict())
+    last = copy.deepcopy(trained.state_dict())
     trained.load_state_dict(average.state_dict())
     try:
         yield
     finally:
-        trained.load_state_dict(own)
+        trained.load_state_dict(last)

@@ -12,12 +12,13 @@ from ..pipelines.engine import Engine
 from ..pipelines.spec import Request
 from ..preview import column, label, side_by_side
 from ..sparsify import remove_sparse_context
-from .config import FinetuneConfig
+from .config import TrainConfig
 from .data import Example
 
 
 @contextlib.contextmanager
-def _evaluating(transformer: nn.Module) -> Iterator[None]:
+def evaluating(transformer: nn.Module) -> Iterator[None]:
+    """The transformer in evaluation mode inside, and in training mode again afterwards."""
     transformer.eval()
     try:
         yield
@@ -29,7 +30,7 @@ SHEET_SIDE = 16_383
 """Pixels that a side of a validation picture may have, in webp. A larger one is scaled down, for no run ends by it."""
 
 
-def draw_validation(host: Host, examples: Sequence[Example], config: FinetuneConfig) -> Image.Image:
+def draw_validation(host: Host, examples: Sequence[Example], config: TrainConfig) -> Image.Image:
     """For each example one row: its references, the truth, the dense and the sparse output, from the same noise."""
     rows = []
     pipe = host.pipe

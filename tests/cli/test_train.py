@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from sparse_context.cli import main
 from sparse_context.images import open_picture
 from sparse_context.training.cache import fingerprint
-from sparse_context.training.export import LORA_FILE
+from sparse_context.training.card import LORA_FILE
 from sparse_context.training.files import alone
 from sparse_context.training.launch import text_encoders
 

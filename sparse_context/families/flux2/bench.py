@@ -1,28 +1,25 @@
 """FLUX.2 as the benchmark sees it."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-
-from ..shape import Shape, _draw, _places, _sizes
-
-if TYPE_CHECKING:
-    from ..shape import Shape, Tokens
+from ..shape import Kind, Shape, Tokens, drawing, places, sizes
 
 
-def build_flux2(shape: "Shape") -> Any:
+def build_flux2(shape: Shape) -> Any:
     """A `Flux2Transformer2DModel`."""
     from diffusers import Flux2Transformer2DModel
 
     return Flux2Transformer2DModel(
-        **_sizes(shape),
+        **sizes(shape),
         num_single_layers=shape.single_blocks,
         guidance_embeds=shape.guidance,
     )
 
 
-def flux2_arguments(transformer: Any, shape: "Shape", tokens: "Tokens", mode: str | None) -> dict[str, Any]:
+def flux2_arguments(transformer: Any, shape: Shape, tokens: Tokens, mode: str | None) -> dict[str, Any]:
     """Also sets the attention processors that the mode needs. In the mode "cached", `kv_cache` has to be added."""
+    import torch
     from diffusers.models.transformers.transformer_flux2 import (
         Flux2AttnProcessor,
         Flux2KVAttnProcessor,
@@ -39,11 +36,11 @@ def flux2_arguments(transformer: Any, shape: "Shape", tokens: "Tokens", mode: st
     ):
         for block in module:
             block.attn.set_processor(processor())
-    draw, device = _draw(transformer), transformer.device
+    draw, device = drawing(transformer), transformer.device
     arguments = {
         "hidden_states": draw(1, image, shape.channels),
         "encoder_hidden_states": draw(1, tokens.text, shape.text_width),
-        "img_ids": _places(image, 4, device),
+        "img_ids": places(image, 4, device),
         "txt_ids": torch.zeros(tokens.text, 4, device=device),
         "timestep": torch.ones(1, device=device, dtype=transformer.dtype),
         "guidance": torch.ones(1, device=device, dtype=transformer.dtype) if shape.guidance else None,
@@ -55,7 +52,7 @@ def flux2_arguments(transformer: Any, shape: "Shape", tokens: "Tokens", mode: st
     return arguments
 
 
-def flux2_flops(shape: "Shape", tokens: "Tokens", mode: str | None) -> int:
+def flux2_flops(shape: Shape, tokens: Tokens, mode: str | None) -> int:
     """Every block costs 26 d^2 a token in its linear layers (q, k, v, out, and a gated MLP of width 3d) and 4d for each
     pair of a query and a key, d being the width.
 
@@ -85,6 +82,7 @@ def shape_of(transformer: Any, token: int, text: int, steps: int) -> Shape:
     """The shape of a `Flux2Transformer2DModel`, called with tokens `token` pixels wide and `text` of the prompt."""
     config = transformer.config
     return Shape(
+        FLUX2,
         heads=config.num_attention_heads,
         double_blocks=config.num_layers,
         single_blocks=config.num_single_layers,
@@ -97,3 +95,21 @@ def shape_of(transformer: Any, token: int, text: int, steps: int) -> Shape:
         token=token,
         text=text,
     )
+
+
+FLUX2 = Kind(build_flux2, flux2_arguments, flux2_flops, kv=True, whole=True)
+
+_QWEN3 = {
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151_936,
+}
+
+
+SHAPES: Mapping[str, Shape] = {
+    "klein-4b": Shape(FLUX2, 24, 5, 20, 7_680, _QWEN3 | {"hidden_size": 2_560, "intermediate_size": 9_728}),
+    "klein-9b": Shape(FLUX2, 32, 8, 24, 12_288, _QWEN3 | {"hidden_size": 4_096, "intermediate_size": 12_288}),
+    "flux2-dev": Shape(FLUX2, 48, 8, 48, 15_360, {}, steps=28, guidance=True),
+}

@@ -33,8 +33,8 @@ def attach(pipe: Any, call: "Call") -> None:
             pixels = stands_for.get(image, image)
             side = 1 if image.shape[1] == channels else 2 * pipe.vae_scale_factor
             # A batch is one reference that shows each output another picture, or as many references of one size.
-            one = image.shape[0] in (1, batch_size)
-            for rows in [slice(None)] if one else [slice(i, i + 1) for i in range(image.shape[0])]:
+            is_shared = image.shape[0] in (1, batch_size)
+            for rows in [slice(None)] if is_shared else [slice(i, i + 1) for i in range(image.shape[0])]:
                 grids.append((image.shape[2] // side, image.shape[3] // side))
                 seen.append((pixels, rows))
 

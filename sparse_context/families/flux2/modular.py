@@ -43,13 +43,13 @@ def insert_sparse_context(blocks: Any) -> Any:
     """A copy of FLUX.2's blocks with a `SparseContextStep` in its place. Raises ValueError where there is none."""
     if _has_step(blocks):
         raise ValueError(f"These {type(blocks).__name__} have a SparseContextStep already: insert it once.")
-    made = insert_behind(deepcopy(blocks), "image_latent_ids", SparseContextStep())
-    if not _has_step(made):
+    extended = insert_behind(deepcopy(blocks), "image_latent_ids", SparseContextStep())
+    if not _has_step(extended):
         raise ValueError(
             f"These {type(blocks).__name__} have no step that makes image_latent_ids: pass FLUX.2's blocks, such as "
             "Flux2KleinAutoBlocks()."
         )
-    return made
+    return extended
 
 
 class SparseContextStep(ModularPipelineBlocks):
@@ -96,8 +96,8 @@ class SparseContextStep(ModularPipelineBlocks):
         ]
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        given = {name: state.get(name) for name in ("keep", "selector", "task", "coverage", "merge")}
-        config = SparseContextConfig(**{name: value for name, value in given.items() if value is not None})
+        arguments = {name: state.get(name) for name in ("keep", "selector", "task", "coverage", "merge")}
+        config = SparseContextConfig(**{name: value for name, value in arguments.items() if value is not None})
         call = Call(components, SparseContext(config, attach))
         if state.get("image_latent_ids") is not None:
             _keep_essentials(components, state, call)
@@ -122,10 +122,10 @@ def _keep_essentials(components: Any, state: PipelineState, call: Call) -> None:
         alpha = mask_of(images[i], mask, i, MAX_AREA)
         if alpha is None:
             return seen
-        own = PipelineState()
-        own.set("image", alpha)
-        Flux2ProcessImagesInputStep()(components, own)  # the same scaling and crop as the picture had
-        return np.concatenate([seen, to_uint8(own.condition_images[0])[0, ..., :1]], axis=-1)
+        mask_state = PipelineState()
+        mask_state.set("image", alpha)
+        Flux2ProcessImagesInputStep()(components, mask_state)  # the same scaling and crop as the picture had
+        return np.concatenate([seen, to_uint8(mask_state.condition_images[0])[0, ..., :1]], axis=-1)
 
     kept = call.keep(tokens, _grids(tokens.ids), picture)
     state.set("image_latents", kept.latents)
@@ -136,5 +136,5 @@ def _grids(ids: torch.Tensor) -> list[tuple[int, int]]:
     """(rows, columns) of each reference from the position ids (B, N, 4), in which axis 0 tells references apart."""
     ids = ids[0].cpu()
     _, counts = torch.unique_consecutive(ids[:, 0], return_counts=True)
-    sizes = [own[:, 1:3].amax(dim=0) + 1 for own in ids.split(counts.tolist())]
+    sizes = [reference[:, 1:3].amax(dim=0) + 1 for reference in ids.split(counts.tolist())]
     return [(int(rows), int(columns)) for rows, columns in sizes]

@@ -1,19 +1,17 @@
 """FLUX.2 as the trainer sees it."""
 
-import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
-from ...pipelines.settings import call_settings
 from ...tokens import ReferenceTokens
-from ..host import GUIDANCE, Text
+from ..host import Host, Text
 
 
-class Flux2:
+class Flux2(Host):
     """FLUX.2 dev, klein and klein-KV.
 
     `kv` trains what `Flux2KleinKVPipeline` runs: references come before the output and attend only to themselves, at
@@ -21,24 +19,20 @@ class Flux2:
     plain ones the transformer merely warns and attends fully); building that pipeline sets them.
     """
 
-    text_sees_references = False
+    has_kv = True
 
-    def __init__(self, pipe: Any, kv: bool = False) -> None:
+    def __init__(self, pipe: Any, settings: Mapping[str, Any], kv: bool = False) -> None:
         from diffusers import Flux2KleinKVPipeline, Flux2Pipeline
 
         if kv and isinstance(pipe, Flux2Pipeline):
             raise ValueError("KV mode is for klein models: FLUX.2 dev has no pipeline that runs it.")
-        self._settings = call_settings(pipe)
         if kv and not isinstance(pipe, Flux2KleinKVPipeline):
             parts = inspect.signature(Flux2KleinKVPipeline.__init__).parameters
             path = getattr(pipe.config, "_name_or_path", None)
             pipe = Flux2KleinKVPipeline(**{name: part for name, part in pipe.components.items() if name in parts})
-            pipe.register_to_config(_name_or_path=path)  # where `generation.call_settings` looks
-        self.pipe, self.kv = pipe, kv or isinstance(pipe, Flux2KleinKVPipeline)
-        self.transformer: Any = pipe.transformer
-        self.token = 2 * pipe.vae_scale_factor
-        self.shift = float(pipe.scheduler.config.shift)
-        self._processor = copy.copy(pipe.image_processor)
+            pipe.register_to_config(_name_or_path=path)  # where `pipelines.settings.call_settings` looks
+        super().__init__(pipe, settings, kv)
+        self.kv = kv or isinstance(pipe, Flux2KleinKVPipeline)
 
     def lora_targets(self) -> list[str]:
         """Those of diffusers' training scripts for FLUX.2: all attention, the single blocks' fused MLPs with it."""
@@ -48,17 +42,16 @@ class Flux2:
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
         width, height = (side // self.token * self.token for side in picture.size)
-        return self._processor.preprocess(picture, height=height, width=width, resize_mode="crop")
+        return self.processor.preprocess(picture, height=height, width=width, resize_mode="crop")
 
     @torch.no_grad()
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
-        vae = self.pipe.vae
-        return self.pipe._encode_vae_image(pixels.to(vae.device, vae.dtype), generator=None)
+        return self.vae_latents(pixels)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Text:
-        taken = inspect.signature(self.pipe.encode_prompt).parameters
-        settings = {name: value for name, value in self._settings.items() if name in taken}
+        parameters = inspect.signature(self.pipe.encode_prompt).parameters
+        settings = {name: value for name, value in self.settings.items() if name in parameters}
         embeds, _ = self.pipe.encode_prompt(list(prompts), device=self.pipe.text_encoder.device, **settings)
         return {"prompt_embeds": embeds}
 
@@ -83,14 +76,11 @@ class Flux2:
         extract = self.kv and not teacher and len(references) > 0
         order = [references, noisy] if extract else [noisy, references]
         mode = {"kv_cache_mode": "extract", "num_ref_tokens": len(references)} if extract else {}
-        guidance = None
-        if getattr(self.transformer.config, "guidance_embeds", False):
-            guidance = torch.full([len(noisy.latents)], GUIDANCE, device=sigma.device)
         velocity = self.transformer(
             hidden_states=torch.cat([part.latents for part in order], dim=1).to(self.transformer.dtype),
             encoder_hidden_states=embeds.to(self.transformer.dtype),
             timestep=sigma,
-            guidance=guidance,
+            guidance=self.guidance(len(noisy.latents), sigma.device),
             img_ids=torch.cat([part.ids for part in order], dim=1),
             txt_ids=self.pipe._prepare_text_ids(embeds).to(embeds.device),
             return_dict=False,

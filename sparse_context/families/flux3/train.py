@@ -1,40 +1,26 @@
 """FLUX.3 as the trainer sees it."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
-from ...pipelines.settings import call_settings
 from ...tokens import ReferenceTokens
-from ..host import ATTENTION, Text, _flat, _refuse_kv
+from ..host import Host, Text, flat
 
 IMAGE_ROPE_SCALE = 0.5  # FLUX.3's rows and columns in its position ids, as its steps have it by default
 
 
-class Flux3:
+class Flux3(Host):
     """FLUX.3, the base model; the distilled one is a flow map, which this loss does not train.
 
     Pictures are scaled and cropped as the pipeline does it with several references: to a megapixel at most. Position
     ids are (N, 4) and shared by the batch. A batch needs prompts of one padded length (a multiple of 80 tokens).
     """
 
-    text_sees_references = False
-
-    def __init__(self, pipe: Any, kv: bool = False) -> None:
-        _refuse_kv(pipe, kv)
-        self.pipe, self.transformer, self.token = pipe, pipe.transformer, 2 * pipe.vae_scale_factor
-        self._processor = copy.copy(pipe.image_processor)
-        self.shift = float(pipe.scheduler.config.shift)
-        self._settings = call_settings(pipe)
-
-    def lora_targets(self) -> list[str]:
-        return ATTENTION
-
     def pixels(self, picture: Image.Image) -> torch.Tensor:
-        return self._processor.preprocess(picture, resize_mode="crop")[0]
+        return self.processor.preprocess(picture, resize_mode="crop")[0]
 
     def _run(self, step: Any, **values: Any) -> Any:
         """The state after one of the pipeline's own steps, from these values."""
@@ -56,10 +42,10 @@ class Flux3:
         from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
 
         names = ("max_sequence_length", "text_encoder_out_layers")
-        settings = {name: self._settings[name] for name in names if name in self._settings}
+        settings = {name: self.settings[name] for name in names if name in self.settings}
         step = Flux3TextEncoderStep()
         embeds = [self._run(step, prompt=prompt, negative_prompt=None, **settings).prompt_embeds for prompt in prompts]
-        if len({one.shape for one in embeds}) > 1:
+        if len({prompt.shape for prompt in embeds}) > 1:
             raise ValueError("The prompts of a batch have several padded lengths, which FLUX.3 does not mix: batch 1.")
         return {"prompt_embeds": torch.cat(embeds)}
 
@@ -67,7 +53,7 @@ class Flux3:
         from diffusers.modular_pipelines.flux3.before_denoise import _prepare_image_ids
 
         ids = _prepare_image_ids(*latents.shape[-2:], IMAGE_ROPE_SCALE)
-        return ReferenceTokens(_flat(latents), ids.to(latents.device))
+        return ReferenceTokens(flat(latents), ids.to(latents.device))
 
     def reference_tokens(self, latents: Sequence[torch.Tensor]) -> ReferenceTokens:
         from diffusers.modular_pipelines.flux3.before_denoise import Flux3PrepareImageCondLatentsStep

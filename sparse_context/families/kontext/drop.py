@@ -33,20 +33,20 @@ def attach(pipe: Any, call: "Call") -> None:
         return kept.latents, kept.ids
 
     def keep_essentials(prepare_latents, *args, **kwargs):
-        given = inspect.signature(type(pipe).prepare_latents).bind(pipe, *args, **kwargs).arguments
-        if "image_reference" not in given:
+        arguments = inspect.signature(type(pipe).prepare_latents).bind(pipe, *args, **kwargs).arguments
+        if "image_reference" not in arguments:
             latents, image_latents, latent_ids, image_ids = prepare_latents(*args, **kwargs)
             if image_latents is not None:
-                image_latents, image_ids = keep(given["image"], image_latents, image_ids)
+                image_latents, image_ids = keep(arguments["image"], image_latents, image_ids)
             return latents, image_latents, latent_ids, image_ids
 
         # Inpaint: what it paints over is blended back at every step, so the source's own latents have to stay whole. A
         # reference goes to the transformer in the source's place, and the source's kept tokens go there as one.
         latents, source, reference, latent_ids, source_ids, reference_ids, noise = prepare_latents(*args, **kwargs)
         if reference is None:
-            reference, reference_ids = keep(given["image"], source, source_ids)
+            reference, reference_ids = keep(arguments["image"], source, source_ids)
         else:
-            reference, reference_ids = keep(given["image_reference"], reference, reference_ids)
+            reference, reference_ids = keep(arguments["image_reference"], reference, reference_ids)
         return latents, source, reference, latent_ids, source_ids, reference_ids, noise
 
     call.replace("image_processor", pictures.watch)

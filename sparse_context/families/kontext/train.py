@@ -1,35 +1,20 @@
 """Kontext and LongCat as the trainer sees them."""
 
-import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 from torch.nn import functional
 
-from ...pipelines.settings import call_settings
 from ...tokens import ReferenceTokens
-from ..host import ATTENTION, GUIDANCE, Text, _flat, _refuse_kv
+from ..host import Host, Text, flat
 
 
-class Kontext:
+class Kontext(Host):
     """FLUX.1 Kontext: one reference. Pictures are scaled to one of the pipeline's shapes, of about a megapixel.
 
     Position ids are (N, 3) and shared by the batch; axis 0 is 0 for the output and 1 for the reference.
     """
-
-    text_sees_references = False
-
-    def __init__(self, pipe: Any, kv: bool = False) -> None:
-        _refuse_kv(pipe, kv)
-        self.pipe, self.transformer, self.token = pipe, pipe.transformer, 2 * pipe.vae_scale_factor
-        self._processor = copy.copy(pipe.image_processor)
-        self.shift = float(pipe.scheduler.config.shift)
-        self._settings = call_settings(pipe)
-
-    def lora_targets(self) -> list[str]:
-        return ATTENTION
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
         from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
@@ -37,25 +22,24 @@ class Kontext:
         aspect = picture.width / picture.height
         shape = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda shape: abs(aspect - shape[0] / shape[1]))
         width, height = (side // self.token * self.token for side in shape)
-        resized = self._processor.resize(picture, height, width)
-        return self._processor.preprocess(resized, height, width)
+        resized = self.processor.resize(picture, height, width)
+        return self.processor.preprocess(resized, height, width)
 
     @torch.no_grad()
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
-        vae = self.pipe.vae
-        latents = self.pipe._encode_vae_image(pixels.to(vae.device, vae.dtype), generator=None)
-        return functional.pixel_unshuffle(latents, 2)  # the channel order of the pipeline's own packing
+        # The channel order of the pipeline's own packing
+        return functional.pixel_unshuffle(self.vae_latents(pixels), 2)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Text:
-        length = {"max_sequence_length": self._settings.get("max_sequence_length", 512)}
+        length = {"max_sequence_length": self.settings.get("max_sequence_length", 512)}
         embeds, pooled, _ = self.pipe.encode_prompt(list(prompts), None, device=self.pipe.text_encoder.device, **length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def target_tokens(self, latents: torch.Tensor) -> ReferenceTokens:
         rows, columns = latents.shape[-2:]
         ids = self.pipe._prepare_latent_image_ids(len(latents), rows, columns, latents.device, torch.float32)
-        return ReferenceTokens(_flat(latents), ids)
+        return ReferenceTokens(flat(latents), ids)
 
     def reference_tokens(self, latents: Sequence[torch.Tensor]) -> ReferenceTokens:
         if len(latents) != 1:
@@ -75,15 +59,12 @@ class Kontext:
     ) -> torch.Tensor:
         dtype = self.transformer.dtype
         embeds = text["prompt_embeds"].to(dtype)
-        guidance = None
-        if self.transformer.config.guidance_embeds:
-            guidance = torch.full([len(noisy.latents)], GUIDANCE, device=sigma.device)
         velocity = self.transformer(
             hidden_states=torch.cat([noisy.latents, references.latents], dim=1).to(dtype),
             encoder_hidden_states=embeds,
             pooled_projections=text["pooled_prompt_embeds"].to(dtype),
             timestep=sigma,
-            guidance=guidance,
+            guidance=self.guidance(len(noisy.latents), sigma.device),
             img_ids=torch.cat([noisy.ids, references.ids]),
             txt_ids=torch.zeros(embeds.shape[1], 3, device=embeds.device),
             return_dict=False,

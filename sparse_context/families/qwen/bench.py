@@ -1,21 +1,18 @@
 """Qwen-Image as the benchmark sees it."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-
-from ..shape import _draw, _sizes
-
-if TYPE_CHECKING:
-    from ..shape import Shape, Tokens
+from ..shape import Kind, Shape, Tokens, drawing, joint_flops, sizes
 
 
-def build_qwen_image(shape: "Shape") -> Any:
+def build_qwen_image(shape: Shape) -> Any:
     """A `QwenImageTransformer2DModel`, which has no single blocks."""
+    import torch
     from diffusers import QwenImageTransformer2DModel
 
     transformer = QwenImageTransformer2DModel(
-        **_sizes(shape),
+        **sizes(shape),
         out_channels=shape.channels // 4,  # of a latent pixel; a token has 2 x 2
     )
     rotary = transformer.pos_embed
@@ -24,9 +21,11 @@ def build_qwen_image(shape: "Shape") -> Any:
     return transformer
 
 
-def qwen_image_arguments(transformer: Any, shape: "Shape", tokens: "Tokens", mode: str | None) -> dict[str, Any]:
-    """References stand behind the output. No mask of the text, as the host passes none where no prompt is padded."""
-    draw, device = _draw(transformer), transformer.device
+def qwen_image_arguments(transformer: Any, shape: Shape, tokens: Tokens, mode: str | None) -> dict[str, Any]:
+    """References stand behind the output. No mask of the text: pipelines pass none where no prompt is padded."""
+    import torch
+
+    draw, device = drawing(transformer), transformer.device
     return {
         "hidden_states": draw(1, tokens.output + tokens.references, shape.channels),
         "encoder_hidden_states": draw(1, tokens.text, shape.text_width),
@@ -38,3 +37,11 @@ def qwen_image_arguments(transformer: Any, shape: "Shape", tokens: "Tokens", mod
 def _strips(count: int) -> list[tuple[int, int, int]]:
     """Shapes (1, 1, columns) of so many tokens in all; several, because the rotary tables end at 4096 places a side."""
     return [(1, 1, min(1024, count - start)) for start in range(0, count, 1024)]
+
+
+QWEN_IMAGE = Kind(build_qwen_image, qwen_image_arguments, joint_flops)
+
+
+SHAPES: Mapping[str, Shape] = {
+    "qwen-edit": Shape(QWEN_IMAGE, 24, 60, 0, 3_584, {}, steps=50, channels=64),
+}

@@ -54,7 +54,7 @@ def attach(pipe: Any, call: "Call") -> None:
     def choose(prepare_latents, *args, **kwargs):
         nonlocal kept
         prepared = prepare_latents(*args, **kwargs)
-        seen = pictures.preprocessed  # the references, which the host then hands on as views
+        seen = pictures.preprocessed  # the references, which the pipeline then hands on as views
         side = 2 * pipe.vae_scale_factor
         grids = [(pixels.shape[2] // side, pixels.shape[3] // side) for pixels in seen]
         tokens = ReferenceTokens(prepared[-1], torch.arange(prepared[-1].shape[1])[:, None])
@@ -67,7 +67,7 @@ def attach(pipe: Any, call: "Call") -> None:
         return *prepared[:-1], chosen.latents
 
     def hand_over(attention_kwargs):
-        """The host asks for them anew for every forward, so a transformer that was exchanged has its hooks as well."""
+        """A pipeline asks for them anew for every forward, so a transformer that was exchanged has hooks as well."""
         if kept is None or attention_kwargs is None:
             return attention_kwargs
         if id(pipe.transformer) not in hooked:

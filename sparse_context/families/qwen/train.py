@@ -1,7 +1,6 @@
 """Qwen-Image-Edit-Plus as the trainer sees it."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +8,11 @@ from PIL import Image
 from torch.nn import functional
 
 from ...tokens import ReferenceTokens
-from ..host import ATTENTION, Text, _flat, _refuse_kv
+from ..host import Host, Text, flat
 from .drop import KEY, KeptTokens, taking_kept_tokens
 
 
-class QwenImageEditPlus:
+class QwenImageEditPlus(Host):
     """Qwen-Image-Edit-Plus (2509, 2511), which scales every picture to about a megapixel.
 
     It has no position ids, only rotary rows that follow from the shapes. So a reference token's id is the number of its
@@ -23,52 +22,46 @@ class QwenImageEditPlus:
 
     text_sees_references = True
 
-    def __init__(self, pipe: Any, kv: bool = False) -> None:
-        _refuse_kv(pipe, kv)
-        self.pipe, self.transformer, self.token = pipe, pipe.transformer, 2 * pipe.vae_scale_factor
-        self._processor = copy.copy(pipe.image_processor)
-        self.shift = float(pipe.scheduler.config.shift)
+    def __init__(self, pipe: Any, settings: Mapping[str, Any], kv: bool = False) -> None:
+        super().__init__(pipe, settings, kv)
         self._shapes: list[tuple[int, int, int]] = []
 
-    def lora_targets(self) -> list[str]:
-        return ATTENTION
-
     def pixels(self, picture: Image.Image) -> torch.Tensor:
-        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as host
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 
-        width, height = host.calculate_dimensions(host.VAE_IMAGE_SIZE, picture.width / picture.height)
-        return self._processor.preprocess(picture, height, width)
+        width, height = edit_plus.calculate_dimensions(edit_plus.VAE_IMAGE_SIZE, picture.width / picture.height)
+        return self.processor.preprocess(picture, height, width)
 
     @torch.no_grad()
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
-        vae = self.pipe.vae
-        latents = self.pipe._encode_vae_image(pixels.to(vae.device, vae.dtype).unsqueeze(2), generator=None)
+        latents = self.vae_latents(pixels.unsqueeze(2))
         return functional.pixel_unshuffle(latents.squeeze(2), 2)  # the channel order of the pipeline's own packing
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Text:
-        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as host
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 
-        made = []
+        encoded = []
         for prompt, references in zip(prompts, pictures, strict=True):
             small = []
             for picture in references:
-                width, height = host.calculate_dimensions(host.CONDITION_IMAGE_SIZE, picture.width / picture.height)
+                aspect = picture.width / picture.height
+                width, height = edit_plus.calculate_dimensions(edit_plus.CONDITION_IMAGE_SIZE, aspect)
                 small.append(self.pipe.image_processor.resize(picture, height, width))
             embeds, mask = self.pipe.encode_prompt([prompt], small, device=self.pipe.text_encoder.device)
-            made.append((embeds, torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask))
-        length = -(-max(embeds.shape[1] for embeds, _ in made) // 512) * 512
-        padded = [functional.pad(embeds, (0, 0, 0, length - embeds.shape[1])) for embeds, _ in made]
-        masks = [functional.pad(mask, (0, length - mask.shape[1])) for _, mask in made]
+            encoded.append((embeds, torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask))
+        length = -(-max(embeds.shape[1] for embeds, _ in encoded) // 512) * 512
+        padded = [functional.pad(embeds, (0, 0, 0, length - embeds.shape[1])) for embeds, _ in encoded]
+        masks = [functional.pad(mask, (0, length - mask.shape[1])) for _, mask in encoded]
         return {"prompt_embeds": torch.cat(padded), "prompt_embeds_mask": torch.cat(masks).bool()}
 
     def target_tokens(self, latents: torch.Tensor) -> ReferenceTokens:
-        tokens = _flat(latents)
+        tokens = flat(latents)
         return ReferenceTokens(tokens, torch.tensor([[1, *latents.shape[-2:]]]).expand(tokens.shape[1], 3))
 
     def reference_tokens(self, latents: Sequence[torch.Tensor]) -> ReferenceTokens:
-        self._shapes = [(1, one.shape[-2], one.shape[-1]) for one in latents]
-        tokens = torch.cat([_flat(one) for one in latents], dim=1)
+        self._shapes = [(1, *reference.shape[-2:]) for reference in latents]
+        tokens = torch.cat([flat(reference) for reference in latents], dim=1)
         return ReferenceTokens(tokens, torch.arange(tokens.shape[1])[:, None])
 
     def velocity(
