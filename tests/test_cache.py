@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
-from tiny import CASES, build_flux2, call_flux2, picture, tiny_vae
+from tiny import CASES, build_flux2, call_flux2, cases, picture, tiny_vae
 
 from sparse_context import ReferenceCache, SparseContextConfig, apply_sparse_context, mask, remove_sparse_context
 from sparse_context.selection import score_tokens
@@ -33,7 +33,7 @@ def pipe():
     return build_flux2(Flux2KleinPipeline)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases(*NAMES))
 @pytest.mark.parametrize("keep", [1.0, 0.3])
 def test_a_hit_equals_the_uncached_path(name, keep):
     case = CASES[name]

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModularPipeline
-from tiny import CASES, picture
+from tiny import CASES, EACH_FAMILY, PAINTING, cases, dense_answer, picture, sparse_answer
 
 from sparse_context import (
     ReferenceCache,
@@ -26,9 +26,13 @@ REFUSAL = "^A pipeline with Sparse Context cannot be copied whole or pickled, .*
 QWEN = [name for name in CASES if name.startswith("qwen")]
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=cases(*EACH_FAMILY), scope="module")
 def case(request):
     return CASES[request.param]
+
+
+every_class = pytest.mark.parametrize("case", cases(), indirect=True)
+each_way_to_the_pixels = pytest.mark.parametrize("case", cases(*EACH_FAMILY, *PAINTING), indirect=True)
 
 
 @pytest.fixture
@@ -40,23 +44,17 @@ def pipe(case):
 
 @pytest.fixture(scope="module")
 def dense(case):
-    return case.call(case.build(), case.references())
-
-
-def sparse_picture(case, keep):
-    pipe = case.build()
-    apply_sparse_context(pipe, keep=keep)
-    return case.call(pipe, case.references())
+    return dense_answer(case)
 
 
 @pytest.fixture(scope="module")
 def sparse(case):
-    return sparse_picture(case, KEEP)
+    return sparse_answer(case, KEEP)
 
 
 @pytest.fixture(scope="module")
 def less_sparse(case):
-    return sparse_picture(case, MORE)
+    return sparse_answer(case, MORE)
 
 
 def hooks_of(pipe):
@@ -89,6 +87,7 @@ def at_first_step(pipe, function):
 # Copies --------------------------------------------------------------------------------------------------------------
 
 
+@every_class
 def test_a_shallow_copy_is_sparse_on_its_own(case, pipe, sparse, less_sparse, dense):
     references = case.references()
     twin = copy.copy(pipe)
@@ -171,13 +170,14 @@ def check_exchange(case, exchange, sparse):
         assert torch.equal(case.call(pipe, case.references()), expected)
 
 
+@each_way_to_the_pixels
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda exchange: exchange.__name__)
 def test_a_copy_uses_the_parts_that_it_has_by_then(case, exchange, sparse):
     check_exchange(case, exchange, sparse)
 
 
 def test_a_copy_uses_its_own_text_encoder():
-    check_exchange(CASES["longcat"], other_text_encoder, sparse_picture(CASES["longcat"], KEEP))
+    check_exchange(CASES["longcat"], other_text_encoder, sparse_answer(CASES["longcat"], KEEP))
 
 
 def test_a_copy_is_offloaded_on_its_own(case, pipe, sparse):
@@ -187,6 +187,7 @@ def test_a_copy_is_offloaded_on_its_own(case, pipe, sparse):
     assert torch.equal(case.call(pipe, case.references()), sparse)
 
 
+@each_way_to_the_pixels
 def test_a_copy_made_in_the_middle_of_a_call_is_as_any_other(case, pipe, sparse, less_sparse):
     twins = []
     at_first_step(pipe, lambda: twins.append(copy.copy(pipe)))
@@ -239,6 +240,7 @@ def test_a_sparse_pipeline_is_saved_under_its_class(tmp_path):
 # Calls ---------------------------------------------------------------------------------------------------------------
 
 
+@each_way_to_the_pixels
 @pytest.mark.parametrize("inner", ["twin", "dense", "itself"])
 def test_a_call_inside_a_call_has_its_own_tokens(case, pipe, sparse, less_sparse, dense, inner):
     """On the same transformer: by a copy that keeps more, by a pipeline that keeps all, by the pipeline itself."""
@@ -266,6 +268,7 @@ def test_a_call_inside_a_call_has_its_own_tokens(case, pipe, sparse, less_sparse
     assert hooks_of(pipe) == []
 
 
+@each_way_to_the_pixels
 def test_the_selection_is_that_of_the_last_call_even_with_another_inside(case, pipe):
     if not case.without_references:
         other = [picture(64, 128, seed=3)]
@@ -307,6 +310,7 @@ def test_what_is_switched_in_the_middle_of_a_call_holds_from_the_next_call(
     assert type(pipe) is type(case.build()) and hooks_of(pipe) == []
 
 
+@each_way_to_the_pixels
 def test_a_call_that_fails_leaves_nothing_behind(case, pipe, sparse, dense):
     before, blocks = dict(vars(pipe)), str(getattr(pipe, "_blocks", None))
 
@@ -332,6 +336,7 @@ def test_a_call_that_fails_leaves_nothing_behind(case, pipe, sparse, dense):
     assert torch.equal(case.call(pipe, case.references()), dense)
 
 
+@each_way_to_the_pixels
 def test_what_is_exchanged_in_the_middle_of_a_call_stays(case, pipe):
     parts = [copy.deepcopy(pipe.image_processor), copy.deepcopy(pipe.vae)]
 
@@ -359,6 +364,7 @@ def test_a_transformer_that_is_exchanged_in_the_middle_of_a_call_sees_the_tokens
     assert last_selection(pipe).kept < last_selection(pipe).total
 
 
+@each_way_to_the_pixels
 @pytest.mark.parametrize("patched", ["before", "after"])
 def test_a_method_that_the_user_patched_is_called(case, patched, sparse):
     name = next(n for n in ("prepare_image_latents", "prepare_latents", "_blocks") if hasattr(case.build(), n))
@@ -387,7 +393,7 @@ def test_keep_refuses_grids_that_hold_another_number_of_tokens():
             call.keep(tokens, grids, lambda i, mask: None)
 
 
-@pytest.mark.parametrize("name", ["klein", "kontext", "qwen-edit", "qwen-edit-2509"])
+@pytest.mark.parametrize("name", cases("klein", "kontext", "qwen-edit", "qwen-edit-2509"))
 def test_a_pipeline_that_makes_other_tokens_than_its_pictures_have_is_refused(name):
     case = CASES[name]
     pipe = case.build()
@@ -447,7 +453,7 @@ def test_four_threads_over_four_copies_that_share_a_transformer_and_a_cache(case
         assert torch.equal(case.call(pipe, references_of(case, thread)), expected[thread])
 
 
-@pytest.mark.parametrize("name", ["flux2-dev", "klein", "klein-kv", "klein-inpaint"])
+@pytest.mark.parametrize("name", cases("flux2-dev", "klein", "klein-kv", "klein-inpaint"))
 def test_a_cache_is_right_after_threads_that_share_one_pipeline(name):
     """Which no pipeline is made for: its pictures may be wrong, and it may raise, but nobody else is to see that."""
     case = CASES[name]
@@ -473,7 +479,7 @@ def test_a_cache_is_right_after_threads_that_share_one_pipeline(name):
     assert type(pipe) is type(case.build())
 
 
-@pytest.mark.parametrize("name", ["flux2-dev", "klein", "klein-kv"])
+@pytest.mark.parametrize("name", cases("flux2-dev", "klein", "klein-kv"))
 def test_a_cache_is_right_whatever_order_a_pipeline_encodes_in(name):
     case = CASES[name]
     references = [picture(64, 64, seed) for seed in range(3)]
@@ -505,15 +511,23 @@ def test_a_cache_is_right_whatever_order_a_pipeline_encodes_in(name):
 
 # Qwen compiled whole -------------------------------------------------------------------------------------------------
 
+# With references at t = 0, and without; where a call paints into its reference, and where not
+COMPILED = ("qwen-edit-inpaint", "qwen-edit-2511")
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "how"),
-    [*((name, "torch.compile") for name in QWEN), *((name, "module.compile") for name in QWEN[-1:] + QWEN[1:2])],
+    [
+        pytest.param(*p.values, how, marks=p.marks)
+        for how in ("torch.compile", "module.compile")
+        for p in cases(*COMPILED)
+    ],
 )
 def test_qwen_is_one_graph_whether_compiled_dense_or_sparse_first(name, how):
     case = CASES[name]
     references = case.references()
-    expected = {1.0: case.call(case.build(), references), KEEP: sparse_picture(case, KEEP)}
+    expected = {1.0: case.call(case.build(), references), KEEP: sparse_answer(case, KEEP)}
     for keeps in ((1.0, KEEP, 1.0), (KEEP, 1.0)):
         torch._dynamo.reset()
         pipe, graphs = case.build(), []
@@ -536,7 +550,8 @@ def test_qwen_is_one_graph_whether_compiled_dense_or_sparse_first(name, how):
             assert len(graphs) - before <= (2 if how == "module.compile" and name == "qwen-edit-inpaint" else 1)
 
 
-@pytest.mark.parametrize("name", ["qwen-edit", "qwen-edit-inpaint", "qwen-edit-2509"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases("qwen-edit-inpaint", "qwen-edit-2509"))
 def test_other_counts_make_no_more_graphs_of_qwen(name):
     case = CASES[name]
     torch._dynamo.reset()
@@ -551,10 +566,11 @@ def test_other_counts_make_no_more_graphs_of_qwen(name):
         apply_sparse_context(pipe, keep=keep)
         made = case.call(pipe, case.references())
     assert len(graphs) == 2
-    assert (made - sparse_picture(case, 57)).abs().max() < 1e-5
+    assert (made - sparse_answer(case, 57)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases(*COMPILED))
 def test_qwen_compiled_without_fullgraph_has_no_graph_break(name):
     case = CASES[name]
     pipe = case.build()
@@ -567,7 +583,7 @@ def test_qwen_compiled_without_fullgraph_has_no_graph_break(name):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", cases(*QWEN))
 def test_attention_kwargs_of_the_user_reach_the_transformer_and_are_left_alone(name):
     case = CASES[name]
     pipe, given, seen = case.build(), {"scale": 0.5}, []
