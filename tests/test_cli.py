@@ -1111,6 +1111,7 @@ def test_validation_has_a_split_of_its_own(command, table, inputs, tmp_path, mon
 # The real command, in a process of its own ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_help_and_a_call_without_arguments(tmp_path):
     for arguments in (["--help"], []):
         done = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -1118,6 +1119,7 @@ def test_help_and_a_call_without_arguments(tmp_path):
         assert all(name in done.stdout for name in ("generate", "select", "demo"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("selector", "without"),
     [("contrast=1,edges=1,mask=1", "torch diffusers transformers"), ("saliency=1,mask=1", "diffusers transformers")],
@@ -1139,6 +1141,7 @@ assert not set({without.split()}) & set(sys.modules)
     assert listing(tmp_path) == ["tokens.png"]
 
 
+@pytest.mark.slow
 def test_the_real_command_makes_a_picture_and_valid_json(tiny_model, inputs, tmp_path):
     arguments = ["generate", "-m", tiny_model, "--image", inputs / "a.png", "--prompt", "кот 😀", "--json"]
     done = subprocess.run(
@@ -1151,6 +1154,7 @@ def test_the_real_command_makes_a_picture_and_valid_json(tiny_model, inputs, tmp
     assert listing(tmp_path) == ["o 猫.png"]
 
 
+@pytest.mark.slow
 def test_the_real_command_refuses_in_one_sentence(models, inputs, tmp_path):
     for arguments in (
         ["generate", "-m", models / "partial weights", "--image", inputs / "a.png", "--prompt", "x"],
@@ -1162,6 +1166,7 @@ def test_the_real_command_refuses_in_one_sentence(models, inputs, tmp_path):
         assert listing(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_names_and_prompts_that_the_terminal_cannot_show(inputs, tmp_path):
     """A terminal of ASCII only, and on Linux a name that is no text at all: the picture is written and told."""
     names = ["猫.png", *([os.fsdecode(b"\xff\xfe.png")] if sys.platform == "linux" else [])]
@@ -1184,6 +1189,7 @@ def test_a_prompt_that_is_no_text(refused):
     assert message == "The prompt 'a\\udcff' has bytes that are no text: write it in UTF-8."
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_quietly(tiny_model, inputs, tmp_path):
     arguments = ["generate", "-m", tiny_model, "--image", inputs / "a.png", "--prompt", "x", "--steps", "1000"]
     piped: dict = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
