@@ -266,7 +266,7 @@ def asked(selector, image=None, grid=(4, 4), seed=(0, 0), cache=None):
 @pytest.mark.parametrize(
     "selector",
     [*SELECTORS, mask([np.ones((32, 32), bool)]), {"edges": 0.4, "detail": 0.6}, blend({"edges": 1, "uniform": 2})],
-    ids=str,
+    ids=[*SELECTORS, "drawn mask", "weights", "blend"],
 )
 def test_scores_are_found_again(selector):
     cache = asked(selector)
@@ -285,7 +285,7 @@ def test_scores_are_found_again(selector):
         {"seed": (1, 0)},
         {"seed": (0, 1)},
     ],
-    ids=str,
+    ids=["selector", "blend", "image", "channels", "grid", "seed", "reference"],
 )
 def test_any_other_score_is_a_miss(change):
     cache = asked("edges")
