@@ -173,6 +173,7 @@ sys.addaudithook(note)
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group(name="processes")
 def test_two_processes_train_as_one_and_only_the_first_writes_what_is_kept(data, tiny_model, tmp_path):
     """`accelerate launch -m sparse_context.training`, on one folder. The second process only shares the cache."""
     out = tmp_path / "run"

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModularPipeline
-from tiny import CASES, EACH_FAMILY, PAINTING, cases, dense_answer, picture, sparse_answer
+from tiny import CASES, EACH_FAMILY, PAINTING, QUICK, cases, dense_answer, picture, sparse_answer
 
 from sparse_context import (
     ReferenceCache,
@@ -35,10 +35,15 @@ every_class = pytest.mark.parametrize("case", cases(), indirect=True)
 each_way_to_the_pixels = pytest.mark.parametrize("case", cases(*EACH_FAMILY, *PAINTING), indirect=True)
 
 
+def apply(pipe, keep):
+    """As `sparse_answer` does."""
+    apply_sparse_context(pipe, keep=keep, selector=QUICK)
+
+
 @pytest.fixture
 def pipe(case):
     pipe = case.build()
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     return pipe
 
 
@@ -97,7 +102,7 @@ def test_a_shallow_copy_is_sparse_on_its_own(case, pipe, sparse, less_sparse, de
     remove_sparse_context(twin)
     assert torch.equal(case.call(twin, references), dense) and torch.equal(case.call(pipe, references), sparse)
     kept = last_selection(pipe)
-    apply_sparse_context(twin, keep=MORE)
+    apply(twin, MORE)
     assert torch.equal(case.call(twin, references), less_sparse) and torch.equal(case.call(pipe, references), sparse)
     assert last_selection(pipe).kept == kept.kept < last_selection(twin).kept
     grandchild = copy.copy(twin)
@@ -111,7 +116,7 @@ def test_a_shallow_copy_is_sparse_on_its_own(case, pipe, sparse, less_sparse, de
 def test_a_copy_of_an_untouched_pipeline_knows_nothing(case, sparse, dense):
     pipe = case.build()
     twin = copy.copy(pipe)
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     assert last_selection(twin) is None
     assert torch.equal(case.call(twin, case.references()), dense)
     assert torch.equal(case.call(pipe, case.references()), sparse)
@@ -155,11 +160,11 @@ def check_exchange(case, exchange, sparse):
     """The picture and the tokens are those of a pipeline to which Sparse Context was applied afterwards."""
     fresh = case.build()
     exchange(fresh)
-    apply_sparse_context(fresh, keep=KEEP)
+    apply(fresh, KEEP)
     expected = case.call(fresh, case.references())
     assert not torch.equal(expected, sparse)
     pipe = case.build()
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     twin = copy.copy(pipe)
     exchange(twin)
     assert torch.equal(case.call(twin, case.references()), expected)
@@ -195,7 +200,7 @@ def test_a_copy_made_in_the_middle_of_a_call_is_as_any_other(case, pipe, sparse,
     (twin,) = twins
     assert last_selection(twin) is None
     assert torch.equal(case.call(twin, case.references()), sparse)
-    apply_sparse_context(twin, keep=MORE)
+    apply(twin, MORE)
     assert torch.equal(case.call(twin, case.references()), less_sparse)
     remove_sparse_context(pipe)
     assert torch.equal(case.call(twin, case.references()), less_sparse)
@@ -229,7 +234,7 @@ def test_a_sparse_pipeline_looks_like_its_class(case, pipe, dense):
 
 def test_a_sparse_pipeline_is_saved_under_its_class(tmp_path):
     pipe = CASES["klein"].build()
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "Flux2KleinPipeline"
     loaded = type(pipe).from_pretrained(tmp_path)
@@ -248,7 +253,7 @@ def test_a_call_inside_a_call_has_its_own_tokens(case, pipe, sparse, less_sparse
     other = {"twin": copy.copy(pipe), "dense": case.share(pipe), "itself": pipe}[inner]
     other.set_progress_bar_config(disable=True)
     if inner == "twin":
-        apply_sparse_context(other, keep=MORE)
+        apply(other, MORE)
 
     def call_other():
         scheduler, guider = pipe.scheduler, getattr(pipe, "guider", None)
@@ -301,7 +306,7 @@ def test_what_is_switched_in_the_middle_of_a_call_holds_from_the_next_call(
         if change != "apply":
             remove_sparse_context(pipe)
         if change != "remove":
-            apply_sparse_context(pipe, keep=MORE)
+            apply(pipe, MORE)
 
     at_first_step(pipe, switch)
     assert torch.equal(case.call(pipe, case.references()), sparse)
@@ -372,10 +377,10 @@ def test_a_method_that_the_user_patched_is_called(case, patched, sparse):
         return
     pipe, calls = case.build(), []
     if patched == "after":
-        apply_sparse_context(pipe, keep=KEEP)
+        apply(pipe, KEEP)
     prepare = getattr(type(case.build()), name)
     setattr(pipe, name, lambda *args, **kwargs: calls.append(name) or prepare(pipe, *args, **kwargs))
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     assert torch.equal(case.call(pipe, case.references()), sparse)
     assert calls == [name]
 
@@ -408,7 +413,7 @@ def test_a_pipeline_that_makes_other_tokens_than_its_pictures_have_is_refused(na
         return tuple(made)
 
     setattr(pipe, method, half)
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     with pytest.raises(ValueError, match="reference tokens where .* were seen, .*: call remove_sparse_context"):
         case.call(pipe, case.references())
     assert last_selection(pipe) is None
@@ -541,7 +546,7 @@ def test_qwen_is_one_graph_whether_compiled_dense_or_sparse_first(name, how):
         else:
             pipe.transformer.compile(fullgraph=True, backend=count)
         for keep in keeps:
-            apply_sparse_context(pipe, keep=keep)
+            apply(pipe, keep)
             if keep == 1.0:
                 remove_sparse_context(pipe)
             before = len(graphs)
@@ -563,7 +568,7 @@ def test_other_counts_make_no_more_graphs_of_qwen(name):
 
     pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=count)
     for keep in (20, 31, 57):
-        apply_sparse_context(pipe, keep=keep)
+        apply(pipe, keep)
         made = case.call(pipe, case.references())
     assert len(graphs) == 2
     assert (made - sparse_answer(case, 57)).abs().max() < 1e-5
@@ -574,7 +579,7 @@ def test_other_counts_make_no_more_graphs_of_qwen(name):
 def test_qwen_compiled_without_fullgraph_has_no_graph_break(name):
     case = CASES[name]
     pipe = case.build()
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
@@ -587,7 +592,7 @@ def test_qwen_compiled_without_fullgraph_has_no_graph_break(name):
 def test_attention_kwargs_of_the_user_reach_the_transformer_and_are_left_alone(name):
     case = CASES[name]
     pipe, given, seen = case.build(), {"scale": 0.5}, []
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     forward = pipe.transformer.forward
 
     def watched(*args, **kwargs):
