@@ -134,7 +134,7 @@ def test_what_is_cached_can_be_replaced_while_it_is_used(tmp_path, monkeypatch):
     assert str(file) not in open_files() and held["x"].sum() == 3
     with file.open("rb"):  # another process reads it, and it is damaged
         with monkeypatch.context() as patch:
-            patch.setattr("sparse_context.training.data._digest", lambda *given: "another")
+            patch.setattr("sparse_context.training.cache._digest", lambda *given: "another")
             assert cache.get(b"key", lambda: {"x": torch.ones(3)})["x"].sum() == 3
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [file.name]
 
@@ -174,7 +174,7 @@ def test_without_proc_the_processor_and_the_peak_are_told_as_far_as_they_can(mon
         return read(path, *given, **named)
 
     monkeypatch.setattr(Path, "read_text", elsewhere)
-    monkeypatch.setattr("sparse_context.bench.memory._RESET", Path("/nowhere/clear_refs"))
+    monkeypatch.setattr("sparse_context.pipelines.memory._RESET", Path("/nowhere/clear_refs"))
     assert isinstance(result.make_result("x", {}, {})["hardware"]["cpu"], str)
     assert Peak(torch.device("cpu")).read() is None
 
