@@ -5,15 +5,25 @@ VENV_PYTHON := $(VENV)/bin/python
 PIP := $(VENV_PYTHON) -m pip --disable-pip-version-check
 REQUIRED := pyproject.toml constraints.txt
 
-.PHONY: demo test lint docs wheel clean
+.PHONY: demo fast test lint docs wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/sparse-context demo --output demo
 
+# The tests of one pipeline class go to one worker (loadgroup), where its pictures are made once.
+WORKERS := 2
+PYTEST := $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadgroup
+
 # Extra arguments for pytest: make test ARGS="tests/test_images.py -k bomb"
 test: $(VENV)/.installed-test
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+# The idea, the layers and, of the pipelines, klein: under a minute
+fast: $(VENV)/.installed-test
+	@$(PYTEST) -m "not slow and (xdist_group(name='klein') or not xdist_group)" $(ARGS) \
+		$(addprefix tests/test_,$(addsuffix .py,layers tokens budget selection selectors saliency images preview manifest \
+		families context))
 
 lint: $(VENV)/.installed-test
 	@$(VENV)/bin/ruff check .

@@ -9,6 +9,11 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
+
+# The one profile: a busy machine is no error. In CI the same examples come every time.
+settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("tests")
 
 CALL = {
     "height": 64,

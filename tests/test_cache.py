@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
-from tiny import CASES, build_flux2, call_flux2, picture, tiny_vae
+from tiny import CASES, build_flux2, call_flux2, cases, picture, tiny_vae
 
 from sparse_context import ReferenceCache, SparseContextConfig, apply_sparse_context, mask, remove_sparse_context
 from sparse_context.selection import score_tokens
@@ -33,7 +33,7 @@ def pipe():
     return build_flux2(Flux2KleinPipeline)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases(*NAMES))
 @pytest.mark.parametrize("keep", [1.0, 0.3])
 def test_a_hit_equals_the_uncached_path(name, keep):
     case = CASES[name]
@@ -266,7 +266,7 @@ def asked(selector, image=None, grid=(4, 4), seed=(0, 0), cache=None):
 @pytest.mark.parametrize(
     "selector",
     [*SELECTORS, mask([np.ones((32, 32), bool)]), {"edges": 0.4, "detail": 0.6}, blend({"edges": 1, "uniform": 2})],
-    ids=str,
+    ids=[*SELECTORS, "drawn mask", "weights", "blend"],
 )
 def test_scores_are_found_again(selector):
     cache = asked(selector)
@@ -285,7 +285,7 @@ def test_scores_are_found_again(selector):
         {"seed": (1, 0)},
         {"seed": (0, 1)},
     ],
-    ids=str,
+    ids=["selector", "blend", "image", "channels", "grid", "seed", "reference"],
 )
 def test_any_other_score_is_a_miss(change):
     cache = asked("edges")

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModularPipeline
-from tiny import CASES, picture
+from tiny import CASES, EACH_FAMILY, PAINTING, QUICK, cases, dense_answer, picture, sparse_answer
 
 from sparse_context import (
     ReferenceCache,
@@ -26,37 +26,40 @@ REFUSAL = "^A pipeline with Sparse Context cannot be copied whole or pickled, .*
 QWEN = [name for name in CASES if name.startswith("qwen")]
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=cases(*EACH_FAMILY), scope="module")
 def case(request):
     return CASES[request.param]
+
+
+every_class = pytest.mark.parametrize("case", cases(), indirect=True)
+each_way_to_the_pixels = pytest.mark.parametrize("case", cases(*EACH_FAMILY, *PAINTING), indirect=True)
+
+
+def apply(pipe, keep):
+    """As `sparse_answer` does."""
+    apply_sparse_context(pipe, keep=keep, selector=QUICK)
 
 
 @pytest.fixture
 def pipe(case):
     pipe = case.build()
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     return pipe
 
 
 @pytest.fixture(scope="module")
 def dense(case):
-    return case.call(case.build(), case.references())
-
-
-def sparse_picture(case, keep):
-    pipe = case.build()
-    apply_sparse_context(pipe, keep=keep)
-    return case.call(pipe, case.references())
+    return dense_answer(case)
 
 
 @pytest.fixture(scope="module")
 def sparse(case):
-    return sparse_picture(case, KEEP)
+    return sparse_answer(case, KEEP)
 
 
 @pytest.fixture(scope="module")
 def less_sparse(case):
-    return sparse_picture(case, MORE)
+    return sparse_answer(case, MORE)
 
 
 def hooks_of(pipe):
@@ -89,6 +92,7 @@ def at_first_step(pipe, function):
 # Copies --------------------------------------------------------------------------------------------------------------
 
 
+@every_class
 def test_a_shallow_copy_is_sparse_on_its_own(case, pipe, sparse, less_sparse, dense):
     references = case.references()
     twin = copy.copy(pipe)
@@ -98,7 +102,7 @@ def test_a_shallow_copy_is_sparse_on_its_own(case, pipe, sparse, less_sparse, de
     remove_sparse_context(twin)
     assert torch.equal(case.call(twin, references), dense) and torch.equal(case.call(pipe, references), sparse)
     kept = last_selection(pipe)
-    apply_sparse_context(twin, keep=MORE)
+    apply(twin, MORE)
     assert torch.equal(case.call(twin, references), less_sparse) and torch.equal(case.call(pipe, references), sparse)
     assert last_selection(pipe).kept == kept.kept < last_selection(twin).kept
     grandchild = copy.copy(twin)
@@ -112,7 +116,7 @@ def test_a_shallow_copy_is_sparse_on_its_own(case, pipe, sparse, less_sparse, de
 def test_a_copy_of_an_untouched_pipeline_knows_nothing(case, sparse, dense):
     pipe = case.build()
     twin = copy.copy(pipe)
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     assert last_selection(twin) is None
     assert torch.equal(case.call(twin, case.references()), dense)
     assert torch.equal(case.call(pipe, case.references()), sparse)
@@ -156,11 +160,11 @@ def check_exchange(case, exchange, sparse):
     """The picture and the tokens are those of a pipeline to which Sparse Context was applied afterwards."""
     fresh = case.build()
     exchange(fresh)
-    apply_sparse_context(fresh, keep=KEEP)
+    apply(fresh, KEEP)
     expected = case.call(fresh, case.references())
     assert not torch.equal(expected, sparse)
     pipe = case.build()
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     twin = copy.copy(pipe)
     exchange(twin)
     assert torch.equal(case.call(twin, case.references()), expected)
@@ -171,13 +175,14 @@ def check_exchange(case, exchange, sparse):
         assert torch.equal(case.call(pipe, case.references()), expected)
 
 
+@each_way_to_the_pixels
 @pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda exchange: exchange.__name__)
 def test_a_copy_uses_the_parts_that_it_has_by_then(case, exchange, sparse):
     check_exchange(case, exchange, sparse)
 
 
 def test_a_copy_uses_its_own_text_encoder():
-    check_exchange(CASES["longcat"], other_text_encoder, sparse_picture(CASES["longcat"], KEEP))
+    check_exchange(CASES["longcat"], other_text_encoder, sparse_answer(CASES["longcat"], KEEP))
 
 
 def test_a_copy_is_offloaded_on_its_own(case, pipe, sparse):
@@ -187,6 +192,7 @@ def test_a_copy_is_offloaded_on_its_own(case, pipe, sparse):
     assert torch.equal(case.call(pipe, case.references()), sparse)
 
 
+@each_way_to_the_pixels
 def test_a_copy_made_in_the_middle_of_a_call_is_as_any_other(case, pipe, sparse, less_sparse):
     twins = []
     at_first_step(pipe, lambda: twins.append(copy.copy(pipe)))
@@ -194,7 +200,7 @@ def test_a_copy_made_in_the_middle_of_a_call_is_as_any_other(case, pipe, sparse,
     (twin,) = twins
     assert last_selection(twin) is None
     assert torch.equal(case.call(twin, case.references()), sparse)
-    apply_sparse_context(twin, keep=MORE)
+    apply(twin, MORE)
     assert torch.equal(case.call(twin, case.references()), less_sparse)
     remove_sparse_context(pipe)
     assert torch.equal(case.call(twin, case.references()), less_sparse)
@@ -228,7 +234,7 @@ def test_a_sparse_pipeline_looks_like_its_class(case, pipe, dense):
 
 def test_a_sparse_pipeline_is_saved_under_its_class(tmp_path):
     pipe = CASES["klein"].build()
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "Flux2KleinPipeline"
     loaded = type(pipe).from_pretrained(tmp_path)
@@ -239,6 +245,7 @@ def test_a_sparse_pipeline_is_saved_under_its_class(tmp_path):
 # Calls ---------------------------------------------------------------------------------------------------------------
 
 
+@each_way_to_the_pixels
 @pytest.mark.parametrize("inner", ["twin", "dense", "itself"])
 def test_a_call_inside_a_call_has_its_own_tokens(case, pipe, sparse, less_sparse, dense, inner):
     """On the same transformer: by a copy that keeps more, by a pipeline that keeps all, by the pipeline itself."""
@@ -246,7 +253,7 @@ def test_a_call_inside_a_call_has_its_own_tokens(case, pipe, sparse, less_sparse
     other = {"twin": copy.copy(pipe), "dense": case.share(pipe), "itself": pipe}[inner]
     other.set_progress_bar_config(disable=True)
     if inner == "twin":
-        apply_sparse_context(other, keep=MORE)
+        apply(other, MORE)
 
     def call_other():
         scheduler, guider = pipe.scheduler, getattr(pipe, "guider", None)
@@ -266,6 +273,7 @@ def test_a_call_inside_a_call_has_its_own_tokens(case, pipe, sparse, less_sparse
     assert hooks_of(pipe) == []
 
 
+@each_way_to_the_pixels
 def test_the_selection_is_that_of_the_last_call_even_with_another_inside(case, pipe):
     if not case.without_references:
         other = [picture(64, 128, seed=3)]
@@ -298,7 +306,7 @@ def test_what_is_switched_in_the_middle_of_a_call_holds_from_the_next_call(
         if change != "apply":
             remove_sparse_context(pipe)
         if change != "remove":
-            apply_sparse_context(pipe, keep=MORE)
+            apply(pipe, MORE)
 
     at_first_step(pipe, switch)
     assert torch.equal(case.call(pipe, case.references()), sparse)
@@ -307,6 +315,7 @@ def test_what_is_switched_in_the_middle_of_a_call_holds_from_the_next_call(
     assert type(pipe) is type(case.build()) and hooks_of(pipe) == []
 
 
+@each_way_to_the_pixels
 def test_a_call_that_fails_leaves_nothing_behind(case, pipe, sparse, dense):
     before, blocks = dict(vars(pipe)), str(getattr(pipe, "_blocks", None))
 
@@ -332,6 +341,7 @@ def test_a_call_that_fails_leaves_nothing_behind(case, pipe, sparse, dense):
     assert torch.equal(case.call(pipe, case.references()), dense)
 
 
+@each_way_to_the_pixels
 def test_what_is_exchanged_in_the_middle_of_a_call_stays(case, pipe):
     parts = [copy.deepcopy(pipe.image_processor), copy.deepcopy(pipe.vae)]
 
@@ -376,12 +386,14 @@ class Wrapped:
         return getattr(self.processor, name)
 
 
+@each_way_to_the_pixels
 def test_an_image_processor_of_the_users_own_is_used(case, pipe, sparse):
-    pipe.image_processor = own = Wrapped(pipe.image_processor)
+    pipe.image_processor = wrapper = Wrapped(pipe.image_processor)
     assert torch.equal(case.call(pipe, case.references()), sparse)
-    assert own.calls > 0 and pipe.image_processor is own
+    assert wrapper.calls > 0 and pipe.image_processor is wrapper
 
 
+@each_way_to_the_pixels
 @pytest.mark.parametrize("patched", ["before", "after"])
 def test_a_method_that_the_user_patched_is_called(case, patched, sparse):
     name = next(n for n in ("prepare_image_latents", "prepare_latents", "_blocks") if hasattr(case.build(), n))
@@ -389,10 +401,10 @@ def test_a_method_that_the_user_patched_is_called(case, patched, sparse):
         return
     pipe, calls = case.build(), []
     if patched == "after":
-        apply_sparse_context(pipe, keep=KEEP)
+        apply(pipe, KEEP)
     prepare = getattr(type(case.build()), name)
     setattr(pipe, name, lambda *args, **kwargs: calls.append(name) or prepare(pipe, *args, **kwargs))
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     assert torch.equal(case.call(pipe, case.references()), sparse)
     assert calls == [name]
 
@@ -410,7 +422,7 @@ def test_keep_refuses_grids_that_hold_another_number_of_tokens():
             call.keep(tokens, grids, lambda i, mask: None)
 
 
-@pytest.mark.parametrize("name", ["klein", "kontext", "qwen-edit", "qwen-edit-2509"])
+@pytest.mark.parametrize("name", cases("klein", "kontext", "qwen-edit", "qwen-edit-2509"))
 def test_a_pipeline_that_makes_other_tokens_than_its_pictures_have_is_refused(name):
     case = CASES[name]
     pipe = case.build()
@@ -425,7 +437,7 @@ def test_a_pipeline_that_makes_other_tokens_than_its_pictures_have_is_refused(na
         return tuple(made)
 
     setattr(pipe, method, half)
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     with pytest.raises(ValueError, match="reference tokens where .* were seen, .*: call remove_sparse_context"):
         case.call(pipe, case.references())
     assert last_selection(pipe) is None
@@ -470,7 +482,7 @@ def test_four_threads_over_four_copies_that_share_a_transformer_and_a_cache(case
         assert torch.equal(case.call(pipe, references_of(case, thread)), expected[thread])
 
 
-@pytest.mark.parametrize("name", ["flux2-dev", "klein", "klein-kv", "klein-inpaint"])
+@pytest.mark.parametrize("name", cases("flux2-dev", "klein", "klein-kv", "klein-inpaint"))
 def test_a_cache_is_right_after_threads_that_share_one_pipeline(name):
     """Which no pipeline is made for: its pictures may be wrong, and it may raise, but nobody else is to see that."""
     case = CASES[name]
@@ -496,7 +508,7 @@ def test_a_cache_is_right_after_threads_that_share_one_pipeline(name):
     assert type(pipe) is type(case.build())
 
 
-@pytest.mark.parametrize("name", ["flux2-dev", "klein", "klein-kv"])
+@pytest.mark.parametrize("name", cases("flux2-dev", "klein", "klein-kv"))
 def test_a_cache_is_right_whatever_order_a_pipeline_encodes_in(name):
     case = CASES[name]
     references = [picture(64, 64, seed) for seed in range(3)]
@@ -528,15 +540,23 @@ def test_a_cache_is_right_whatever_order_a_pipeline_encodes_in(name):
 
 # Qwen compiled whole -------------------------------------------------------------------------------------------------
 
+# With references at t = 0, and without; where a call paints into its reference, and where not
+COMPILED = ("qwen-edit-inpaint", "qwen-edit-2511")
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "how"),
-    [*((name, "torch.compile") for name in QWEN), *((name, "module.compile") for name in QWEN[-1:] + QWEN[1:2])],
+    [
+        pytest.param(*p.values, how, marks=p.marks)
+        for how in ("torch.compile", "module.compile")
+        for p in cases(*COMPILED)
+    ],
 )
 def test_qwen_is_one_graph_whether_compiled_dense_or_sparse_first(name, how):
     case = CASES[name]
     references = case.references()
-    expected = {1.0: case.call(case.build(), references), KEEP: sparse_picture(case, KEEP)}
+    expected = {1.0: case.call(case.build(), references), KEEP: sparse_answer(case, KEEP)}
     for keeps in ((1.0, KEEP, 1.0), (KEEP, 1.0)):
         torch._dynamo.reset()
         pipe, graphs = case.build(), []
@@ -550,7 +570,7 @@ def test_qwen_is_one_graph_whether_compiled_dense_or_sparse_first(name, how):
         else:
             pipe.transformer.compile(fullgraph=True, backend=count)
         for keep in keeps:
-            apply_sparse_context(pipe, keep=keep)
+            apply(pipe, keep)
             if keep == 1.0:
                 remove_sparse_context(pipe)
             before = len(graphs)
@@ -559,7 +579,8 @@ def test_qwen_is_one_graph_whether_compiled_dense_or_sparse_first(name, how):
             assert len(graphs) - before <= (2 if how == "module.compile" and name == "qwen-edit-inpaint" else 1)
 
 
-@pytest.mark.parametrize("name", ["qwen-edit", "qwen-edit-inpaint", "qwen-edit-2509"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases("qwen-edit-inpaint", "qwen-edit-2509"))
 def test_other_counts_make_no_more_graphs_of_qwen(name):
     case = CASES[name]
     torch._dynamo.reset()
@@ -571,17 +592,18 @@ def test_other_counts_make_no_more_graphs_of_qwen(name):
 
     pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=count)
     for keep in (20, 31, 57):
-        apply_sparse_context(pipe, keep=keep)
+        apply(pipe, keep)
         made = case.call(pipe, case.references())
     assert len(graphs) == 2
-    assert (made - sparse_picture(case, 57)).abs().max() < 1e-5
+    assert (made - sparse_answer(case, 57)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases(*COMPILED))
 def test_qwen_compiled_without_fullgraph_has_no_graph_break(name):
     case = CASES[name]
     pipe = case.build()
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
@@ -590,11 +612,11 @@ def test_qwen_compiled_without_fullgraph_has_no_graph_break(name):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", cases(*QWEN))
 def test_attention_kwargs_of_the_user_reach_the_transformer_and_are_left_alone(name):
     case = CASES[name]
     pipe, given, seen = case.build(), {"scale": 0.5}, []
-    apply_sparse_context(pipe, keep=KEEP)
+    apply(pipe, KEEP)
     forward = pipe.transformer.forward
 
     def watched(*args, **kwargs):

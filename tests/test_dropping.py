@@ -123,7 +123,7 @@ def test_outside_is_the_complement_of_the_object():
 
 
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 14), columns=st.integers(1, 14), share=st.floats(0.05, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_blobs_are_connected_at_every_budget(seed, rows, columns, share):
     scores = DROPS["blobs"](None, (rows, columns), np.random.default_rng(seed))
     assert len(np.unique(scores)) == scores.size  # a total order: a budget cuts it anywhere
@@ -134,7 +134,7 @@ def test_blobs_are_connected_at_every_budget(seed, rows, columns, share):
 
 @pytest.mark.parametrize("kind", DROPS)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 12), columns=st.integers(1, 12))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_every_kind_scores_as_a_selector_does(kind, seed, rows, columns):
     scores = DROPS[kind](
         np.asarray(picture(columns * 8, rows * 8)) if kind != "mask" else None,

@@ -761,6 +761,7 @@ def test_pie_bench_names_what_it_needs_too(tmp_path, monkeypatch, capsys):
     assert "the metric st_lpips_unedit_part needs stlpips-pytorch" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9 here")
 def test_a_killed_run_loses_no_finished_cell(manifest, tiny_model, tmp_path, monkeypatch):
     arguments = command(manifest, tiny_model, tmp_path / "killed", "--keep", "0.5,0.4,0.3,0.2", "--selector", "random")

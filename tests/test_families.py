@@ -1,4 +1,8 @@
-"""What must hold for every family, on tiny real pipelines (the letters are DESIGN.md's)."""
+"""What must hold for every family, on tiny real pipelines (the letters are DESIGN.md's).
+
+What a class could do in a way of its own is shown for every class; what the code of its family decides, for one case of
+each family (`EACH_FAMILY`).
+"""
 
 import copy
 import threading
@@ -10,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageOps
-from tiny import CASES, STEPS, picture
+from tiny import CASES, EACH_FAMILY, STEPS, cases, dense_answer, picture
 
 from sparse_context import (
     SparseContextConfig,
@@ -29,9 +33,12 @@ KEEP = 0.3
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=cases(), scope="module")
 def case(request):
     return CASES[request.param]
+
+
+each_family = pytest.mark.parametrize("case", cases(*EACH_FAMILY), indirect=True)
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def pipe(case):
 @pytest.fixture(scope="module")
 def dense(case):
     """The untouched pipeline's answer."""
-    return case.call(case.build(), case.references())
+    return dense_answer(case)
 
 
 def state_of(pipe):
@@ -159,7 +166,9 @@ def test_e_the_oracle_sees_wrong_position_ids(case, pipe, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("case", "count"), [(name, n) for name, c in CASES.items() for n in c.counts], indirect=["case"]
+    ("case", "count"),
+    [pytest.param(*p.values, n, marks=p.marks) for p in cases() for n in CASES[p.id].counts],
+    indirect=["case"],
 )
 def test_f_the_transformer_saw_the_tokens_promised(case, pipe, count):
     references = case.references(count)
@@ -220,6 +229,7 @@ def test_f_with_merge_the_transformer_saw_the_averages_promised(case, pipe):
     assert torch.equal(ids[0][start : start + kept], whole_ids[0][start + torch.from_numpy(selection.index)])
 
 
+@each_family
 def test_g_two_pipelines_do_not_affect_each_other(case, pipe, dense):
     other = case.build()
     shared = case.share(pipe)
@@ -235,6 +245,7 @@ def test_g_two_pipelines_do_not_affect_each_other(case, pipe, dense):
     assert last_selection(shared).kept > last_selection(pipe).kept
 
 
+@each_family
 def test_h_lora(case, pipe, tmp_path):
     trained = case.build()
     trained.transformer.add_adapter(
@@ -260,6 +271,7 @@ def test_h_lora(case, pipe, tmp_path):
     assert torch.equal(case.call(pipe, case.references()), plain)
 
 
+@pytest.mark.parametrize("case", cases(*EACH_FAMILY, "klein-base-modular"), indirect=True)
 def test_h_guidance(case, pipe):
     if case.guidance is None:
         assert "negative_prompt_embeds" not in type(pipe).__call__.__annotations__
@@ -282,6 +294,7 @@ def test_h_several_images_and_prompts(case, pipe):
     assert all(torch.equal(ids, seen[0][1][0]) for ids in seen[0][1])
 
 
+@each_family
 def test_h_cpu_offload(case, pipe):
     apply_sparse_context(pipe, keep=KEEP)
     plain = case.call(pipe, case.references())
@@ -289,6 +302,9 @@ def test_h_cpu_offload(case, pipe):
     assert torch.equal(case.call(pipe, case.references()), plain)
 
 
+@pytest.mark.slow
+# Not klein-modular: its transformer is klein's, and sees the kept tokens alone
+@pytest.mark.parametrize("case", cases(*(name for name in EACH_FAMILY if name != "klein-modular")), indirect=True)
 def test_h_compiled_blocks(case, pipe):
     apply_sparse_context(pipe, keep=KEEP)
     plain = case.call(pipe, case.references())
@@ -297,7 +313,7 @@ def test_h_compiled_blocks(case, pipe):
     assert distance(case.call(pipe, case.references()), plain) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", [name for name, c in CASES.items() if c.without_references], indirect=True)
+@pytest.mark.parametrize("case", cases(*(name for name, c in CASES.items() if c.without_references)), indirect=True)
 def test_i_a_call_without_references_is_untouched(case, pipe):
     plain = case.call(case.build(), [])
     apply_sparse_context(pipe, keep=KEEP)
@@ -325,7 +341,15 @@ def corner(width, height):
     return m
 
 
-@pytest.mark.parametrize("by", ["mask", "alpha", "palette"])
+@pytest.mark.parametrize(
+    ("case", "by"),
+    [
+        pytest.param(*p.values, by, marks=p.marks)
+        for by, names in {"mask": (), "alpha": EACH_FAMILY, "palette": EACH_FAMILY}.items()
+        for p in cases(*names)
+    ],
+    indirect=["case"],
+)
 def test_masks_land_on_the_right_tokens(case, pipe, by):
     """Sizes that are no multiple of a token, so that the pipeline crops; and more than a megapixel would be scaled."""
     references = [picture(76, 92, 1), picture(100, 76, 2)][: max(case.counts)]
@@ -382,7 +406,7 @@ def test_flux3_blocks_copied_from_a_sparse_pipeline_are_dense():
     assert last_selection(pipe) is None
 
 
-@pytest.mark.parametrize("name", ["kontext", "flux3"])
+@pytest.mark.parametrize("name", cases("kontext", "flux3"))
 def test_latents_have_no_pixels_to_look_at(name):
     pipe = CASES[name].build()
     latents = {
@@ -436,7 +460,7 @@ def test_a_mask_follows_the_crop_of_an_inpainted_part():
     assert np.array_equal(kept.scores > 0.5, expected)
 
 
-@pytest.mark.parametrize("name", ["kontext", "qwen-edit"])
+@pytest.mark.parametrize("name", cases("kontext", "qwen-edit"))
 def test_a_list_of_pictures_is_one_reference_with_another_picture_for_each_output(name):
     case = CASES[name]
     pipe = case.build()
@@ -489,7 +513,7 @@ def test_a_deep_copy_is_independent(case, pipe):
         copy.deepcopy(pipe)
 
 
-@pytest.mark.parametrize("name", ["qwen-edit", "qwen-edit-2511"])
+@pytest.mark.parametrize("name", cases("qwen-edit", "qwen-edit-2511"))
 def test_two_threads_share_a_transformer(name):
     """Both denoise at the same time, one sparse, one dense; each forward waits until the other pipeline is in one."""
     case = CASES[name]
@@ -522,7 +546,16 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+# The report is made by `select_tokens`, before any host: all of it for two cases, one setting for the others
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        pytest.param(*p.values, settings, marks=p.marks)
+        for p in cases()
+        for settings in (SETTINGS if p.id in ("klein", "qwen-edit-2511") else ["ratio"])
+    ],
+    indirect=["case"],
+)
 def test_settings_report_and_previews_are_the_same_everywhere(case, pipe, settings):
     """What is kept is what `select_tokens` keeps of the pictures that the selector saw, and it can be drawn."""
     config = SparseContextConfig(**SETTINGS[settings])

@@ -646,6 +646,7 @@ def test_a_start_that_was_written_has_no_settings_yet(tmp_path):
     assert finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=True), config).is_file()
 
 
+@pytest.mark.slow
 def test_two_results_of_one_training_are_equal_to_the_byte(tmp_path):
     """In processes of their own, for sets have another order in each."""
     script = """

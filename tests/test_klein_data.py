@@ -86,6 +86,7 @@ def test_what_is_written_is_a_manifest_and_its_pictures_to_the_last_pixel(recipe
     assert len(list(tmp_path.iterdir())) == 1 + 2 * len(names)  # and no half-written picture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["4b", "9b"])
 def test_the_whole_script_trains_a_tiny_model_in_the_place_of_the_large_one(size, tiny_model, tmp_path):
     for name, seed in (("a", 0), ("b", 1)):

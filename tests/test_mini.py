@@ -318,11 +318,18 @@ def save_assets(assets, folder):
     save_file(tensors, folder / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
 
 
+@pytest.fixture
+def few_pictures(monkeypatch):
+    """The latents of a VAE are measured on 32 pictures instead of 512, which take half a minute."""
+    monkeypatch.setattr(vae, "measure_latents", partial(vae.measure_latents, pictures=32))
+
+
 def read_sheet(folder):
     with Image.open(folder / "sheet-0000002.png") as file:
         return np.asarray(file)
 
 
+@pytest.mark.usefixtures("few_pictures")
 def test_a_restored_vae_goes_on_and_a_run_of_it_is_never_restored_over(assets, pipe, tmp_path):
     save_assets(assets, tmp_path)
     restore(WEIGHTS, tmp_path)
@@ -358,6 +365,7 @@ def test_a_restored_vae_goes_on_and_a_run_of_it_is_never_restored_over(assets, p
         VaeConfig(crop=30)
 
 
+@pytest.mark.usefixtures("few_pictures")
 def test_a_kill_after_the_last_step_of_a_restored_vae_loses_nothing(assets, tmp_path, monkeypatch):
     save_assets(assets, tmp_path)
     restore(WEIGHTS, tmp_path)
@@ -382,10 +390,10 @@ def test_a_kill_after_the_last_step_of_a_restored_vae_loses_nothing(assets, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.usefixtures("few_pictures")
 def test_the_recipe_as_commands_ends_at_the_same_model_however_often_it_is_stopped(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(base, "TASKS", ("edit_background",))  # of the sheets, and of the tokenizer's prompts
     monkeypatch.setattr(exporting, "EXAMPLES", {"one": ("edit_background", 6)})
-    monkeypatch.setattr(vae, "measure_latents", partial(vae.measure_latents, pictures=32))
     three = Assets(
         assets.objects,
         np.concatenate([assets.photos, assets.photos[:1]]),

@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_evaluation_metrics import tiny_clip, tiny_dino, torchvision_files  # noqa: F401
 from test_mini import assets, save_assets  # noqa: F401
 from test_saliency import sources, wheel  # noqa: F401
-from tiny import CASES, picture
+from tiny import CASES, EACH_FAMILY, PAINTING, cases, picture
 
 from recipes.mini.data import Assets
 from sparse_context import (
@@ -227,9 +227,12 @@ def without_pooler(folder, request):
 def bench(folder, request, **options):
     from sparse_context.bench.config import BenchConfig
     from sparse_context.bench.run import run_bench
+    from sparse_context.bench.shapes import SHAPES
 
     config = BenchConfig(references=(1,), keep=(0.25,), size=(64,), turns=1, steps=1)
-    run_bench(config, device="cpu", output=folder / "bench.json", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "klein-4b", replace(SHAPES["klein-4b"], heads=1, text_width=24))  # or it takes 18 s
+        run_bench(config, device="cpu", output=folder / "bench.json", **options)
 
 
 def drop(kind, folder, request):
@@ -272,12 +275,15 @@ def random_pipeline(folder, request):
 
 
 def train_embedded(folder, request):
+    from recipes.mini import base, vae
     from recipes.mini.base import BaseConfig, train_base
     from recipes.mini.export import export
     from recipes.mini.vae import VaeConfig, train_vae
 
     save_assets(request.getfixturevalue("assets"), folder)
-    with untouched():
+    with pytest.MonkeyPatch.context() as patch, untouched():
+        patch.setattr(vae, "measure_latents", partial(vae.measure_latents, pictures=32))  # of 512
+        patch.setattr(base, "TASKS", ("edit_background",))  # one row of the sheet that is drawn at the end
         train_vae(folder, VaeConfig(steps=1, batch=2, crop=32))
         train_base(folder, BaseConfig(steps=1, batch=1))
         export(folder, folder / "weights")
@@ -405,7 +411,7 @@ def test_global_generators_are_as_before(entry, request, tmp_path, capsys):
         ENTRIES[entry](tmp_path, request)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(*EACH_FAMILY, *PAINTING))
 def test_a_call_with_a_generator_of_its_own_leaves_the_global_ones(case):
     pipe = CASES[case].build()
     with untouched():
@@ -415,7 +421,7 @@ def test_a_call_with_a_generator_of_its_own_leaves_the_global_ones(case):
     assert saliency._read.cache_info().currsize == 1  # it was the first use of the net
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(*EACH_FAMILY, *PAINTING))
 def test_a_call_without_a_generator_draws_what_the_untouched_pipeline_draws(case):
     """Which it may: then a series that was seeded once goes on as it did."""
     pipe, ends = CASES[case].build(), []
@@ -428,7 +434,7 @@ def test_a_call_without_a_generator_draws_what_the_untouched_pipeline_draws(case
     assert ends[0] == ends[1] == ends[2]
 
 
-@pytest.mark.parametrize("case", ["klein", "flux2-modular", "flux3"])
+@pytest.mark.parametrize("case", cases("klein", "flux2-modular", "flux3"))
 def test_the_same_seed_in_the_global_generator_is_the_same_picture(case):
     """`torch.manual_seed` returns the global generator."""
     pipe = CASES[case].build()
@@ -462,6 +468,7 @@ if states() != before:
 """
 
 
+@pytest.mark.slow
 def test_neither_imports_nor_the_first_use_of_saliency_draw_in_a_fresh_process():
     done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stderr) == (0, "")

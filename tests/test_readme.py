@@ -165,6 +165,7 @@ def test_example_runs(name, tmp_path, monkeypatch, capsys):
     assert bool(written) == (name != "own_selector") and all(path.suffix == ".png" for path in written)
 
 
+@pytest.mark.slow
 def test_notebook_runs(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=":")
     with warnings.catch_warnings():

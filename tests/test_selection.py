@@ -259,7 +259,7 @@ def test_no_references_give_an_empty_selection():
     assert str(selection).startswith("total: 0 of 0 tokens")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 200), st.sampled_from(["joint", "equal"]), st.integers(1, 16))
 def test_the_total_is_what_was_asked(keep, share, multiple_of):
     config = Config(keep=keep, share=share, multiple_of=multiple_of, selector="random")

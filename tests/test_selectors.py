@@ -58,7 +58,7 @@ def blocks(grid):
         yield from ((depth, slice(*rows), slice(*columns)) for rows, columns in level)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.tuples(st.integers(1, 20), st.integers(1, 20)))
 @example((1, 40))
 @example((40, 1))

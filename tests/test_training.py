@@ -850,6 +850,8 @@ def kill(tmp_path, script, kills, *modules):
     assert killed == kills and moments > 1 and lost > 0
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group(name="processes")  # one after the other: some go by the clock
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments_it_ends_at_equal_weights(tmp_path):
     """kill -9, twenty times; what is there is whole each time, and the end is that of an unbroken run."""
@@ -892,6 +894,8 @@ if accelerator is not None:
 """
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group(name="processes")  # one after the other: some go by the clock
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fine_tuning_killed_at_random_moments_writes_an_equal_lora(tmp_path):
     """The same of a whole fine-tuning of a pipeline, whose checkpoints are several steps apart, of several batches."""
@@ -907,6 +911,8 @@ def test_a_fine_tuning_killed_at_random_moments_writes_an_equal_lora(tmp_path):
     }
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group(name="processes")  # one after the other: some go by the clock
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
 def test_a_full_disk_leaves_checkpoints_whole_and_says_so(tmp_path):
     """A limit on the size of files stands for a disk that is full in the midst of the third file."""
@@ -918,6 +924,8 @@ def test_a_full_disk_leaves_checkpoints_whole_and_says_so(tmp_path):
     assert not list((tmp_path / "full").glob("step-*"))
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group(name="processes")  # one after the other: some go by the clock
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
 def test_a_disk_that_fills_up_keeps_the_older_checkpoint_and_the_run_goes_on_from_it(tmp_path):
     """The limit comes in the midst of the run; once there is space again, it ends where an unbroken one does."""
@@ -960,6 +968,8 @@ def start_two(tmp_path, folders, *more, script=RUN):
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group(name="processes")  # one after the other: some go by the clock
 def test_two_processes_by_the_clock_have_one_clock(tmp_path):
     """Where each went by its own, they would take steps of different sizes, and stop at different ones."""
     first, second = two_processes(tmp_path, "1.5")
@@ -967,6 +977,8 @@ def test_two_processes_by_the_clock_have_one_clock(tmp_path):
     assert len(first["ratios"]) == len(second["ratios"]) > 1
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group(name="processes")  # one after the other: some go by the clock
 def test_two_processes_draw_their_own_ratios_and_end_at_equal_weights(tmp_path):
     records = two_processes(tmp_path)
     assert records[0]["sum"] == records[1]["sum"] and records[0]["average"] == records[1]["average"]
@@ -977,6 +989,8 @@ def test_two_processes_draw_their_own_ratios_and_end_at_equal_weights(tmp_path):
     assert torch.equal(weights["weight"], expected_of_two(tmp_path)["weight"])
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group(name="processes")  # one after the other: some go by the clock
 def test_two_processes_fine_tune_one_lora_with_ratios_of_their_own(tmp_path):
     records = two_processes(tmp_path, script=FINETUNE)
     assert records[0]["sum"] == records[1]["sum"] != 0
@@ -986,6 +1000,8 @@ def test_two_processes_fine_tune_one_lora_with_ratios_of_their_own(tmp_path):
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / LORA_FILE).values())
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group(name="processes")  # one after the other: some go by the clock
 def test_two_processes_go_on_from_a_checkpoint_to_equal_weights_and_only_from_one(tmp_path):
     two_processes(tmp_path, script=FINETUNE)
     run = tmp_path / "run"

@@ -4,7 +4,9 @@ A new family joins the suite of test_families.py by adding one entry to `CASES`.
 """
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
@@ -52,8 +54,14 @@ from diffusers.models.transformers import (
     transformer_qwenimage,
 )
 from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
-from diffusers.pipelines.flux import pipeline_flux_kontext
+from diffusers.pipelines.flux import pipeline_flux_kontext, pipeline_flux_kontext_inpaint
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_inpaint,
+    pipeline_qwenimage_edit_plus,
+)
 from PIL import Image
 from transformers import (
     ProcessorMixin,
@@ -65,12 +73,60 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from sparse_context import apply_sparse_context
+
 OUTPUT = (64, 64)  # height and width of what is made: 8 x 8 tokens
 TOKEN = 8  # pixels a side
 TEXT_LENGTH = 12
 TEXT_LAYERS = (1, 2)
 TEXT_WIDTH = 16
 STEPS = 2
+
+
+SMALLER = 8  # how many times fewer pixels a side the hosts below scale pictures to
+_shapes = {host: host.PREFERRED_KONTEXT_RESOLUTIONS for host in (pipeline_flux_kontext, pipeline_flux_kontext_inpaint)}
+_dimensions = {
+    host: host.calculate_dimensions
+    for host in (
+        pipeline_longcat_image_edit,
+        pipeline_qwenimage_edit,
+        pipeline_qwenimage_edit_inpaint,
+        pipeline_qwenimage_edit_plus,
+    )
+}
+_small_lock, _small_users = threading.Lock(), 0
+
+
+def _set_sides(smaller: int) -> None:
+    def calculate(original: Callable, *args):
+        width, height, *rest = original(*args)
+        return width // smaller, height // smaller, *rest
+
+    for host, shapes in _shapes.items():
+        host.PREFERRED_KONTEXT_RESOLUTIONS = [(width // smaller, height // smaller) for width, height in shapes]
+    for host, original in _dimensions.items():
+        host.calculate_dimensions = original if smaller == 1 else partial(calculate, original)
+
+
+@contextmanager
+def small_hosts() -> Iterator[None]:
+    """Kontext, LongCat and Qwen scale every picture to about a megapixel. Within this, to one of 128 x 128 pixels.
+
+    Every number that they scale to is a multiple of 16, so with tokens of 8 instead of 64 pixels all grids stay.
+    It may be entered again inside, and by several threads.
+    """
+    global _small_users
+    with _small_lock:
+        _small_users += 1
+        if _small_users == 1:
+            _set_sides(SMALLER)
+    try:
+        yield
+    finally:
+        with _small_lock:
+            _small_users -= 1
+            if not _small_users:
+                _set_sides(1)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -234,9 +290,11 @@ def build_kontext(cls: type, levels: int = 3):
     return built(cls, vae=flux1_vae(levels), transformer=transformer, **no_text)
 
 
+@small_hosts()
 def call_kontext(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
-    """With the reference and the output at the host's default size of about a megapixel."""
+    """With the reference and the output at the host's default size, of `small_hosts`."""
     prompts *= kwargs.pop("num_images_per_prompt", 1)  # the host repeats prompts, and fails to repeat embeddings
+    kwargs.setdefault("max_area", 1024**2 // SMALLER**2)
     kwargs.setdefault("image", references[0] if references else None)
     return run(pipe, prompt_embeds=embeds(prompts, width=TEXT_WIDTH), pooled_prompt_embeds=pooled(prompts), **kwargs)
 
@@ -255,11 +313,11 @@ def call_kontext_source(pipe, references: list, prompts: int = 1, **kwargs) -> t
 
 
 def kontext_grid(image: Image.Image) -> tuple[int, int]:
-    """Tokens of 64 pixels in a picture that goes to the nearest of Kontext's shapes, by its sides in whole tokens."""
-    aspect = (image.width // 64) / (image.height // 64)
-    shapes = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+    """Tokens in a picture that goes to the nearest of Kontext's shapes, by its sides in whole tokens."""
+    aspect = (image.width // TOKEN) / (image.height // TOKEN)
+    shapes = _shapes[pipeline_flux_kontext]
     width, height = min(shapes, key=lambda shape: abs(shape[0] / shape[1] - aspect))
-    return height // 64, width // 64
+    return height // SMALLER // TOKEN, width // SMALLER // TOKEN
 
 
 def call_kontext_inpaint(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
@@ -297,7 +355,7 @@ VISION_TOKENS = {
 }
 
 
-def build_longcat():
+def build_longcat(levels: int = 6):
     """With its text encoder, because this pipeline takes no prompt embeddings, whatever its signature says."""
     torch.manual_seed(0)
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(["Make the cat blue. 0123456789"], vocab_size=300)
@@ -334,7 +392,7 @@ def build_longcat():
     )
     return built(
         LongCatImageEditPipeline,
-        vae=flux1_vae(levels=6, latent_channels=16),
+        vae=flux1_vae(levels, latent_channels=16),
         text_encoder=Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
         ),
@@ -344,22 +402,25 @@ def build_longcat():
     )
 
 
+@small_hosts()
 def call_longcat(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
     kwargs.setdefault("guidance_scale", 1.0)
     return run(pipe, image=references[0], prompt=["blue cat"] * prompts, **kwargs)
 
 
-def build_qwen(cls: type, zero_cond_t: bool = False):
-    """Its tokens are 64 pixels wide, because the references are always scaled to a megapixel."""
+def build_qwen(cls: type, zero_cond_t: bool = False, levels: int = 6):
+    """A token is 2**levels pixels wide: 64 for references that are scaled to a megapixel."""
     torch.manual_seed(0)
+    # These random weights flatten pictures; so they are brought back to unit spread
+    mean, std = {3: ([0.13, -0.39], [0.04, 0.05]), 6: ([-0.56, 0.08], [0.04, 0.03])}[levels]
     vae = AutoencoderKLQwenImage(
         base_dim=2,
         z_dim=2,
-        dim_mult=[1] * 6,
+        dim_mult=[1] * levels,
         num_res_blocks=0,
-        temperal_downsample=[False] * 5,
-        latents_mean=[-0.56, 0.08],  # these random weights flatten pictures; so they are brought back to unit spread
-        latents_std=[0.04, 0.03],
+        temperal_downsample=[False] * (levels - 1),
+        latents_mean=mean,
+        latents_std=std,
     )
     transformer = QwenImageTransformer2DModel(
         in_channels=8,
@@ -375,8 +436,9 @@ def build_qwen(cls: type, zero_cond_t: bool = False):
     return built(cls, vae=vae, transformer=transformer, **no_text)
 
 
+@small_hosts()
 def call_qwen(pipe, references: list, prompts: int = 1, **kwargs) -> torch.Tensor:
-    kwargs = {"true_cfg_scale": 1.0, "height": 512, "width": 512, **kwargs}
+    kwargs = {"true_cfg_scale": 1.0, "height": OUTPUT[0], "width": OUTPUT[1], **kwargs}
     image = references if len(references) > 1 else references[0]
     return run(pipe, image=image, prompt_embeds=embeds(prompts, width=TEXT_WIDTH), **kwargs)
 
@@ -388,9 +450,9 @@ def call_qwen_inpaint(pipe, references: list, prompts: int = 1, **kwargs) -> tor
 
 
 def megapixel_grid(image: Image.Image, rounded: Callable) -> tuple[int, int]:
-    """Whole tokens of 64 pixels in a picture that is scaled to a megapixel and then to `rounded` sides."""
+    """Whole tokens in a picture that is scaled to a megapixel, then to `rounded` sides, and by `small_hosts`."""
     width = (1024 * 1024 * image.width / image.height) ** 0.5
-    return tuple(rounded(side) // 64 for side in (width * image.height / image.width, width))
+    return tuple(rounded(side) // SMALLER // TOKEN for side in (width * image.height / image.width, width))
 
 
 def build_flux3(blocks: type):
@@ -524,7 +586,7 @@ def references_last_or_alone(length: int, references: int) -> int | None:
     return length - references if length >= references else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each case is a key of its answers below
 class Case:
     """One kind of pipeline.
 
@@ -616,9 +678,7 @@ CASES = {
         guidance={"guidance_scale": 4.0, "negative_prompt_embeds": embeds(seed=2, width=TEXT_WIDTH)},
     ),
     "flux3-distilled": flux3(lambda: build_flux3(Flux3DistilledAutoBlocks)),
-    "kontext": kontext(
-        lambda: build_kontext(FluxKontextPipeline, levels=6), call_kontext, sizes=((192, 128),), grid=kontext_grid
-    ),
+    "kontext": kontext(lambda: build_kontext(FluxKontextPipeline), call_kontext, grid=kontext_grid),
     "kontext-inpaint": kontext(
         lambda: build_kontext(FluxKontextInpaintPipeline), call_kontext_inpaint, without_references=False
     ),
@@ -626,7 +686,7 @@ CASES = {
         lambda: build_kontext(FluxKontextInpaintPipeline), call_kontext_source, without_references=False
     ),
     "longcat": Case(
-        build_longcat,
+        lambda: build_longcat(levels=3),
         call_longcat,
         transformer_longcat_image,
         sizes=((96, 64),),
@@ -636,8 +696,34 @@ CASES = {
         without_references=False,
         guidance={"guidance_scale": 4.0},
     ),
-    "qwen-edit": qwen(lambda: build_qwen(QwenImageEditPipeline), call_qwen),
-    "qwen-edit-inpaint": qwen(lambda: build_qwen(QwenImageEditInpaintPipeline), call_qwen_inpaint),
-    "qwen-edit-2509": qwen_plus(lambda: build_qwen(QwenImageEditPlusPipeline)),
-    "qwen-edit-2511": qwen_plus(lambda: build_qwen(QwenImageEditPlusPipeline, zero_cond_t=True)),
+    "qwen-edit": qwen(lambda: build_qwen(QwenImageEditPipeline, levels=3), call_qwen),
+    "qwen-edit-inpaint": qwen(lambda: build_qwen(QwenImageEditInpaintPipeline, levels=3), call_qwen_inpaint),
+    "qwen-edit-2509": qwen_plus(lambda: build_qwen(QwenImageEditPlusPipeline, levels=3)),
+    "qwen-edit-2511": qwen_plus(lambda: build_qwen(QwenImageEditPlusPipeline, zero_cond_t=True, levels=3)),
 }
+
+QUICK = "detail"  # a selector without a net
+
+# One case of each way in which reference tokens enter a pipeline, and what paints into its first reference: there the
+# pixels come by another way.
+EACH_FAMILY = ("klein", "klein-kv", "klein-modular", "flux3", "kontext", "longcat", "qwen-edit-2511")
+PAINTING = ("klein-inpaint", "kontext-inpaint", "kontext-inpaint-source", "qwen-edit-inpaint")
+
+
+def cases(*names: str) -> list:
+    """Parameters of a test, every case by default; the tests of a case go to one worker, which has its answers."""
+    return [pytest.param(name, id=name, marks=pytest.mark.xdist_group(name=name)) for name in names or CASES]
+
+
+@cache
+def dense_answer(case: Case) -> torch.Tensor:
+    """What the untouched pipeline makes of its references: once in a process, so nobody writes to it."""
+    return case.call(case.build(), case.references())
+
+
+@cache
+def sparse_answer(case: Case, keep: float) -> torch.Tensor:
+    """The same with Sparse Context, by a quick selector: most of a call's time is the net of the default."""
+    pipe = case.build()
+    apply_sparse_context(pipe, keep=keep, selector=QUICK)
+    return case.call(pipe, case.references())

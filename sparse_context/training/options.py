@@ -19,9 +19,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from .card import EMBEDDED
 from .config import TrainConfig
 from .dropping import Dropping
-from .card import EMBEDDED
 
 DEFAULTS = {"validation_steps": 500}
 """Where the command's defaults differ from those of the dataclasses, which are for runs without validation data."""

@@ -11,6 +11,7 @@ import sys
 from cli.shared import COMMAND, listing
 
 
+@pytest.mark.slow
 def test_help_and_a_call_without_arguments(tmp_path):
     for arguments in (["--help"], []):
         done = subprocess.run([*COMMAND, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -18,6 +19,7 @@ def test_help_and_a_call_without_arguments(tmp_path):
         assert all(name in done.stdout for name in ("generate", "select", "demo"))
 
 
+@pytest.mark.slow
 def test_the_real_command_makes_a_picture_and_valid_json(tiny_model, inputs, tmp_path):
     arguments = ["generate", "-m", tiny_model, "--image", inputs / "a.png", "--prompt", "кот 😀", "--json"]
     done = subprocess.run(
@@ -30,6 +32,7 @@ def test_the_real_command_makes_a_picture_and_valid_json(tiny_model, inputs, tmp
     assert listing(tmp_path) == ["o 猫.png"]
 
 
+@pytest.mark.slow
 def test_the_real_command_refuses_in_one_sentence(models, inputs, tmp_path):
     for arguments in (
         ["generate", "-m", models / "partial weights", "--image", inputs / "a.png", "--prompt", "x"],
@@ -41,6 +44,7 @@ def test_the_real_command_refuses_in_one_sentence(models, inputs, tmp_path):
         assert listing(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_names_and_prompts_that_the_terminal_cannot_show(inputs, tmp_path):
     """A terminal of ASCII only, and on Linux a name that is no text at all: the picture is written and told."""
     names = ["猫.png", *([os.fsdecode(b"\xff\xfe.png")] if sys.platform == "linux" else [])]
@@ -58,6 +62,7 @@ def test_names_and_prompts_that_the_terminal_cannot_show(inputs, tmp_path):
     assert len(listing(tmp_path)) == 2 * len(names)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_quietly(tiny_model, inputs, tmp_path):
     arguments = ["generate", "-m", tiny_model, "--image", inputs / "a.png", "--prompt", "x", "--steps", "1000"]
     piped: dict = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

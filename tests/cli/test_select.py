@@ -31,6 +31,7 @@ def test_select_draws_what_it_tells(command):
     assert [len(cells) for cells in coloured_cells("tokens.png")] == [13]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("selector", "without"),
     [("contrast=1,edges=1,mask=1", "torch diffusers transformers"), ("saliency=1,mask=1", "diffusers transformers")],

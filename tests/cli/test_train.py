@@ -184,6 +184,8 @@ sys.addaudithook(note)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group(name="processes")
 def test_two_processes_train_as_one_and_only_the_first_writes_what_is_kept(data, tiny_model, tmp_path):
     """`accelerate launch -m sparse_context.training`, on one folder. The second process only shares the cache."""
     out = tmp_path / "run"
@@ -539,6 +541,7 @@ def test_memory_that_runs_out_is_one_sentence(monkeypatch, capfd, data, tiny_mod
     assert code == 2 and len(said) == 1 and "memory ran out: pass a smaller --resolution" in said[0]
 
 
+@pytest.mark.slow
 def test_the_module_for_accelerate_launch_is_the_same_command(data):
     done = subprocess.run(
         [sys.executable, "-m", "sparse_context.training", "--data", str(data / "bad.jsonl"), "--check-data"],
