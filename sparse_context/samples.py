@@ -26,9 +26,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from .images import PictureError, open_mask, open_picture
+from .layers import explain_missing_packages
 
 FIELDS = ("references", "prompt", "image", "mask", "reference_masks", "task", "name")
 FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # of the `datasets` library
@@ -140,7 +140,8 @@ def check_samples(
     problems: list[str] = []
     rows = _read(source, columns or {}, split, config, needs_image, most_references)
     opened: set[Picture] = set()
-    for where, made in tqdm((rows[i] for i in range(len(rows))), total=len(rows), desc="data", unit="row", delay=2):
+    for i in _progress(len(rows), "data", "row"):
+        where, made = rows[i]
         if isinstance(made, list):
             problems += made
         else:
@@ -154,13 +155,20 @@ def check_pictures(samples: "Samples") -> None:
     opened: set[Picture] = set()
     rows = samples._rows
     count = len(rows) if isinstance(rows, list) else min(len(rows), CHECKED)  # to take a row of a data set costs more
-    for i in tqdm(range(count), desc="pictures", unit="sample", delay=2):
+    for i in _progress(count, "pictures", "sample"):
         sample = samples[i]
         problems = _bad_pictures(sample, opened) if i < CHECKED else _lost_pictures(sample)
         if problems:
             raise ManifestError(
                 f"The sample {sample.name} cannot be used: {problems[0]} (--check-data names every bad row)."
             )
+
+
+def _progress(count: int, name: str, unit: str) -> Iterable[int]:
+    """0 to `count` - 1, with a progress bar where it takes more than two seconds."""
+    with explain_missing_packages():
+        from tqdm import tqdm
+    return tqdm(range(count), desc=name, unit=unit, delay=2)
 
 
 def needs_datasets(source: str | Path) -> bool:

@@ -16,6 +16,7 @@ from .cache import ReferenceCache
 from .config import SparseContextConfig
 from .context import SparseContext, context_of, install, uninstall
 from .families import find_family
+from .layers import require
 from .selection import Selection
 
 
@@ -31,8 +32,10 @@ def apply_sparse_context(
         makes them anew. It is yours, so that it outlives applying again and can serve several pipelines.
 
     Applying again replaces what was applied before, and is cheap enough to do for each call. Raises TypeError for a
-    pipeline or a cache of another kind and ValueError for a setting out of range; the pipeline is then left as it was.
+    pipeline or a cache of another kind, ValueError for a setting out of range, and ImportError where diffusers is not
+    installed; the pipeline is then left as it was.
     """
+    require("diffusers")
     attach = find_family(pipe)
     if not isinstance(config, SparseContextConfig | None):
         raise TypeError(f"config is {config!r}: pass a SparseContextConfig, or name what it holds, as in keep=0.2.")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..layers import explain_missing_packages
 from .cells import Grid, Selector
 from .classical import detail, edges, random, uniform
 from .contrast import contrast
@@ -167,7 +168,8 @@ def prepare(selector: str | Mapping | Selector) -> None:
         for part in selector if isinstance(selector, Mapping) else [part for part, _ in selector.parts]:
             prepare(part)
     elif selector is saliency or selector is subject or (isinstance(selector, str) and selector in NETS):
-        from .saliency import load_net
+        with explain_missing_packages():
+            from .saliency import load_net
 
         load_net()
 

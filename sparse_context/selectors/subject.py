@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..layers import explain_missing_packages
 from .cells import Grid, _best_around, _cell_means, _rgb
 from .classical import edges
 
@@ -13,7 +14,8 @@ def saliency(image: np.ndarray | None, grid: Grid, generator: np.random.Generato
 
     See saliency.py. A picture without a subject scores low all over.
     """
-    from .saliency import saliency_map
+    with explain_missing_packages():  # torch, which the other selectors do without
+        from .saliency import saliency_map
 
     return np.clip(_cell_means(saliency_map(_rgb(image, "saliency")), grid), 0, 1)
 
