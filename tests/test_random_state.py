@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_evaluation_metrics import tiny_clip, tiny_dino, torchvision_files  # noqa: F401
-from test_mini import assets, save_assets  # noqa: F401
 from test_saliency import sources, wheel  # noqa: F401
 from tiny import CASES, picture
+from tiny_scenes import make_assets, save_assets
 
 from recipes.mini.data import Assets
 from sparse_context import (
@@ -269,7 +269,7 @@ def train_embedded(folder, request):
     from recipes.mini.export import export
     from recipes.mini.vae import VaeConfig, train_vae
 
-    save_assets(request.getfixturevalue("assets"), folder)
+    save_assets(make_assets(), folder)
     with untouched():
         train_vae(folder, VaeConfig(steps=1, batch=2, crop=32))
         train_base(folder, BaseConfig(steps=1, batch=1))

@@ -3,7 +3,7 @@
 The trunk is EfficientNet-lite0 (Tan, Le, "EfficientNet", ICML 2019; the lite variant has neither squeeze-and-excitation
 nor swish) up to its second block at stride 32, with batch norms folded into the convolutions. A decoder of the feature
 pyramid kind (Lin et al., CVPR 2017) brings strides 32, 16, 8 and 4 together, and what the whole picture holds enters at
-its coarsest level. `mini/saliency_net.py` trains it; the weights lie beside this file.
+its coarsest level. `recipes/mini/saliency_net.py` trains it; the weights lie beside this file.
 
 The net finds animals and things against any background, and misses buildings; contrast.py finds whatever differs from
 the picture's border, and is lost where that is busy. Their errors differ, so the mean is taken, which on photographs
