@@ -21,7 +21,8 @@ import numpy as np
 
 from .cache import ReferenceCache
 from .config import SparseContextConfig
-from .selection import Selection, score_tokens, select_tokens
+from .selection import Pixels, Selection, score_tokens, select_tokens
+from .selectors.cells import Grid
 from .selectors.registry import user_mask
 from .tokens import ReferenceTokens
 
@@ -91,15 +92,15 @@ class Call:
     def keep(
         self,
         tokens: ReferenceTokens,
-        grids: Sequence[tuple[int, int]],
-        picture: Callable[[int, np.ndarray | None], Any],
-        shown: Sequence[np.ndarray | None] | None = None,
+        grids: Sequence[Grid],
+        picture: Callable[[int, np.ndarray | None], Pixels],
+        shows_picture: Sequence[np.ndarray | None] | None = None,
     ) -> ReferenceTokens:
         """Choose among the reference tokens of the call, return what is kept of them, and remember the selection.
 
         `grids` is one (rows, columns) per reference; `picture(i, mask)` gives the pixels of reference i as selectors
-        want them, with the user's mask (or None) carried through the pipeline's own resize and crop. `shown` tells
-        tokens from padding (`select_tokens`). Raises ValueError where the grids hold another number of tokens.
+        want them, with the user's mask (or None) carried through the pipeline's own resize and crop. `shows_picture`
+        tells tokens from padding (`select_tokens`). Raises ValueError where the grids hold another number of tokens.
         """
         start = time.perf_counter()
         total = sum(rows * columns for rows, columns in grids)
@@ -109,12 +110,12 @@ class Call:
                 "seen, so a part of it works in another way than Sparse Context knows: call remove_sparse_context, "
                 "or give it the part that it had."
             )
-        config, remembered = self.context.config, self.context.cache
+        config, cache = self.context.config, self.context.cache
         pictures = [picture(i, user_mask(config.selector, i)) for i in range(len(grids))]
-        making = time.perf_counter() - start  # which is a part of what choosing costs
-        score = score_tokens if remembered is None else remembered.score
-        selection = select_tokens(pictures, grids, config, shown, score)
-        self.select(replace(selection, seconds=making + selection.seconds))
+        preparing = time.perf_counter() - start  # which is a part of what choosing costs
+        score = score_tokens if cache is None else cache.score
+        selection = select_tokens(pictures, grids, config, shows_picture, score)
+        self.select(replace(selection, seconds=preparing + selection.seconds))
         return tokens.keep(selection.index, selection.into)
 
     def select(self, selection: Selection) -> None:

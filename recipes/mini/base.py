@@ -36,7 +36,7 @@ from .model import (
     make_tokenizer,
     make_transformer,
 )
-from .run_folder import save_whole, check_config, default_device, save_config, to_unit
+from .run_folder import check_config, default_device, save_config, save_whole, to_unit
 from .scenes import EDITS, FAR, REFERENCE, SIZE, TASKS, TOKEN, Scene, draw_scene, make_scene
 from .vae import load_vae
 

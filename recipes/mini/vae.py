@@ -19,7 +19,7 @@ from sparse_context.training.optimisers import drawn_from
 
 from .data import Assets, load_assets
 from .model import make_vae
-from .run_folder import save_whole, check_config, default_device, save_config, to_tensor, to_unit
+from .run_folder import check_config, default_device, save_config, save_whole, to_tensor, to_unit
 from .scenes import SIZE, draw_scene, make_scene
 
 

@@ -12,12 +12,12 @@ from recipes.mini.data import (
     SHA256,
     SPLITS,
     clip_art_key,
-    emoji_key,
-    free_files,
-    misses_a_link,
     crop_to_square,
+    emoji_key,
     fetch,
+    free_files,
     load_assets,
+    misses_a_link,
     split_of,
 )
 

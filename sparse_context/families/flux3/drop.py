@@ -36,12 +36,12 @@ def attach(pipe: Any, call: "Call") -> None:
             tensor, _ = pipe.image_processor.preprocess(alpha, resize_mode=resize_mode)
             return np.concatenate([seen, to_uint8(tensor)[0, ..., :1]], axis=-1)
 
-        shown = None
+        shows_picture = None
         if pixels is not None and resize_mode == "fill":
             _, canvas = pipe.image_processor.preprocess(images[0], resize_mode=resize_mode)
-            shown = [_overlaps(canvas["reference_crop"], grids[0], pixels[0].shape[-2] // grids[0][0])]
+            shows_picture = [_overlaps(canvas["reference_crop"], grids[0], pixels[0].shape[-2] // grids[0][0])]
         tokens = ReferenceTokens(state.image_cond_hidden_states, state.image_cond_ids)
-        kept = call.keep(tokens, grids, picture, shown)
+        kept = call.keep(tokens, grids, picture, shows_picture)
         state.set("image_cond_hidden_states", kept.latents)
         state.set("image_cond_ids", kept.ids)
 
