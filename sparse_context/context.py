@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -43,12 +43,12 @@ class SparseContext:
     selection: Selection | None = None
 
 
-def context_of(pipe: Any) -> SparseContext | None:
+def context_of(pipe: object) -> SparseContext | None:
     """What is installed on a pipeline."""
     return vars(pipe).get(ATTRIBUTE)
 
 
-def install(pipe: Any, context: SparseContext) -> None:
+def install(pipe: object, context: SparseContext) -> None:
     """From the next call on, `pipe` is called as `context` says, instead of what was installed before.
 
     Raises what `context.attach` raises for a pipeline that it cannot serve, which is then left as it was.
@@ -61,7 +61,7 @@ def install(pipe: Any, context: SparseContext) -> None:
             pipe.__class__ = _sparse(cls)
 
 
-def uninstall(pipe: Any) -> None:
+def uninstall(pipe: object) -> None:
     """From the next call on, `pipe` is as it was. Does nothing where nothing is installed."""
     with _lock:
         if vars(pipe).pop(ATTRIBUTE, None) is not None:
@@ -79,9 +79,9 @@ class Call:
         self.context = context
         self.selection: Selection | None = None
         self.closing = ExitStack()
-        self._replacements: dict[str, Callable[[Any], Any]] = {}
+        self._replacements: dict[str, Callable[[Any], object]] = {}
 
-    def replace(self, name: str, replacement: Callable[[Any], Any]) -> None:
+    def replace(self, name: str, replacement: Callable[[Any], object]) -> None:
         """Within the call, `pipe.<name>` is `replacement` of what it is by then."""
         self._replacements[name] = replacement
 
@@ -122,7 +122,7 @@ class Call:
         """Remember what was kept."""
         self.selection = self.context.selection = selection
 
-    def seen(self, name: str, value: Any) -> Any:
+    def seen(self, name: str, value: object) -> object:
         """What the call sees of an attribute with this value."""
         replacement = self._replacements.get(name)
         return value if replacement is None else replacement(value)
@@ -135,7 +135,7 @@ class Call:
         self._token = _calls.set((*_calls.get(), self))
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         _calls.reset(self._token)
         self.closing.close()
         self.context.selection = self.selection  # which a call inside this one may have set to its own
@@ -163,7 +163,7 @@ def _is_sparse(cls: type) -> bool:
     return vars(cls).get("__deepcopy__") is _refuse_copy
 
 
-def _refuse_copy(pipe: Any, *args: Any) -> Any:
+def _refuse_copy(pipe: object, *args: object) -> NoReturn:
     raise TypeError(
         "A pipeline with Sparse Context cannot be copied whole or pickled, for its selectors and its cache stay with "
         "the process: call remove_sparse_context first, and apply it to both again."
@@ -182,7 +182,7 @@ def _sparse(cls: Any) -> Any:
         with Call(pipe, context):
             return cls.__call__(pipe, *args, **kwargs)
 
-    def see(pipe: Any, name: str) -> Any:
+    def see(pipe: object, name: str) -> object:
         value = cls.__getattribute__(pipe, name)
         for call in reversed(_calls.get()):
             if call.pipe is pipe:

@@ -21,7 +21,7 @@ from .selection import Selection
 
 
 def apply_sparse_context(
-    pipe: Any, config: SparseContextConfig | None = None, *, cache: ReferenceCache | None = None, **changes: Any
+    pipe: object, config: SparseContextConfig | None = None, *, cache: ReferenceCache | None = None, **changes: Any
 ) -> None:
     """From the next call on, keep only the reference tokens that matter.
 
@@ -45,12 +45,12 @@ def apply_sparse_context(
     install(pipe, SparseContext(config, attach, cache))
 
 
-def remove_sparse_context(pipe: Any) -> None:
+def remove_sparse_context(pipe: object) -> None:
     """Give the pipeline back exactly as it was. Does nothing where nothing was applied."""
     uninstall(pipe)
 
 
-def last_selection(pipe: Any) -> Selection | None:
+def last_selection(pipe: object) -> Selection | None:
     """What was kept in the pipeline's last call: None before the first, or when it had no references."""
     context = context_of(pipe)
     return None if context is None else context.selection

@@ -11,7 +11,7 @@ import torch
 from ..embedded.demo import read_examples
 from ..evaluation.plots import check_matplotlib
 from ..pipelines.load import DTYPES, find_device, load_pipeline
-from ..result import make_result, write_result
+from ..result import checkout, make_result, write_result
 from .blocks import bench_blocks
 from .build import build_pipeline
 from .calls import bench
@@ -55,6 +55,7 @@ def run_bench(
     shape = None if random_weights is None else find_shape(random_weights)
     if shape is not None and blocks is None and shape.kind != "flux2":
         raise ValueError(f"random-weights is {random_weights!r}, of which only blocks can be timed: pass --blocks N.")
+    checkout()  # of the code that runs, whatever is committed meanwhile
     where, start = find_device(device), time.perf_counter()
     kind = DTYPES.get(dtype, torch.bfloat16)
     example = next(e for e in read_examples() if len(e["references"]) == 4)

@@ -228,7 +228,7 @@ def dino_i(output: Picture, truth: Picture, mask: Any = None, *, model: str) -> 
         net(**processor(images=_pil(_inside(p, mask)), return_tensors="pt").to(accelerator())).last_hidden_state[0, 0]
         for p in (output, truth)
     ]
-    return float(F.cosine_similarity(*rows, dim=0))
+    return float(F.cosine_similarity(rows[0], rows[1], dim=0))
 
 
 def _inside(picture: Picture, mask: Any) -> Picture:

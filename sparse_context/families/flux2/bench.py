@@ -40,7 +40,7 @@ def flux2_arguments(transformer: Any, shape: "Shape", tokens: "Tokens", mode: st
         for block in module:
             block.attn.set_processor(processor())
     draw, device = _draw(transformer), transformer.device
-    arguments = {
+    arguments: dict[str, Any] = {
         "hidden_states": draw(1, image, shape.channels),
         "encoder_hidden_states": draw(1, tokens.text, shape.text_width),
         "img_ids": _places(image, 4, device),
