@@ -55,7 +55,7 @@ $(VENV)/.installed: $(REQUIRED)
 	@echo "[2/3] Installing PyTorch into $(VENV) (the largest part: minutes, the first time)"
 	@$(PIP) install --quiet --constraint constraints.txt torch
 	@echo "[3/3] Installing sparse-context and the rest"
-	@$(PIP) install --quiet --constraint constraints.txt --editable .
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[diffusers]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -41,7 +41,7 @@ from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec, Request
 from sparse_context.preview import column, label, side_by_side
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 CANDIDATES = 64
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, default=ROOT / "checkpoints" / "base_quality.webp")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
     published = arguments.split == "test" and not (arguments.model or arguments.unlike or arguments.ceiling)

@@ -18,7 +18,7 @@ from sparse_context.bench.blocks import bench_blocks
 from sparse_context.bench.config import BenchConfig
 from sparse_context.bench.report import table
 from sparse_context.bench.shapes import SHAPES
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST = {1: 1.8, 4: 4.4}
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "bench_klein_9b_blocks.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

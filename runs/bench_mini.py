@@ -22,7 +22,7 @@ from sparse_context.bench.report import plot, table
 from sparse_context.embedded.demo import read_examples
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = 0.15
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=ROOT / "checkpoints" / "bench-mini.png")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

@@ -27,7 +27,7 @@ from sparse_context.pipelines.settings import call_inputs, call_settings, refere
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.pipelines.timing import timed
 from sparse_context.preview import fit_reference
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 TURNS = 7
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "core_speed.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

@@ -27,7 +27,7 @@ from sparse_context.evaluation.statistics import summarise
 from sparse_context.images import save_picture
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("subject_scene", "edit_object")
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "coverage.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

@@ -29,7 +29,7 @@ from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.spec import ModelSpec
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "kv.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

@@ -54,7 +54,7 @@ from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 from sparse_context.selection import select_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,6 +284,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="a folder; the working one without it")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

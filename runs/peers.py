@@ -48,7 +48,7 @@ from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_inputs, call_settings
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.pipelines.timing import Times, timed
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 from sparse_context.samples import Sample
 from sparse_context.selection import select_tokens
 
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "peers.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

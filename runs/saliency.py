@@ -53,7 +53,7 @@ from recipes.mini.samples import FIRST_SEED, scene_samples
 from recipes.mini.scenes import make_scene
 from sparse_context.config import SparseContextConfig
 from sparse_context.images import save_picture
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 from sparse_context.selection import select_tokens
 from sparse_context.selectors.registry import SELECTORS
 from sparse_context.selectors.saliency import WEIGHTS, load_net, net_map, saliency_map
@@ -278,6 +278,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, default=ROOT / "checkpoints" / "saliency.webp")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

@@ -28,7 +28,7 @@ from sparse_context.pipelines.load import find_device
 from sparse_context.pipelines.memory import Peak
 from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.timing import now
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 from sparse_context.training.batch import Encoded
 from sparse_context.training.config import TrainConfig
 from sparse_context.training.dropping import Dropping, draw_selection
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "klein_training.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

@@ -23,7 +23,7 @@ from recipes.mini.data import Assets, load_assets
 from sparse_context.families.pictures import to_uint8
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP, RUNS = 2, 9
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "parts.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

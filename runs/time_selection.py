@@ -19,7 +19,7 @@ import numpy as np
 from tables import draw, read, table
 
 from sparse_context.config import SparseContextConfig
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 from sparse_context.selection import select_tokens
 from sparse_context.selectors.registry import SELECTORS
 
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "selection.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

@@ -28,7 +28,7 @@ from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec
-from sparse_context.result import write_result
+from sparse_context.result import checkout, write_result
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import Dropping
 from sparse_context.training.loss import FlowMatching
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "training_speed.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if arguments.table:
         return draw(TABLES)
 

@@ -6,7 +6,7 @@
 # or for results/ablations_control.json, with as many samples as the adapter saw, and results/ablations_sides.json:
 #   STEPS=1940 FOLDER=checkpoints/control runs/train_ablations.sh dense
 #   FOLDER=checkpoints/peers runs/train_ablations.sh mix downscaled merged
-# Needs the assets: python -m sparse_context.embedded data (CONTRIBUTING.md). Each run continues where it was killed.
+# Needs the assets: python -m recipes.mini data (CONTRIBUTING.md). Each run continues where it was killed.
 set -euo pipefail
 FOLDER=${FOLDER:-checkpoints/ablations}
 mkdir -p "$FOLDER"
@@ -14,7 +14,7 @@ ln -sfn "$(realpath checkpoints/assets.safetensors)" "$FOLDER/assets.safetensors
 only=" $* "
 train() {
   if [[ $only == "  " || $only == *" $1 "* ]]; then
-    python -m sparse_context.embedded sparse --folder "$FOLDER" --steps "${STEPS:-100}" --name "$@"
+    python -m recipes.mini sparse --folder "$FOLDER" --steps "${STEPS:-100}" --name "$@"
   fi
 }
 

@@ -3,7 +3,7 @@
 # for, its base, trained further. For a CPU; runs/train_mini_gpu.py is for a GPU.
 #
 #   runs/train_mini.sh                                             # adapters for the base that the package holds;
-#                                                                  # needs python -m sparse_context.embedded data
+#                                                                  # needs python -m recipes.mini data
 #   BASE_STEPS=3800 FOLDER=checkpoints/further runs/train_mini.sh  # first that base for so many steps more, with other
 #                                                                  # scenes; it takes the place of the package's
 #
@@ -11,8 +11,10 @@
 # it was killed. What FOLDER holds already goes on, so to start from the package's weights the base needs a FOLDER
 # without one; runs of adapters for another base are refused. A link to assets.safetensors there saves fetching it again.
 set -euo pipefail
+root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}   # recipes/ is not in the wheel
 FOLDER=${FOLDER:-checkpoints}
-mini() { python -m sparse_context.embedded "$@" --folder "$FOLDER"; }
+mini() { python -m recipes.mini "$@" --folder "$FOLDER"; }
 
 if [ -n "${BASE_STEPS:-}" ]; then
     [ -f "$FOLDER/assets.safetensors" ] || mini data

@@ -1,6 +1,29 @@
 """Sparse Context: reference-conditioned image generation with a fraction of the reference tokens.
 
-The names below are loaded when they are first used, so that `import sparse_context` costs nothing.
+On a pipeline of diffusers:
+
+- `apply_sparse_context`: from the next call on, keep only the reference tokens that matter.
+- `remove_sparse_context`: give the pipeline back exactly as it was.
+- `last_selection`: what was kept in the pipeline's last call.
+- `SparseContextConfig`: what to keep; `keep` is the dial.
+- `ReferenceCache`: the latents and scores of references that come again.
+- `insert_sparse_context`, `SparseContextStep`: the same as a step of modular blocks, before they become a pipeline.
+
+What matters:
+
+- `SELECTORS`: selectors by name.
+- `blend`: a selector that averages others by weight.
+- `mask`: a selector from a user's masks.
+
+Without a pipeline:
+
+- `select_tokens`: from pictures and token grids to the tokens that are kept.
+- `Selection`, `Kept`: what was kept in one call, and of one reference.
+- `choose_tokens`: from scores to the tokens that are kept.
+- `ReferenceTokens`: latents and position ids, which are cut together.
+- `draw_kept`: a reference with its dropped tokens faded.
+
+The names are loaded when they are first used, so that `import sparse_context` costs nothing.
 """
 
 import importlib
@@ -10,6 +33,8 @@ if TYPE_CHECKING:
     from .budget import choose_tokens as choose_tokens
     from .cache import ReferenceCache as ReferenceCache
     from .config import SparseContextConfig as SparseContextConfig
+    from .families.flux2.modular import SparseContextStep as SparseContextStep
+    from .families.flux2.modular import insert_sparse_context as insert_sparse_context
     from .preview import draw_kept as draw_kept
     from .selection import Kept as Kept
     from .selection import Selection as Selection
@@ -28,26 +53,31 @@ _HOME = {
     "apply_sparse_context": "sparsify",
     "remove_sparse_context": "sparsify",
     "last_selection": "sparsify",
-    "SparseContextConfig": "selection",
+    "SparseContextConfig": "config",
+    "ReferenceCache": "cache",
+    "insert_sparse_context": "families.flux2.modular",
+    "SparseContextStep": "families.flux2.modular",
+    "SELECTORS": "selectors.registry",
+    "blend": "selectors.registry",
+    "mask": "selectors.masks",
+    "select_tokens": "selection",
     "Selection": "selection",
     "Kept": "selection",
-    "select_tokens": "selection",
-    "SELECTORS": "selectors",
-    "blend": "selectors",
-    "mask": "selectors",
     "choose_tokens": "budget",
     "ReferenceTokens": "tokens",
     "draw_kept": "preview",
-    "ReferenceCache": "cache",
 }
 
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'sparse_context' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    from .layers import explain_missing_packages
+
+    with explain_missing_packages():
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard, TypeVar, cast
 
 import numpy as np
 
 from .selectors.order import uniform_order
 
 SHARES = ("joint", "equal")
+
+Value = TypeVar("Value", str, float, float | str)
 
 
 def rank_tokens(scores: Sequence[np.ndarray], coverage: float | Sequence[float] = 0.0, floor: int = 0) -> np.ndarray:
@@ -107,27 +109,29 @@ def choose_tokens(
     if keeps_all(keep, sizes):
         return [np.arange(size) for size in sizes]
 
-    own = list(keep) if _is_sequence(keep) else None
-    if share == "joint" and own is None and keep != "auto":
-        total = _count(keep, sizes.sum())
+    size = int(sizes.sum())
+    if share == "joint" and not is_per_reference(keep) and not isinstance(keep, str):
+        total = _count(cast("float", keep), size)
         order = rank_tokens(scores, coverage, floor)
-    elif own is None and _is_count(keep):  # equal counts: one token each, turn by turn
-        total = _count(keep, sizes.sum())
+    elif _is_count(keep):  # equal counts: one token each, turn by turn
+        total = _count(keep, size)
         order = _rank_by_progress(scores, np.ones(len(sizes)), coverage, floor)
     else:
-        each = zip([keep] * len(sizes) if own is None else own, scores, strict=True)
-        counts = [_auto_count(part, mass) if value == "auto" else _count(value, part.size) for value, part in each]
+        each = zip(spread_out(keep, len(sizes)), scores, strict=True)
+        counts = [
+            _auto_count(part, mass) if isinstance(ratio, str) else _count(ratio, part.size) for ratio, part in each
+        ]
         budgets = np.maximum(counts, np.minimum(floor, sizes))
-        total = budgets.sum()
+        total = int(budgets.sum())
         order = _rank_by_progress(scores, budgets, coverage, floor)
 
-    total = _round_to_multiple(total, multiple_of, sizes.sum())
+    total = _round_to_multiple(total, multiple_of, size)
     if floor and total < len(sizes):
         raise ValueError(
             f"keep is {keep!r}, which makes {total} tokens for {len(sizes)} references: keep one each or more, "
             "or let references end up empty with floor=0."
         )
-    kept = np.zeros(sizes.sum(), bool)
+    kept = np.zeros(size, bool)
     kept[order[:total]] = True
     return [np.flatnonzero(part) for part in np.split(kept, np.cumsum(sizes)[:-1])]
 
@@ -141,25 +145,31 @@ def _rank_by_progress(
     a cut elsewhere gives or takes by Webster's method (the middle of each place, divided by the budget).
     """
     coverages = np.broadcast_to(np.asarray(coverage, float), len(scores))
-    turns = [_places(rank_tokens([part], own)) for part, own in zip(scores, coverages, strict=True)]
+    turns = [_places(rank_tokens([part], spread)) for part, spread in zip(scores, coverages, strict=True)]
     progress = [(turn + 0.5) / max(budget, 1e-9) for turn, budget in zip(turns, budgets, strict=True)]
     reference = np.repeat(np.arange(len(turns)), [len(turn) for turn in turns])
     return _floor_first(np.argsort(np.concatenate(progress), kind="stable"), reference, floor)
 
 
-def _is_sequence(value: Any) -> TypeGuard[Sequence]:
+def is_per_reference(value: Value | Sequence[Value]) -> TypeGuard[Sequence[Value]]:
+    """Whether this is a sequence with one value for each reference, rather than one for all."""
     return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
-def _is_count(keep: Any) -> bool:
+def spread_out(value: Value | Sequence[Value], count: int) -> list[Value]:
+    """One value for each of `count` references, or as many as a sequence has."""
+    return list(value) if is_per_reference(value) else [cast("Value", value)] * count
+
+
+def _is_count(keep: object) -> TypeGuard[int]:
     return isinstance(keep, numbers.Integral) and int(keep) > 1
 
 
-def _count(keep: Any, size: int) -> int:
+def _count(keep: float, size: int) -> int:
     """A ratio or a count as a number of tokens out of `size`."""
     if _is_count(keep):
-        return min(int(keep), int(size))
-    return max(1, math.floor(keep * int(size) + 0.5 + 1e-9))  # half up, also where the product falls short of a half
+        return min(int(keep), size)
+    return max(1, math.floor(keep * size + 0.5 + 1e-9))  # half up, also where the product falls short of a half
 
 
 def _auto_count(scores: np.ndarray, mass: float) -> int:
@@ -171,16 +181,16 @@ def _auto_count(scores: np.ndarray, mass: float) -> int:
 def _round_to_multiple(total: int, multiple_of: int, size: int) -> int:
     """`total` rounded up to a multiple, or down where `size` tokens do not reach; `size` below one multiple."""
     if total == size or size < multiple_of:
-        return int(size)
-    up = -(-total // multiple_of) * multiple_of
-    return int(up if up <= size else up - multiple_of)
+        return size
+    rounded_up = -(-total // multiple_of) * multiple_of
+    return rounded_up if rounded_up <= size else rounded_up - multiple_of
 
 
 def keeps_all(keep: float | str | Sequence[float | str], sizes: Sequence[int] | np.ndarray) -> bool:
     """Whether `keep` keeps every token of references with `sizes` tokens, so that nobody needs their scores."""
-    if _is_sequence(keep):
-        return all(keeps_all(own, [size]) for own, size in zip(keep, sizes, strict=True))
-    return keep != "auto" and _count(keep, sum(sizes)) == sum(sizes)
+    if is_per_reference(keep):
+        return all(keeps_all(ratio, [size]) for ratio, size in zip(keep, sizes, strict=True))
+    return not isinstance(keep, str) and _count(cast("float", keep), int(sum(sizes))) == sum(sizes)
 
 
 def check_budget(
@@ -199,24 +209,25 @@ def check_budget(
     With `references`, a sequence must have one value for each; without, its length is not judged.
     """
     for name, values in (("keep", keep), ("coverage", coverage)):
-        if references is not None and _is_sequence(values) and len(values) != references:
+        if references is not None and is_per_reference(values) and len(values) != references:
             raise ValueError(
                 f"{name} has {len(values)} values for {references} references: pass one value, or one per reference."
             )
-    if _is_sequence(keep) and not len(keep):
+    if is_per_reference(keep) and not len(keep):
         raise ValueError(f"keep is {keep!r}: pass one value, or one per reference.")
-    for own in keep if _is_sequence(keep) else [keep]:
-        if not (own == "auto" if isinstance(own, str) else _is_within(own, 0, 1, above=True) or _is_count_at(own, 2)):
+    for ratio in spread_out(keep, 1):
+        is_auto = isinstance(ratio, str) and ratio == "auto"
+        if not (is_auto or _is_within(ratio, 0, 1, above=True) or _is_count_at(ratio, 2)):
             raise ValueError(
-                f"keep is {own!r}: pass a ratio above 0 and up to 1, a count of at least 2 tokens, or 'auto'."
+                f"keep is {ratio!r}: pass a ratio above 0 and up to 1, a count of at least 2 tokens, or 'auto'."
             )
     if share not in SHARES:
         raise ValueError(f"share is {share!r}: choose 'joint' or 'equal'.")
     if not _is_count_at(floor, 0):
         raise ValueError(f"floor is {floor!r}: pass the least number of tokens per reference, 0 or more.")
-    for own in coverage if _is_sequence(coverage) else [coverage]:
-        if not _is_within(own, 0, 1):
-            raise ValueError(f"coverage is {own!r}: pass a share from 0 to 1.")
+    for spread in spread_out(coverage, 1):
+        if not _is_within(spread, 0, 1):
+            raise ValueError(f"coverage is {spread!r}: pass a share from 0 to 1.")
     if not _is_count_at(multiple_of, 1):
         raise ValueError(f"multiple_of is {multiple_of!r}: pass a whole number of tokens, 1 or more.")
     if not _is_within(mass, 0, 1, above=True):
@@ -225,13 +236,13 @@ def check_budget(
         raise ValueError(f"merge is {merge!r}: pass the share of the budget for averages, from 0 to 1.")
 
 
-def _is_within(value: Any, low: float, high: float, above: bool = False) -> bool:
+def _is_within(value: object, low: float, high: float, above: bool = False) -> bool:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     return low <= float(value) <= high and not (above and float(value) == low)
 
 
-def _is_count_at(value: Any, least: int) -> bool:
+def _is_count_at(value: object, least: int) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 

@@ -13,15 +13,18 @@ import hashlib
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch.utils.weak import WeakIdRef
 
 from .selection import score_tokens
-from .selectors.registry import name_of
+from .selectors.cells import Grid
+from .selectors.registry import SelectorLike, name_of
+
+Remembered = TypeVar("Remembered", torch.Tensor, np.ndarray)
 
 
 class ReferenceCache:
@@ -40,7 +43,7 @@ class ReferenceCache:
             raise ValueError(f"max_bytes is {max_bytes!r}: pass a whole number of bytes, 1 or more.")
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
-        self._held: OrderedDict[bytes, Any] = OrderedDict()  # the digest of what it was made from -> tensor or array
+        self._held: OrderedDict[bytes, torch.Tensor | np.ndarray] = OrderedDict()  # by the digest of what made it
         self._bytes = 0
         self._weights: weakref.WeakKeyDictionary[torch.nn.Module, tuple] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -70,7 +73,7 @@ class ReferenceCache:
         one of a VAE whose weights are elsewhere until it runs, as accelerate's sequential offloading has it.
         """
         about = (
-            _name_of(encode),
+            _function_name(encode),
             type(vae).__qualname__,
             _settings(vae),
             image.dtype,
@@ -83,7 +86,7 @@ class ReferenceCache:
         if weights is None:
             return encode()
         key = _digest(about, weights, pixels)
-        latents = self._find(key)
+        latents = self._find(key, torch.Tensor)
         if latents is None:
             latents = encode()
             if not latents.requires_grad:
@@ -91,30 +94,30 @@ class ReferenceCache:
             return latents
         return latents.clone()
 
-    def score(self, selector: Any, image: np.ndarray | None, grid: tuple[int, int], seed: Sequence[int]) -> np.ndarray:
+    def score(self, selector: SelectorLike, image: np.ndarray | None, grid: Grid, seed: Sequence[int]) -> np.ndarray:
         """`selection.score_tokens`, or a copy of what it gave before. A function of the user's own runs every time."""
         name = name_of(selector)
         if name is None:
             return score_tokens(selector, image, grid, seed)
         key = _digest((name, grid, tuple(seed)), b"", image)
-        scores = self._find(key)
+        scores = self._find(key, np.ndarray)
         if scores is None:
             scores = score_tokens(selector, image, grid, seed)
             self._hold(key, scores.copy())
             return scores
         return scores.copy()
 
-    def _find(self, key: bytes) -> Any:
+    def _find(self, key: bytes, kind: type[Remembered]) -> Remembered | None:
         with self._lock:
             found = self._held.get(key)
-            if found is None:
+            if not isinstance(found, kind):  # a key says what was made, so it is of this kind or not there
                 self.misses += 1
-            else:
-                self.hits += 1
-                self._held.move_to_end(key)
+                return None
+            self.hits += 1
+            self._held.move_to_end(key)
             return found
 
-    def _hold(self, key: bytes, value: Any) -> None:
+    def _hold(self, key: bytes, value: torch.Tensor | np.ndarray) -> None:
         with self._lock:
             if value.nbytes > self.max_bytes or key in self._held:  # another thread may have been quicker
                 return
@@ -131,8 +134,8 @@ class ReferenceCache:
             return None
         state = [_state_of(tensor) for tensor in tensors.values()]
         with self._lock:
-            before, digest = self._weights.get(module, (None, b""))
-        if before != state or None in state:
+            last_state, digest = self._weights.get(module, (None, b""))
+        if last_state != state or None in state:
             digest = _digest(tuple(tensors), b"", *tensors.values())
             with self._lock:
                 self._weights[module] = state, digest
@@ -146,13 +149,14 @@ def _state_of(tensor: torch.Tensor) -> tuple | None:
     return WeakIdRef(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
 
 
-def _settings(module: Any) -> str:
-    """A model's config, and its switches such as tiling."""
-    switches = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
-    return repr((sorted(module.config.items(), key=lambda item: item[0]), sorted(switches.items())))
+def _settings(vae: torch.nn.Module) -> str:
+    """A VAE's config, and its switches such as tiling."""
+    switches = {k: v for k, v in vars(vae).items() if isinstance(v, (bool, int, float, str, tuple))}
+    config: Mapping[str, object] = vae.config  # type: ignore[assignment]  # which diffusers gives its models
+    return repr((sorted(config.items(), key=lambda item: item[0]), sorted(switches.items())))
 
 
-def _name_of(function: Any) -> str:
+def _function_name(function: Callable) -> str:
     """Of a callable, or of the function that a `partial` binds."""
     function = getattr(function, "func", function)
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"

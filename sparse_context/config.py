@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 
-from .budget import check_budget
-from .selectors.cells import Selector
-from .selectors.registry import resolve
+from .budget import Value, check_budget, spread_out
+from .selectors.registry import SelectorsLike, each_selector, resolve
 
 TASKS = ("auto", "edit", "global", "subject")
 
@@ -68,7 +66,7 @@ class SparseContextConfig:
     """
 
     keep: float | str | Sequence[float | str] = 0.2
-    selector: str | Mapping | Selector | Sequence | None = None
+    selector: SelectorsLike = None
     task: str | Sequence[str] = "auto"
 
     coverage: float | None = None
@@ -91,11 +89,10 @@ class SparseContextConfig:
         for name, value in (("task", self.task), ("selector", self.selector)):
             if isinstance(value, (list, tuple)) and not value:
                 raise ValueError(f"{name} is {value!r}: pass one value, or one per reference.")
-        for task in self.task if isinstance(self.task, (list, tuple)) else [self.task]:
+        for task in spread_out(self.task, 1):
             if task not in TASKS:
                 raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}.")
-        selectors: Any = self.selector
-        for selector in selectors if isinstance(selectors, (list, tuple)) else [selectors]:
+        for selector in each_selector(self.selector, 1):
             if selector is not None:
                 resolve(selector)
         if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
@@ -104,17 +101,21 @@ class SparseContextConfig:
     @property
     def keeps_all(self) -> bool:
         """Whether all tokens of any references are kept: by a ratio of 1, or by "auto" where the task is "global"."""
-        count = max(1 if isinstance(own, str) else np.size(own) for own in (self.keep, self.task))
+        count = max(len(spread_out(self.keep, 1)), len(spread_out(self.task, 1)))
         pairs = zip(per_reference("keep", self.keep, count), per_reference("task", self.task, count), strict=True)
         return all(task == "global" if keep == "auto" else keep == 1 for keep, task in pairs)
 
 
-def per_reference(name: str, value, count: int) -> list:
-    """One value for each reference, from one for all or a sequence with one each."""
-    if not isinstance(value, (list, tuple, np.ndarray)):
-        return [value] * count
-    if len(value) != count:
+def per_reference(name: str, value: Value | Sequence[Value], count: int) -> list[Value]:
+    """One value for each reference, from one for all or one for each. Raises ValueError as `check_length` does."""
+    values = spread_out(value, count)
+    check_length(name, values, count)
+    return values
+
+
+def check_length(name: str, values: Sized, count: int) -> None:
+    """Raise ValueError unless the setting `name` has `count` values."""
+    if len(values) != count:
         raise ValueError(
-            f"{name} has {len(value)} values for {count} references: pass one value, or one per reference."
+            f"{name} has {len(values)} values for {count} references: pass one value, or one per reference."
         )
-    return list(value)

@@ -15,13 +15,14 @@ from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from .cache import ReferenceCache
 from .config import SparseContextConfig
-from .selection import Selection, score_tokens, select_tokens
+from .selection import Pixels, Selection, score_tokens, select_tokens
+from .selectors.cells import Grid
 from .selectors.registry import user_mask
 from .tokens import ReferenceTokens
 
@@ -42,12 +43,12 @@ class SparseContext:
     selection: Selection | None = None
 
 
-def context_of(pipe: Any) -> SparseContext | None:
+def context_of(pipe: object) -> SparseContext | None:
     """What is installed on a pipeline."""
     return vars(pipe).get(ATTRIBUTE)
 
 
-def install(pipe: Any, context: SparseContext) -> None:
+def install(pipe: object, context: SparseContext) -> None:
     """From the next call on, `pipe` is called as `context` says, instead of what was installed before.
 
     Raises what `context.attach` raises for a pipeline that it cannot serve, which is then left as it was.
@@ -60,7 +61,7 @@ def install(pipe: Any, context: SparseContext) -> None:
             pipe.__class__ = _sparse(cls)
 
 
-def uninstall(pipe: Any) -> None:
+def uninstall(pipe: object) -> None:
     """From the next call on, `pipe` is as it was. Does nothing where nothing is installed."""
     with _lock:
         if vars(pipe).pop(ATTRIBUTE, None) is not None:
@@ -78,9 +79,9 @@ class Call:
         self.context = context
         self.selection: Selection | None = None
         self.closing = ExitStack()
-        self._replacements: dict[str, Callable[[Any], Any]] = {}
+        self._replacements: dict[str, Callable[[Any], object]] = {}
 
-    def replace(self, name: str, replacement: Callable[[Any], Any]) -> None:
+    def replace(self, name: str, replacement: Callable[[Any], object]) -> None:
         """Within the call, `pipe.<name>` is `replacement` of what it is by then."""
         self._replacements[name] = replacement
 
@@ -91,15 +92,15 @@ class Call:
     def keep(
         self,
         tokens: ReferenceTokens,
-        grids: Sequence[tuple[int, int]],
-        picture: Callable[[int, np.ndarray | None], Any],
-        shown: Sequence[np.ndarray | None] | None = None,
+        grids: Sequence[Grid],
+        picture: Callable[[int, np.ndarray | None], Pixels],
+        shows_picture: Sequence[np.ndarray | None] | None = None,
     ) -> ReferenceTokens:
         """Choose among the reference tokens of the call, return what is kept of them, and remember the selection.
 
         `grids` is one (rows, columns) per reference; `picture(i, mask)` gives the pixels of reference i as selectors
-        want them, with the user's mask (or None) carried through the pipeline's own resize and crop. `shown` tells
-        tokens from padding (`select_tokens`). Raises ValueError where the grids hold another number of tokens.
+        want them, with the user's mask (or None) carried through the pipeline's own resize and crop. `shows_picture`
+        tells tokens from padding (`select_tokens`). Raises ValueError where the grids hold another number of tokens.
         """
         start = time.perf_counter()
         total = sum(rows * columns for rows, columns in grids)
@@ -109,19 +110,19 @@ class Call:
                 "seen, so a part of it works in another way than Sparse Context knows: call remove_sparse_context, "
                 "or give it the part that it had."
             )
-        config, remembered = self.context.config, self.context.cache
+        config, cache = self.context.config, self.context.cache
         pictures = [picture(i, user_mask(config.selector, i)) for i in range(len(grids))]
-        making = time.perf_counter() - start  # which is a part of what choosing costs
-        score = score_tokens if remembered is None else remembered.score
-        selection = select_tokens(pictures, grids, config, shown, score)
-        self.select(replace(selection, seconds=making + selection.seconds))
+        preparing = time.perf_counter() - start  # which is a part of what choosing costs
+        score = score_tokens if cache is None else cache.score
+        selection = select_tokens(pictures, grids, config, shows_picture, score)
+        self.select(replace(selection, seconds=preparing + selection.seconds))
         return tokens.keep(selection.index, selection.into)
 
     def select(self, selection: Selection) -> None:
         """Remember what was kept."""
         self.selection = self.context.selection = selection
 
-    def seen(self, name: str, value: Any) -> Any:
+    def seen(self, name: str, value: object) -> object:
         """What the call sees of an attribute with this value."""
         replacement = self._replacements.get(name)
         return value if replacement is None else replacement(value)
@@ -134,7 +135,7 @@ class Call:
         self._token = _calls.set((*_calls.get(), self))
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         _calls.reset(self._token)
         self.closing.close()
         self.context.selection = self.selection  # which a call inside this one may have set to its own
@@ -162,7 +163,7 @@ def _is_sparse(cls: type) -> bool:
     return vars(cls).get("__deepcopy__") is _refuse_copy
 
 
-def _refuse_copy(pipe: Any, *args: Any) -> Any:
+def _refuse_copy(pipe: object, *args: object) -> NoReturn:
     raise TypeError(
         "A pipeline with Sparse Context cannot be copied whole or pickled, for its selectors and its cache stay with "
         "the process: call remove_sparse_context first, and apply it to both again."
@@ -181,7 +182,7 @@ def _sparse(cls: Any) -> Any:
         with Call(pipe, context):
             return cls.__call__(pipe, *args, **kwargs)
 
-    def see(pipe: Any, name: str) -> Any:
+    def see(pipe: object, name: str) -> object:
         value = cls.__getattribute__(pipe, name)
         for call in reversed(_calls.get()):
             if call.pipe is pipe:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .config import SparseContextConfig
 from .selection import Kept, Selection, select_tokens
-from .selectors.registry import user_mask
+from .selectors.registry import SelectorsLike, user_mask
 
 MAX_AREA = 1024 * 1024  # what the FLUX.2 pipelines scale a larger reference down to, in pixels
 MAX_ASPECT = 8  # they refuse anything wider or taller
@@ -49,12 +49,12 @@ def fit_reference(picture: Image.Image, side: float | None = None, narrow: bool 
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def reference_mask(selector, i: int, picture: Image.Image) -> Image.Image | None:
-    """The user's mask of reference `i` in `selector`, mode L, or None. Raises ValueError for one of another size."""
-    given = user_mask(selector, i)
-    if given is None:
+def reference_mask(selectors: SelectorsLike, i: int, picture: Image.Image) -> Image.Image | None:
+    """The user's mask of reference `i` in `selectors`, mode L, or None. Raises ValueError for one of another size."""
+    pixels = user_mask(selectors, i)
+    if pixels is None:
         return None
-    mask = Image.fromarray(given)
+    mask = Image.fromarray(pixels)
     if mask.size != picture.size:
         raise ValueError(
             f"The mask of reference {i + 1} is {mask.width}x{mask.height}, but its picture is "

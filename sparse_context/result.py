@@ -5,8 +5,9 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from .images import save_text
 from .selection import selection_version
@@ -17,12 +18,11 @@ CODE = (":/", ":(top,exclude)results", ":(top,exclude)docs")  # what runs write 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "opencv-python-headless")
 
 
-def make_result(name: str, config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+def make_result(name: str, config: Mapping[str, object], figures: Mapping[str, object]) -> dict[str, object]:
     """`figures` with what is needed to judge and to repeat them.
 
-    Adds the versions (`selection_version` among them), the commit of the checkout that this package is in and whether
-    its code was dirty (None outside of one), as they were when this module was imported, and the hardware with its load
-    average over the last minute (None where the system keeps none, as Windows).
+    Adds the versions (`selection_version` among them), the `checkout`, and the hardware with its load average over the
+    last minute (None where the system keeps none, as Windows).
     """
     versions = {"python": platform.python_version(), "selection": selection_version()}
     for package in PACKAGES:
@@ -34,13 +34,27 @@ def make_result(name: str, config: dict[str, Any], figures: dict[str, Any]) -> d
         "name": name,
         "config": config,
         "versions": versions,
-        **CHECKOUT,
+        **checkout(),
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "load": _load()},
         "figures": figures,
     }
 
 
-def write_result(path: Path, name: str, config: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+@cache
+def checkout() -> dict[str, str | bool | None]:
+    """The commit of the checkout that this package is in, and whether its code is dirty; both None outside of one.
+
+    Git is asked once. A run that takes a while calls this when it starts, for what is committed meanwhile is not what
+    runs.
+    """
+    commit = _git("rev-parse", "HEAD") or None
+    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return {"commit": commit, "dirty": bool(dirty) if commit else None}
+
+
+def write_result(
+    path: Path, name: str, config: Mapping[str, object], figures: Mapping[str, object]
+) -> dict[str, object]:
     """Write `make_result` to `path` as JSON, whole or not at all, and return it."""
     result = make_result(name, config, figures)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,15 +75,6 @@ def _git(*arguments: str) -> str:
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _checkout() -> dict[str, Any]:
-    commit = _git("rev-parse", "HEAD") or None
-    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
-    return {"commit": commit, "dirty": bool(dirty) if commit else None}
-
-
-CHECKOUT = _checkout()  # now, for what is committed while a run goes on is not what ran
 
 
 def _load() -> float | None:

@@ -19,16 +19,16 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TypedDict, Unpack
 
 from PIL import Image
-from tqdm import tqdm
 
 from .images import PictureError, open_mask, open_picture
+from .layers import explain_missing_packages
 
 FIELDS = ("references", "prompt", "image", "mask", "reference_masks", "task", "name")
 FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # of the `datasets` library
@@ -87,8 +87,8 @@ class Sample:
     def open_reference_masks(self) -> list[Image.Image | None]:
         """The object in each reference, mode L: its mask, or else its own alpha channel, or None."""
         masks: list[Image.Image | None] = []
-        given = self.reference_masks or (None,) * len(self.references)
-        for reference, mask in zip(self.open_references(), given, strict=True):
+        sources = self.reference_masks or (None,) * len(self.references)
+        for reference, mask in zip(self.open_references(), sources, strict=True):
             if mask is not None:
                 masks.append(open_mask(mask, reference.size))
             else:
@@ -96,55 +96,50 @@ class Sample:
         return masks
 
 
-def read_samples(
-    source: str | Path,
-    *,
-    columns: Mapping[str, str] | None = None,
-    split: str = "train",
-    config: str | None = None,
-    needs_image: bool = True,
-    most_references: int | None = None,
-) -> "Samples":
-    """The samples of a JSONL manifest, of a folder that `datasets` reads, or of a hub name such as "owner/name".
+class SourceOptions(TypedDict, total=False):
+    """How a source is read, as keywords of `read_samples` and `check_samples`.
 
-    columns: the source's own name of a field, for those that differ: {"prompt": "instruction"}. split, config: of the
-    `datasets` library; what has none, such as a manifest, ignores them. needs_image: whether a sample without `image`
-    is an error. most_references: how many references a sample may have; any number without it.
+    columns: the source's own name of a field, for those that differ: {"prompt": "instruction"}. split ("train"), config
+    (None): of the `datasets` library; what has none, such as a manifest, ignores them. needs_image (True): whether a
+    sample without `image` is an error. most_references (None): how many references a sample may have; None: any number.
+    """
+
+    columns: Mapping[str, str] | None
+    split: str
+    config: str | None
+    needs_image: bool
+    most_references: int | None
+
+
+def read_samples(source: str | Path, **options: Unpack[SourceOptions]) -> "Samples":
+    """The samples of a JSONL manifest, of a folder that `datasets` reads, or of a hub name such as "owner/name".
 
     A manifest's rows are checked here (their pictures are not: see `check_samples`), those of `datasets` when they are
     taken. A hub name is fetched, because it was named. Raises `ManifestError`.
     """
-    rows = _read(source, columns or {}, split, config, needs_image, most_references)
+    rows = _open_source(source, **options)
     if isinstance(rows, list):
-        bad = [problem for _, made in rows if isinstance(made, list) for problem in made]
-        if bad:
-            more = f" ({len(bad) - 1} more problems: --check-data lists them all)" if len(bad) > 1 else ""
-            raise ManifestError(f"{source}, {bad[0].rstrip('.')}{more}.")
+        problems = [problem for _, sample in rows if isinstance(sample, list) for problem in sample]
+        if problems:
+            more = f" ({len(problems) - 1} more problems: --check-data lists them all)" if len(problems) > 1 else ""
+            raise ManifestError(f"{source}, {problems[0].rstrip('.')}{more}.")
     return Samples(rows)
 
 
-def check_samples(
-    source: str | Path,
-    *,
-    columns: Mapping[str, str] | None = None,
-    split: str = "train",
-    config: str | None = None,
-    needs_image: bool = True,
-    most_references: int | None = None,
-) -> list[str]:
+def check_samples(source: str | Path, **options: Unpack[SourceOptions]) -> list[str]:
     """Every bad row at once, pictures opened and all: one sentence each, with its line number; empty if all is well.
 
-    The arguments are those of `read_samples`. Shows a progress bar. Raises `ManifestError` only where there are no
-    rows to check.
+    Shows a progress bar. Raises `ManifestError` only where there are no rows to check.
     """
     problems: list[str] = []
-    rows = _read(source, columns or {}, split, config, needs_image, most_references)
+    rows = _open_source(source, **options)
     opened: set[Picture] = set()
-    for where, made in tqdm((rows[i] for i in range(len(rows))), total=len(rows), desc="data", unit="row", delay=2):
-        if isinstance(made, list):
-            problems += made
+    for i in _progress(len(rows), "data", "row"):
+        where, sample = rows[i]
+        if isinstance(sample, list):
+            problems += sample
         else:
-            problems += [f"{where}: {problem}." for problem in _bad_pictures(made, opened)]
+            problems += [f"{where}: {problem}." for problem in _bad_pictures(sample, opened)]
     return problems
 
 
@@ -154,13 +149,20 @@ def check_pictures(samples: "Samples") -> None:
     opened: set[Picture] = set()
     rows = samples._rows
     count = len(rows) if isinstance(rows, list) else min(len(rows), CHECKED)  # to take a row of a data set costs more
-    for i in tqdm(range(count), desc="pictures", unit="sample", delay=2):
+    for i in _progress(count, "pictures", "sample"):
         sample = samples[i]
         problems = _bad_pictures(sample, opened) if i < CHECKED else _lost_pictures(sample)
         if problems:
             raise ManifestError(
                 f"The sample {sample.name} cannot be used: {problems[0]} (--check-data names every bad row)."
             )
+
+
+def _progress(count: int, name: str, unit: str) -> Iterable[int]:
+    """0 to `count` - 1, with a progress bar where it takes more than two seconds."""
+    with explain_missing_packages():
+        from tqdm import tqdm
+    return tqdm(range(count), desc=name, unit=unit, delay=2)
 
 
 def needs_datasets(source: str | Path) -> bool:
@@ -221,10 +223,10 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        _, made = self._rows[i]
-        if isinstance(made, list):
-            raise ManifestError(" ".join(made))
-        return made
+        _, sample = self._rows[i]
+        if isinstance(sample, list):
+            raise ManifestError(" ".join(sample))
+        return sample
 
 
 def _bad_pictures(sample: Sample, opened: set[Picture]) -> list[str]:
@@ -258,17 +260,40 @@ Rows = Sequence[tuple[str, Sample | list[str]]]
 """Where a row is, for messages, and the sample that it makes or everything that is wrong with it."""
 
 
-def _read(
-    source: str | Path, columns: Mapping[str, str], split: str, config: str | None, needs_image: bool, most: int | None
+@dataclass(frozen=True)
+class RowRules:
+    """What the rows of a source have to hold. The fields are those of `SourceOptions`; folder: that of the manifest or
+    data set, which paths are relative to; None for a data set that is in no folder."""
+
+    columns: Mapping[str, str]
+    needs_image: bool
+    most_references: int | None
+    folder: Path | None
+
+    def column(self, field: str) -> str:
+        """The source's name of a field."""
+        return self.columns.get(field, field)
+
+
+def _open_source(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    config: str | None = None,
+    needs_image: bool = True,
+    most_references: int | None = None,
 ) -> Rows:
-    unknown = [field for field in columns if field not in FIELDS]
+    unknown = [field for field in columns or {} if field not in FIELDS]
     if unknown:
         raise ManifestError(f"There is no field {unknown[0]!r} in a sample: the fields are {', '.join(FIELDS)}.")
     path = Path(source)
+    folder = path.parent if path.is_file() else path if path.is_dir() else None
+    rules = RowRules(columns or {}, needs_image, most_references, folder)
     if path.is_file():
-        rows: Rows = _read_lines(path, columns, needs_image, most)
+        rows: Rows = _read_lines(path, rules)
     elif needs_datasets(source):
-        rows = _Table(str(source), columns, split, config, needs_image, most)
+        rows = _Table(str(source), split, config, rules)
     else:
         raise ManifestError(
             f"The data {str(source)!r} does not exist: pass a JSONL manifest, a folder of a data set, or a hub name "
@@ -282,9 +307,7 @@ def _read(
 # JSONL ----------------------------------------------------------------------------------------------------------------
 
 
-def _read_lines(
-    path: Path, columns: Mapping[str, str], needs_image: bool, most: int | None
-) -> list[tuple[str, Sample | list[str]]]:
+def _read_lines(path: Path, rules: RowRules) -> list[tuple[str, Sample | list[str]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -298,102 +321,118 @@ def _read_lines(
         try:
             row = json.loads(line, object_pairs_hook=_once_each)
         except ManifestError as error:
-            made: Sample | list[str] = [f"{where} {error}"]
+            sample: Sample | list[str] = [f"{where} {error}"]
         except (ValueError, RecursionError) as error:
-            made = [f"{where} is no JSON ({error})."]
+            sample = [f"{where} is no JSON ({error})."]
         else:
-            made = _make_sample(row, where, f"{number:06}", columns, needs_image, most, path.parent)
-        if isinstance(made, Sample):
-            first, name = names.setdefault(file_key(made.name), (number, made.name))
+            sample = _make_sample(row, where, f"{number:06}", rules)
+        if isinstance(sample, Sample):
+            first, name = names.setdefault(file_key(sample.name), (number, sample.name))
             if first != number:
-                other = "" if name == made.name else f", which is {name!r} on Windows or macOS,"
-                made = [f"{where} has the name {made.name!r}{other} of line {first}: give each its own."]
-        rows.append((where, made))
+                other = "" if name == sample.name else f", which is {name!r} on Windows or macOS,"
+                sample = [f"{where} has the name {sample.name!r}{other} of line {first}: give each its own."]
+        rows.append((where, sample))
     return rows
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object. Python's own reader takes the last value of a key that comes twice, without a word."""
-    made: dict[str, Any] = {}
+    entries: dict[str, object] = {}
     for key, value in pairs:
-        if key in made:
+        if key in entries:
             raise ManifestError(f"has {_short(key)} twice: write it once.")
-        made[key] = value
-    return made
+        entries[key] = value
+    return entries
 
 
-def _make_sample(
-    row: Any,
-    where: str,
-    name: str,
-    columns: Mapping[str, str],
-    needs_image: bool,
-    most: int | None,
-    folder: Path | None,
-) -> Sample | list[str]:
-    """A sample from a row of any source, or everything that is wrong with the row."""
+def _make_sample(row: object, where: str, name: str, rules: RowRules) -> Sample | list[str]:
+    """A sample from a row of any source, or everything that is wrong with the row. name: where the row has none."""
     if not isinstance(row, Mapping):
         return [f"{where} is no JSON object: write one as {{...}}, on a line of its own."]
-    known = {field: columns.get(field, field) for field in FIELDS}
-    value = {field: row.get(column) for field, column in known.items()}
-    problems = []
-    for key in row:
-        near = difflib.get_close_matches(str(key).lower(), known.values(), n=1, cutoff=0.8)
-        if folder is not None and key not in known.values() and near and row.get(near[0]) is None:
-            problems.append(f"{where} has {key!r}: write {near[0]!r}.")
-
-    def pictures(field: str, given: list) -> tuple[Picture | None, ...]:
-        made: list[Picture | None] = []
-        for entry in given:
-            picture = None if entry is None and field == "reference_masks" else _as_picture(entry, folder)
-            if isinstance(picture, Path) and _is_elsewhere(entry, picture):
-                problems.append(
-                    f"{where}: {known[field]!r} has {_short(entry)}, a path of a Windows machine: write it relative to "
-                    "the manifest."
-                )
-            if picture is None and not (entry is None and field == "reference_masks"):
-                problems.append(f"{where}: {known[field]!r} has {_short(entry)} where the path of a picture belongs.")
-            made.append(picture)
-        return tuple(made)
-
-    def texts(field: str) -> str | None:
-        text = value[field]
-        if text is not None and not isinstance(text, str):
-            problems.append(f"{where}: {known[field]!r} is {_short(text)}: write text.")
-            return None
-        if text is not None and re.search("[\ud800-\udfff]", text):  # no tokenizer takes that
-            problems.append(f"{where}: {known[field]!r} holds half of a character (a lone surrogate): write it whole.")
-            return None
-        return text
-
-    references = value["references"]
-    if references is None or references == [] or references == "":
-        problems.append(f"{where} has no {known['references']!r}: list at least one picture.")
-        references = []
-    masks = [] if value["reference_masks"] is None else value["reference_masks"]
-    lists = [field if isinstance(field, list) else [field] for field in (references, masks)]
-    if lists[1] and len(lists[1]) != len(lists[0]):
-        problems.append(f"{where} has {len(lists[1])} reference masks for {len(lists[0])} references: write as many.")
-    if most is not None and len(lists[0]) > most:
-        problems.append(f"{where} has {len(lists[0])} references, and the model takes at most {most}: list fewer.")
-    if value["prompt"] is None:
-        problems.append(f"{where} has no {known['prompt']!r}.")
-    if value["image"] is None and needs_image:
-        problems.append(f"{where} has no {known['image']!r}, the picture to be made.")
-    if value["mask"] is not None and value["image"] is None:
-        problems.append(f"{where} has a mask but no {known['image']!r} that it could belong to.")
-    own = texts("name")
-    if own is not None and (advice := name_problem(own)):
-        problems.append(f"{where}: the name {own!r} cannot be that of a file: {advice}.")
-    prompt, task = texts("prompt"), texts("task")
-    opened = pictures("references", lists[0]), pictures("reference_masks", lists[1])
-    single = [pictures(f, [value[f]])[0] if value[f] is not None else None for f in ("image", "mask")]
+    value = {field: row.get(rules.column(field)) for field in FIELDS}
+    references = [] if value["references"] in (None, [], "") else _as_list(value["references"])
+    masks = [] if value["reference_masks"] is None else _as_list(value["reference_masks"])
+    problems = [
+        *_misspelt_keys(row, where, rules),
+        *_missing_values(value, references, masks, where, rules),
+        *(problem for field in ("name", "prompt", "task") for problem in _bad_text(value[field], field, where, rules)),
+        *_bad_paths(references, "references", where, rules),
+        *_bad_paths([mask for mask in masks if mask is not None], "reference_masks", where, rules),
+    ]
+    for field in ("image", "mask"):
+        if value[field] is not None:
+            problems += _bad_paths([value[field]], field, where, rules)
     if problems:
         return problems
-    return Sample(own or name, prompt or "", opened[0], single[0], single[1], opened[1], task)  # type: ignore[arg-type]
+    return Sample(
+        value["name"] or name,
+        value["prompt"] or "",
+        tuple(_as_picture(reference, rules.folder) for reference in references),  # type: ignore[misc]
+        _as_picture(value["image"], rules.folder),
+        _as_picture(value["mask"], rules.folder),
+        tuple(_as_picture(mask, rules.folder) for mask in masks),
+        value["task"],
+    )
 
 
-def _as_picture(entry: Any, folder: Path | None) -> Picture | None:
+def _as_list(entry: object) -> list[object]:
+    return entry if isinstance(entry, list) else [entry]
+
+
+def _misspelt_keys(row: Mapping[str, object], where: str, rules: RowRules) -> Iterator[str]:
+    """Keys of a file's row that look like a field which the row has not."""
+    columns = [rules.column(field) for field in FIELDS]
+    for key in row if rules.folder is not None else ():
+        near = difflib.get_close_matches(str(key).lower(), columns, n=1, cutoff=0.8)
+        if key not in columns and near and row.get(near[0]) is None:
+            yield f"{where} has {key!r}: write {near[0]!r}."
+
+
+def _missing_values(
+    value: Mapping[str, object], references: list[object], masks: list[object], where: str, rules: RowRules
+) -> Iterator[str]:
+    """What a row has too few or too many of."""
+    if not references:
+        yield f"{where} has no {rules.column('references')!r}: list at least one picture."
+    if masks and len(masks) != len(references):
+        yield f"{where} has {len(masks)} reference masks for {len(references)} references: write as many."
+    if rules.most_references is not None and len(references) > rules.most_references:
+        most = rules.most_references
+        yield f"{where} has {len(references)} references, and the model takes at most {most}: list fewer."
+    if value["prompt"] is None:
+        yield f"{where} has no {rules.column('prompt')!r}."
+    if value["image"] is None and rules.needs_image:
+        yield f"{where} has no {rules.column('image')!r}, the picture to be made."
+    if value["mask"] is not None and value["image"] is None:
+        yield f"{where} has a mask but no {rules.column('image')!r} that it could belong to."
+
+
+def _bad_text(text: object, field: str, where: str, rules: RowRules) -> Iterator[str]:
+    """Why this is no text for a field."""
+    if text is None:
+        return
+    if not isinstance(text, str):
+        yield f"{where}: {rules.column(field)!r} is {_short(text)}: write text."
+    elif re.search("[\ud800-\udfff]", text):  # no tokenizer takes that
+        yield f"{where}: {rules.column(field)!r} holds half of a character (a lone surrogate): write it whole."
+    elif field == "name" and (advice := name_problem(text)):
+        yield f"{where}: the name {text!r} cannot be that of a file: {advice}."
+
+
+def _bad_paths(entries: Sequence[object], field: str, where: str, rules: RowRules) -> Iterator[str]:
+    """Those of a field's entries that are no picture of this system."""
+    for entry in entries:
+        picture = _as_picture(entry, rules.folder)
+        if picture is None:
+            yield f"{where}: {rules.column(field)!r} has {_short(entry)} where the path of a picture belongs."
+        elif isinstance(picture, Path) and _is_elsewhere(entry, picture):
+            yield (
+                f"{where}: {rules.column(field)!r} has {_short(entry)}, a path of a Windows machine: write it relative "
+                "to the manifest."
+            )
+
+
+def _as_picture(entry: object, folder: Path | None) -> Picture | None:
     if isinstance(entry, Mapping):  # how `datasets` gives a picture that it does not decode
         entry = entry.get("bytes") or entry.get("path")
     if isinstance(entry, bytes):
@@ -401,7 +440,7 @@ def _as_picture(entry: Any, folder: Path | None) -> Picture | None:
     return find_picture(entry, folder or Path()) if isinstance(entry, str) and entry and "\0" not in entry else None
 
 
-def _is_elsewhere(entry: Any, picture: Path) -> bool:
+def _is_elsewhere(entry: object, picture: Path) -> bool:
     """Whether a path begins with a drive, or a share, that this system has not."""
     if isinstance(entry, Mapping):
         entry = entry.get("path")
@@ -413,7 +452,7 @@ def _is_elsewhere(entry: Any, picture: Path) -> bool:
     )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -430,15 +469,7 @@ class _Table(Sequence):
     split: str | None = None
     config: str | None = None
 
-    def __init__(
-        self,
-        source: str,
-        columns: Mapping[str, str],
-        split: str,
-        config: str | None,
-        needs_image: bool,
-        most: int | None,
-    ) -> None:
+    def __init__(self, source: str, split: str, config: str | None, rules: RowRules) -> None:
         try:
             import datasets
         except ImportError as error:
@@ -446,7 +477,7 @@ class _Table(Sequence):
                 f"Reading {source} needs the datasets library: pip install 'sparse-context[train]', or pass a JSONL "
                 "manifest."
             ) from error
-        folder = Path(source) if Path(source).is_dir() else None
+        folder = rules.folder
         try:
             if folder is not None and any((folder / f).is_file() for f in ("dataset_info.json", "dataset_dict.json")):
                 table = datasets.load_from_disk(source)
@@ -463,25 +494,26 @@ class _Table(Sequence):
                 table = builder.as_dataset(split=split)
                 self.split, self.config = split, builder.config.name
         except Exception as error:  # the library raises many kinds, and all of them mean this
-            said = [" ".join(str(one).split())[:300].rstrip(".") for one in (error, error.__cause__) if one is not None]
-            reason = ": ".join(filter(None, said)) or type(error).__name__
+            chain = [str(link) for link in (error, error.__cause__) if link is not None]
+            reasons = [" ".join(text.split())[:300].rstrip(".") for text in chain]
+            reason = ": ".join(filter(None, reasons)) or type(error).__name__
             raise ManifestError(f"The data set {source} does not load: {reason}.") from error
-        self._names = {field: columns.get(field, field) for field in FIELDS}
-        for field in ("references", "prompt", *(["image"] if needs_image else []), *columns):
-            if self._names[field] not in table.column_names:
+        for field in ("references", "prompt", *(["image"] if rules.needs_image else []), *rules.columns):
+            if rules.column(field) not in table.column_names:
                 also = " A JSONL manifest is named by its own file." if folder and any(folder.glob("*.jsonl")) else ""
                 raise ManifestError(
-                    f"The data set {source} has no column {self._names[field]!r} for the field {field!r}: its columns "
+                    f"The data set {source} has no column {rules.column(field)!r} for the field {field!r}: its columns "
                     f"are {', '.join(table.column_names)}.{also}"
                 )
-        table = table.select_columns([name for name in self._names.values() if name in table.column_names])
+        names = [rules.column(field) for field in FIELDS]
+        table = table.select_columns([name for name in names if name in table.column_names])
         for name in table.column_names:  # so that a picture is decoded here, by images.py, and by nothing else
             feature = table.features[name]
             if isinstance(feature, datasets.Image):
                 table = table.cast_column(name, datasets.Image(decode=False))
             elif isinstance(getattr(feature, "feature", None), datasets.Image):
                 table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
-        self._table, self._rules = table, (columns, needs_image, most, folder)
+        self._table, self._rules = table, rules
 
     def __len__(self) -> int:
         return len(self._table)
@@ -489,4 +521,4 @@ class _Table(Sequence):
     def __getitem__(self, i):
         i = range(len(self))[i]
         where = f"row {i + 1}"
-        return where, _make_sample(self._table[i], where, f"{i + 1:06}", *self._rules)
+        return where, _make_sample(self._table[i], where, f"{i + 1:06}", self._rules)

@@ -8,17 +8,31 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
-from .budget import check_budget, choose_tokens, keeps_all
-from .config import TASKS, SparseContextConfig, per_reference, task_defaults
+from .budget import check_budget, choose_tokens, is_per_reference, keeps_all
+from .config import TASKS, SparseContextConfig, check_length, per_reference, task_defaults
 from .merge import merge_rest
-from .selectors.registry import find_mask, name_of, prepare, resolve, user_mask
+from .selectors.cells import Grid
+from .selectors.registry import (
+    SelectorLike,
+    SelectorsLike,
+    each_selector,
+    find_masks,
+    name_of,
+    prepare,
+    resolve,
+    user_mask,
+)
+
+Pixels = np.ndarray | Sequence[np.ndarray] | None
+"""A reference as its VAE sees it: uint8 (H, W, 3), or (H, W, 4) with a mask or alpha channel last; one for each item of
+a batch; None where there are only latents."""
 
 BELOW_ALL = np.float32(-1e-9)  # a selector's lowest score is 0; this adds nothing to the mass that "auto" measures
 
@@ -28,13 +42,13 @@ class Kept:
     """What was kept of one reference.
 
     `grid` is (rows, columns). `index` holds the kept tokens, sorted flat int64 indices into the grid, row by row.
-    `into`, where the rest is averaged, names for each token the kept one that stands for it (`budget.merge_rest`).
+    `into`, where the rest is averaged, names for each token the kept one that stands for it (`merge.merge_rest`).
     `scores` is float32 (rows, columns), all 1 where every token is kept and none was scored. `selector` is its label.
     `picture` is what the selector saw, uint8 (H, W, 3 or 4), or None where the host had only latents. `task` is the
     reference's own.
     """
 
-    grid: tuple[int, int]
+    grid: Grid
     index: np.ndarray
     scores: np.ndarray
     selector: str
@@ -89,20 +103,22 @@ class Selection:
             return None
         parts, start = [], 0
         for kept in self.references:
-            own = kept.stands_for
-            parts.append(np.where(own < 0, -1, own + start))
+            stands_for = kept.stands_for
+            parts.append(np.where(stands_for < 0, -1, stands_for + start))
             start += kept.scores.size
         return np.concatenate(parts)
 
     @property
     def kept(self) -> int:
+        """How many tokens were kept, of all references."""
         return sum(len(kept.index) for kept in self.references)
 
     @property
     def total(self) -> int:
+        """How many tokens there were, of all references."""
         return sum(kept.scores.size for kept in self.references)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, object]:
         """Counts, selectors and cost, for JSON. The arrays stay here."""
         return {
             "task": self.task,
@@ -142,8 +158,16 @@ def _tokens(kept: int, total: int) -> str:
     return f"{kept} of {total} tokens ({kept / max(total, 1):.0%})".replace("%", " %")
 
 
-def score_tokens(selector: Any, image: np.ndarray | None, grid: tuple[int, int], seed: Sequence[int]) -> np.ndarray:
-    """The scores (rows, columns) of one picture, by anything that a config takes as selector."""
+class Score(Protocol):
+    """How `select_tokens` scores one picture: `score_tokens`, or a cache that remembers what it gave."""
+
+    def __call__(
+        self, selector: SelectorLike, image: np.ndarray | None, grid: Grid, seed: Sequence[int], /
+    ) -> np.ndarray: ...
+
+
+def score_tokens(selector: SelectorLike, image: np.ndarray | None, grid: Grid, seed: Sequence[int]) -> np.ndarray:
+    """The scores (rows, columns) of one picture, by anything that a config takes for a reference."""
     return resolve(selector)[1](image, grid, np.random.default_rng(seed))
 
 
@@ -155,30 +179,30 @@ class Plan:
     kept, so that nothing has to be scored. labels: of the selectors. coverages: shares of evenly spread tokens.
     """
 
-    grids: list[tuple[int, int]]
+    grids: list[Grid]
     tasks: list[str]
-    keep: Any
-    selectors: list[Any]
+    keep: float | str | Sequence[float | str]
+    selectors: list[SelectorLike | None]
     labels: list[str]
     coverages: list[float]
 
 
 def select_tokens(
-    images: Sequence[np.ndarray | Sequence[np.ndarray] | None],
-    grids: Sequence[tuple[int, int]],
+    images: Sequence[Pixels],
+    grids: Sequence[Grid],
     config: SparseContextConfig,
-    shown: Sequence[np.ndarray | None] | None = None,
-    score: Callable[..., np.ndarray] = score_tokens,
+    shows_picture: Sequence[np.ndarray | None] | None = None,
+    score: Score = score_tokens,
 ) -> Selection:
     """Score the references of a call and choose the tokens to keep.
 
     `images` has each reference's pixels as the VAE sees them, uint8 (H, W, 3) or (H, W, 4) with a mask or alpha channel
     last, or None where there are only latents. Where each item of a batch has another picture, it is a list of these:
     the batch shares one index, so their scores are averaged. `grids` has each reference's token grid (rows, columns).
-    `shown`, where a host pads, has bool (rows, columns) for each reference, or None for all True: a token that shows
-    nothing but padding is scored below all others. Reference i draws its random numbers from the seed and i alone.
-    Where all tokens are kept, nothing is scored. `score` stands for `score_tokens`, for a cache that remembers scores;
-    several threads call it at once, unless a selector is a function of the user's own.
+    `shows_picture`, where a host pads, has bool (rows, columns) for each reference, or None for all True: a token that
+    shows nothing but padding is scored below all others. Reference i draws its random numbers from the seed and i
+    alone. Where all tokens are kept, nothing is scored. `score` stands for `score_tokens`, for a cache that remembers
+    scores; several threads call it at once, unless a selector is a function of the user's own.
 
     Raises ValueError, in one sentence, for values that do not fit these references.
     """
@@ -186,7 +210,7 @@ def select_tokens(
     batches = _check_pictures(images, grids)
     plan = plan_selection(config, grids)
     start += _prepare_selectors(plan.selectors)  # reading a net once is not what choosing costs
-    scores = score_references(plan, batches, config.seed, shown, score)
+    scores = score_references(plan, batches, config.seed, shows_picture, score)
     index = choose_tokens(
         scores,
         plan.keep,
@@ -203,7 +227,7 @@ def select_tokens(
     return Selection(kept, task, tuple(plan.coverages), time.perf_counter() - start)
 
 
-def _check_pictures(images: Sequence[Any], grids: Sequence[tuple[int, int]]) -> list[list[np.ndarray]]:
+def _check_pictures(images: Sequence[Pixels], grids: Sequence[Grid]) -> list[list[np.ndarray]]:
     """The pictures of each reference, one for each item of a batch: none where there are only latents."""
     if len(images) != len(grids):
         raise ValueError(f"There are {len(images)} pictures for {len(grids)} token grids: pass one grid per picture.")
@@ -211,15 +235,15 @@ def _check_pictures(images: Sequence[Any], grids: Sequence[tuple[int, int]]) -> 
     for i, (image, grid) in enumerate(zip(images, grids, strict=True), start=1):
         if min(grid) < 1:
             raise ValueError(f"The token grid of reference {i} is {tuple(grid)}: a reference has at least one token.")
-        batch = list(image) if isinstance(image, (list, tuple)) else [image]
+        batch = image if isinstance(image, (list, tuple)) else [image]
         for picture in batch:
             if picture is not None and not isinstance(picture, np.ndarray):
                 raise ValueError(f"Reference {i} is {picture!r}: pass its pixels, a uint8 array (H, W, 3), or None.")
-        batches.append([] if image is None else batch)
+        batches.append([] if image is None else [*batch])
     return batches
 
 
-def plan_selection(config: SparseContextConfig, grids: Sequence[tuple[int, int]]) -> Plan:
+def plan_selection(config: SparseContextConfig, grids: Sequence[Grid]) -> Plan:
     """Who scores each reference, and how its budget is spent: what the user said, and where nothing, the task.
 
     Raises ValueError where the config holds more or fewer values than there are references.
@@ -230,18 +254,19 @@ def plan_selection(config: SparseContextConfig, grids: Sequence[tuple[int, int]]
     grids = [(int(rows), int(columns)) for rows, columns in grids]
     sizes = [rows * columns for rows, columns in grids]
     tasks = per_reference("task", config.task, count)
-    keep, keeps = config.keep, per_reference("keep", config.keep, count)
-    if "global" in tasks and "auto" in keeps:
-        keep = keeps = [1.0 if pair == ("auto", "global") else pair[0] for pair in zip(keeps, tasks, strict=True)]
+    keep, ratios = config.keep, per_reference("keep", config.keep, count)
+    if "global" in tasks and "auto" in ratios:
+        keep = ratios = [1.0 if pair == ("auto", "global") else pair[0] for pair in zip(ratios, tasks, strict=True)]
     all_whole = keeps_all(keep, sizes)
-    budgets_apart = isinstance(keep, (list, tuple, np.ndarray)) and config.multiple_of == 1
+    budgets_apart = is_per_reference(keep) and config.multiple_of == 1
     plan = Plan(grids, tasks, keep, [], [], [])
-    for named, task, ratio, size in zip(
-        per_reference("selector", config.selector, count), tasks, keeps, sizes, strict=True
-    ):
+    chosen = each_selector(config.selector, count)
+    check_length("selector", chosen, count)
+    for choice, task, ratio, size in zip(chosen, tasks, ratios, sizes, strict=True):
+        selector: SelectorLike
         selector, coverage = task_defaults(task, count)
-        if named is not None:
-            selector, coverage = named, 0.0 if task == "auto" else coverage
+        if choice is not None:
+            selector, coverage = choice, 0.0 if task == "auto" else coverage
         whole = all_whole or (budgets_apart and keeps_all(ratio, [size]))
         plan.selectors.append(None if whole else selector)
         plan.labels.append("all" if whole else resolve(selector)[0])
@@ -249,10 +274,10 @@ def plan_selection(config: SparseContextConfig, grids: Sequence[tuple[int, int]]
     return plan
 
 
-def _check_masks(selector: Any, count: int) -> None:
+def _check_masks(selectors: SelectorsLike, count: int) -> None:
     for i in range(count):
-        user_mask(selector, i)  # raises where there are too few
-    mask = find_mask(selector)
+        user_mask(selectors, i)  # raises where there are too few
+    mask = find_masks(selectors)
     if mask is not None and len(mask.masks) > count:
         raise ValueError(
             f"The selector holds {len(mask.masks)} masks for {count} references: pass one mask per reference "
@@ -260,7 +285,7 @@ def _check_masks(selector: Any, count: int) -> None:
         )
 
 
-def _prepare_selectors(selectors: Sequence[Any]) -> float:
+def _prepare_selectors(selectors: Sequence[SelectorLike | None]) -> float:
     """Read what selectors read once; returns the seconds that it took."""
     start = time.perf_counter()
     for selector in selectors:
@@ -273,8 +298,8 @@ def score_references(
     plan: Plan,
     batches: Sequence[Sequence[np.ndarray]],
     seed: int,
-    shown: Sequence[np.ndarray | None] | None = None,
-    score: Callable[..., np.ndarray] = score_tokens,
+    shows_picture: Sequence[np.ndarray | None] | None = None,
+    score: Score = score_tokens,
 ) -> list[np.ndarray]:
     """The scores of each reference, float32 (rows, columns). The arguments are those of `select_tokens`."""
 
@@ -282,9 +307,10 @@ def score_references(
         selector, grid = plan.selectors[i], plan.grids[i]
         if selector is None:
             return np.ones(grid, np.float32)
-        parts = [score(selector, picture, grid, (seed, i)) for picture in batches[i] or [None]]
+        pictures: list[np.ndarray | None] = [*batches[i]] or [None]
+        parts = [score(selector, picture, grid, (seed, i)) for picture in pictures]
         scores = parts[0] if len(parts) == 1 else np.stack(parts).mean(axis=0, dtype=np.float32)
-        inside = None if shown is None else shown[i]
+        inside = None if shows_picture is None else shows_picture[i]
         return scores if inside is None else np.where(inside, scores, BELOW_ALL)
 
     # Side by side, unless a function of the user's own is asked, which need not be safe for threads
@@ -300,12 +326,12 @@ def _merge(
     scores: Sequence[np.ndarray], index: list[np.ndarray], merge: float, coverages: Sequence[float]
 ) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
     """The kept tokens of each reference once a share of them are averages, and what each token goes into."""
-    index, into = list(index), [None] * len(index)
+    index, into = list(index), list[np.ndarray | None]([None] * len(index))
     for i, part in enumerate(scores):
-        # Half an average is none, and where all that is shown is kept there is nothing to average
+        # Half an average is none, and where all that shows the picture is kept there is nothing to average
         if round(merge * len(index[i])) and len(index[i]) < np.count_nonzero(part >= 0):
-            into[i] = merge_rest(part, len(index[i]), merge, coverages[i])
-            index[i] = np.unique(into[i][into[i] >= 0])
+            stands_for = into[i] = merge_rest(part, len(index[i]), merge, coverages[i])
+            index[i] = np.unique(stands_for[stands_for >= 0])
     return index, into
 
 

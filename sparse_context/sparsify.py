@@ -16,11 +16,12 @@ from .cache import ReferenceCache
 from .config import SparseContextConfig
 from .context import SparseContext, context_of, install, uninstall
 from .families import find_attach
+from .layers import require
 from .selection import Selection
 
 
 def apply_sparse_context(
-    pipe: Any, config: SparseContextConfig | None = None, *, cache: ReferenceCache | None = None, **changes: Any
+    pipe: object, config: SparseContextConfig | None = None, *, cache: ReferenceCache | None = None, **changes: Any
 ) -> None:
     """From the next call on, keep only the reference tokens that matter.
 
@@ -31,8 +32,10 @@ def apply_sparse_context(
         makes them anew. It is yours, so that it outlives applying again and can serve several pipelines.
 
     Applying again replaces what was applied before, and is cheap enough to do for each call. Raises TypeError for a
-    pipeline or a cache of another kind and ValueError for a setting out of range; the pipeline is then left as it was.
+    pipeline or a cache of another kind, ValueError for a setting out of range, and ImportError where diffusers is not
+    installed; the pipeline is then left as it was.
     """
+    require("diffusers")
     attach = find_attach(pipe)
     if not isinstance(config, SparseContextConfig | None):
         raise TypeError(f"config is {config!r}: pass a SparseContextConfig, or name what it holds, as in keep=0.2.")
@@ -42,12 +45,12 @@ def apply_sparse_context(
     install(pipe, SparseContext(config, attach, cache))
 
 
-def remove_sparse_context(pipe: Any) -> None:
+def remove_sparse_context(pipe: object) -> None:
     """Give the pipeline back exactly as it was. Does nothing where nothing was applied."""
     uninstall(pipe)
 
 
-def last_selection(pipe: Any) -> Selection | None:
+def last_selection(pipe: object) -> Selection | None:
     """What was kept in the pipeline's last call: None before the first, or when it had no references."""
     context = context_of(pipe)
     return None if context is None else context.selection

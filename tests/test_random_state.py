@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_evaluation_metrics import tiny_clip, tiny_dino, torchvision_files  # noqa: F401
-from test_mini import assets, save_assets  # noqa: F401
 from test_saliency import sources, wheel  # noqa: F401
 from tiny import CASES, EACH_FAMILY, PAINTING, cases, picture
+from tiny_scenes import make_assets, save_assets
 
 from recipes.mini.data import Assets
 from sparse_context import (
@@ -280,7 +280,7 @@ def train_embedded(folder, request):
     from recipes.mini.export import export
     from recipes.mini.vae import VaeConfig, train_vae
 
-    save_assets(request.getfixturevalue("assets"), folder)
+    save_assets(make_assets(), folder)
     with pytest.MonkeyPatch.context() as patch, untouched():
         patch.setattr(vae, "measure_latents", partial(vae.measure_latents, pictures=32))  # of 512
         patch.setattr(base, "TASKS", ("edit_background",))  # one row of the sheet that is drawn at the end

@@ -1,5 +1,5 @@
-"""`python -m recipes.mini --help`: the embedded model from nothing (recipe.py), its fine-tuning with dropping
-(sparse.py), and the saliency net (saliency_net.py)."""
+"""Train the embedded model from nothing (data, vae, base, decoder, export), fine-tune it with dropped tokens (sparse,
+adapter), and train the saliency net (saliency). Run it from the root of the repository."""
 
 import sys
 from dataclasses import replace

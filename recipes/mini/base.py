@@ -37,7 +37,7 @@ from .model import (
     make_tokenizer,
     make_transformer,
 )
-from .run_folder import _save_whole, check_config, default_device, save_config, to_unit
+from .run_folder import check_config, default_device, save_config, save_whole, to_unit
 from .scenes import EDITS, FAR, REFERENCE, SIZE, TASKS, TOKEN, Scene, draw_scene, make_scene
 from .vae import load_vae
 
@@ -207,7 +207,7 @@ def train_base(
     on without the easy part, and with other scenes than before. Raises ValueError where a run of another config is in
     the folder.
     """
-    before = _steps_before(folder)
+    before = steps_before(folder)
     if before:
         config = replace(config.without_easy_part, seed=config.seed + before)
     check_config(folder / "base", config)
@@ -216,7 +216,7 @@ def train_base(
     device = default_device()
     vae = load_vae(folder).to(device)
     if not (folder / "tokenizer").is_dir():  # its ids belong to the embeddings that are being trained
-        _save_whole(make_tokenizer(prompt_corpus(assets), config.vocabulary), folder / "tokenizer")
+        save_whole(make_tokenizer(prompt_corpus(assets), config.vocabulary), folder / "tokenizer")
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     with drawn_from(config.seed):
         modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
@@ -289,7 +289,7 @@ BEFORE = "before.json"
 """In the folder of a base that was restored: the call settings of the weights that it goes on from."""
 
 
-def _steps_before(folder: Path) -> int:
+def steps_before(folder: Path) -> int:
     """The steps that the base's weights had seen when they were restored; 0 for a base from nothing."""
     before = folder / "base" / BEFORE
     return json.loads(before.read_text(encoding="utf-8"))["training_steps"] if before.is_file() else 0

@@ -217,7 +217,7 @@ def _check(path: Path) -> None:
         )
 
 
-def _square(rgba: np.ndarray) -> np.ndarray | None:
+def crop_to_square(rgba: np.ndarray) -> np.ndarray | None:
     """Crop to the alpha and fit into a 128 px square; None where the picture is no object with a clear outline."""
     alpha = rgba[..., 3] > 16
     if not 0.02 < alpha.mean() < 0.98:
@@ -249,12 +249,12 @@ def _emoji(packages: Path):
             entry = known.get(code) or known.get(code.replace("-fe0f", ""))
             if entry is None or entry["skintone"] or entry["group"] == "flags":
                 continue
-            rgba = _square(np.asarray(Image.open(io.BytesIO(_read(tar, member))).convert("RGBA")))
+            rgba = crop_to_square(np.asarray(Image.open(io.BytesIO(_read(tar, member))).convert("RGBA")))
             if rgba is not None:
-                yield entry["annotation"], _emoji_key(entry), rgba
+                yield entry["annotation"], emoji_key(entry), rgba
 
 
-def _emoji_key(entry: dict) -> str:
+def emoji_key(entry: dict) -> str:
     words = re.findall(r"[a-z]+", entry["annotation"].lower())
     if entry["group"] == "people-body":
         return "hand" if "hand" in entry["subgroups"] else "person"
@@ -293,22 +293,22 @@ def _clip_art(packages: Path):
             picture = Image.open(io.BytesIO(data))
             if picture.mode not in ("RGBA", "LA", "P") or min(picture.size) < 128 or max(picture.size) > 3000:
                 continue
-            rgba = _square(np.asarray(picture.convert("RGBA")))
+            rgba = crop_to_square(np.asarray(picture.convert("RGBA")))
         except (OSError, SyntaxError, Image.DecompressionBombError):
             continue
-        if rgba is not None and not _misses_a_link(rgba):
+        if rgba is not None and not misses_a_link(rgba):
             name = Path(path).stem
-            yield name.replace("_", " "), _clip_art_key(name), rgba
+            yield name.replace("_", " "), clip_art_key(name), rgba
 
 
-def _misses_a_link(rgba: np.ndarray) -> bool:
+def misses_a_link(rgba: np.ndarray) -> bool:
     """Whether a translucent "Linked image not found" card was rendered into the picture: white, and a red box."""
     translucent = np.abs(rgba[..., 3].astype(int) - 143) < 4
     white, red = (np.abs(rgba[..., :3].astype(int) - colour).max(-1) < 8 for colour in ((255, 255, 255), (255, 0, 0)))
     return (translucent & white).mean() > 0.02 and (translucent & red).mean() > 0.001
 
 
-def _clip_art_key(name: str) -> str:
+def clip_art_key(name: str) -> str:
     words = re.findall(r"[a-z]{3,}", name.lower())
     if any(word.startswith(("face", "smil", "emotic", "happy", "sad")) for word in words):
         return "face"
@@ -339,7 +339,7 @@ def _photographs(packages: Path):
         QResource.unregisterResource(str(rcc), root)
         rcc.unlink()
         for readme in sorted(name for name in files if name.endswith("README")):
-            for entry in _free_files(files[readme].decode()):
+            for entry in free_files(files[readme].decode()):
                 name = f"{readme.rpartition('/')[0]}/{entry}"
                 if name not in files or not re.search(r"\.(webp|jpe?g|avif)$", name):
                     continue
@@ -350,7 +350,7 @@ def _photographs(packages: Path):
                 yield Path(entry).stem, cv2.resize(square, (PHOTO_SIZE,) * 2, interpolation=cv2.INTER_AREA)
 
 
-def _free_files(readme: str) -> list[str]:
+def free_files(readme: str) -> list[str]:
     """The files that a README of photographs declares to be in the public domain or under CC0, stanza by stanza."""
     stanzas = (stanza.partition("Files:") for stanza in readme.split("\n\n"))
     return [file for head, _, files in stanzas if FREE.search(head) and "CC-BY" not in head for file in files.split()]

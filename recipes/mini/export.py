@@ -15,10 +15,10 @@ from sparse_context.training.cache import fingerprint
 from sparse_context.training.checkpoints import load_average
 from sparse_context.training.optimisers import drawn_from
 
-from .base import LATENTS, _steps_before
+from .base import LATENTS, steps_before
 from .data import load_assets
 from .model import TEXT_LAYERS, TEXT_LENGTH, make_pipeline, make_text_encoder, make_transformer
-from .run_folder import _put
+from .run_folder import swap_in
 from .samples import tasks_of
 from .scenes import REFERENCE, SIZE, make_scene
 from .vae import load_vae
@@ -38,7 +38,7 @@ def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16)
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     with drawn_from(0):  # and then loaded
         modules = nn.ModuleDict({"transformer": make_transformer(), "text_encoder": make_text_encoder(tokenizer)})
-    step = load_average(folder / "base", modules) + _steps_before(folder)
+    step = load_average(folder / "base", modules) + steps_before(folder)
     pipe = make_pipeline(vae, modules["transformer"], modules["text_encoder"], tokenizer)
     pipe.vae.register_to_config(_name_or_path="")  # else its config names the working folder of this machine
     pipe.to(dtype=dtype)
@@ -67,7 +67,7 @@ def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16)
         if adapter.is_file() and adapter_record(adapter).get("base_weights") != now:
             adapter.unlink()
     for part in sorted(partial.iterdir()):
-        _put(part, destination / part.name)
+        swap_in(part, destination / part.name)
     partial.rmdir()
 
 

@@ -29,15 +29,15 @@ def to_unit(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _save_whole(part, folder: Path) -> None:
+def save_whole(part, folder: Path) -> None:
     """`part.save_pretrained(folder)`, whole or not at all."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     part.save_pretrained(partial)
-    _put(partial, folder)
+    swap_in(partial, folder)
 
 
-def _put(new: Path, place: Path) -> None:
+def swap_in(new: Path, place: Path) -> None:
     """Move a folder or file to `place`. What was there is moved aside at once, where to remove it would take a while
     in which a kill leaves half; a kill in between leaves it under `.old`."""
     old = place.with_suffix(place.suffix + ".old")

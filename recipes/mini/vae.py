@@ -19,7 +19,7 @@ from sparse_context.training.optimisers import drawn_from
 
 from .data import Assets, load_assets
 from .model import make_vae
-from .run_folder import _save_whole, check_config, default_device, save_config, to_tensor, to_unit
+from .run_folder import check_config, default_device, save_config, save_whole, to_tensor, to_unit
 from .scenes import SIZE, draw_scene, make_scene
 
 
@@ -109,7 +109,7 @@ def train_vae(
     by_the_clock = seconds is not None and (stop_after is None or stop_after >= seconds)
     if done.is_dir() or by_the_clock:  # all steps were taken, or the time is up, so the base may rely on it
         measure_latents(average, assets)
-        _save_whole(average, folder / "vae" / "final")
+        save_whole(average, folder / "vae" / "final")
         save_text(f"{newest_step(folder / 'vae')}\n", folder / "vae" / FINISHED)
 
 
@@ -186,7 +186,7 @@ def train_decoder(
     )
     if (folder / "decoder" / f"step-{config.steps:07d}").is_dir():
         decoder.load_state_dict(average.state_dict())
-        _save_whole(vae, folder / "vae" / "final")
+        save_whole(vae, folder / "vae" / "final")
         for checkpoint in sorted((folder / "decoder").glob("step-*")):  # of a half of one no run would go on
             put_in_place(checkpoint, checkpoint.with_suffix(".partial"))
             shutil.rmtree(checkpoint.with_suffix(".partial"))

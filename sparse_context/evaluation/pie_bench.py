@@ -143,7 +143,7 @@ def structure_distance(output: Picture, source: Picture, mask: Any = None, *, mo
             hook.remove()
         unit = F.normalize(keys[0], dim=-1)
         similarity.append(unit @ unit.T)
-    return F.mse_loss(*similarity).item()
+    return F.mse_loss(similarity[0], similarity[1]).item()
 
 
 IMAGENET_MEAN, IMAGENET_SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

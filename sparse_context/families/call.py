@@ -18,6 +18,6 @@ def call_arguments(
     were asked for, or None. An argument that is None is to be left out. Raises TypeError as `family_of` does.
     """
     family = family_of(pipe)
-    module = "modular" if family.modular else f"{family.file.partition('.')[0]}.call"
+    module = "modular" if family.modular else f"{family.folder}.call"
     arguments: Callable[..., dict[str, Any]] = import_module(f".{module}", __package__).arguments
     return arguments(pipe, images, mask, height, width)

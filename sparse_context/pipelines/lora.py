@@ -157,7 +157,7 @@ def load_lora(pipe: Any, file: LoraFile, scale: float = 1.0) -> None:
     peft does not take.
     """
     text_layers = {name: layer for name, layer in file.text_layers.items() if not _is_zero(layer)}
-    encoder = getattr(pipe, "text_encoder", None) if "text_encoder" in pipe._lora_loadable_modules else None
+    encoder: Any = getattr(pipe, "text_encoder", None) if "text_encoder" in pipe._lora_loadable_modules else None
     lost = [
         layer.key
         for name, layer in text_layers.items()
@@ -227,7 +227,7 @@ def _pieces(file: LoraFile, module: nn.Module, found: Found, component: str) -> 
         raise misfit(file.path, f"it belongs to weights that {begun} changed: convert it to a plain LoRA with peft")
     pieces: dict[str, Piece] = {}
     for layer, modules in found:
-        linear = [module.get_submodule(name) for name in modules]
+        linear: list[Any] = [module.get_submodule(name) for name in modules]
         rows = [each.out_features for each in linear]
         tensors = _in_format(file.path, layer, linear[0].weight.dtype)
         rank = tensors["down"].shape[0]
@@ -343,8 +343,8 @@ def _attach(file: LoraFile, pipe: Any, component: str, pieces: Mapping[str, Piec
         if component == "transformer":
             module.load_lora_adapter(state, prefix=None, metadata=settings, **common)
         else:
-            named = ({f"{component}.{name}": value for name, value in each.items()} for each in (state, settings))
-            state, settings = named
+            state = {f"{component}.{name}": tensor for name, tensor in state.items()}
+            settings = {f"{component}.{name}": value for name, value in settings.items()}
             pipe.load_lora_into_text_encoder(state, None, module, prefix=component, metadata=settings, **common)
     there = {name: layer for name, layer in module.named_modules() if ADAPTER_NAME in getattr(layer, "lora_A", ())}
     arrived = there.keys() == pieces.keys() and all(

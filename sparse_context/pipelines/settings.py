@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from PIL import Image
 
 from ..config import SparseContextConfig, per_reference
 from ..families import FAMILIES, Family, family_of
-from ..selectors.masks import Mask
-from ..selectors.registry import Blend
+from ..selectors.registry import SelectorsLike, map_masks
 from .embedded import CALL_FILE, WEIGHTS, read_call_settings
 from .hub import _class_name, _first_line
 
@@ -118,16 +116,11 @@ def reference_sides(reference_size: Any, config: SparseContextConfig, count: int
 Fit = Callable[[Image.Image], Image.Image]
 
 
-def _fit_masks(selector: Any, fits: Sequence[Fit]) -> Any:
-    """`selector` with the user's masks in it scaled and padded as `fits` do with the pictures of each reference."""
-    if isinstance(selector, Mask):
+def _fit_masks(selectors: SelectorsLike, fits: Sequence[Fit]) -> SelectorsLike:
+    """`selectors` with the user's masks in it scaled and padded as `fits` do with the pictures of each reference."""
+
+    def fit(i: int, mask: np.ndarray) -> np.ndarray:
         # What is beyond the references stays as it is, and is refused where tokens are selected
-        pairs = zip_longest(selector.masks, fits[: len(selector.masks)])
-        return Mask([m if m is None or fit is None else np.asarray(fit(Image.fromarray(m))) for m, fit in pairs])
-    if isinstance(selector, Blend):
-        return Blend([(_fit_masks(part, fits), weight) for part, weight in selector.parts])
-    if isinstance(selector, Mapping):
-        return {_fit_masks(part, fits): weight for part, weight in selector.items()}
-    if isinstance(selector, (list, tuple)):
-        return [_fit_masks(part, fits[i : i + 1]) for i, part in enumerate(selector)]
-    return selector
+        return np.asarray(fits[i](Image.fromarray(mask))) if i < len(fits) else mask
+
+    return map_masks(selectors, fit)

@@ -13,7 +13,7 @@ Grid = tuple[int, int]
 Selector = Callable[[np.ndarray | None, Grid, np.random.Generator], np.ndarray]
 
 
-def _picture(image: np.ndarray | None, name: str) -> np.ndarray:
+def check_picture(image: np.ndarray | None, name: str) -> np.ndarray:
     """`image` itself, or the reason why the selector `name` cannot work with it."""
     if image is None:
         raise ValueError(
@@ -28,16 +28,16 @@ def _picture(image: np.ndarray | None, name: str) -> np.ndarray:
     return image
 
 
-def _rgb(image: np.ndarray | None, name: str) -> np.ndarray:
-    image = _picture(image, name)
+def rgb_pixels(image: np.ndarray | None, name: str) -> np.ndarray:
+    image = check_picture(image, name)
     return image if image.shape[2] == 3 else cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
 
 
-def _luma(image: np.ndarray | None, name: str) -> np.ndarray:
-    return cv2.cvtColor(_rgb(image, name), cv2.COLOR_RGB2GRAY)
+def luma_pixels(image: np.ndarray | None, name: str) -> np.ndarray:
+    return cv2.cvtColor(rgb_pixels(image, name), cv2.COLOR_RGB2GRAY)
 
 
-def _cell_means(values: np.ndarray, grid: Grid) -> np.ndarray:
+def cell_means(values: np.ndarray, grid: Grid) -> np.ndarray:
     """Mean of `values` (H, W) over each cell of the grid, float32 (rows, columns). Cells may split pixels."""
     rows, columns = grid
     height, width = values.shape
@@ -48,11 +48,11 @@ def _cell_means(values: np.ndarray, grid: Grid) -> np.ndarray:
     return means
 
 
-def _saturate(amount: np.ndarray) -> np.ndarray:
+def saturate(amount: np.ndarray) -> np.ndarray:
     """Amounts from 0 up, in some fixed unit, as scores: 0 -> 0, 1 -> 0.63, 3 -> 0.95. Strictly rising: it ties none."""
     return -np.expm1(-amount)
 
 
-def _best_around(scores: np.ndarray) -> np.ndarray:
+def best_around(scores: np.ndarray) -> np.ndarray:
     """Of each cell the highest score in the 3x3 around it."""
     return cv2.dilate(scores, np.ones((3, 3), np.uint8))

@@ -7,7 +7,7 @@ import math
 import cv2
 import numpy as np
 
-from .cells import Grid, _cell_means, _luma, _saturate
+from .cells import Grid, cell_means, luma_pixels, saturate
 from .order import uniform_order
 
 
@@ -30,14 +30,14 @@ def edges(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) 
     picture is no edge and a strong edge does not hide a fair one; the lower threshold is 0.4 of it. The paper
     (arXiv 2606.23682) names Canny edges for editing and leaves the rest open.
     """
-    luma = cv2.GaussianBlur(_luma(image, "edges"), (5, 5), 0)
+    luma = cv2.GaussianBlur(luma_pixels(image, "edges"), (5, 5), 0)
     across, down = cv2.spatialGradient(luma)  # int16, 2.5 per grey level of a sharp step
     steepness = (np.abs(across[::4, ::4]) + np.abs(down[::4, ::4])) // 2  # a sample is enough for a threshold
     otsu, _ = cv2.threshold(np.minimum(steepness, 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)
     upper = min(max(2 * otsu, 32), 256)
     lines = cv2.Canny(across, down, 0.4 * upper, upper)  # 255 on a line one pixel wide
     side = math.sqrt(lines.size / (grid[0] * grid[1]))  # of a cell, in pixels
-    return _saturate(_cell_means(lines, grid) * (side / 255))
+    return saturate(cell_means(lines, grid) * (side / 255))
 
 
 def detail(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
@@ -45,6 +45,6 @@ def detail(image: np.ndarray | None, grid: Grid, generator: np.random.Generator)
 
     The textbook measure of texture (RMS contrast; Peli 1990). Half a grey level is rounding and counts as none.
     """
-    luma = _luma(image, "detail").astype(np.float32)
-    variance = _cell_means(luma * luma, grid) - _cell_means(luma, grid) ** 2
-    return _saturate(np.sqrt(np.maximum(variance - 0.25, 0)) / 32)
+    luma = luma_pixels(image, "detail").astype(np.float32)
+    variance = cell_means(luma * luma, grid) - cell_means(luma, grid) ** 2
+    return saturate(np.sqrt(np.maximum(variance - 0.25, 0)) / 32)

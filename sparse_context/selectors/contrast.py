@@ -14,7 +14,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from .cells import Grid, _cell_means, _rgb
+from .cells import Grid, cell_means, rgb_pixels
 
 LONG_SIDE = 64  # pixels of the working size
 
@@ -108,4 +108,4 @@ def _centre_prior(height: int, width: int) -> np.ndarray:
 
 def contrast(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
     """What stands out from the picture's border in colour: saliency with nothing learned. See contrast.py."""
-    return np.clip(_cell_means(contrast_map(_rgb(image, "contrast")), grid), 0, 1)
+    return np.clip(cell_means(contrast_map(rgb_pixels(image, "contrast")), grid), 0, 1)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
 
-from .cells import Grid, _cell_means, _picture
+from .cells import Grid, cell_means, check_picture
+
+
+@runtime_checkable
+class PillowImage(Protocol):
+    """A picture of Pillow, which selecting does without unless a mask comes as one."""
+
+    mode: str
+
+    def convert(self, mode: str) -> PillowImage: ...
 
 
 class Mask:
@@ -23,32 +34,32 @@ class Mask:
         self.masks = tuple(masks)
 
     def __call__(self, image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
-        image = _picture(image, "mask")
+        image = check_picture(image, "mask")
         if image.shape[2] != 4:
             raise ValueError(
                 "The selector 'mask' found neither a mask nor an alpha channel on this reference: "
                 "pass selector=mask([...]) with one mask per reference, or an RGBA picture."
             )
-        return np.clip(_cell_means(cv2.extractChannel(image, 3), grid) / 255, 0, 1)
+        return np.clip(cell_means(cv2.extractChannel(image, 3), grid) / 255, 0, 1)
 
 
-def mask(masks: Sequence) -> Mask:
+def mask(masks: Sequence[object]) -> Mask:
     """A selector from a user's masks, one per reference, in order: `selector=mask([first, None])`.
 
     Each is a PIL image or an array (H, W) of the size of its reference picture: bool, float in [0, 1], or integers in
     [0, 255] (a mask that holds only 0 and 1 is read as bool). None stands for that reference's alpha channel. Raises
     ValueError for anything else.
     """
-    if hasattr(masks, "convert") or getattr(masks, "ndim", None) == 2 or not isinstance(masks, Iterable):
+    if isinstance(masks, PillowImage) or getattr(masks, "ndim", None) == 2 or not isinstance(masks, Iterable):
         raise ValueError("mask() takes a list with one mask per reference: write mask([m]) for a single one.")
-    return Mask([None if given is None else _as_mask(given, i) for i, given in enumerate(masks)])
+    return Mask([None if values is None else _as_mask(values, i) for i, values in enumerate(masks)])
 
 
-def _as_mask(given, i: int) -> np.ndarray:
+def _as_mask(mask: object, i: int) -> np.ndarray:
     """The mask of reference `i` as uint8 (H, W), 0 to 255."""
-    if hasattr(given, "convert") and given.mode[0] not in "FI":  # which would be clipped to 255 on the way
-        given = given.convert("L")
-    values = _as_array(given)
+    if isinstance(mask, PillowImage) and mask.mode[0] not in "FI":  # which would be clipped to 255 on the way
+        mask = mask.convert("L")
+    values = as_array(mask)
     kind = values.dtype.kind
     if values.ndim != 2 or values.size == 0 or kind not in "buif":
         raise ValueError(
@@ -66,9 +77,10 @@ def _as_mask(given, i: int) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def _as_array(values) -> np.ndarray:
+def as_array(values: object) -> np.ndarray:
     """An array from one, from lists, or from a tensor of any device and type, with a gradient or without."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values  # numpy has no bfloat16
+    torch = sys.modules.get("torch")  # without it nothing is a tensor
+    if torch is not None and isinstance(values, torch.Tensor):
+        tensor = values.detach().cpu()
+        values = tensor.float() if tensor.is_floating_point() else tensor  # numpy has no bfloat16
     return np.asarray(values)

@@ -5,17 +5,26 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
+from ..layers import explain_missing_packages
 from .cells import Grid, Selector
 from .classical import detail, edges, random, uniform
 from .contrast import contrast
-from .masks import Mask, _as_array
+from .masks import Mask, as_array
 from .subject import saliency, subject
 
-NETS = ("saliency", "subject")  # those by the net
+SelectorLike = str | Selector | Mapping[str, float] | Mapping[str | Selector, float]
+"""What scores one reference: a name of `SELECTORS`, a function, or a mapping of these to weights (a blend)."""
+
+SelectorsLike = SelectorLike | Sequence[SelectorLike | None] | None
+"""What a config takes: one for all references, or one for each. None: the task decides."""
+
+MaskChange = Callable[[int, np.ndarray], np.ndarray]
+"""From the place of a reference and the user's mask of it, uint8 (H, W), to another mask."""
 
 
 SELECTORS: dict[str, Selector] = {
@@ -30,39 +39,91 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
-def find_mask(selector) -> Mask | None:
-    """The `Mask` with a user's masks in a selector, blend or mapping, or None."""
-    if isinstance(selector, Mask):
-        return selector if selector.masks else None
-    parts = selector if isinstance(selector, Mapping) else []
+def parts_of(selector: SelectorLike) -> Sequence[tuple[str | Selector, float]]:
+    """The selectors that a blend or a mapping averages, with their weights; none of any other selector."""
     if isinstance(selector, Blend):
-        parts = [part for part, _ in selector.parts]
-    return next((found for part in parts if (found := find_mask(part)) is not None), None)
+        return selector.parts
+    return [*selector.items()] if isinstance(selector, Mapping) else []
 
 
-def user_mask(selector, i: int) -> np.ndarray | None:
-    """The user's mask of reference `i` (from 0) in a selector: uint8 (H, W), or None where the user gave none.
+def leaves_of(selector: SelectorLike) -> Iterator[SelectorLike]:
+    """The selectors that score by themselves: those in a blend or mapping, at any depth, or the selector itself."""
+    parts = parts_of(selector)
+    if not parts:
+        yield selector
+    for part, _ in parts:
+        yield from leaves_of(part)
 
-    `selector` is anything that a config takes. In a sequence of one selector per reference, each has the mask of its
-    own reference and no other: `["edges", mask([m])]`. Raises ValueError if there are too few masks.
+
+def find_mask(selector: SelectorLike) -> Mask | None:
+    """The `Mask` with a user's masks in a selector, or None."""
+    return next((leaf for leaf in leaves_of(selector) if isinstance(leaf, Mask) and leaf.masks), None)
+
+
+def find_masks(selectors: SelectorsLike) -> Mask | None:
+    """The `Mask` with a user's masks for all references; None where there is none, or one for each reference."""
+    single = _one_each(selectors) is None and selectors is not None
+    return find_mask(cast("SelectorLike", selectors)) if single else None
+
+
+def user_mask(selectors: SelectorsLike, i: int) -> np.ndarray | None:
+    """The user's mask of reference `i` (from 0) in `selectors`: uint8 (H, W), or None where the user gave none.
+
+    In a sequence of one selector per reference, each has the mask of its own reference and no other:
+    `["edges", mask([m])]`. Raises ValueError if there are too few masks.
     """
-    own = isinstance(selector, (list, tuple))
-    if own and i >= len(selector):
-        raise ValueError(f"There is a reference {i + 1}, but only {len(selector)} selectors: pass one per reference.")
-    found = find_mask(selector[i] if own else selector)
+    each = _one_each(selectors)
+    if each is not None and i >= len(each):
+        raise ValueError(f"There is a reference {i + 1}, but only {len(each)} selectors: pass one per reference.")
+    selector = cast("SelectorLike | None", selectors) if each is None else each[i]
+    found = None if selector is None else find_mask(selector)
     if found is None:
         return None
-    if own and len(found.masks) != 1:
+    if each is not None and len(found.masks) != 1:
         raise ValueError(
             f"The selector of reference {i + 1} holds {len(found.masks)} masks: in a list of selectors, one per "
             "reference, each takes one mask."
         )
-    if not own and i >= len(found.masks):
+    if each is None and i >= len(found.masks):
         raise ValueError(
             f"There is a reference {i + 1}, but only {len(found.masks)} masks: pass one mask per reference "
             "(None for its own alpha channel)."
         )
-    return found.masks[0 if own else i]
+    return found.masks[i if each is None else 0]
+
+
+def map_masks(selectors: SelectorsLike, change: MaskChange) -> SelectorsLike:
+    """`selectors` with `change(i, mask)` in the place of each of the user's masks, uint8 (H, W), of reference i."""
+
+    def at_reference(i: int) -> MaskChange:
+        return lambda _, mask: change(i, mask)
+
+    each = _one_each(selectors)
+    if each is not None:
+        return [None if selector is None else _map_masks(selector, at_reference(i)) for i, selector in enumerate(each)]
+    return None if selectors is None else _map_masks(cast("SelectorLike", selectors), change)
+
+
+def _map_masks(selector: SelectorLike, change: MaskChange) -> SelectorLike:
+    def walk(part: str | Selector) -> str | Selector:
+        if isinstance(part, Mask):
+            return Mask([None if mask is None else change(i, mask) for i, mask in enumerate(part.masks)])
+        return Blend([(walk(inner), weight) for inner, weight in part.parts]) if isinstance(part, Blend) else part
+
+    if isinstance(selector, Mapping):
+        return {walk(part): weight for part, weight in selector.items()}
+    return walk(selector)
+
+
+def _one_each(selectors: SelectorsLike) -> Sequence[SelectorLike | None] | None:
+    """The selectors of a config that has one for each reference; None where it has one for all."""
+    return selectors if isinstance(selectors, (list, tuple)) else None
+
+
+def each_selector(selectors: SelectorsLike, count: int) -> list[SelectorLike | None]:
+    """One selector for each of `count` references, or as many as a config has."""
+    each = _one_each(selectors)
+    return [cast("SelectorLike | None", selectors)] * count if each is None else list(each)
 
 
 class Blend:
@@ -79,7 +140,7 @@ class Blend:
         return np.clip(total, 0, 1)
 
 
-def blend(weights: Mapping[str | Selector, float]) -> Blend:
+def blend(weights: Mapping[str, float] | Mapping[str | Selector, float]) -> Blend:
     """The weighted average of selectors: `blend({"saliency": 0.7, "edges": 0.3})`.
 
     Keys are names, functions or a `mask([...])`; weights are above 0 and are divided by their sum. Raises ValueError.
@@ -97,7 +158,7 @@ def blend(weights: Mapping[str | Selector, float]) -> Blend:
     return Blend([(selector, weight / total) for selector, weight in weights.items()])
 
 
-def _label(selector) -> str:
+def _label(selector: object) -> str:
     if isinstance(selector, str):
         return selector
     if isinstance(selector, Mask):
@@ -105,7 +166,7 @@ def _label(selector) -> str:
     return getattr(selector, "label", None) or getattr(selector, "__name__", None) or type(selector).__name__
 
 
-def resolve(selector: str | Mapping | Selector) -> tuple[str, Selector]:
+def resolve(selector: SelectorLike) -> tuple[str, Selector]:
     """A label for people and the function that scores, from a name, a mapping (a blend) or any callable.
 
     A function that is not of this file is wrapped, in `SELECTORS` too, so that what it returns is checked at each call.
@@ -117,7 +178,7 @@ def resolve(selector: str | Mapping | Selector) -> tuple[str, Selector]:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"There is no selector {selector!r}: choose one of {', '.join(SELECTORS)}.{hint}")
         named = SELECTORS[selector]
-        return selector, named if _is_own(named) else _checked(selector, named)
+        return selector, named if _is_ours(named) else _checked(selector, named)
     if isinstance(selector, Mapping):
         selector = blend(selector)
     if not callable(selector):
@@ -126,10 +187,10 @@ def resolve(selector: str | Mapping | Selector) -> tuple[str, Selector]:
             "or a function (image, grid, generator) -> scores."
         )
     label = _label(selector)
-    return label, selector if _is_own(selector) else _checked(label, selector)
+    return label, selector if _is_ours(selector) else _checked(label, selector)
 
 
-def _is_own(selector) -> bool:
+def _is_ours(selector: object) -> bool:
     """Whether it is of this package, and so needs no check."""
     return str(getattr(selector, "__module__", None)).startswith(__package__ + ".")
 
@@ -138,12 +199,14 @@ def _checked(label: str, function: Selector) -> Selector:
     """`function`, with what it returns brought to float32 and held to the rules of a selector."""
 
     def scored(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
-        given = function(image, grid, generator)
+        returned = function(image, grid, generator)
         try:
-            scores = np.array(_as_array(given), dtype=np.float32)  # its own: the function may fill the same array again
+            scores = np.array(
+                as_array(returned), dtype=np.float32
+            )  # a copy: the function may fill the same array again
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"The selector {label!r} returned {type(given).__name__!r} that is no array of numbers: "
+                f"The selector {label!r} returned {type(returned).__name__!r} that is no array of numbers: "
                 f"the grid of this reference's tokens is {tuple(grid)}."
             ) from error
         if scores.shape != tuple(grid):
@@ -161,28 +224,24 @@ def _checked(label: str, function: Selector) -> Selector:
     return scored
 
 
-def prepare(selector: str | Mapping | Selector) -> None:
+def prepare(selector: SelectorLike) -> None:
     """Read what a selector reads once, the saliency net, so that the time of the first choice is that of any other."""
-    if isinstance(selector, (Mapping, Blend)):
-        for part in selector if isinstance(selector, Mapping) else [part for part, _ in selector.parts]:
-            prepare(part)
-    elif selector is saliency or selector is subject or (isinstance(selector, str) and selector in NETS):
-        from .saliency import load_net
+    functions = [SELECTORS.get(leaf) if isinstance(leaf, str) else leaf for leaf in leaves_of(selector)]
+    if any(function is saliency or function is subject for function in functions):
+        with explain_missing_packages():
+            from .saliency import load_net
 
         load_net()
 
 
-def name_of(selector: str | Mapping | Selector) -> str | None:
+def name_of(selector: SelectorLike) -> str | None:
     """A name that means the same scores for the same picture, or None where only the function itself knows."""
     if isinstance(selector, Mask):
         return "mask"  # whose pixels are the picture's fourth channel
     if isinstance(selector, str):
-        return selector if _is_own(SELECTORS.get(selector)) else None
-    if isinstance(selector, (Mapping, Blend)):
-        parts = selector.items() if isinstance(selector, Mapping) else selector.parts
-        names = [(name_of(part), weight) for part, weight in parts]
-        return None if any(name is None for name, _ in names) else repr(names)
-    return None
+        return selector if _is_ours(SELECTORS.get(selector)) else None
+    names = [(name_of(part), weight) for part, weight in parts_of(selector)]
+    return repr(names) if names and all(name is not None for name, _ in names) else None
 
 
 def read_weights(name: str, text: str, example: str) -> dict[str, float]:

@@ -3,7 +3,7 @@
 The trunk is EfficientNet-lite0 (Tan, Le, "EfficientNet", ICML 2019; the lite variant has neither squeeze-and-excitation
 nor swish) up to its second block at stride 32, with batch norms folded into the convolutions. A decoder of the feature
 pyramid kind (Lin et al., CVPR 2017) brings strides 32, 16, 8 and 4 together, and what the whole picture holds enters at
-its coarsest level. `mini/saliency_net.py` trains it; the weights lie beside this file.
+its coarsest level. `recipes/mini/saliency_net.py` trains it; the weights lie beside this file.
 
 The net finds animals and things against any background, and misses buildings; contrast.py finds whatever differs from
 the picture's border, and is lost where that is busy. Their errors differ, so the mean is taken, which on photographs
@@ -58,8 +58,8 @@ def convolution(inside: int, outside: int, kernel: int = 1, stride: int = 1, gro
 def strided(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """`layer` with TensorFlow's padding, which the trunk was trained with: an odd pixel goes below and right."""
     if layer.stride[0] == 2:
-        before = layer.kernel_size[0] // 2 - 1
-        x = F.pad(x, (before, before + 1, before, before + 1))
+        pad = layer.kernel_size[0] // 2 - 1
+        x = F.pad(x, (pad, pad + 1, pad, pad + 1))
     return layer(x)
 
 
@@ -168,7 +168,7 @@ def _read(path: Path) -> SaliencyNet:
             "install sparse-context again, or use another selector, such as 'contrast'."
         ) from error
     # Quicker on a CPU, and a picture's bytes lie in this order anyway
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def load_net(path: Path = WEIGHTS) -> SaliencyNet:

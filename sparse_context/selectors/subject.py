@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cells import Grid, _best_around, _cell_means, _rgb
+from ..layers import explain_missing_packages
+from .cells import Grid, best_around, cell_means, rgb_pixels
 from .classical import edges
 
 
@@ -13,9 +14,10 @@ def saliency(image: np.ndarray | None, grid: Grid, generator: np.random.Generato
 
     See saliency.py. A picture without a subject scores low all over.
     """
-    from .saliency import saliency_map
+    with explain_missing_packages():  # torch, which the other selectors do without
+        from .saliency import saliency_map
 
-    return np.clip(_cell_means(saliency_map(_rgb(image, "saliency")), grid), 0, 1)
+    return np.clip(cell_means(saliency_map(rgb_pixels(image, "saliency")), grid), 0, 1)
 
 
 def subject(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
@@ -26,8 +28,8 @@ def subject(image: np.ndarray | None, grid: Grid, generator: np.random.Generator
     costs a picture more than a token of background gains it, and a subject that is moved or turned no longer lies on
     the grid, so that its border takes the tokens beside it. Chosen on the embedded model's scenes; see docs/quality.md.
     """
-    image = _rgb(image, "subject")
+    image = rgb_pixels(image, "subject")
     found = saliency(image, grid, generator)
-    scores = 0.75 * found + 0.25 * edges(image, grid, generator) * _best_around(found)
-    near = _best_around(scores)
-    return np.clip(0.4 * scores + 0.3 * near + 0.3 * _best_around(near), 0, 1)
+    scores = 0.75 * found + 0.25 * edges(image, grid, generator) * best_around(found)
+    near = best_around(scores)
+    return np.clip(0.4 * scores + 0.3 * near + 0.3 * best_around(near), 0, 1)

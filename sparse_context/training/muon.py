@@ -25,7 +25,7 @@ class Muon(torch.optim.Muon):
                 if parameter.grad is not None:
                     shapes[parameter.shape].append(parameter)
             for (rows, columns), matrices in shapes.items():
-                gradients = [matrix.grad for matrix in matrices]
+                gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
                 momenta = [self._momentum(matrix) for matrix in matrices]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 updates = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta

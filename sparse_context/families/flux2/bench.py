@@ -37,7 +37,7 @@ def flux2_arguments(transformer: Any, shape: Shape, tokens: Tokens, mode: str | 
         for block in module:
             block.attn.set_processor(processor())
     draw, device = drawing(transformer), transformer.device
-    arguments = {
+    arguments: dict[str, Any] = {
         "hidden_states": draw(1, image, shape.channels),
         "encoder_hidden_states": draw(1, tokens.text, shape.text_width),
         "img_ids": places(image, 4, device),

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
+from tiny_scenes import save_assets
 from typer.testing import CliRunner
 
 from recipes.mini.__main__ import app
@@ -116,13 +116,7 @@ def test_the_experiments_vary_what_they_name():
 # Under autocast torch says once that RMS norm, whose weights stay float32, is not fused
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_the_embedded_model_trains_and_continues(assets, tmp_path):
-    tensors = {
-        "objects": assets.objects,
-        "photos": assets.photos,
-        "object_split": assets.object_split,
-        "photo_split": assets.photo_split,
-    }
-    save_file(tensors, tmp_path / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
+    save_assets(assets, tmp_path)
     torch.set_num_threads(1)
     for steps in (1, 2):
         config = choose(steps=steps, rank=2)
@@ -170,13 +164,7 @@ def test_the_embedded_model_trains_and_continues(assets, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_a_run_of_all_weights_is_exported_as_a_lora(assets, tmp_path):
-    tensors = {
-        "objects": assets.objects,
-        "photos": assets.photos,
-        "object_split": assets.object_split,
-        "photo_split": assets.photo_split,
-    }
-    save_file(tensors, tmp_path / "assets.safetensors", metadata={"names": json.dumps(assets.object_names)})
+    save_assets(assets, tmp_path)
     torch.set_num_threads(1)
     config = replace(choose(full=True, steps=1), gradient_accumulation_steps=1, subsets=1)
     tuned = train_sparse(tmp_path, config, name="all", batch=1, validation=())
