@@ -35,7 +35,7 @@ Cancel = threading.Event | Callable[[], bool]
 """Asked before each denoise step: an event that is set, or a function that returns True, cancels the call."""
 
 Progress = Callable[[int, int], Any]
-"""Called after each denoise step with (step, steps): the first step is 1."""
+"""Called after each denoise step with (step, steps), the first being 1. It must not call its engine, which is busy."""
 
 
 class Cancelled(Exception):
