@@ -228,7 +228,7 @@ def dino_i(output: Picture, truth: Picture, mask: Any = None, *, model: str) -> 
         net(**processor(images=_pil(only_inside(p, mask)), return_tensors="pt").to(accelerator())).last_hidden_state
         for p in (output, truth)
     ]
-    return float(F.cosine_similarity(*(state[0, 0] for state in states), dim=0))
+    return float(F.cosine_similarity(states[0][0, 0], states[1][0, 0], dim=0))
 
 
 def only_inside(picture: Picture, mask: Any) -> Picture:
