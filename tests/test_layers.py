@@ -18,7 +18,7 @@ PACKAGE = ROOT / "sparse_context"
 
 ROOMS = {
     "layers": {"layers"},
-    "the idea": {"tokens", "budget", "merge", "config", "selection", "selectors"},
+    "the idea": {"tokens", "overview", "budget", "merge", "config", "selection", "selectors"},
     "pictures and records": {"images", "preview", "samples", "result", "cache"},
     "what is installed": {"context"},
     "families": {"families"},
@@ -34,7 +34,7 @@ from those before it."""
 
 BASE = ("layers", "the idea", "pictures and records")
 BASE_MAY_IMPORT = {"PIL", "cv2", "numpy", "safetensors"} | sys.stdlib_module_names
-WITH_TORCH = {"tokens", "selectors.saliency", "cache"}  # the others do without
+WITH_TORCH = {"tokens", "overview", "selectors.saliency", "cache"}  # the others do without
 WITHIN_FUNCTIONS = {("samples", "tqdm"), ("samples", "datasets")}
 
 

@@ -166,6 +166,23 @@ def adapter(
 
 
 @app.command()
+def overview(
+    folder: Folder = Path("checkpoints"),
+    name: Annotated[str, typer.Option(help="Of the run, a folder beside the base's.")] = "overview",
+    stop_after: Seconds = None,
+    workers: Workers = 0,
+    steps: Steps = None,
+    batch: Batch = None,
+    seed: int = 0,
+) -> None:
+    """Teach the base overviews of its references; run again, it continues."""
+    from .overview import OverviewConfig, train_overview
+
+    config = changed(OverviewConfig(seed=seed), steps=steps, batch=batch)
+    train_overview(folder, config, name, stop_after, workers)
+
+
+@app.command()
 def saliency(
     folder: Folder = Path("checkpoints"),
     stop_after: Seconds = None,

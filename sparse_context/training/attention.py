@@ -27,7 +27,7 @@ class MatmulAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention and torch.is_grad_enabled() and _plain(args, kwargs):
             query, key, value = args if args else (kwargs[name] for name in ("query", "key", "value"))
-            return _Attention.apply(query, key, value)
+            return attend(query, key, value)
         return func(*args, **kwargs)
 
 
@@ -43,6 +43,11 @@ def _plain(args: tuple, kwargs: Mapping) -> bool:
     )
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v over (batch, heads, tokens, d), by matrix products, one sample after the other."""
+    return _Attention.apply(query, key, value)
+
+
 class _Attention(torch.autograd.Function):
     """softmax(q k^T / sqrt(d)) v over (batch, heads, tokens, d), one sample after the other."""
 
@@ -53,8 +58,9 @@ class _Attention(torch.autograd.Function):
         weights = query.new_empty(*query.shape[:3], key.shape[2])
         out = torch.empty_like(query)
         for q, k, v, w, o in zip(query, key, value, weights, out, strict=True):
-            w.copy_(torch.softmax(torch.bmm(q * scale, k.transpose(1, 2)), -1))
-            o.copy_(torch.bmm(w, v))
+            torch.bmm(q * scale, k.transpose(1, 2), out=w)
+            torch.softmax(w, -1, out=w)
+            torch.bmm(w, v, out=o)
         ctx.save_for_backward(query, key, value, weights)
         return out
 
@@ -65,8 +71,8 @@ class _Attention(torch.autograd.Function):
         of_query, of_key, of_value = (torch.empty_like(tensor) for tensor in (query, key, value))
         samples = zip(gradient.contiguous(), query, key, value, weights, of_query, of_key, of_value, strict=True)
         for g, q, k, v, w, to_q, to_k, to_v in samples:
-            to_v.copy_(torch.bmm(w.transpose(1, 2), g))
-            scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), w, -1, w.dtype).mul_(scale)
-            to_q.copy_(torch.bmm(scores, k))
-            to_k.copy_(torch.bmm(scores.transpose(1, 2), q))
+            torch.bmm(w.transpose(1, 2), g, out=to_v)
+            scores = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), w, -1, w.dtype)
+            torch.bmm(scores, k, out=to_q).mul_(scale)
+            torch.bmm(scores.transpose(1, 2), q, out=to_k).mul_(scale)
         return of_query, of_key, of_value

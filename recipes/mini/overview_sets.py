@@ -1,0 +1,170 @@
+"""What a training step of overviews sees: which tokens it keeps, and the picture that these hold.
+
+Every batch of encoded scenes is taken with several sets of tokens: all of them (dense), some (plain dropping), an
+overview alone, an overview and sharp tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from sparse_context.overview import overview_ids, residual, shrink
+from sparse_context.selectors import SELECTORS
+from sparse_context.training.dropping import blobs
+
+from .base import BaseConfig, batch_scenes
+from .data import Assets
+from .loss import position_ids, tokenise
+from .model import encode_pictures
+from .scenes import TOKEN, Scene
+
+
+@dataclass(frozen=True)
+class OverviewConfig:
+    """steps of `batch` aligned edits (fewer samples where there are more tokens), each batch of scenes taken `subsets`
+    times with other tokens and noise. Learning rates are of the new blocks; the old ones behind them take the share
+    `old`. `mix`: shares of the kinds of sets. `factors`: drawn one a set. `follow` weighs the blocks' distance to the
+    teacher, `teach` that of where heads look, `preserve` multiplies the loss of dense sets."""
+
+    steps: int = 12_000
+    batch: int = 16
+    subsets: int = 3
+    lr: float = 1e-3
+    muon_lr: float = 2e-3
+    old: float = 0.25
+    warmup: int = 100
+    ema: float = 0.998
+    factors: tuple[int, ...] = (2, 4)
+    mix: tuple[tuple[str, float], ...] = (("dense", 0.1), ("plain", 0.15), ("alone", 0.25), ("sharp", 0.5))
+    scenes: tuple[tuple[str, float], ...] = (
+        ("edit_background", 0.3),
+        ("edit_object", 0.2),
+        ("edit_global", 0.4),
+        ("subject_place", 0.04),
+        ("subject_pair", 0.02),
+        ("subject_scene", 0.02),
+        ("subject_quarters", 0.02),
+    )
+    keep: tuple[float, float] = (0.03, 0.5)
+    teach: float = 0.2
+    follow: float = 0.5
+    preserve: float = 4.0
+    focus: float = 2.0
+    seed: int = 0
+
+
+class TokenSet(NamedTuple):
+    """What a set holds. kind: of `OverviewConfig.mix`. factor: of the overview, 0 without one. kept: int64, the sharp
+    tokens, counted through all references."""
+
+    kind: str
+    factor: int
+    kept: np.ndarray
+
+
+def draw_set(config: OverviewConfig, scenes: Sequence[Scene], seed: Sequence[int]) -> TokenSet:
+    """The tokens that one step keeps. Overviews are of aligned edits alone; others are dense or plain."""
+    rng = np.random.default_rng(list(seed))
+    names, shares = map(list, zip(*config.mix, strict=True))
+    weights = np.array(shares)
+    if not all(aligned(scene) for scene in scenes):
+        weights[[name in ("alone", "sharp") for name in names]] = 0
+    kind = str(rng.choice(names, p=weights / weights.sum()))
+    factor = int(rng.choice(config.factors))
+    keep = float(np.exp(rng.uniform(*np.log(config.keep))))
+    shown = scenes[rng.integers(len(scenes))]
+    parts, start = [], 0
+    for picture, mask in zip(shown.references, shown.reference_masks, strict=True):
+        grid = picture.shape[0] // TOKEN, picture.shape[1] // TOKEN
+        tokens = grid[0] * grid[1]
+        count = {"dense": tokens, "alone": 0}.get(kind, max(1, round(keep * tokens)))
+        scores = scores_of(picture, mask, grid, factor, rng, kind == "sharp")
+        parts.append(start + np.sort(np.argsort(-scores.ravel(), kind="stable")[:count]))
+        start += tokens
+    return TokenSet(kind, factor if kind in ("alone", "sharp") else 0, np.concatenate(parts).astype(np.int64))
+
+
+def scores_of(
+    picture: np.ndarray, mask: np.ndarray, grid: tuple[int, int], factor: int, rng: np.random.Generator, sharp: bool
+) -> np.ndarray:
+    """The scores by which a set is chosen, (rows, columns); beside an overview mostly where that is wrong."""
+    draw = rng.random()
+    covered = mask.reshape(grid[0], TOKEN, grid[1], TOKEN).mean((1, 3)) if mask.shape == picture.shape[:2] else 1.0
+    if sharp and draw < 0.35:
+        return residual(picture, grid, factor)
+    if sharp and draw < 0.7:
+        return residual(picture, grid, factor) * (0.1 + covered)
+    kinds: list[Any] = [SELECTORS["random"], SELECTORS["uniform"], SELECTORS["edges"], blobs, lambda *_: covered]
+    scores = kinds[rng.integers(len(kinds))](picture, grid, rng)
+    return np.broadcast_to(scores, grid) + 1e-6 * rng.random(grid)
+
+
+def aligned(scene: Scene) -> bool:
+    """Whether the reference lies where the output does."""
+    return scene.task.startswith("edit_") and scene.task != "edit_remove"
+
+
+class Batch(NamedTuple):
+    """Scenes as tensors: pictures uint8 (B, S, S, 3), targets and then references; the rest as in base.Batch."""
+
+    scenes: list[Scene]
+    pictures: list[torch.Tensor]
+    ids: torch.Tensor
+    attends: torch.Tensor
+    source: torch.Tensor
+    focus: torch.Tensor
+
+
+def make_batch(assets: Assets, config: OverviewConfig, tokenizer: Any, number: int) -> Batch:
+    scenes_config = replace(BaseConfig().without_easy_part, batch=config.batch, seed=config.seed + 5_000,
+                            mix=config.scenes)  # fmt: skip
+    scenes = batch_scenes(assets, scenes_config, number)
+    pictures = zip(*((scene.target, *scene.references) for scene in scenes), strict=True)
+    return Batch(
+        scenes,
+        [torch.from_numpy(np.stack(same)) for same in pictures],
+        *tokenise(tokenizer, [scene.prompt for scene in scenes]),
+        torch.from_numpy(np.stack([scene.source for scene in scenes])).flatten(1),
+        torch.from_numpy(np.stack([scene.focus for scene in scenes])).flatten(1),
+    )
+
+
+# The tokens of a set --------------------------------------------------------------------------------------------------
+
+
+def sequence(latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, rows, columns) -> (B, tokens, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def reference_tokens(
+    vae: nn.Module, pictures: Sequence[torch.Tensor], latents: Sequence[torch.Tensor], tokens: TokenSet
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference tokens of a set, (B, N, C), and their ids, float32 (N, 4): sharp ones, then the overviews.
+
+    pictures: (B, 3, H, W) in [-1, 1]. latents: (B, C, rows, columns) of each.
+    """
+    ids = [position_ids(*part.shape[-2:], 10 * (i + 1)).float() for i, part in enumerate(latents)]
+    kept = torch.from_numpy(tokens.kept)
+    sharp = torch.cat([sequence(part) for part in latents], 1).index_select(1, kept.to(latents[0].device))
+    parts, all_ids = [sharp], [torch.cat(ids).index_select(0, kept)]
+    if tokens.factor:
+        for picture, part, own in zip(pictures, latents, ids, strict=True):
+            grid = (part.shape[-2], part.shape[-1])
+            parts.append(sequence(encode_pictures(vae, shrink(picture, grid, tokens.factor)).float()))
+            all_ids.append(overview_ids(own, grid, tokens.factor, (0, 1.0)))
+    return torch.cat(parts, 1), torch.cat(all_ids)
+
+
+def composite(picture: torch.Tensor, grid: tuple[int, int], factor: int, kept: np.ndarray) -> torch.Tensor:
+    """The picture that a set of one reference holds: the enlarged overview, and the picture itself in sharp cells."""
+    shown = np.zeros(grid[0] * grid[1], np.float32)
+    shown[kept] = 1
+    mask = interpolate(torch.from_numpy(shown).view(1, 1, *grid), size=picture.shape[-2:])
+    large = interpolate(shrink(picture, grid, factor), size=picture.shape[-2:], mode="bicubic", align_corners=False)
+    return torch.lerp(large.clamp(-1, 1), picture, mask.to(picture.device))

@@ -1,0 +1,164 @@
+"""How the embedded base learns overviews."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_scenes import make_assets, save_assets
+
+from recipes.mini import overview
+from recipes.mini.attention import speed_up
+from recipes.mini.overview import EDGES, FIRST, NEW, QUARTERS, grown, looking_loss, train_overview
+from recipes.mini.overview_sets import OverviewConfig, TokenSet, composite, draw_set, reference_tokens
+from recipes.mini.scenes import make_scene
+from sparse_context.overview import shrink
+from sparse_context.training.checkpoints import newest_step
+
+
+@pytest.fixture
+def scene(assets):
+    return make_scene(assets, "edit_global", 0)
+
+
+@pytest.fixture
+def inputs():
+    """Of a forward: output and reference tokens, a prompt, a noise level."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(2, 24, 32, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 5, 128, generator=generator),
+        "timestep": torch.tensor([0.3, 0.9]),
+        "img_ids": torch.arange(24)[:, None].expand(24, 4).float(),
+        "txt_ids": torch.zeros(5, 4),
+        "return_dict": False,
+    }
+
+
+@torch.no_grad()
+def test_new_blocks_change_nothing_until_they_are_trained(pipe, inputs):
+    student = grown(pipe.transformer)
+    assert len(student.single_transformer_blocks) == len(pipe.transformer.single_transformer_blocks) + NEW
+    assert torch.equal(student(**inputs)[0], pipe.transformer(**inputs)[0])
+    student.single_transformer_blocks[FIRST].attn.to_out.weight.fill_(0.01)
+    assert not torch.equal(student(**inputs)[0], pipe.transformer(**inputs)[0])
+
+
+def test_a_set_is_that_of_its_seed_and_holds_what_its_kind_says(scene):
+    config = OverviewConfig()
+    sets = [draw_set(config, [scene], [0, 3, step]) for step in range(60)]
+    again = [draw_set(config, [scene], [0, 3, step]) for step in range(60)]
+    assert all(np.array_equal(a.kept, b.kept) and a[:2] == b[:2] for a, b in zip(sets, again, strict=True))
+    assert {tokens.kind for tokens in sets} == {"dense", "plain", "alone", "sharp"}
+    for kind, factor, kept in sets:
+        assert np.array_equal(kept, np.unique(kept)) and kept.dtype == np.int64
+        assert (factor in (2, 4)) == (kind in ("alone", "sharp"))
+        assert {"dense": len(kept) == 256, "alone": len(kept) == 0}.get(kind, 8 <= len(kept) <= 128)
+
+
+def test_objects_that_move_have_no_overview(assets):
+    moved = make_scene(assets, "subject_place", 0)
+    kinds = {draw_set(OverviewConfig(), [moved], [0, 3, step]).kind for step in range(40)}
+    assert kinds == {"dense", "plain"}
+
+
+def test_a_composite_is_the_picture_where_it_is_sharp_and_the_enlarged_overview_elsewhere(scene):
+    picture = torch.from_numpy(scene.references[0].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    whole = composite(picture, (16, 16), 4, np.arange(256))
+    assert torch.equal(whole, picture)
+    alone = composite(picture, (16, 16), 4, np.zeros(0, np.int64))
+    mixed = composite(picture, (16, 16), 4, np.array([17]))
+    assert torch.equal(mixed[..., 8:16, 8:16], picture[..., 8:16, 8:16])
+    mixed[..., 8:16, 8:16] = alone[..., 8:16, 8:16]
+    assert torch.equal(mixed, alone)
+    assert torch.allclose(shrink(alone, (16, 16), 4), shrink(picture, (16, 16), 4), atol=0.15)
+
+
+@torch.no_grad()
+def test_the_tokens_of_a_set_are_the_sharp_ones_and_then_the_overview(pipe):
+    picture = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    latents = torch.randn(1, 32, 16, 16)
+    tokens, ids = reference_tokens(pipe.vae, [picture], [latents], TokenSet("sharp", 4, np.array([3, 18])))
+    assert torch.equal(tokens[:, :2], latents.flatten(2).transpose(1, 2)[:, [3, 18]]) and tokens.shape == (1, 18, 32)
+    assert ids[:2].tolist() == [[10, 0, 3, 0], [10, 1, 2, 0]] and ids[2].tolist() == [11, 1.5, 1.5, 0]
+    small = reference_tokens(pipe.vae, [picture], [latents], TokenSet("alone", 4, np.zeros(0, np.int64)))[0]
+    assert torch.equal(small, tokens[:, 2:])
+
+
+def looks_of(monkeypatch, source, tokens):
+    """Where heads are to look: those of edges by (axis, side), those of quarters by their sides, a copying one."""
+    seen = []
+    monkeypatch.setattr(
+        overview, "look_loss", lambda q, k, rotary, wanted, text: seen.append(wanted) or torch.zeros(())
+    )
+    pairs = [(None, None)] * (len(EDGES) + len(QUARTERS) + len(overview.COPYING))
+    looking_loss(pairs, (torch.zeros(1), torch.zeros(1)), source, (16, 16), tokens, 0)
+    edges = dict(zip([place for _, place in EDGES], seen, strict=False))
+    quarters = dict(zip([place for _, place in QUARTERS], seen[len(EDGES) :], strict=False))
+    return edges, quarters, seen[-1]
+
+
+def test_a_token_is_looked_at_by_the_head_of_its_quarter_and_those_of_its_edges(monkeypatch):
+    source = torch.tensor([[0, 17, 3, 36, -1]])  # cells (0, 0), (1, 1), (0, 3), (2, 4), none; 36 is sharp
+    edges, quarters, copying = looks_of(monkeypatch, source, TokenSet("sharp", 4, np.array([36])))
+    assert quarters[-1, -1].tolist() == [[1, 1, -1, -1, -1]]  # the first coarse token, behind the one sharp token
+    assert quarters[-1, 1].tolist() == [[-1, -1, 1, -1, -1]]
+    assert edges[0, -1].tolist() == [[1, -1, 1, -1, -1]]  # the first row of a coarse token
+    assert edges[1, -1].tolist() == [[1, -1, -1, -1, -1]]  # the first column
+    assert edges[1, 1].tolist() == [[-1, -1, 1, -1, -1]]  # the last one
+    assert copying.tolist() == [[-1, -1, -1, 0, -1]]
+
+
+def test_without_an_overview_nothing_is_looked_at_but_what_is_sharp(monkeypatch):
+    edges, quarters, copying = looks_of(monkeypatch, torch.tensor([[5, 6]]), TokenSet("plain", 0, np.array([6])))
+    assert all((wanted == -1).all() for wanted in (*edges.values(), *quarters.values()))
+    assert copying.tolist() == [[-1, 0]]
+
+
+def test_by_a_factor_of_two_the_quarters_tell_all_cells_apart_and_edges_rest(monkeypatch):
+    source = torch.arange(256)[None]
+    edges, quarters, _ = looks_of(monkeypatch, source, TokenSet("alone", 2, np.zeros(0, np.int64)))
+    assert all((wanted == -1).all() for wanted in edges.values())
+    looked = torch.stack(list(quarters.values()))
+    assert ((looked >= 0).sum(0) == 1).all()
+    assert torch.equal(looked.amax(0).view(16, 16), torch.arange(16)[:, None] // 2 * 8 + torch.arange(16) // 2)
+
+
+COMPILES = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch's compiler
+
+
+@pytest.mark.slow
+@COMPILES
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_compiled_attention_is_the_hosts(pipe, inputs):
+    """In bfloat16, to within what rounding makes of it; gradients, too."""
+    answers, gradients = [], []
+    for transformer in (grown(pipe.transformer), grown(pipe.transformer)):
+        if answers:
+            speed_up(transformer)
+        with torch.autocast("cpu", torch.bfloat16):
+            answer = transformer(**inputs)[0].float()
+        answer.square().sum().backward()
+        answers.append(answer.detach())
+        gradients.append(transformer.single_transformer_blocks[7].attn.to_qkv_mlp_proj.weight.grad)
+    for plain, compiled in (answers, gradients):
+        assert (plain - compiled).norm() < 0.05 * plain.norm()
+    assert not torch.equal(*answers)  # else nothing was compiled
+
+
+@pytest.mark.slow
+@COMPILES
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_a_run_trains_the_new_blocks_and_those_behind_them_alone_and_goes_on(tmp_path, pipe):
+    save_assets(make_assets(), tmp_path)
+    config = OverviewConfig(steps=2, batch=4, subsets=1, warmup=1)
+    train_overview(tmp_path, config, stop_after=0.0)
+    assert newest_step(tmp_path / "overview") == 1
+    train_overview(tmp_path, config)
+    assert newest_step(tmp_path / "overview") == 2
+    with pytest.raises(ValueError, match="was begun with batch 4"):
+        train_overview(tmp_path, OverviewConfig(steps=2, batch=8, subsets=1, warmup=1))
+    trained = load_file(tmp_path / "overview" / "step-0000002" / "weights.safetensors")
+    before = grown(pipe.transformer).state_dict()
+    changed = {name.split(".")[1] for name, weight in trained.items() if not torch.equal(weight, before[name])}
+    frozen = {str(number) for number in range(FIRST)}
+    assert changed & frozen == set() and {str(FIRST + NEW), str(FIRST + NEW + 3)} <= changed

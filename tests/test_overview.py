@@ -1,0 +1,98 @@
+"""Overviews: their pixels, positions, and where they are wrong."""
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_context.overview import enlarge, overview_grid, overview_ids, residual, shrink
+
+
+def grid_ids(rows, columns, step=1.0, first=(10.0, 0.0, 0.0)):
+    """Position ids (rows * columns, 3) as hosts make them: an axis that is constant, rows and columns."""
+    ids = torch.empty(rows, columns, 3)
+    ids[..., 0] = first[0]
+    ids[..., 1] = first[1] + step * torch.arange(rows)[:, None]
+    ids[..., 2] = first[2] + step * torch.arange(columns)
+    return ids.flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("grid", "factor", "coarse"),
+    [((16, 16), 4, (4, 4)), ((16, 24), 2, (8, 12)), ((9, 5), 4, (3, 2)), ((3, 1), 8, (1, 1))],
+)
+def test_an_overview_has_a_token_for_each_block_of_cells(grid, factor, coarse):
+    assert overview_grid(grid, factor) == coarse
+    pixels = torch.zeros(2, 3, grid[0] * 8, grid[1] * 8)
+    assert shrink(pixels, grid, factor).shape == (2, 3, coarse[0] * 8, coarse[1] * 8)
+    assert overview_ids(grid_ids(*grid), grid, factor).shape == (coarse[0] * coarse[1], 3)
+
+
+def test_its_pixels_are_means():
+    pixels = torch.randn(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    means = pixels.unflatten(-1, (16, 4)).unflatten(-3, (8, 4)).mean((-1, -3))
+    assert torch.allclose(shrink(pixels, (4, 8), 4), means, atol=1e-6)
+
+
+def test_what_a_last_cell_lacks_is_reflected():
+    """Nine rows by a factor of 4 lack three; their pixels are those before the border, mirrored."""
+    pixels = torch.arange(72.0).view(1, 1, 72, 1).expand(1, 1, 72, 32)
+    last = shrink(pixels, (9, 4), 4)[0, 0, 16:, 0]
+    padded = torch.cat([torch.arange(72.0), torch.arange(70.0, 46.0, -1)])
+    assert torch.equal(last, padded[64:].unflatten(0, (8, 4)).mean(-1))
+
+
+def test_each_token_lies_in_the_middle_of_the_cells_that_it_covers():
+    whole = grid_ids(8, 12)
+    middles = whole.unflatten(0, (8, 12)).unflatten(1, (3, 4)).unflatten(0, (2, 4)).mean((1, 3)).flatten(0, 1)
+    assert torch.equal(overview_ids(whole, (8, 12), 4), middles)
+    assert overview_ids(whole, (8, 12), 4)[0].tolist() == [10.0, 1.5, 1.5]
+
+
+def test_positions_follow_the_scale_and_the_first_cell_of_the_host():
+    ids = overview_ids(grid_ids(4, 4, step=0.5, first=(-1.0, 3.0, 2.0)), (4, 4), 2)
+    assert ids.tolist() == [[-1.0, 3.25, 2.25], [-1.0, 3.25, 3.25], [-1.0, 4.25, 2.25], [-1.0, 4.25, 3.25]]
+
+
+def test_a_cell_that_is_cut_lies_where_the_whole_one_would():
+    assert overview_ids(grid_ids(5, 4), (5, 4), 4)[:, 1].tolist() == [1.5, 5.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float32])
+def test_halves_stay_exact_whatever_type_the_host_has(dtype):
+    whole = grid_ids(16, 16).to(dtype)
+    assert overview_ids(whole, (16, 16), 4)[-1].tolist() == [10.0, 13.5, 13.5]
+    assert overview_ids(whole, (16, 16), 4).dtype == torch.float32
+
+
+def test_a_mark_moves_one_axis():
+    plain, marked = (overview_ids(grid_ids(4, 4), (4, 4), 2, mark) for mark in (None, (0, 1.0)))
+    assert torch.equal(marked - plain, torch.tensor([1.0, 0.0, 0.0]).expand(4, 3))
+
+
+def test_a_lone_row_or_column_has_its_middle():
+    assert overview_ids(grid_ids(1, 4), (1, 4), 2)[:, 1:].tolist() == [[0.0, 0.5], [0.0, 2.5]]
+
+
+def test_a_flat_picture_has_no_residual_and_a_detail_has_it_where_it_is():
+    flat = np.full((64, 64, 3), 120, np.uint8)
+    assert not residual(flat, (8, 8), 4).any()
+    detail = flat.copy()
+    detail[16:24:2, 40:48] = 255  # in the cell (2, 5)
+    scores = residual(detail, (8, 8), 4)
+    assert scores.dtype == np.float32 and np.unravel_index(scores.argmax(), scores.shape) == (2, 5)
+
+
+def test_a_residual_is_the_error_of_the_enlarged_overview():
+    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    small = shrink(torch.from_numpy(picture).permute(2, 0, 1)[None].float(), (4, 6), 2)[0].permute(1, 2, 0).numpy()
+    error = (picture - enlarge(small, (32, 48), 2)) ** 2
+    expected = np.sqrt(error.reshape(4, 8, 6, 8, 3).mean((1, 3, 4)))
+    assert np.allclose(residual(picture, (4, 6), 2), expected, atol=1e-4)
+
+
+def test_a_finer_overview_is_wrong_by_less():
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    picture = np.kron(coarse, np.ones((8, 8, 1))).astype(np.uint8)
+    means = [residual(picture, (8, 8), factor).mean() for factor in (2, 4, 8)]
+    assert means == sorted(means) and means[0] > 0
