@@ -44,7 +44,7 @@ RUNS = (
 
 def read(name: str) -> dict:
     """A result, by the name of its file in results/."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def read_bench(name: str) -> Figures:
@@ -117,7 +117,7 @@ def draw(tables: Mapping[str, Callable[[], str]], folder: Path = RESULTS) -> Non
         except FileNotFoundError as error:
             print(f"{name}.md was not drawn: {error.filename} is missing")
             continue
-        (folder / f"{name}.md").write_text(text + "\n")
+        (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
 
 
 def all_tables() -> dict[str, Callable[[], str]]:

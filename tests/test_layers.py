@@ -149,7 +149,7 @@ def test_the_rules_fail_where_they_should():
     with pytest.raises(LookupError, match="^helpers is in 0 rooms: give it a line in ROOMS$"):
         back_arrows(arrows({**MODULES, "helpers": "import math\nfrom .tokens import ReferenceTokens"}))
     with pytest.raises(LookupError, match=r"^helpers\.files is in 0 rooms"):
-        back_arrows(arrows({**MODULES, "helpers": "", "helpers.files": "", "cli": "from .helpers import files"}))
+        back_arrows(arrows({**MODULES, "helpers": "", "helpers.files": "", "sparsify": "from .helpers import files"}))
 
     def upwards(module, source):
         return back_arrows(arrows({**MODULES, module: source}))
