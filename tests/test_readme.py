@@ -1,10 +1,13 @@
 """The documents: their tables are those of the results, their links lead somewhere, and the examples run."""
 
+import ast
+import importlib
 import importlib.util
 import json
 import re
 import runpy
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -128,6 +131,48 @@ def test_files_that_are_named_are_there():
     for page in PAGES:
         for name in re.findall(r"`((?:runs|docs|examples|tests|results)/[\w./-]+\.\w+)`", page.read_text()):
             assert "NAME" in name or (ROOT / name).exists(), f"{page.relative_to(ROOT)} names {name}"
+
+
+def own_imports(page: str) -> list[tuple[str, str | None]]:
+    """(module, name) of what the fenced Python blocks of a page import from the package; name None: the module."""
+    found: list[tuple[str, str | None]] = []
+    for _, block in re.findall(r"^( *)```(?:python|py)\b[^\n]*\n(.*?)^\1```", page, re.DOTALL | re.MULTILINE):
+        for node in ast.walk(ast.parse(textwrap.dedent(block))):
+            if isinstance(node, ast.Import):
+                found += [(alias.name, None) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found += [(node.module, alias.name) for alias in node.names]
+    return [(module, name) for module, name in found if module.partition(".")[0] == "sparse_context"]
+
+
+def find_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # what would hold it is no package
+        return False
+
+
+def test_imports_on_the_pages_resolve():
+    pages = [*PAGES, ROOT / "sparse_context" / "embedded" / "README.md"]
+    found = {page: own_imports(page.read_text()) for page in pages}
+    assert found[ROOT / "README.md"] and found[ROOT / "docs" / "evaluation.md"]
+    for page, imports in found.items():
+        for module, name in imports:
+            home = importlib.import_module(module)
+            if name is not None and not hasattr(home, name):  # else a module of its own, or a name that is not there
+                assert find_module(f"{module}.{name}"), f"{page.relative_to(ROOT)} imports {name} from {module}"
+
+
+def test_imports_are_found_in_blocks_of_any_indent():
+    page = (
+        "- a\n\n    ```python\n    import sparse_context.cache\n    from sparse_context import mask, nothing\n    ```\n"
+    )
+    assert own_imports(page) == [
+        ("sparse_context.cache", None),
+        ("sparse_context", "mask"),
+        ("sparse_context", "nothing"),
+    ]
+    assert own_imports("```python\nimport torch\nfrom .tokens import x\n```\n```sh\nimport sparse_context\n```\n") == []
 
 
 def test_every_pipeline_is_on_its_page():
