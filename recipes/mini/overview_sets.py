@@ -36,11 +36,11 @@ class OverviewConfig:
     subsets: int = 3
     lr: float = 1e-3
     muon_lr: float = 2e-3
-    old: float = 0.25
+    old: float = 0.1
     warmup: int = 100
     ema: float = 0.998
     factors: tuple[int, ...] = (2, 4)
-    mix: tuple[tuple[str, float], ...] = (("dense", 0.1), ("plain", 0.15), ("alone", 0.25), ("sharp", 0.5))
+    mix: tuple[tuple[str, float], ...] = (("dense", 0.2), ("plain", 0.1), ("alone", 0.25), ("sharp", 0.45))
     scenes: tuple[tuple[str, float], ...] = (
         ("edit_background", 0.3),
         ("edit_object", 0.2),
