@@ -42,7 +42,7 @@ class Flux2(Host):
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
         width, height = (side // self.token * self.token for side in picture.size)
-        return self.processor.preprocess(picture, height=height, width=width, resize_mode="crop")
+        return self.pipe.image_processor.preprocess(picture, height=height, width=width, resize_mode="crop")
 
     @torch.no_grad()
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
