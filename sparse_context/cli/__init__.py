@@ -1,6 +1,7 @@
-"""The command `sparse-context`: options in, one call of the work below, results out. No logic lives here.
+"""The command `sparse-context`: options in, the work below, results out. What it knows of its own is options and files.
 
-Bad input is one sentence on stderr and exit code 2; nothing is written then. Heavy imports happen inside the commands.
+Bad input is one sentence on stderr and exit code 2, as is what fails in the middle; what was finished by then, such as
+cells of an evaluation or checkpoints, stays. Heavy imports happen inside the commands.
 """
 
 import contextlib
