@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparse_context.training.config import TrainConfig
-from sparse_context.training.options import RunConfig, _kinds, read_settings
+from sparse_context.training.options import RunConfig, field_kinds, read_settings
 
 
 def test_nothing_said_is_the_defaults():
@@ -129,4 +129,4 @@ def test_every_field_can_be_set_from_a_record_of_all_of_them(tmp_path):
     assert (settings.model, settings.data) == ("a/b", "c")
     assert json.loads(json.dumps(asdict(settings.config))) == json.loads(json.dumps(asdict(config)))
     assert settings.run == run
-    assert set(_kinds()) >= {"dropping.mix", "rank", "report_to"}
+    assert set(field_kinds()) >= {"dropping.mix", "rank", "report_to"}

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..config import SparseContextConfig
 from ..images import check_output, open_picture, save_picture
+from ..pipelines.hub import one_line
 from ..preview import draw_selection
 from ..result import checkout, write_result
 from ..samples import Sample, name_problem, same_file
@@ -35,7 +36,6 @@ from ..selection import selection_version
 from ..selectors.masks import mask as masks_of
 from .grid import DENSE, LONGEST_NAME, Cell, Maker
 from .metrics import Metric
-from .networks import first_line
 from .report import SHOWN
 from .statistics import summarise
 
@@ -283,9 +283,7 @@ def _measure(name: str, function: Callable[..., float], output: Image.Image, tru
     except ValueError:
         raise
     except Exception as error:  # a model of another kind, memory that ran out
-        raise ValueError(
-            f"The metric {name} failed ({first_line(error)}): leave it out, or change its model."
-        ) from error
+        raise ValueError(f"The metric {name} failed ({one_line(error)}): leave it out, or change its model.") from error
 
 
 def _fit(picture: Image.Image | None, output: Image.Image) -> Image.Image | None:

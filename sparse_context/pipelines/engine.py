@@ -18,10 +18,10 @@ from ..preview import fit_reference, label, reference_mask, side_by_side
 from ..selection import Selection
 from ..sparsify import apply_sparse_context, last_selection
 from .embedded import ADAPTERS
-from .hub import _first_line
+from .hub import one_line
 from .load import load
 from .lora_file import NO_LORA
-from .settings import Fit, _check_references, _fit_masks, call_inputs, call_settings, reference_sides
+from .settings import Fit, call_inputs, call_settings, check_images, fit_masks, reference_sides
 from .spec import ModelSpec, Request
 from .timing import Times, timed, watching
 
@@ -199,7 +199,7 @@ class Engine:
         except ValueError:
             raise
         except Exception as error:  # memory that ran out, parts that do not belong together, settings of another model
-            raise ValueError(f"{name} failed: {_first_line(error)}.") from error
+            raise ValueError(f"{name} failed: {one_line(error)}.") from error
 
 
 def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str, Any]]:
@@ -210,7 +210,7 @@ def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str
     family, name = family_of(pipe), type(pipe).__name__
     settings, inputs = call_settings(pipe), call_inputs(pipe)
     references, config, mask = request.references, request.config, request.inpaint
-    _check_references(name, family, len(references), mask is not None, settings.get("max_references"))
+    check_images(name, family, len(references), mask is not None, settings.get("max_references"))
     token = 2 * pipe.vae_scale_factor
     for side, value in (("height", request.height), ("width", request.width)):
         if value is not None and side not in inputs:
@@ -244,7 +244,7 @@ def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str
     fitted_mask = None if mask is None else fits[0](mask)
     arguments |= call_arguments(pipe, images, fitted_mask, request.height, request.width)
     arguments = {dial: value for dial, value in arguments.items() if value is not None}
-    return replace(config, selector=_fit_masks(config.selector, fits)), arguments
+    return replace(config, selector=fit_masks(config.selector, fits)), arguments
 
 
 def _guided(pipe: Any, scale: float | None) -> contextlib.AbstractContextManager[None]:

@@ -7,7 +7,7 @@ import torch
 
 from ..families import FAMILIES
 from .embedded import ADAPTERS, WEIGHTS, adapter_record
-from .hub import KLEIN, KLEIN_KV, _class_name, _clock, _first_line
+from .hub import KLEIN, KLEIN_KV, class_name_of, clock, one_line
 from .lora import load_lora
 from .lora_file import NO_LORA, LoraFile, check_lora_file, read_lora
 from .quantization import GgufTransformer, Quantized, QuantizedTransformer, find_quantization
@@ -41,7 +41,7 @@ def load(spec: ModelSpec | None = None) -> Any:
         raise ValueError(
             f"lora-scale is {spec.lora_scale:g}, but there is no LoRA: name one with --lora, or leave it out."
         )
-    class_name = _class_name(path)
+    class_name = class_name_of(path)
     _check_kv(path, class_name, spec.kv, lora)
     file = _read_lora(class_name, str(adapter) if has_adapter else lora)
     modular = FAMILIES[class_name].modular
@@ -51,10 +51,10 @@ def load(spec: ModelSpec | None = None) -> Any:
     dtype = DTYPES.get(spec.dtype, automatic)
     transformer = find_quantization(spec, device, dtype)
     try:
-        with _clock(f"loading {path}"):
+        with clock(f"loading {path}"):
             pipe = (_load_modular if modular else _load_plain)(path, dtype, transformer)
     except Exception as error:  # the loaders raise many kinds, and all of them mean this
-        raise ValueError(f"The model {path} does not load: {_first_line(error)}.") from error
+        raise ValueError(f"The model {path} does not load: {one_line(error)}.") from error
     _check_complete(path, pipe)
     if spec.kv and class_name == KLEIN:
         pipe = _in_kv_mode(path, pipe)

@@ -113,7 +113,7 @@ class Settings:
     run: RunConfig
 
 
-def _kinds() -> dict[str, Any]:
+def field_kinds() -> dict[str, Any]:
     """Every field by its dotted name -> its type."""
     kinds: dict[str, Any] = {}
     for prefix, record in (("", RunConfig), ("", TrainConfig), ("dropping.", Dropping)):
@@ -131,7 +131,7 @@ def read_settings(
     there. Raises ValueError, in one sentence, for a field that there is not (with the nearest names), for a value of
     another type, for a flag and a set of one field that differ, and for a file that cannot be read.
     """
-    kinds = _kinds()
+    kinds = field_kinds()
     values = DEFAULTS | ({} if file is None else _read_file(file, kinds))
     texts: dict[str, str] = {}
     for text in sets:
