@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..config import SparseContextConfig
 from ..images import check_output, open_picture, save_picture
+from ..pipelines.errors import GenerationError
 from ..pipelines.hub import one_line
 from ..preview import draw_selection
 from ..result import checkout, write_result
@@ -108,8 +109,9 @@ def evaluate(
                         rows.append(
                             _run(how, sample, name, cell.config, metrics, folder, seed + i, keeps_picture=i < SHOWN)
                         )
-                    except ValueError as error:
-                        raise ValueError(f"Sample {sample.name}, setting {name}: {error}") from error
+                    except (ValueError, GenerationError) as error:
+                        kind = GenerationError if isinstance(error, GenerationError) else ValueError
+                        raise kind(f"Sample {sample.name}, setting {name}: {error}") from error
                     bar.update()
                 figures = {"samples": rows}
                 write_result(folder / "cells" / f"{name}.json", f"evaluation of {name}", configs[name], figures)
@@ -143,7 +145,7 @@ def open_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be a folder ({error.strerror}): choose another --output.") from error
+        raise ValueError(f"{folder} cannot be a folder ({error.strerror}): choose another one.") from error
     check_output(folder / "curves.png")
 
 
