@@ -235,4 +235,4 @@ NO_LORA = "none"
 def check_lora_scale(lora_scale: float) -> None:
     """Raise ValueError for a share of a LoRA that is out of range."""
     if not 0 <= lora_scale < math.inf:
-        raise ValueError(f"lora-scale is {lora_scale!r}: pass a number of 0 or more.")
+        raise ValueError(f"lora_scale is {lora_scale!r}: pass a number of 0 or more.")

@@ -66,14 +66,12 @@ def check_images(name: str, family: Family, count: int, inpaint: bool, most: int
     if family.most is not None and count > family.most:
         raise ValueError(f"There are {count} references, and {name} takes at most {family.most}: pass fewer.")
     if count < family.fewest:
-        raise ValueError(f"There are {count} references, and {name} needs at least {family.fewest}: pass --image.")
+        raise ValueError(f"There are {count} references, and {name} needs at least {family.fewest}: pass more.")
     if family.paints and not inpaint:
-        raise ValueError(
-            f"{name} paints into its first reference: pass --inpaint, a mask that is white where to paint."
-        )
+        raise ValueError(f"{name} paints into its first reference: pass inpaint, a mask that is white where to paint.")
     if inpaint and not family.paints:
         painters = ", ".join(painter for painter, known in FAMILIES.items() if known.paints)
-        raise ValueError(f"{name} does not paint into an image: leave --inpaint out, or use one of {painters}.")
+        raise ValueError(f"{name} does not paint into an image: leave inpaint out, or use one of {painters}.")
 
 
 def call_inputs(pipe: Any) -> Container[str]:
