@@ -31,7 +31,7 @@ SKIPPED = 20  # steps in a row without finite gradients, by which a run ends
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long a loop trains, and what it does every so many steps. Raises ValueError for `seconds` that are not above 0.
+    """How long a loop trains, and what it does every so many steps. Raises ValueError for `seconds` not above 0.
 
     `schedule` is a name of `SCHEDULES`, with `warmup` steps. A step averages the gradients of `accumulate` batches and
     clips their norm to `clip`. `ema` is the decay of the weights' average; 0 averages nothing. `save_every` steps there
