@@ -21,21 +21,24 @@ PAGES = {
     "tokens": ("Tokens and budgets", ("tokens", "budget", "merge", "overview")),
     "cache": ("Reference cache", ("cache",)),
     "preview": ("Drawing what was kept", ("preview",)),
-    "generate": ("Loading and generating", ("pipelines", "generation")),
-    "samples": ("Samples", ("samples", "manifest")),
+    "generate": ("Loading and generating", ("pipelines",)),
+    "samples": ("Samples", ("samples",)),
     "training": ("Training", ("training",)),
     "evaluation": ("Evaluation", ("evaluation",)),
-    "benchmark": ("Benchmark", ("bench", "speed")),
+    "benchmark": ("Benchmark", ("bench",)),
 }
-"""Page -> its title and the modules or folders that it shows, of which those that exist are taken."""
+"""Page -> its title and the modules or folders that it shows."""
 
 
 def modules(name: str) -> list[str]:
-    """The dotted names of a module, or of all public modules of a folder that hold more than a docstring."""
+    """The dotted names of a module, or of all public modules of a folder that hold more than a docstring.
+
+    Raises ValueError where there is neither.
+    """
     if (PACKAGE / f"{name}.py").is_file():
         return [f"sparse_context.{name}"]
     if not (PACKAGE / name).is_dir():
-        return []
+        raise ValueError(f"PAGES names {name!r}, which sparse_context does not have: list what is there.")
     files = sorted(path for path in (PACKAGE / name).glob("*.py") if path.stem != "__main__")
     dotted = [f"sparse_context.{name}" + ("" if path.stem == "__init__" else f".{path.stem}") for path in files]
     return [each for each, path in zip(dotted, files, strict=True) if _has_names(path)]

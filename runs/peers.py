@@ -6,7 +6,7 @@
 The embedded model without an adapter, on the scenes of runs/mini_curves.py and their noise. `sparse` keeps what each
 task chooses by itself, and drops the rest or spends three tenths of its budget on averages of that; `sparse,
 fine-tuned` drops it, with the package's adapter or the one named. `downscaled` and `merged` are those of the benchmark
-(sparse_context/speed/methods.py). So all have the speed that their tokens allow, of which there are about as many: the
+(sparse_context/bench/methods.py). So all have the speed that their tokens allow, of which there are about as many: the
 result says how many. Differences are to the dense model without an adapter and with all tokens, scene by scene, and
 those of each method to `sparse`: PSNR inside the object or, for global edits, of the whole picture. Stopped at any
 point, it goes on there.

@@ -3,7 +3,7 @@
     python runs/train_peers.py {downscaled,merged} [--steps 100]
 
 The same fine-tuning as `python -m recipes.mini sparse --full` (recipes/mini/sparse.py), with as many samples, each
-taken three times: by the method of that name in sparse_context/speed/methods.py the references are left with a share of
+taken three times: by the method of that name in sparse_context/bench/methods.py the references are left with a share of
 their tokens, from the same range, or with all of them in an eighth of the cases. (Scaled down, a sample has other noise
 each of the three times, and not one for all.) The run goes to `checkpoints/ablations/METHOD`, where `runs/ablations.py`
 finds it. Merging is by content, and the tokens' places are shared by a batch, so there a batch is one sample. A run

@@ -21,7 +21,7 @@ def task_defaults(task: str, references: int) -> tuple[str | dict[str, float], f
       limitation. Whatever the edit spares is looked at closest where it is salient.)
     - "global", an edit of the whole picture, such as a colour tone or a style: tokens spread evenly, since every region
       is asked for. No selector knows better, and the embedded model breaks such an edit with the first tokens that it
-      goes without (docs/quality.md): keep="auto" keeps all.
+      goes without (docs/benchmarks/quality.md): keep="auto" keeps all.
     - "subject", a subject put into a new scene: the selector of that name, saliency with the subject's outline and rim,
       and nothing for the background.
     - "auto": one reference is taken for an edit, several for subjects. (The shape of the output cannot tell: by default

@@ -106,9 +106,9 @@ class Call:
         total = sum(rows * columns for rows, columns in grids)
         if total != len(tokens):
             raise ValueError(
-                f"The pipeline made {len(tokens)} reference tokens where {len(grids)} pictures of {total} tokens were "
-                "seen, so a part of it works in another way than Sparse Context knows: call remove_sparse_context, "
-                "or give it the part that it had."
+                f"The pipeline made {len(tokens)} reference tokens, but the references account for {total}. A part of "
+                "it was replaced by one that works differently: call remove_sparse_context, or restore the original "
+                "part."
             )
         config, cache = self.context.config, self.context.cache
         pictures = [picture(i, user_mask(config.selector, i)) for i in range(len(grids))]

@@ -4,6 +4,9 @@ A reference is scaled down by a factor `f` a side with an area filter, in pixels
 of its tokens. They lie spread over the reference's own grid, each in the middle of the cells that it covers, and an
 axis of the position ids that is free marks the scale. The rest of a budget goes to sharp tokens where the overview is
 wrong.
+
+Pipelines do not use overviews yet: the recipe of the embedded model (`recipes/mini`) does, which teaches it to read
+them.
 """
 
 from __future__ import annotations
@@ -56,17 +59,26 @@ def overview_ids(
 
 
 def enlarge(small: np.ndarray, size: tuple[int, int], factor: int) -> np.ndarray:
-    """A shrunk picture, uint8 (h, w, C), at its former size (H, W) by cubic interpolation: what an overview shows."""
+    """A shrunk picture at its former size (H, W) by cubic interpolation: what an overview shows.
+
+    small: (h, w, C), uint8 or float32 in grey levels; so is what is returned, clipped to 0 ... 255.
+    """
     height, width = small.shape[:2]
     large = cv2.resize(small, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC)
-    return large[: size[0], : size[1]]
+    return large[: size[0], : size[1]].clip(0, 255)  # cubic interpolation overshoots beside edges
 
 
 def residual(image: np.ndarray, grid: tuple[int, int], factor: int) -> np.ndarray:
     """Where the overview is wrong: the root mean squared error of the enlarged one in each cell, in grey levels.
 
-    image: uint8 (H, W, 3). float32 (rows, columns), 0 where the overview shows all there is.
+    image: uint8 (H, W, 3), with H and W divisible by the rows and columns of `grid`; raises ValueError for another.
+    float32 (rows, columns), 0 where the overview shows all there is.
     """
+    if image.shape[0] % grid[0] or image.shape[1] % grid[1]:
+        raise ValueError(
+            f"The picture is {image.shape[1]}x{image.shape[0]}, which {grid[0]} rows and {grid[1]} columns of tokens "
+            "do not divide: crop it to whole tokens."
+        )
     pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
     small = shrink(pixels, grid, factor)[0].permute(1, 2, 0).numpy()
     error = (image - enlarge(small, image.shape[:2], factor)) ** 2

@@ -11,7 +11,7 @@ from .config import SparseContextConfig
 from .selection import Kept, Selection, select_tokens
 from .selectors.registry import SelectorsLike, user_mask
 
-MAX_AREA = 1024 * 1024  # what the FLUX.2 pipelines scale a larger reference down to, in pixels
+MAX_AREA = 1024 * 1024  # the FLUX.2 pipelines scale a larger reference down to this many pixels, and preprocess it then
 MAX_ASPECT = 8  # they refuse anything wider or taller
 MIN_SIDE = 64  # and anything smaller, in pixels
 
@@ -138,7 +138,7 @@ def select_pictures(pictures: Sequence[Image.Image], config: SparseContextConfig
         if not rows or not columns:
             raise ValueError(
                 f"Picture {i + 1} is {picture.width}x{picture.height}, less than one token of {token} pixels: "
-                "pass a larger picture or a smaller --token."
+                "pass a larger picture or a smaller token."
             )
         left, top = (picture.width - columns * token) // 2, (picture.height - rows * token) // 2
         seen.append(np.asarray(picture.crop((left, top, left + columns * token, top + rows * token))))

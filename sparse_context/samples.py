@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from PIL import Image
 
@@ -111,6 +111,13 @@ class SourceOptions(TypedDict, total=False):
     most_references: int | None
 
 
+def source_of(config_name: str | None, split: str, image: str, references: str, prompt: str) -> dict[str, Any]:
+    """Which part of a data set is read, and by which columns for its fields: keywords of `read_samples`."""
+    columns = {"image": image, "references": references, "prompt": prompt}
+    columns = {field: column for field, column in columns.items() if field != column}
+    return {"columns": columns, "split": split, "config": config_name}
+
+
 def read_samples(source: str | Path, **options: Unpack[SourceOptions]) -> "Samples":
     """The samples of a JSONL manifest, of a folder that `datasets` reads, or of a hub name such as "owner/name".
 
@@ -121,7 +128,7 @@ def read_samples(source: str | Path, **options: Unpack[SourceOptions]) -> "Sampl
     if isinstance(rows, list):
         problems = [problem for _, sample in rows if isinstance(sample, list) for problem in sample]
         if problems:
-            more = f" ({len(problems) - 1} more problems: --check-data lists them all)" if len(problems) > 1 else ""
+            more = f" ({len(problems) - 1} more problems: check_samples lists them all)" if len(problems) > 1 else ""
             raise ManifestError(f"{source}, {problems[0].rstrip('.')}{more}.")
     return Samples(rows)
 
@@ -154,7 +161,7 @@ def check_pictures(samples: "Samples") -> None:
         problems = _bad_pictures(sample, opened) if i < CHECKED else _lost_pictures(sample)
         if problems:
             raise ManifestError(
-                f"The sample {sample.name} cannot be used: {problems[0]} (--check-data names every bad row)."
+                f"The sample {sample.name} cannot be used: {problems[0]} (check_samples names every bad row)."
             )
 
 

@@ -147,7 +147,7 @@ class Selection:
             lines.append(f"reference {i}: {_tokens(len(kept.index), kept.scores.size)}{how}")
         lines.append(f"total: {_tokens(self.kept, self.total)}, task {self.task}, in {1000 * self.seconds:.1f} ms")
         if any(kept.task == "global" and len(kept.index) < kept.scores.size for kept in self.references):
-            lines.append("an edit of the whole picture loses by every token that is dropped: keep all, or keep='auto'")
+            lines.append("a global edit loses quality with every dropped token: keep all, or use keep='auto'")
         for i, kept in enumerate(self.references, start=1):
             if kept.selector == "mask" and not kept.scores.any():
                 lines.append(f"the mask of reference {i} marks nothing, so its tokens are spread evenly")
@@ -209,7 +209,7 @@ def select_tokens(
     start = time.perf_counter()
     batches = _check_pictures(images, grids)
     plan = plan_selection(config, grids)
-    start += _prepare_selectors(plan.selectors)  # reading a net once is not what choosing costs
+    reading = _prepare_selectors(plan.selectors)  # a net, once, which is not what choosing costs
     scores = score_references(plan, batches, config.seed, shows_picture, score)
     index = choose_tokens(
         scores,
@@ -224,7 +224,7 @@ def select_tokens(
     pictures = [batch[0] if batch else None for batch in batches]
     kept = tuple(map(Kept, plan.grids, index, scores, plan.labels, pictures, into, plan.tasks))
     task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(plan.tasks))
-    return Selection(kept, task, tuple(plan.coverages), time.perf_counter() - start)
+    return Selection(kept, task, tuple(plan.coverages), time.perf_counter() - start - reading)
 
 
 def _check_pictures(images: Sequence[Pixels], grids: Sequence[Grid]) -> list[list[np.ndarray]]:
@@ -259,7 +259,8 @@ def plan_selection(config: SparseContextConfig, grids: Sequence[Grid]) -> Plan:
         keep = ratios = [1.0 if pair == ("auto", "global") else pair[0] for pair in zip(ratios, tasks, strict=True)]
     all_whole = keeps_all(keep, sizes)
     budgets_apart = is_per_reference(keep) and config.multiple_of == 1
-    plan = Plan(grids, tasks, keep, [], [], [])
+    selectors: list[SelectorLike | None] = []
+    labels, coverages = [], []
     chosen = each_selector(config.selector, count)
     check_length("selector", chosen, count)
     for choice, task, ratio, size in zip(chosen, tasks, ratios, sizes, strict=True):
@@ -268,10 +269,10 @@ def plan_selection(config: SparseContextConfig, grids: Sequence[Grid]) -> Plan:
         if choice is not None:
             selector, coverage = choice, 0.0 if task == "auto" else coverage
         whole = all_whole or (budgets_apart and keeps_all(ratio, [size]))
-        plan.selectors.append(None if whole else selector)
-        plan.labels.append("all" if whole else resolve(selector)[0])
-        plan.coverages.append(coverage if config.coverage is None else float(config.coverage))
-    return plan
+        selectors.append(None if whole else selector)
+        labels.append("all" if whole else resolve(selector)[0])
+        coverages.append(coverage if config.coverage is None else float(config.coverage))
+    return Plan(grids, tasks, keep, selectors, labels, coverages)
 
 
 def _check_masks(selectors: SelectorsLike, count: int) -> None:

@@ -28,8 +28,9 @@ def apply_sparse_context(
     pipe: a diffusers pipeline of a supported class (see `families.FAMILIES`).
     config: what to keep; the default keeps a fifth. Single fields can be given as keywords instead or on top:
         `apply_sparse_context(pipe, keep=0.1, selector="saliency")`.
-    cache: remembers the scores of references that come again, and with FLUX.2 their latents too. None: every call
-        makes them anew. It is yours, so that it outlives applying again and can serve several pipelines.
+    cache: remembers the scores of references that come again, and with the plain FLUX.2 pipelines their latents too.
+        None: every call makes them anew. It is yours, so that it outlives applying again and can serve several
+        pipelines.
 
     Applying again replaces what was applied before, and is cheap enough to do for each call. Raises TypeError for a
     pipeline or a cache of another kind, ValueError for a setting out of range, and ImportError where diffusers is not

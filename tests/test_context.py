@@ -417,7 +417,7 @@ def test_keep_refuses_grids_that_hold_another_number_of_tokens():
     tokens = ReferenceTokens(torch.zeros(1, 6, 2), torch.zeros(6, 3))
     for grids in ([], [(2, 2)], [(2, 3), (1, 1)]):
         total = sum(rows * columns for rows, columns in grids)
-        sentence = f"^The pipeline made 6 reference tokens where {len(grids)} pictures of {total} tokens were seen, .*$"
+        sentence = f"^The pipeline made 6 reference tokens, but the references account for {total}. A part of it .*$"
         with pytest.raises(ValueError, match=sentence):
             call.keep(tokens, grids, lambda i, mask: None)
 

@@ -199,8 +199,8 @@ def test_a_comparison_is_both_answers(engine):
     ("fields", "says"),
     [
         ({"dtype": "int8"}, "dtype is 'int8': choose auto, float16, fp16, bfloat16, bf16, float32, fp32."),
-        ({"cpu_offload": "disk"}, "cpu-offload is 'disk': choose model or group."),
-        ({"lora_scale": -1.0}, "lora-scale is -1.0: pass a number of 0 or more."),
+        ({"cpu_offload": "disk"}, "cpu_offload is 'disk': choose model or group."),
+        ({"lora_scale": -1.0}, "lora_scale is -1.0: pass a number of 0 or more."),
         ({"quantization": "int4"}, "quantization is 'int4': choose int8, nf4, int8-bnb or name a .gguf file."),
         ({"quantization": "no.gguf"}, "The GGUF file no.gguf is not there: name one that holds the model's transf"),
     ],

@@ -27,7 +27,7 @@ from sparse_context.config import task_defaults
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
 from sparse_context.evaluation.grid import DENSE, Cell, grid, maker
 from sparse_context.evaluation.metrics import Metric, find_metrics, psnr
-from sparse_context.evaluation.plots import _level, draw_all, draw_curves, lines_of
+from sparse_context.evaluation.plots import draw_all, draw_curves, level_of, lines_of
 from sparse_context.evaluation.report import table
 from sparse_context.evaluation.statistics import bootstrap_interval, summarise
 from sparse_context.images import open_picture
@@ -577,9 +577,9 @@ def test_curves_and_sheets_are_drawn(finished, samples):
 def test_a_point_of_a_curve_is_all_tokens_plus_the_difference_of_pairs():
     dense = {"mean": 20.0, "interval": [15, 25]}
     entry = {"mean": 30.0, "interval": [28, 32], "difference": -1.0, "difference_interval": [-1.5, -0.5]}
-    assert _level(entry, dense) == (19, 18.5, 19.5)
-    assert _level(entry | {"difference_interval": None}, dense) == (19, 19, 19)
-    assert _level(entry, None) == (30, 28, 32)
+    assert level_of(entry, dense) == (19, 18.5, 19.5)
+    assert level_of(entry | {"difference_interval": None}, dense) == (19, 19, 19)
+    assert level_of(entry, None) == (30, 28, 32)
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def test_distillation_meets_the_dense_answer_without_the_adapter():
     assert torch.allclose(mixed, 0.75 * plain + 0.25 * loss, rtol=1e-5)
 
 
-def test_preservation_holds_dense_batches_to_the_base_and_leaves_the_others():
+def test_preservation_holds_dense_batches_to_the_base():
     host = klein()
     encoded, sigma, noise = parts(host)
     index = everything(encoded)
@@ -143,7 +143,6 @@ def test_preservation_holds_dense_batches_to_the_base_and_leaves_the_others():
 
     assert loss(index, preservation=3.0) == 0  # a fresh adapter is the base
     randomise(host.transformer)
-    assert loss(index[::4], preservation=3.0, focus=2.0) == loss(index[::4], focus=2.0)
     assert loss(index, preservation=3.0, focus=2.0) == pytest.approx(3 * loss(index, distillation=1.0), rel=1e-5)
 
 
@@ -581,7 +580,7 @@ def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         finetune(klein(), killed, Run(tmp_path / "cut", "tiny", "x"), config)
     for resume, changes, message in (
-        (False, {}, "holds a run at step 3: continue it with --resume latest"),
+        (False, {}, "holds a run at step 3: continue it with resume='latest'"),
         (True, {"seed": 1}, "seed was 0 and is now 1"),
         (True, {"lr_warmup_steps": 200, "lr_scheduler": "cosine"}, "lr_warmup_steps was 100 and is now 200"),
         (True, {"max_train_steps": 2}, "is at step 3, and max_train_steps is 2: pass at least as many"),

@@ -24,6 +24,7 @@ from sparse_context import SparseContextConfig, last_selection, mask
 from sparse_context.pipelines import hub as hub_module
 from sparse_context.pipelines import load as load_module
 from sparse_context.pipelines.engine import Engine
+from sparse_context.pipelines.errors import GenerationError
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.settings import call_settings, reference_sides
 from sparse_context.pipelines.spec import ModelSpec, Request
@@ -335,9 +336,29 @@ def test_references_that_do_not_suit(pipe):
 
 def test_what_fails_in_the_pipeline_is_one_sentence_with_its_cause(pipe, tmp_path):
     with settings_of(pipe, tmp_path, max_sequence_length=12, text_encoder_out_layers=[9], num_inference_steps=1):
-        with pytest.raises(ValueError, match="^Flux2KleinPipeline failed: tuple index out of range.$") as caught:
+        with pytest.raises(GenerationError, match="^Flux2KleinPipeline failed: tuple index out of range.$") as caught:
             Engine(pipe=pipe)(Request("the cat", [picture(64, 64)]))
     assert isinstance(caught.value.__cause__, IndexError)
+
+
+def test_memory_that_runs_out_says_what_to_do(pipe, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(pipe, "encode_prompt", full)
+    with pytest.raises(GenerationError, match="^The device's memory ran out: keep fewer tokens, .* cpu_offload or"):
+        Engine(pipe=pipe)(Request("the cat", [picture(64, 64)]))
+
+
+def test_a_pipeline_without_an_input_for_guidance_is_not_called_distilled(pipe, monkeypatch):
+    monkeypatch.setattr("sparse_context.pipelines.engine.call_inputs", lambda pipe: ())
+    is_distilled = pipe.config.is_distilled
+    pipe.register_to_config(is_distilled=False)
+    try:
+        with pytest.raises(ValueError, match="^guidance_scale is 2.0, but Flux2KleinPipeline takes none: leave it out"):
+            Engine(pipe=pipe)(Request("the cat", [picture(64, 64)], guidance_scale=2.0))
+    finally:
+        pipe.register_to_config(is_distilled=is_distilled)
 
 
 def test_another_number_of_tasks_than_references_is_named():

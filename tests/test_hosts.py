@@ -1,5 +1,6 @@
 """Families under the trainer: what a host gives the transformer is what its pipeline gives it, and a step trains it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from sparse_context.pipelines.engine import Engine
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec, Request
-from sparse_context.sparsify import apply_sparse_context
 from sparse_context.training.batch import encode, prepare_batch
 from sparse_context.training.card import LORA_FILE
 from sparse_context.training.config import TrainConfig
@@ -45,6 +45,13 @@ def host_of(pipe, kv=False):
 
 def example(count):
     return Example("the cat", tuple(PICTURES[:count]), picture(64, 64, 3), (None,) * count)
+
+
+def test_a_subclass_is_trained_as_what_it_inherits_from(model):
+    pipe = loaded(model[1])
+    kind = type(host_of(pipe))
+    pipe.__class__ = type("Own", (type(pipe),), {})
+    assert type(host_of(pipe)) is kind
 
 
 def test_every_new_host_is_tried():
@@ -85,13 +92,26 @@ def test_a_host_predicts_what_its_pipeline_predicts(model, keep):
     assert (velocity - predicted[:, : rows * columns]).abs().max() < 1e-5
 
 
-def test_pixels_leave_no_trace_in_a_pipeline_that_is_being_validated(model):
-    """They are asked by a thread ahead of the steps, while validation may be taking notes of the same processor."""
-    host = host_of(loaded(model[1]))
-    before = host.pixels(PICTURES[1])
-    apply_sparse_context(host.pipe, keep=0.5)
-    host.pipe.image_processor.preprocess = host.pipe.image_processor.resize = None
-    assert torch.equal(host.pixels(PICTURES[1]), before)
+def test_pixels_and_a_call_of_the_pipeline_do_not_disturb_each_other(model):
+    """They are asked by a thread ahead of the steps, while validation may call the same pipeline."""
+    name, folder = model
+    host = host_of(loaded(folder))
+    pixels, image = host.pixels(PICTURES[1]), predictions(host.pipe, REFERENCES[name], 0.5)[1].image
+    during = []
+    processor, preprocess = type(host.pipe.image_processor), type(host.pipe.image_processor).preprocess
+
+    def disturbed(self, *args, **kwargs):
+        if not during:
+            during.append(None)  # the thread's own pixels come by here too
+            with ThreadPoolExecutor(1) as pool:
+                during[0] = pool.submit(host.pixels, PICTURES[1]).result()
+        return preprocess(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processor, "preprocess", disturbed)
+        disturbed_image = predictions(host.pipe, REFERENCES[name], 0.5)[1].image
+    assert torch.equal(during[0], pixels)
+    assert np.array_equal(disturbed_image, image)
 
 
 def test_references_change_the_loss_and_gradients_reach_the_weights(model):

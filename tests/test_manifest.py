@@ -112,7 +112,7 @@ def test_every_bad_row_is_named_at_once(folder):
     assert len(problems) == len(expected)
     assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True)), problems
     assert "missing.png" in problems[7] and "text.png" in problems[8]
-    with pytest.raises(ManifestError, match=r"line 2 is no JSON.*\(11 more problems: --check-data"):
+    with pytest.raises(ManifestError, match=r"line 2 is no JSON.*\(11 more problems: check_samples"):
         read_samples(path)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparse_context.training.config import TrainConfig
-from sparse_context.training.options import RunConfig, _kinds, read_settings
+from sparse_context.training.options import RunConfig, field_kinds, read_settings
 
 
 def test_nothing_said_is_the_defaults():
@@ -33,7 +33,7 @@ def test_a_flag_goes_before_set_and_set_before_the_file(tmp_path):
 
 def test_a_flag_and_a_set_that_differ_are_refused():
     assert read_settings(sets=["rank=8"], flags={"rank": 8}).config.rank == 8
-    with pytest.raises(ValueError, match="^--rank 16 and --set rank=8 differ: leave one of the two out.$"):
+    with pytest.raises(ValueError, match="^rank is 16, and the setting rank=8 differs: leave one of the two out.$"):
         read_settings(sets=["rank=8"], flags={"rank": 16})
 
 
@@ -71,7 +71,7 @@ WRONG = {
     "dropping.coverage=0,x": "dropping.coverage is '0,x': pass numbers, separated by commas.",
     "dropping.mix=random": "dropping.mix is 'random': pass shares by name, such as random=0.5,blobs=0.5.",
     "dropping.mix=random=1,random=2": "dropping.mix is 'random=1,random=2': pass shares by name",
-    "ema": "--set ema has no value: write it as field=value, such as --set ema=0.99.",
+    "ema": "The setting ema has no value: write it as field=value, such as ema=0.99.",
     "learning_rte=1": "There is no field 'learning_rte': did you mean learning_rate",
     "lora-alpha=1": "There is no field 'lora-alpha': did you mean lora_alpha",
     "dense=1": "There is no field 'dense': did you mean dropping.dense?",
@@ -129,4 +129,4 @@ def test_every_field_can_be_set_from_a_record_of_all_of_them(tmp_path):
     assert (settings.model, settings.data) == ("a/b", "c")
     assert json.loads(json.dumps(asdict(settings.config))) == json.loads(json.dumps(asdict(config)))
     assert settings.run == run
-    assert set(_kinds()) >= {"dropping.mix", "rank", "report_to"}
+    assert set(field_kinds()) >= {"dropping.mix", "rank", "report_to"}

@@ -90,6 +90,21 @@ def test_a_residual_is_the_error_of_the_enlarged_overview():
     assert np.allclose(residual(picture, (4, 6), 2), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_an_enlarged_overview_stays_among_grey_levels(dtype):
+    """Cubic interpolation overshoots on both sides of an edge."""
+    small = np.zeros((4, 8, 3), dtype)
+    small[:, 4:] = 255
+    large = enlarge(small, (16, 30), 4)
+    assert large.shape == (16, 30, 3) and large.dtype == dtype and large.min() == 0 and large.max() == 255
+
+
+@pytest.mark.parametrize("size", [(33, 48), (32, 50)])
+def test_a_picture_that_is_no_whole_number_of_tokens_is_refused(size):
+    with pytest.raises(ValueError, match=f"is {size[1]}x{size[0]}, which 4 rows and 6 columns"):
+        residual(np.zeros((*size, 3), np.uint8), (4, 6), 2)
+
+
 def test_a_finer_overview_is_wrong_by_less():
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)

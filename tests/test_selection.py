@@ -88,7 +88,7 @@ def test_an_edit_of_the_whole_picture_keeps_all_by_itself_and_says_so_where_it_m
     assert np.array_equal(mixed.references[1].index, alone.references[1].index)
     few = select_tokens(images, grids, Config(keep=[0.25, "auto"], task=["global", "subject"]))
     assert len(few.references[0].index) == 16 and few.references[0].selector == "uniform"
-    advice = "an edit of the whole picture loses by every token that is dropped: keep all, or keep='auto'"
+    advice = "a global edit loses quality with every dropped token: keep all, or use keep='auto'"
     assert str(few).splitlines()[-1] == advice
     assert (
         advice not in str(alone)

@@ -621,13 +621,13 @@ def command(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--random-weights", "klein-5b"], "random-weights is 'klein-5b': choose klein-4b, klein-9b, flux2-dev"),
-        (["--random-weights", "klein-4b", "-m", "x/y"], "A model and random-weights were given: choose one"),
-        (["--blocks", "1"], "blocks is for shapes: name one with random-weights."),
+        (["--random-weights", "klein-5b"], "--random-weights is 'klein-5b': choose klein-4b, klein-9b, flux2-dev"),
+        (["--random-weights", "klein-4b", "-m", "x/y"], "A model and --random-weights were given: choose one"),
+        (["--blocks", "1"], "blocks is for shapes: name one with --random-weights."),
         (["--random-weights", "klein-4b", "--blocks", "0"], "blocks is 0: pass a number above 0."),
         (
             ["--random-weights", "kontext"],
-            "random-weights is 'kontext', of which only blocks can be timed: pass --blocks N.",
+            "--random-weights is 'kontext', of which only blocks can be timed: pass blocks.",
         ),
         (
             ["--random-weights", "qwen-edit", "--blocks", "1", "--method", "kv"],

@@ -86,14 +86,14 @@ LIMITS = {
     "FluxKontextPipeline": (2, False, "There are 2 references, and FluxKontextPipeline takes at most 1: pass fewer."),
     "LongCatImageEditPipeline": (0, False, "There are 0 references, and LongCatImageEditPipeline needs at least 1"),
     "QwenImageEditPipeline": (2, False, "takes at most 1: pass fewer."),
-    "QwenImageEditPlusPipeline": (0, False, "needs at least 1: pass --image."),
+    "QwenImageEditPlusPipeline": (0, False, "needs at least 1: pass more."),
     "Flux3ModularPipeline": (11, False, "There are 11 references, and Flux3ModularPipeline takes at most 10"),
     "Flux2KleinInpaintPipeline": (
         1,
         False,
-        "paints into its first reference: pass --inpaint, a mask that is white where to paint.",
+        "paints into its first reference: pass inpaint, a mask that is white where to paint.",
     ),
-    "Flux2KleinModularPipeline": (1, True, "Flux2KleinModularPipeline does not paint into an image: leave --inpaint"),
+    "Flux2KleinModularPipeline": (1, True, "Flux2KleinModularPipeline does not paint into an image: leave inpaint"),
 }
 
 

@@ -17,6 +17,11 @@ def position_ids(rows: int, columns: int, t: int) -> torch.Tensor:
     return torch.cartesian_prod(torch.tensor([t]), torch.arange(rows), torch.arange(columns), torch.tensor([0]))
 
 
+def text_ids(length: int) -> torch.Tensor:
+    """(length, 4) int64: those of the prompt."""
+    return torch.cartesian_prod(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), torch.arange(length))
+
+
 def tokenise(tokenizer: Qwen2Tokenizer, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts -> token ids and which of them count, int64 (B, 32) each, as `Flux2KleinPipeline` makes them."""
     texts = [
@@ -69,8 +74,7 @@ def flow_matching_loss(
         position_ids(reference.shape[-2], reference.shape[-1], 10 * (i + 1)) for i, reference in enumerate(references)
     ]
     img_ids = torch.cat(ids).to(device)
-    txt_ids = torch.zeros(text.shape[1], 4, dtype=torch.int64, device=device)
-    txt_ids[:, 3] = torch.arange(text.shape[1])
+    txt_ids = text_ids(text.shape[1]).to(device)
     teaching = source is not None and teach > 0 and bool((source >= 0).any())
     with watched_heads(transformer, COPYING if teaching else ()) as pairs:
         velocity = transformer(

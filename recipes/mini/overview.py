@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sparse_context.families.host import flat
 from sparse_context.overview import overview_grid
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
@@ -33,10 +34,11 @@ from sparse_context.training.loop import LoopConfig, train
 from sparse_context.training.loss import noise_levels
 from sparse_context.training.optimisers import drawn_from, make_optimisers
 
+from . import teaching
 from .attention import speed_up
 from .base import IN_TURN, batch_number
 from .data import load_assets
-from .loss import TOWARDS_NOISE, encode_text, position_ids
+from .loss import TOWARDS_NOISE, encode_text, position_ids, text_ids
 from .model import encode_pictures
 from .overview_sets import (
     Batch,
@@ -47,14 +49,13 @@ from .overview_sets import (
     draw_set,
     make_batch,
     reference_tokens,
-    sequence,
 )
 from .run_folder import check_config, default_device, save_config, to_unit
-from .teaching import watched_heads
+from .teaching import attention_scores, watched_heads
 
 NEW = 3  # blocks that are added
 FIRST = 4  # single block before which they come
-COPYING = ((FIRST + NEW, 3), (FIRST + NEW + 1, 2), (FIRST + NEW + 2, 3))  # teaching.COPYING, moved
+COPYING = tuple((block + NEW, head) for block, head in teaching.COPYING)
 EDGES = tuple(((FIRST, head), edge) for head, edge in enumerate(((0, -1), (0, 1), (1, -1), (1, 1))))
 """Heads (single block, head) and the edge of a coarse token that each is for: (axis, side)."""
 QUARTERS = tuple(((FIRST + 1, head), sides) for head, sides in enumerate(((-1, -1), (-1, 1), (1, -1), (1, 1))))
@@ -100,15 +101,11 @@ def look_loss(
 ) -> torch.Tensor:
     """Cross-entropy of where one head looks: each output token at the reference token `wanted`, int64 (B, output
     tokens), or where that is -1 at none. The two kinds weigh the same. query, key: (B, tokens, d) before RoPE."""
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    own = text + wanted.shape[1]
-    query, key = (apply_rotary_emb(t[:, :, None], rotary, sequence_dim=1)[:, :, 0] for t in (query, key))
-    scores = torch.bmm(query[:, text:own], key.transpose(1, 2)) * query.shape[-1] ** -0.5
-    scores = scores.float()
+    first = text + wanted.shape[1]  # token of the references
+    scores = attention_scores(query, key, rotary, slice(text, first))
     total, seen = scores.logsumexp(-1), wanted >= 0
-    found = scores.gather(-1, (wanted.clamp(min=0) + own).clamp(max=scores.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-    bare = scores[..., :own].logsumexp(-1)
+    found = scores.gather(-1, (wanted.clamp(min=0) + first).clamp(max=scores.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    bare = scores[..., :first].logsumexp(-1)
     losses = ((total - found) * seen).sum() / seen.sum().clamp(min=1)
     return losses + ((total - bare) * ~seen).sum() / (~seen).sum().clamp(min=1)
 
@@ -120,7 +117,7 @@ def watched_blocks(transformer: Any, blocks: Sequence[int], tokens: slice) -> It
     with contextlib.ExitStack() as hooks:
         for number in blocks:
             block = transformer.single_transformer_blocks[number]
-            handle = block.register_forward_hook(lambda module, given, result: seen.append(result[:, tokens]))
+            handle = block.register_forward_hook(lambda module, inputs, result: seen.append(result[:, tokens]))
             hooks.callback(handle.remove)
         yield seen
 
@@ -185,13 +182,6 @@ def encode(vae: nn.Module, text_encoder: nn.Module, batch: Batch) -> Encoded:
     return Encoded(batch, pictures, latents, text)
 
 
-def text_ids(length: int) -> torch.Tensor:
-    """Position ids of the prompt, float32 (length, 4)."""
-    ids = torch.zeros(length, 4)
-    ids[:, 3] = torch.arange(length)
-    return ids
-
-
 def run_forward(
     transformer: Any,
     noisy: torch.Tensor,
@@ -208,7 +198,7 @@ def run_forward(
             encoder_hidden_states=text,
             timestep=sigma,
             img_ids=ids.to(noisy.device),
-            txt_ids=text_ids(text.shape[1]).to(noisy.device),
+            txt_ids=text_ids(text.shape[1]).float().to(noisy.device),
             return_dict=False,
         )[0]
     return Forward(velocity[:, : noisy.shape[1]].float(), states)
@@ -254,14 +244,14 @@ class OverviewLoss:
                 return config.preserve * loss
             if all(map(aligned, encoded.batch.scenes)):
                 length = encoded.text.shape[1]
-                rotary = self.student.pos_embed(torch.cat([text_ids(length), ids]))
+                rotary = self.student.pos_embed(torch.cat([text_ids(length).float(), ids]))
                 looks = looking_loss(pairs, rotary, encoded.batch.source, (rows, columns), tokens, length)
                 loss = loss + config.teach * looks
         return loss
 
     def _add_noise(self, latents: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise levels (B,), and the output tokens at them."""
-        clean = sequence(latents)
+        clean = flat(latents)
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         u = torch.rand(len(clean), generator=generator).clamp(1e-4, 1 - 1e-4)
         sigma = noise_levels(u, "none", TOWARDS_NOISE).to(clean.device)
@@ -287,7 +277,7 @@ class OverviewLoss:
             if tokens.factor:
                 seen = composite(encoded.pictures[1], latents[0].shape[-2:], tokens.factor, tokens.kept)
                 latents = [encode_pictures(self.vae, seen.contiguous(memory_format=torch.channels_last)).float()]
-            references = torch.cat([sequence(part) for part in latents], 1)
+            references = torch.cat([flat(part) for part in latents], 1)
             ids = torch.cat([position_ids(*part.shape[-2:], 10 * (i + 1)).float() for i, part in enumerate(latents)])
         return run_forward(teacher, noisy, sigma, encoded.text, references, torch.cat([output_ids, ids]), self.blocks)
 

@@ -1,8 +1,5 @@
-"""What a training step of overviews sees: which tokens it keeps, and the picture that these hold.
-
-Every batch of encoded scenes is taken with several sets of tokens: all of them (dense), some (plain dropping), an
-overview alone, an overview and sharp tokens.
-"""
+"""What a training step of overviews sees: the tokens that it keeps, of the kinds of overview.py, and the picture that
+these hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
+from sparse_context.families.host import flat
 from sparse_context.overview import overview_ids, residual, shrink
 from sparse_context.selectors import SELECTORS
 from sparse_context.training.dropping import blobs
@@ -26,10 +24,18 @@ from .scenes import TOKEN, Scene
 
 @dataclass(frozen=True)
 class OverviewConfig:
-    """steps of `batch` aligned edits (fewer samples where there are more tokens), each batch of scenes taken `subsets`
-    times with other tokens and noise. Learning rates are of the new blocks; the old ones behind them take the share
-    `old`. `mix`: shares of the kinds of sets. `factors`: drawn one a set. `follow` weighs the blocks' distance to the
-    teacher, `teach` that of where heads look, `preserve` multiplies the loss of dense sets."""
+    """How a run of overviews trains.
+
+    steps: weight updates. batch: aligned edits in each (fewer samples where there are more tokens). subsets: how often
+        a batch of scenes is taken, each time with other tokens and noise.
+    lr, muon_lr: peak learning rates of the new blocks, of Adam's parameters and of Muon's. old: the share of these that
+        the old blocks behind them take. warmup: steps. ema: decay of the weights' average.
+    factors: of overviews, one drawn a set. mix: shares of the kinds of sets. scenes: shares of the tasks of scenes.
+    keep: least and greatest share of sharp tokens, drawn evenly by its logarithm.
+    teach: weight of the loss of where heads look. follow: that of the blocks' distance to the teacher. preserve:
+        multiplies the loss of dense sets. focus: an output token counts 1 + `focus` * what the scene's focus is there.
+    seed: of all that is drawn.
+    """
 
     steps: int = 12_000
     batch: int = 16
@@ -121,8 +127,10 @@ class Batch(NamedTuple):
 
 
 def make_batch(assets: Assets, config: OverviewConfig, tokenizer: Any, number: int) -> Batch:
-    scenes_config = replace(BaseConfig().without_easy_part, batch=config.batch, seed=config.seed + 5_000,
-                            mix=config.scenes)  # fmt: skip
+    """Batch `number` of a run, from its config and number alone: its scenes, and their prompts as tokens."""
+    scenes_config = replace(
+        BaseConfig().without_easy_part, batch=config.batch, seed=config.seed + 5_000, mix=config.scenes
+    )
     scenes = batch_scenes(assets, scenes_config, number)
     pictures = zip(*((scene.target, *scene.references) for scene in scenes), strict=True)
     return Batch(
@@ -137,11 +145,6 @@ def make_batch(assets: Assets, config: OverviewConfig, tokenizer: Any, number: i
 # The tokens of a set --------------------------------------------------------------------------------------------------
 
 
-def sequence(latents: torch.Tensor) -> torch.Tensor:
-    """(B, C, rows, columns) -> (B, tokens, C)."""
-    return latents.flatten(2).transpose(1, 2)
-
-
 def reference_tokens(
     vae: nn.Module, pictures: Sequence[torch.Tensor], latents: Sequence[torch.Tensor], tokens: TokenSet
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,13 +154,13 @@ def reference_tokens(
     """
     ids = [position_ids(*part.shape[-2:], 10 * (i + 1)).float() for i, part in enumerate(latents)]
     kept = torch.from_numpy(tokens.kept)
-    sharp = torch.cat([sequence(part) for part in latents], 1).index_select(1, kept.to(latents[0].device))
+    sharp = torch.cat([flat(part) for part in latents], 1).index_select(1, kept.to(latents[0].device))
     parts, all_ids = [sharp], [torch.cat(ids).index_select(0, kept)]
     if tokens.factor:
-        for picture, part, own in zip(pictures, latents, ids, strict=True):
+        for picture, part, whole_ids in zip(pictures, latents, ids, strict=True):
             grid = (part.shape[-2], part.shape[-1])
-            parts.append(sequence(encode_pictures(vae, shrink(picture, grid, tokens.factor)).float()))
-            all_ids.append(overview_ids(own, grid, tokens.factor, (0, 1.0)))
+            parts.append(flat(encode_pictures(vae, shrink(picture, grid, tokens.factor)).float()))
+            all_ids.append(overview_ids(whole_ids, grid, tokens.factor, (0, 1.0)))
     return torch.cat(parts, 1), torch.cat(all_ids)
 
 

@@ -22,10 +22,10 @@ def watched_heads(transformer, heads: Sequence[tuple[int, int]]) -> Iterator[lis
 
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def look(block, _, given: dict[str, torch.Tensor], head: int) -> None:
+    def look(block, _, inputs: dict[str, torch.Tensor], head: int) -> None:
         attention = block.attn
-        shift, scale, _ = Flux2Modulation.split(given["temb_mod"], 1)[0]
-        hidden = (1 + scale) * block.norm(given["hidden_states"]) + shift
+        shift, scale, _ = Flux2Modulation.split(inputs["temb_mod"], 1)[0]
+        hidden = (1 + scale) * block.norm(inputs["hidden_states"]) + shift
         of_query, of_key, *_ = attention.to_qkv_mlp_proj.weight.split(attention.inner_dim)
         rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
         query, key = (nn.functional.linear(hidden, weight[rows]) for weight in (of_query, of_key))
@@ -37,6 +37,19 @@ def watched_heads(transformer, heads: Sequence[tuple[int, int]]) -> Iterator[lis
             handle = block.register_forward_pre_hook(partial(look, head=head), with_kwargs=True)
             hooks.callback(handle.remove)
         yield pairs
+
+
+def attention_scores(
+    query: torch.Tensor, key: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], rows: slice
+) -> torch.Tensor:
+    """The scores of the tokens `rows` for all tokens, float32 (B, rows, tokens), before the softmax.
+
+    query, key: (B, tokens, d) of one head, before RoPE. rotary: the cosines and sines of all tokens.
+    """
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    query, key = (apply_rotary_emb(part[:, :, None], rotary, sequence_dim=1)[:, :, 0] for part in (query, key))
+    return (torch.bmm(query[:, rows], key.transpose(1, 2)) * query.shape[-1] ** -0.5).float()
 
 
 def correspondence_loss(
@@ -53,19 +66,15 @@ def correspondence_loss(
     of tokens weigh the same. Found from the pictures alone, an object that moves costs several times as many samples:
     nothing pulls a head to the right token until it already looks there.
     """
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    own = text_tokens + source.shape[1]
+    first = text_tokens + source.shape[1]  # token of the references
     known = (source >= 0).any(1, keepdim=True)
     which, where = (source >= 0).nonzero(as_tuple=True)
-    truth = source[which, where] + own
+    truth = source[which, where] + first
     bare = (known & (source < 0)).nonzero(as_tuple=True)
     losses = []
     for query, key in pairs:
-        query, key = (apply_rotary_emb(t[:, :, None], rotary, sequence_dim=1)[:, :, 0] for t in (query, key))
-        scores = torch.bmm(query[:, text_tokens:own], key.transpose(1, 2)) * query.shape[-1] ** -0.5
-        looks = scores.float().log_softmax(-1)
+        looks = attention_scores(query, key, rotary, slice(text_tokens, first)).log_softmax(-1)
         losses.append(-looks[which, where, truth].mean())
         if len(bare[0]):
-            losses[-1] = losses[-1] - looks[bare][:, :own].logsumexp(-1).mean()
+            losses[-1] = losses[-1] - looks[bare][:, :first].logsumexp(-1).mean()
     return torch.stack(losses).mean()

@@ -44,7 +44,7 @@ def run_bench(
         check_matplotlib()
     shape = None if random_weights is None else find_shape(random_weights)
     if shape is not None and blocks is None and not shape.kind.whole:
-        raise ValueError(f"random-weights is {random_weights!r}, of which only blocks can be timed: pass --blocks N.")
+        raise ValueError(f"random_weights is {random_weights!r}, of which only blocks can be timed: pass blocks.")
     checkout()  # of the code that runs, whatever is committed meanwhile
     where, start = find_device(device), time.perf_counter()
     weights = DTYPES.get(dtype, torch.bfloat16)
@@ -63,7 +63,7 @@ def run_bench(
                 config = replace(config, steps=shape.steps)
             figures = bench(pipe, example["references"], example["prompt"], config)
     except torch.OutOfMemoryError as error:
-        raise ValueError("The device's memory ran out: choose a smaller shape or size, or --blocks 1.") from error
+        raise ValueError("The device's memory ran out: choose a smaller shape or size, or blocks=1.") from error
     figures.took = round(time.perf_counter() - start, 1)
     record = {
         "model": model or random_weights or "embedded",
@@ -83,9 +83,9 @@ def run_bench(
 def _check(model: str | None, random_weights: str | None, blocks: int | None, dtype: str, output: Path | None) -> None:
     """Raise ValueError for arguments that do not go together."""
     if random_weights is not None and model is not None:
-        raise ValueError("A model and random-weights were given: choose one of the two.")
+        raise ValueError("A model and random_weights were given: choose one of the two.")
     if blocks is not None and random_weights is None:
-        raise ValueError("blocks is for shapes: name one with random-weights.")
+        raise ValueError("blocks is for shapes: name one with random_weights.")
     if blocks is not None and blocks < 1:
         raise ValueError(f"blocks is {blocks}: pass a number above 0.")
     if dtype != "auto" and dtype not in DTYPES:

@@ -11,5 +11,5 @@ SHAPES: Mapping[str, Shape] = {name: shape for module in bench_modules() for nam
 def find_shape(name: str) -> Shape:
     """The shape called `name`. Raises ValueError that names all."""
     if name not in SHAPES:
-        raise ValueError(f"random-weights is {name!r}: choose {', '.join(SHAPES)}.")
+        raise ValueError(f"random_weights is {name!r}: choose {', '.join(SHAPES)}.")
     return SHAPES[name]

@@ -1,17 +1,20 @@
-"""The command `sparse-context`: options in, one call of the work below, results out. No logic lives here.
+"""The command `sparse-context`: options in, the work below, results out. What it knows of its own is options and files.
 
-Bad input is one sentence on stderr and exit code 2; nothing is written then. Heavy imports happen inside the commands.
+Bad input is one sentence on stderr and exit code 2, as is what fails in the middle; what was finished by then, such as
+cells of an evaluation or checkpoints, stays. Heavy imports happen inside the commands.
 """
 
 import contextlib
 import io
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 
 import typer
 
+from ..pipelines.errors import GenerationError
 from . import bench, demo, evaluate, generate, select, train
 
 app = typer.Typer(
@@ -32,7 +35,7 @@ def main() -> None:
     try:
         with _quiet():
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except (ValueError, OSError) as error:
+    except (ValueError, GenerationError, OSError) as error:
         _fail(str(error) or type(error).__name__)
     except (KeyboardInterrupt, EOFError):
         sys.exit(130)
@@ -57,6 +60,21 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+PARAMETERS = {
+    "check_samples": "train --check-data",
+    "cpu_offload": "--cpu-offload",
+    "lora_scale": "--lora-scale",
+    "random_weights": "--random-weights",
+    "train_batch_size": "--train-batch-size",
+    "validation_data": "--validation-data",
+    "resume='latest'": "--resume latest",
+}
+"""Names of Python, as messages have them, and what the command calls the same."""
+
+_PARAMETER = re.compile(rf"(?<![\w/\\.'-])(?:{'|'.join(map(re.escape, PARAMETERS))})(?![\w/\\'-]|\.\w)")
+
+
 def _fail(message: str) -> None:
-    print("sparse-context: " + " ".join(message.split()), file=sys.stderr)
+    said = _PARAMETER.sub(lambda found: PARAMETERS[found[0]], " ".join(message.split()))
+    print(f"sparse-context: {said}", file=sys.stderr)
     sys.exit(2)

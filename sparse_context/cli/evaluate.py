@@ -69,7 +69,7 @@ def evaluate(
     from ..pipelines.load import load
     from ..pipelines.settings import check_references, most_references
     from ..pipelines.spec import ModelSpec
-    from ..samples import read_samples
+    from ..samples import read_samples, source_of
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: pass a number of samples, 1 or more.")
@@ -95,7 +95,7 @@ def evaluate(
         floor=floor,
     )
     if manifest is not None:
-        source = options.source_of(dataset_config_name, split, image_column, cond_image_column, caption_column)
+        source = source_of(dataset_config_name, split, image_column, cond_image_column, caption_column)
         read = read_samples(manifest, needs_image=False, most_references=most_references(model), **source)
         samples, part = read[:limit], {"data_split": read.split, "data_config": read.config}
     else:

@@ -160,13 +160,6 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
                 raise ValueError(f"{output} is also an input and would be overwritten: name another output file.")
 
 
-def source_of(config_name: str | None, split: str, image: str, references: str, prompt: str) -> dict[str, Any]:
-    """Which part of a data set is read, and by which columns: keywords of `samples.read_samples`."""
-    columns = {"image": image, "references": references, "prompt": prompt}
-    columns = {field: column for field, column in columns.items() if field != column}
-    return {"columns": columns, "split": split, "config": config_name}
-
-
 def hide_loading_bars() -> None:
     """Leave stderr to the bars of the steps and of downloads."""
     import diffusers.utils.logging

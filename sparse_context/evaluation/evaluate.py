@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from ..config import SparseContextConfig
 from ..images import check_output, open_picture, save_picture
+from ..pipelines.errors import GenerationError
+from ..pipelines.hub import one_line
 from ..preview import draw_selection
 from ..result import checkout, write_result
 from ..samples import Sample, name_problem, same_file
@@ -35,7 +37,6 @@ from ..selection import selection_version
 from ..selectors.masks import mask as masks_of
 from .grid import DENSE, LONGEST_NAME, Cell, Maker
 from .metrics import Metric
-from .networks import first_line
 from .report import SHOWN
 from .statistics import summarise
 
@@ -108,8 +109,9 @@ def evaluate(
                         rows.append(
                             _run(how, sample, name, cell.config, metrics, folder, seed + i, keeps_picture=i < SHOWN)
                         )
-                    except ValueError as error:
-                        raise ValueError(f"Sample {sample.name}, setting {name}: {error}") from error
+                    except (ValueError, GenerationError) as error:
+                        kind = GenerationError if isinstance(error, GenerationError) else ValueError
+                        raise kind(f"Sample {sample.name}, setting {name}: {error}") from error
                     bar.update()
                 figures = {"samples": rows}
                 write_result(folder / "cells" / f"{name}.json", f"evaluation of {name}", configs[name], figures)
@@ -143,7 +145,7 @@ def open_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be a folder ({error.strerror}): choose another --output.") from error
+        raise ValueError(f"{folder} cannot be a folder ({error.strerror}): choose another one.") from error
     check_output(folder / "curves.png")
 
 
@@ -283,9 +285,7 @@ def _measure(name: str, function: Callable[..., float], output: Image.Image, tru
     except ValueError:
         raise
     except Exception as error:  # a model of another kind, memory that ran out
-        raise ValueError(
-            f"The metric {name} failed ({first_line(error)}): leave it out, or change its model."
-        ) from error
+        raise ValueError(f"The metric {name} failed ({one_line(error)}): leave it out, or change its model.") from error
 
 
 def _fit(picture: Image.Image | None, output: Image.Image) -> Image.Image | None:

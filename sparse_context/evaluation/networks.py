@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..pipelines.hub import one_line
+
 ST_LPIPS = (
     "stlpips_pytorch",
     "weights/vST0.0/alex_shift_tolerant.pth",
@@ -228,7 +230,7 @@ def lpips_net(file: str) -> nn.Module:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         found = {key.removeprefix("features."): w for key, w in weights.items() if key.startswith("features.")}
     except Exception as error:  # the readers raise many kinds, and all of them mean this
-        raise ValueError(f"{file} holds no weights that can be read: {first_line(error)}.") from error
+        raise ValueError(f"{file} holds no weights that can be read: {one_line(error)}.") from error
     heads = find_spec("torchmetrics")
     if heads is None or heads.origin is None:
         raise ValueError("torchmetrics is not installed: `pip install 'sparse-context[evaluate]'`.")
@@ -305,12 +307,6 @@ def _pretrained(model: str, net: Any, *others: Any) -> list[Any]:
             problem = error
     where = "in that folder" if local else "on the hub or in its cache: download it on a machine with a connection"
     raise ValueError(
-        f"{model} does not load ({first_line(problem)}); its config.json, preprocessor_config.json, tokenizer and "
+        f"{model} does not load ({one_line(problem)}); its config.json, preprocessor_config.json, tokenizer and "
         f"model.safetensors have to be {where}."
     ) from problem
-
-
-def first_line(error: BaseException | None) -> str:
-    """The first line of what an error says, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__

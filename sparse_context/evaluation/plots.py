@@ -126,7 +126,7 @@ def _points(cells: Mapping[str, Any], names: Sequence[str], score: str) -> list[
     """The points of one line in one panel, by the share kept: (kept, mean, low, high), the dense one included."""
     dense = cells[DENSE]["scores"].get(score) if DENSE in cells else None
     points = [
-        (cells[n]["kept"], *_level(cells[n]["scores"][score], dense))
+        (cells[n]["kept"], *level_of(cells[n]["scores"][score], dense))
         for n in names
         if n in cells and score in cells[n]["scores"] and cells[n]["kept"]
     ]
@@ -135,7 +135,7 @@ def _points(cells: Mapping[str, Any], names: Sequence[str], score: str) -> list[
     return sorted(points)
 
 
-def _level(entry: Mapping[str, Any], dense: Mapping[str, Any] | None) -> tuple[float, float, float]:
+def level_of(entry: Mapping[str, Any], dense: Mapping[str, Any] | None) -> tuple[float, float, float]:
     """Where a setting is drawn, and its band: (mean, low, high)."""
     if dense is None or "difference" not in entry:
         return (entry["mean"], *(entry["interval"] or [entry["mean"]] * 2))

@@ -1,10 +1,12 @@
 """What is known of each kind of pipeline: a folder a family, found by the pipeline's class name in one table.
 
     drop.py     `attach(pipe, call)`: where reference tokens enter, and are cut
+    call.py     `arguments(...)` (call.py here): how a call hands over its images; modular pipelines share modular.py's
     train.py    a `Host` (host.py), by which the trainer encodes and predicts; optional
     bench.py    `SHAPES` (shape.py): the sizes of real models, by the names of the benchmark; optional, without torch
 
-A new kind of pipeline is one folder and one line in `FAMILIES`.
+A new family is a folder with its drop.py and, unless its pipelines are modular, its call.py, and a line in `FAMILIES`
+for each of its pipeline classes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -75,13 +77,17 @@ def family_of(pipe: object) -> Family:
 
     Raises TypeError that names the supported pipelines.
     """
-    for cls in type(pipe).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
-    raise TypeError(
-        f"{type(pipe).__name__} is not a pipeline that Sparse Context knows; the supported ones are "
-        f"{', '.join(FAMILIES)}"
-    )
+    family = _find_family(pipe)
+    if family is None:
+        raise TypeError(
+            f"{type(pipe).__name__} is not a pipeline that Sparse Context knows; the supported ones are "
+            f"{', '.join(FAMILIES)}"
+        )
+    return family
+
+
+def _find_family(pipe: object) -> Family | None:
+    return next((FAMILIES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in FAMILIES), None)
 
 
 def find_attach(pipe: object) -> Callable:
@@ -91,17 +97,17 @@ def find_attach(pipe: object) -> Callable:
 
 
 def find_host(pipe: Any, settings: Mapping[str, Any], kv: bool = False) -> "Host":
-    """What trains a pipeline, by its class. Raises ValueError that names the pipelines that can be trained.
+    """What trains a pipeline, by its family (`family_of`). Raises ValueError that names those that can be trained.
 
     settings: what the model wants of a call, for encoding prompts (`pipelines.settings.call_settings`). kv: asks for KV
     mode; raises ValueError where the family has none.
     """
-    name = type(pipe).__name__
-    trained = {each: family for each, family in FAMILIES.items() if family.host is not None}
-    if name not in trained:
-        raise ValueError(f"{name} cannot be trained here; the pipelines that can are {', '.join(trained)}.")
-    train = import_module(f".{trained[name].folder}.train", __name__)
-    return getattr(train, str(trained[name].host))(pipe, settings, kv)
+    family = _find_family(pipe)
+    if family is None or family.host is None:
+        trained = ", ".join(name for name, known in FAMILIES.items() if known.host is not None)
+        raise ValueError(f"{type(pipe).__name__} cannot be trained here; the pipelines that can are {trained}.")
+    train = import_module(f".{family.folder}.train", __name__)
+    return getattr(train, family.host)(pipe, settings, kv)
 
 
 def bench_modules() -> Iterator[ModuleType]:

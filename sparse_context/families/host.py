@@ -5,7 +5,6 @@ position ids tokens have, and in which order they go in. Everything is done with
 derive a class from `Host` in the family's train.py, and name it in the lines of its pipelines in `FAMILIES`.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,7 +46,6 @@ class Host(ABC):
         self.transformer: Any = pipe.transformer
         self.token = 2 * pipe.vae_scale_factor
         self.shift = float(pipe.scheduler.config.shift)
-        self.processor = copy.copy(pipe.image_processor)
 
     def lora_targets(self) -> list[str]:
         """The modules of the transformer that LoRA adapts by default."""
@@ -57,8 +55,7 @@ class Host(ABC):
     def pixels(self, picture: Image.Image) -> torch.Tensor:
         """A picture as the pipeline hands it to its VAE: float32 (1, 3, H, W) in [-1, 1], resized and cropped by it.
 
-        Asked ahead of the steps, by another thread: with a copy of the pipeline's processor, for validation in the
-        meantime takes notes of what passes through the pipeline's own (`families/`).
+        Asked ahead of the steps, by another thread, while validation may call the pipeline: nothing of it is changed.
         """
 
     @abstractmethod

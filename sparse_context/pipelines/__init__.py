@@ -10,18 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import Cancelled as Cancelled
     from .engine import Comparison as Comparison
     from .engine import Engine as Engine
     from .engine import Generation as Generation
+    from .errors import Cancelled as Cancelled
+    from .errors import GenerationError as GenerationError
     from .spec import ModelSpec as ModelSpec
     from .spec import Request as Request
 
 _HOME = {
-    "Cancelled": "engine",
+    "Cancelled": "errors",
     "Comparison": "engine",
     "Engine": "engine",
     "Generation": "engine",
+    "GenerationError": "errors",
     "ModelSpec": "spec",
     "Request": "spec",
 }

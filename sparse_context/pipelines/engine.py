@@ -18,10 +18,11 @@ from ..preview import fit_reference, label, reference_mask, side_by_side
 from ..selection import Selection
 from ..sparsify import apply_sparse_context, last_selection
 from .embedded import ADAPTERS
-from .hub import _first_line
+from .errors import Cancelled, GenerationError
+from .hub import one_line
 from .load import load
 from .lora_file import NO_LORA
-from .settings import Fit, _check_references, _fit_masks, call_inputs, call_settings, reference_sides
+from .settings import Fit, call_inputs, call_settings, check_images, fit_masks, reference_sides
 from .spec import ModelSpec, Request
 from .timing import Times, timed, watching
 
@@ -36,10 +37,6 @@ Cancel = threading.Event | Callable[[], bool]
 
 Progress = Callable[[int, int], Any]
 """Called after each denoise step with (step, steps), the first being 1. It must not call its engine, which is busy."""
-
-
-class Cancelled(Exception):
-    """A call was cancelled. The pipeline is as usable as before."""
 
 
 class _Stop(BaseException):
@@ -138,8 +135,8 @@ class Engine:
         A model with call settings of its own (`call_settings`) is called by them where the request says nothing else;
         references, and the masks in the config with them, are scaled to the size that it was trained on.
 
-        Raises ValueError for a request that this model does not take, and for whatever the pipeline itself raises;
-        Cancelled where `cancel` says so, before a step or while others are served.
+        Raises ValueError for a request that this model does not take, GenerationError for whatever else the pipeline
+        raises, and Cancelled where `cancel` says so, before a step or while others are served.
         """
         return self._answer(request, cancel, progress)
 
@@ -166,18 +163,14 @@ class Engine:
         for each in (request, dense):
             self._answer(replace(each, steps=WARM_UP_STEPS), cancel, disable=True)
 
-        def second_half(step: int, steps: int) -> None:
-            assert progress is not None
-            progress(steps + step, 2 * steps)
+        def half(answered: int) -> Progress | None:
+            if progress is None:
+                return None
+            return lambda step, steps: progress(answered * steps + step, 2 * steps)
 
-        def first_half(step: int, steps: int) -> None:
-            assert progress is not None
-            progress(step, 2 * steps)
-
-        halves = (None, None) if progress is None else (first_half, second_half)
         return Comparison(
-            sparse=self._answer(request, cancel, halves[0], desc="kept tokens"),
-            dense=self._answer(dense, cancel, halves[1], desc="all tokens"),
+            sparse=self._answer(request, cancel, half(0), desc="kept tokens"),
+            dense=self._answer(dense, cancel, half(1), desc="all tokens"),
         )
 
     def _answer(
@@ -198,8 +191,13 @@ class Engine:
             raise Cancelled("The call was cancelled.") from None
         except ValueError:
             raise
-        except Exception as error:  # memory that ran out, parts that do not belong together, settings of another model
-            raise ValueError(f"{name} failed: {_first_line(error)}.") from error
+        except torch.OutOfMemoryError as error:
+            raise GenerationError(
+                "The device's memory ran out: keep fewer tokens, ask for a smaller height and width, or load the model "
+                "with cpu_offload or quantization."
+            ) from error
+        except Exception as error:
+            raise GenerationError(f"{name} failed: {one_line(error)}.") from error
 
 
 def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str, Any]]:
@@ -210,7 +208,7 @@ def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str
     family, name = family_of(pipe), type(pipe).__name__
     settings, inputs = call_settings(pipe), call_inputs(pipe)
     references, config, mask = request.references, request.config, request.inpaint
-    _check_references(name, family, len(references), mask is not None, settings.get("max_references"))
+    check_images(name, family, len(references), mask is not None, settings.get("max_references"))
     token = 2 * pipe.vae_scale_factor
     for side, value in (("height", request.height), ("width", request.width)):
         if value is not None and side not in inputs:
@@ -220,9 +218,8 @@ def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str
             raise ValueError(f"{side} is {value}: this model needs a multiple of {token}, such as {near}.")
     distilled, has_guider = getattr(pipe.config, "is_distilled", False), getattr(pipe, "guider", None) is not None
     if request.guidance_scale is not None and (distilled or not (has_guider or family.guidance in inputs)):
-        raise ValueError(
-            f"guidance_scale is {request.guidance_scale}, but this distilled model takes none: leave it out."
-        )
+        what = "this distilled model" if distilled else name
+        raise ValueError(f"guidance_scale is {request.guidance_scale}, but {what} takes none: leave it out.")
     for i, reference in enumerate(references):
         reference_mask(config.selector, i, reference)  # raises for a mask of another size
     if mask is not None and mask.size != references[0].size:
@@ -244,7 +241,7 @@ def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str
     fitted_mask = None if mask is None else fits[0](mask)
     arguments |= call_arguments(pipe, images, fitted_mask, request.height, request.width)
     arguments = {dial: value for dial, value in arguments.items() if value is not None}
-    return replace(config, selector=_fit_masks(config.selector, fits)), arguments
+    return replace(config, selector=fit_masks(config.selector, fits)), arguments
 
 
 def _guided(pipe: Any, scale: float | None) -> contextlib.AbstractContextManager[None]:

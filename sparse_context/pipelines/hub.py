@@ -30,7 +30,7 @@ PATIENCE = 2.0  # seconds until one wants to know what is waited for
 
 
 @contextlib.contextmanager
-def _clock(what: str) -> Iterator[None]:
+def clock(what: str) -> Iterator[None]:
     """On a terminal, say after a while (`PATIENCE`) what is waited for, and for how long; nothing of it stays.
 
     For the command line, which hides diffusers' own bars: they stay, and what is wrong is to be one sentence there.
@@ -59,7 +59,7 @@ def _clock(what: str) -> Iterator[None]:
         thread.join()
 
 
-def _class_name(model: str) -> str:
+def class_name_of(model: str) -> str:
     """The pipeline class that the index of a folder or hub id names, if it is supported."""
     folder = Path(model)
     if folder.is_dir():
@@ -112,7 +112,7 @@ def _fetch_index(model: str) -> Path:
         except errors.EntryNotFoundError:
             return Path(hf_hub_download(model, INDEXES[1]))
     except Exception as error:  # also kinds of the HTTP library that the client happens to use
-        other = _first_line(error)
+        other = one_line(error)
         if not isinstance(error, errors.HfHubHTTPError):
             other = f"it cannot be reached, check the connection ({other})"
         reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), other)
@@ -121,6 +121,7 @@ def _fetch_index(model: str) -> Path:
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def one_line(error: BaseException | None) -> str:
+    """What an error says, on one line and shortened, without its full stop; its kind where it says nothing."""
     text = textwrap.shorten(str(error), 300, placeholder=" …")
     return text.rstrip(".!") or type(error).__name__

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from ..families import FAMILIES
+from ..families.flux2.kv import in_kv_mode
 from .embedded import ADAPTERS, WEIGHTS, adapter_record
-from .hub import KLEIN, KLEIN_KV, _class_name, _clock, _first_line
+from .hub import KLEIN, KLEIN_KV, class_name_of, clock, one_line
 from .lora import load_lora
 from .lora_file import NO_LORA, LoraFile, check_lora_file, read_lora
 from .quantization import GgufTransformer, Quantized, QuantizedTransformer, find_quantization
@@ -38,26 +39,26 @@ def load(spec: ModelSpec | None = None) -> Any:
     if lora is not None:
         check_lora_file(lora)
     elif spec.lora_scale != 1 and not has_adapter:
-        raise ValueError(
-            f"lora-scale is {spec.lora_scale:g}, but there is no LoRA: name one with --lora, or leave it out."
-        )
-    class_name = _class_name(path)
+        raise ValueError(f"lora_scale is {spec.lora_scale:g}, but there is no LoRA: name one as lora, or leave it out.")
+    class_name = class_name_of(path)
     _check_kv(path, class_name, spec.kv, lora)
     file = _read_lora(class_name, str(adapter) if has_adapter else lora)
     modular = FAMILIES[class_name].modular
     if modular and spec.cpu_offload == "model":
-        raise ValueError("cpu-offload is 'model', which a modular pipeline does not have: choose group.")
+        raise ValueError("cpu_offload is 'model', which a modular pipeline does not have: choose group.")
     automatic = torch.float32 if spec.model is None and device.type == "cpu" else torch.bfloat16
     dtype = DTYPES.get(spec.dtype, automatic)
     transformer = find_quantization(spec, device, dtype)
     try:
-        with _clock(f"loading {path}"):
+        with clock(f"loading {path}"):
             pipe = (_load_modular if modular else _load_plain)(path, dtype, transformer)
     except Exception as error:  # the loaders raise many kinds, and all of them mean this
-        raise ValueError(f"The model {path} does not load: {_first_line(error)}.") from error
+        raise ValueError(f"The model {path} does not load: {one_line(error)}.") from error
     _check_complete(path, pipe)
     if spec.kv and class_name == KLEIN:
-        pipe = _in_kv_mode(path, pipe)
+        if not pipe.config.is_distilled:
+            raise ValueError(f"kv has no guidance, which {path} needs: name its distilled sibling, or leave kv out.")
+        pipe = in_kv_mode(pipe)
     if file is not None:
         load_lora(pipe, file, spec.lora_scale)
     if has_adapter and spec.quantization is None:
@@ -94,17 +95,6 @@ def _check_complete(path: str, pipe: Any) -> None:
             raise ValueError(f"The model {path} is incomplete: weights of its {name} are missing.")
     if getattr(pipe.tokenizer, "vocab_size", 2) < 2:  # without its file a tokenizer loads too, and knows no word
         raise ValueError(f"The model {path} is incomplete: its tokenizer has no words.")
-
-
-def _in_kv_mode(path: str, pipe: Any) -> Any:
-    """The parts of a klein pipeline as `Flux2KleinKVPipeline`."""
-    from diffusers import Flux2KleinKVPipeline
-
-    if not pipe.config.is_distilled:
-        raise ValueError(f"kv has no guidance, which {path} needs: name its distilled sibling, or leave kv out.")
-    twin = Flux2KleinKVPipeline(**pipe.components)
-    twin.register_to_config(_name_or_path=pipe.config._name_or_path)  # by which its call settings are found
-    return twin
 
 
 def _place(pipe: Any, device: torch.device, cpu_offload: str | None, modular: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .lora_file import PREFIX, REBASED, TEXT_PREFIX, Layer, LoraFile, _one_sentence, _some, misfit
+from .lora_file import PREFIX, REBASED, TEXT_PREFIX, Layer, LoraFile, misfit, name_some, one_sentence
 
 _QKV, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -167,7 +167,7 @@ def load_lora(pipe: Any, file: LoraFile, scale: float = 1.0) -> None:
         alone = "" if file.layers else ", all that it holds,"
         raise misfit(
             file.path,
-            f"{_some(lost, 'layer')}{alone} would be lost, since {type(pipe).__name__} takes no LoRA for that text "
+            f"{name_some(lost, 'layer')}{alone} would be lost, since {type(pipe).__name__} takes no LoRA for that text "
             "encoder: pass one of the transformer alone",
         )
     if not file.layers and not text_layers:
@@ -254,10 +254,10 @@ def _pieces(file: LoraFile, module: nn.Module, found: Found, component: str) -> 
             pieces[name] = Piece({role: each[i].clone() for role, each in parts.items()}, alpha)
     keys = {role: [layer.keys[role] for layer, _ in found if role in layer.keys] for role in ("magnitude", "bias")}
     if (keys["magnitude"] or settings.get("use_dora")) and len(keys["magnitude"]) < len(found):
-        held = _some(keys["magnitude"], "scale") if keys["magnitude"] else "no scale"
+        held = name_some(keys["magnitude"], "scale") if keys["magnitude"] else "no scale"
         raise misfit(
             file.path,
-            f"it is a DoRA with {held} for {_some([layer.key for layer, _ in found], 'layer')}: get the whole file",
+            f"it is a DoRA with {held} for {name_some([layer.key for layer, _ in found], 'layer')}: get the whole file",
         )
     if keys["bias"]:  # for peft, all have one then
         for name, piece in pieces.items():
@@ -339,7 +339,7 @@ def _attach(file: LoraFile, pipe: Any, component: str, pieces: Mapping[str, Piec
         f"{name}.{PEFT_KEYS[role]}": tensor for name, piece in pieces.items() for role, tensor in piece.tensors.items()
     }
     common = {"adapter_name": ADAPTER_NAME, "low_cpu_mem_usage": True}
-    with _one_sentence(file.path):
+    with one_sentence(file.path):
         if component == "transformer":
             module.load_lora_adapter(state, prefix=None, metadata=settings, **common)
         else:
@@ -392,7 +392,7 @@ def _attach_kronecker(file: LoraFile, transformer: Any, found: Found, scale: flo
         name = f"{head}.{last}".removeprefix(".")
         wanted[name] = change
         state |= {f"{name}.lokr_{role}": tensor for role, tensor in tensors.items()}
-    with _one_sentence(file.path):
+    with one_sentence(file.path):
         transformer.load_lora_adapter(state, prefix=None, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
     there = {name: layer for name, layer in transformer.named_modules() if hasattr(layer, "get_delta_weight")}
     arrived = there.keys() == wanted.keys() and all(
@@ -408,5 +408,5 @@ ADAPTER_NAME = "default_0"  # what diffusers calls the first one
 
 def _check_arrival(file: LoraFile, arrived: bool, count: int) -> None:
     if not arrived:
-        some = _some([layer.key for layer in file.layers.values()], "layer")
+        some = name_some([layer.key for layer in file.layers.values()], "layer")
         raise misfit(file.path, f"of its {some} {count} arrived, and not all as they were: pass a plain LoRA")

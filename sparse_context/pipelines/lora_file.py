@@ -117,7 +117,7 @@ def read_lora(path: str) -> LoraFile:
     with safe_open(path, framework="pt") as file:
         settings = _read_settings(path, file.metadata() or {})
         for key in file.keys():  # noqa: SIM118 (it is no dictionary)
-            with _one_sentence(path):  # such as number formats of four bits, which torch has not
+            with one_sentence(path):  # such as number formats of four bits, which torch has not
                 tensor = file.get_tensor(key)
                 narrow = tensor.is_floating_point() and tensor.element_size() == 1
                 tensors[key] = tensor.bfloat16() if narrow else tensor
@@ -125,7 +125,9 @@ def read_lora(path: str) -> LoraFile:
         raise ValueError(f"Name another LoRA than {path}, which does not fit this model: it is empty.")
     scales = [key for key in tensors if "dora_scale" in key]
     if scales:
-        raise misfit(path, f"it is a DoRA, and its {_some(scales, 'scale')} would be lost: pass a LoRA without DoRA")
+        raise misfit(
+            path, f"it is a DoRA, and its {name_some(scales, 'scale')} would be lost: pass a LoRA without DoRA"
+        )
     layers: dict[str, Layer] = {}
     text_layers: dict[str, Layer] = {}
     unknown = []
@@ -142,9 +144,9 @@ def read_lora(path: str) -> LoraFile:
             )
         layer.tensors[role], layer.keys[role] = tensor, key
     if unknown and not any(len(layer.keys.keys() - {"alpha"}) for layer in (*layers.values(), *text_layers.values())):
-        raise misfit(path, f"it holds no LoRA, but {_some(unknown, 'key')}: pass a LoRA")
+        raise misfit(path, f"it holds no LoRA, but {name_some(unknown, 'key')}: pass a LoRA")
     if unknown:
-        raise misfit(path, f"{_some(unknown, 'key')} would be lost, being no matrices of a LoRA: pass a plain one")
+        raise misfit(path, f"{name_some(unknown, 'key')} would be lost, being no matrices of a LoRA: pass a plain one")
     for layer in (*layers.values(), *text_layers.values()):
         _check_layer(path, layer)
     return LoraFile(path, layers, text_layers, settings)
@@ -159,7 +161,7 @@ def _role(key: str) -> tuple[str | None, str]:
     return None, key
 
 
-def _some(keys: Sequence[str], noun: str) -> str:
+def name_some(keys: Sequence[str], noun: str) -> str:
     """How many there are, and one or two of them."""
     count = f"{len(keys)} {noun}{'' if len(keys) == 1 else 's'}"
     return f"{count} ({' and '.join(keys[:2])}{' ...' if len(keys) > 2 else ''})"
@@ -218,7 +220,8 @@ def _check_layer(path: str, layer: Layer) -> None:
 
 
 @contextlib.contextmanager
-def _one_sentence(path: str) -> Iterator[None]:
+def one_sentence(path: str) -> Iterator[None]:
+    """Within it, whatever goes wrong with a LoRA is one sentence (`misfit`)."""
     try:
         yield
     except Exception as error:  # the loaders raise many kinds, and all of them mean this
@@ -232,4 +235,4 @@ NO_LORA = "none"
 def check_lora_scale(lora_scale: float) -> None:
     """Raise ValueError for a share of a LoRA that is out of range."""
     if not 0 <= lora_scale < math.inf:
-        raise ValueError(f"lora-scale is {lora_scale!r}: pass a number of 0 or more.")
+        raise ValueError(f"lora_scale is {lora_scale!r}: pass a number of 0 or more.")

@@ -13,7 +13,7 @@ from ..config import SparseContextConfig, per_reference
 from ..families import FAMILIES, Family, family_of
 from ..selectors.registry import SelectorsLike, map_masks
 from .embedded import CALL_FILE, WEIGHTS, read_call_settings
-from .hub import _class_name, _first_line
+from .hub import class_name_of, one_line
 
 MOST_STEPS, MOST_PIXELS = 1000, 16384  # of a call; pixels a side
 
@@ -24,14 +24,14 @@ def check_references(model: str | None, count: int, inpaint: bool) -> None:
     count: how many references there are. inpaint: whether there is a mask of what to paint over.
     """
     path = str(WEIGHTS) if model is None else model
-    name = _class_name(path)
-    _check_references(name, FAMILIES[name], count, inpaint, _read_settings(path).get("max_references"))
+    name = class_name_of(path)
+    check_images(name, FAMILIES[name], count, inpaint, _read_settings(path).get("max_references"))
 
 
 def check_call(
     prompt: str, seed: int, steps: int | None, height: int | None, width: int | None, guidance_scale: float | None
 ) -> None:
-    """Raise ValueError for what no model takes, of the arguments of `generate`: before one is loaded, if need be."""
+    """Raise ValueError for what no model takes, of the fields of a `Request`: before one is loaded, if need be."""
     dials = ("steps", steps, MOST_STEPS), ("height", height, MOST_PIXELS), ("width", width, MOST_PIXELS)
     for dial, value, most in dials:
         if value is not None and value < 1:
@@ -52,24 +52,26 @@ def most_references(model: str | None) -> int | None:
     No weights are read. Raises ValueError where the model is not there, or not supported.
     """
     path = str(WEIGHTS) if model is None else model
-    limits = FAMILIES[_class_name(path)].most, _read_settings(path).get("max_references")
+    limits = FAMILIES[class_name_of(path)].most, _read_settings(path).get("max_references")
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _check_references(name: str, family: Family, count: int, inpaint: bool, most: int | None) -> None:
+def check_images(name: str, family: Family, count: int, inpaint: bool, most: int | None) -> None:
+    """Raise ValueError for a number of references, or a mask to paint in, that a family does not take.
+
+    name: the pipeline's class. most: the references that the model itself takes, by its call settings.
+    """
     if most is not None and count > most:
         raise ValueError(f"There are {count} references, and this model takes at most {most}: pass fewer.")
     if family.most is not None and count > family.most:
         raise ValueError(f"There are {count} references, and {name} takes at most {family.most}: pass fewer.")
     if count < family.fewest:
-        raise ValueError(f"There are {count} references, and {name} needs at least {family.fewest}: pass --image.")
+        raise ValueError(f"There are {count} references, and {name} needs at least {family.fewest}: pass more.")
     if family.paints and not inpaint:
-        raise ValueError(
-            f"{name} paints into its first reference: pass --inpaint, a mask that is white where to paint."
-        )
+        raise ValueError(f"{name} paints into its first reference: pass inpaint, a mask that is white where to paint.")
     if inpaint and not family.paints:
         painters = ", ".join(painter for painter, known in FAMILIES.items() if known.paints)
-        raise ValueError(f"{name} does not paint into an image: leave --inpaint out, or use one of {painters}.")
+        raise ValueError(f"{name} does not paint into an image: leave inpaint out, or use one of {painters}.")
 
 
 def call_inputs(pipe: Any) -> Container[str]:
@@ -97,7 +99,7 @@ def _read_settings(source: str) -> dict:
     try:
         return dict(read_call_settings(Path(source)) or {})
     except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"The {CALL_FILE} of {source} holds no call settings: {_first_line(error)}.") from error
+        raise ValueError(f"The {CALL_FILE} of {source} holds no call settings: {one_line(error)}.") from error
 
 
 def reference_sides(reference_size: Any, config: SparseContextConfig, count: int) -> list[int | None]:
@@ -116,7 +118,7 @@ def reference_sides(reference_size: Any, config: SparseContextConfig, count: int
 Fit = Callable[[Image.Image], Image.Image]
 
 
-def _fit_masks(selectors: SelectorsLike, fits: Sequence[Fit]) -> SelectorsLike:
+def fit_masks(selectors: SelectorsLike, fits: Sequence[Fit]) -> SelectorsLike:
     """`selectors` with the user's masks in it scaled and padded as `fits` do with the pictures of each reference."""
 
     def fit(i: int, mask: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ class ModelSpec:
         if self.dtype != "auto" and self.dtype not in DTYPE_NAMES:
             raise ValueError(f"dtype is {self.dtype!r}: choose auto, {', '.join(DTYPE_NAMES)}.")
         if self.cpu_offload is not None and self.cpu_offload not in OFFLOADS:
-            raise ValueError(f"cpu-offload is {self.cpu_offload!r}: choose {' or '.join(OFFLOADS)}.")
+            raise ValueError(f"cpu_offload is {self.cpu_offload!r}: choose {' or '.join(OFFLOADS)}.")
         check_lora_scale(self.lora_scale)
         file = self.gguf
         if self.quantization is not None and self.quantization not in QUANTIZATIONS and file is None:

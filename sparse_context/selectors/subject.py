@@ -26,7 +26,8 @@ def subject(image: np.ndarray | None, grid: Grid, generator: np.random.Generator
     Three quarters saliency and one quarter edges, as far as these lie on or beside something salient; and of that each
     token has 0.4 itself, and 0.3 each from the best token of the 3x3 and of the 5x5 around it. A hole in a subject
     costs a picture more than a token of background gains it, and a subject that is moved or turned no longer lies on
-    the grid, so that its border takes the tokens beside it. Chosen on the embedded model's scenes; see docs/quality.md.
+    the grid, so that its border takes the tokens beside it. Chosen on the embedded model's scenes; see
+    docs/benchmarks/quality.md.
     """
     image = rgb_pixels(image, "subject")
     found = saliency(image, grid, generator)

@@ -1,10 +1,10 @@
 """Which reference tokens a training batch keeps: drawn anew for each, and the same for all its samples.
 
 Random dropping alone may teach a model to fill every gap from its neighbours, so that clustered selections get worse
-(docs/quality.md says where it did and where not). So a batch draws a kind of set from a mix: scattered, in blobs, in
-bands, along edges, on the salient part, around an object. A kind is a selector like those of selectors.py and is cut by
-the same budget, so training and inference share one mechanism. To add one, write a function and give it a line in
-`DROPS`.
+(docs/benchmarks/quality.md says where it did and where not). So a batch draws a kind of set from a mix: scattered, in
+blobs, in bands, along edges, on the salient part, around an object. A kind is a selector like those of
+selectors/registry.py and is cut by the same budget, so training and inference share one mechanism. To add one, write a
+function and give it a line in `DROPS`.
 """
 
 import heapq
@@ -161,5 +161,5 @@ def draw_selection(
 
 
 def _named(kind: str) -> str | Selector:
-    """A name where selectors.py has the kind too, else the function."""
+    """A name where selectors/registry.py has the kind too, else the function."""
     return kind if kind in SELECTORS else DROPS[kind]

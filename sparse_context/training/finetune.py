@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..families.host import Host
 from ..images import save_picture, save_text
+from ..pipelines.errors import GenerationError
 from .batch import Encoding
 from .cache import fingerprint
 from .checkpoints import newest_step
@@ -165,7 +166,7 @@ def _sheets(
             folder = run.output / "validation"
             folder.mkdir(exist_ok=True)
             save_picture(sheet, folder / f"step-{step:07d}.webp")
-        except (ValueError, OSError) as error:
+        except (ValueError, GenerationError, OSError) as error:
             # Such as memory that suffices for training alone, or a picture that is open in a viewer on Windows: no run
             # ends by its pictures
             return tqdm.write(f"No validation pictures at step {step}: {error}")

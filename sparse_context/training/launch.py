@@ -127,8 +127,8 @@ def launch(
             )
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            "The device's memory ran out: pass a smaller --resolution or --train-batch-size, or --set "
-            "gradient_checkpointing=true. With --resume latest the run continues from its last checkpoint."
+            "The device's memory ran out: pass a smaller resolution or train_batch_size, or set "
+            "gradient_checkpointing=true. With resume='latest' the run continues from its last checkpoint."
         ) from error
     accelerator.end_training()
     return result if accelerator.is_main_process else None

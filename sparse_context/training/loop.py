@@ -4,7 +4,7 @@ Everything random in a step is drawn from a generator seeded by (seed, step), so
 sees the same batches and ends at the same weights as one that was not; no generator state is stored. A checkpoint is a
 folder of safetensors files (nothing is pickled) that is renamed into place when it is whole.
 
-Output contract, in `folder`: `step-0001000/{weights,average,optimiser}.safetensors` (the last two are kept), and
+Output contract, in `folder`: `step-0001000/{weights,average,optimiser}.safetensors` (the last `keep_last`), and
 `log.jsonl` with one record every `log_every` steps. Beside the tensors are `progress.json`, what the log's next record
 needs of the steps before (`Progress`), and `SHA256SUMS`, which `sha256sum -c` reads. A run that was killed and resumed
 ends with the weights, checkpoints and records of an unbroken one, but for the seconds.
@@ -31,7 +31,7 @@ SKIPPED = 20  # steps in a row without finite gradients, by which a run ends
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long a loop trains, and what it does every so many steps. Raises ValueError for `seconds` that are none.
+    """How long a loop trains, and what it does every so many steps. Raises ValueError for `seconds` not above 0.
 
     `schedule` is a name of `SCHEDULES`, with `warmup` steps. A step averages the gradients of `accumulate` batches and
     clips their norm to `clip`. `ema` is the decay of the weights' average; 0 averages nothing. `save_every` steps there

@@ -61,24 +61,22 @@ def flow_matching_loss(
     sigma: (B,). noise: as `encoded.target`. into: as in `ReferenceTokens.keep`. The velocity to be met is noise -
     target; a share `distillation` of the loss meets the dense prediction without the adapter instead. A token counts
     1 + `focus` * its `encoded.mask` times, and `unseen` times that if it has an `encoded.source` of which nothing is
-    kept. Where `index` has all tokens and `preservation` is above 0, the loss is that times the mean squared distance
-    to the dense prediction without the adapter, in which all tokens count the same. teacher: that prediction, from
-    `dense_answer`, where it is there already.
+    kept. With a `preservation` above 0, which is for an `index` of all tokens, the loss is that times the mean squared
+    distance to the dense prediction without the adapter, in which all tokens count the same. teacher: that prediction,
+    from `dense_answer`, where it is there already.
     """
+    if teacher is None and (distillation or preservation):
+        teacher = dense_answer(host, encoded, sigma, noise)
+    kept = host.reference_tokens(encoded.references).keep(index, into)
+    velocity = host.velocity(add_noise(host, encoded, sigma, noise), sigma, encoded.text, kept).float()
+    if teacher is not None and preservation:
+        return preservation * (velocity - teacher).square().mean()
     weights = 1 + focus * encoded.mask
     if unseen < 1:  # else no copy to the device, which would wait for it
         present = torch.from_numpy(index if into is None else np.flatnonzero(into >= 0)).to(encoded.source.device)
         seen = (encoded.source < 0) | torch.isin(encoded.source, present)
         weights = weights * torch.where(seen, 1.0, unseen)
     wanted = host.target_tokens(noise - encoded.target).latents
-    references = host.reference_tokens(encoded.references)
-    preserves = preservation > 0 and len(index) == len(references)
-    if teacher is None and (distillation or preserves):
-        teacher = dense_answer(host, encoded, sigma, noise)
-    kept = references.keep(index, into)
-    velocity = host.velocity(add_noise(host, encoded, sigma, noise), sigma, encoded.text, kept).float()
-    if teacher is not None and preserves:
-        return preservation * (velocity - teacher).square().mean()
     error = (velocity - wanted).square().mean(-1)
     if teacher is not None and distillation:
         error = (1 - distillation) * error + distillation * (velocity - teacher).square().mean(-1)
@@ -108,11 +106,13 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Noised:
-    """An encoded batch with its noise, and what the teacher says of it (None where nobody asks)."""
+    """An encoded batch with its noise, and what the teacher says of it (None where nobody asks). total: its tokens of
+    references."""
 
     number: int
     encoded: Encoded
     subsets: list[Subset]
+    total: int
     sigma: torch.Tensor
     noise: torch.Tensor
     teacher: torch.Tensor | None
@@ -163,7 +163,7 @@ class FlowMatching:
                 batch.noise,
                 self.config.distillation,
                 self.config.focus,
-                self.config.preservation,
+                self._preservation(index, batch.total),
                 into=into,
                 teacher=batch.teacher,
                 unseen=self.config.unseen,
@@ -191,13 +191,16 @@ class FlowMatching:
         u = torch.rand(len(encoded.target), generator=generator).clamp(1e-4, 1 - 1e-4)
         sigma = noise_levels(u, self.config.weighting_scheme, self.shift).to(self.device)
         noise = torch.randn(encoded.target.shape, generator=generator).to(self.device)
-        count = sum(rows * columns for rows, columns in batch.grids(self.host.token))
-        preserves = self.config.preservation > 0 and any(len(index) == count for index, _ in subsets)
+        total = sum(rows * columns for rows, columns in batch.grids(self.host.token))
         teacher = None
-        if self.config.distillation or preserves:
+        if self.config.distillation or any(self._preservation(index, total) for index, _ in subsets):
             with self._forward():
                 teacher = dense_answer(self.host, encoded, sigma, noise)
-        return Noised(number, encoded, subsets, sigma, noise, teacher)
+        return Noised(number, encoded, subsets, total, sigma, noise, teacher)
+
+    def _preservation(self, index: np.ndarray, total: int) -> float:
+        """The config's, for a set that keeps all tokens; others are not held to the dense prediction alone."""
+        return self.config.preservation if len(index) == total else 0.0
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ..samples import source_of
 from .card import EMBEDDED
 from .config import TrainConfig
 from .dropping import Dropping
@@ -86,7 +87,7 @@ class RunConfig:
         if self.validation_split is not None and self.validation_data is None:
             raise ValueError(
                 f"validation_split is {self.validation_split!r}, but there is no data for it: name it with "
-                "--validation-data, which may be the same as --data."
+                "validation_data, which may be the same as data."
             )
 
     @property
@@ -98,9 +99,9 @@ class RunConfig:
     @property
     def source(self) -> dict[str, Any]:
         """Which part of a data set is read, and by which columns: keywords of `samples.read_samples`."""
-        columns = {"image": self.image_column, "references": self.cond_image_column, "prompt": self.caption_column}
-        columns = {field: column for field, column in columns.items() if field != column}
-        return {"columns": columns, "split": self.split, "config": self.dataset_config_name}
+        return source_of(
+            self.dataset_config_name, self.split, self.image_column, self.cond_image_column, self.caption_column
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Settings:
     run: RunConfig
 
 
-def _kinds() -> dict[str, Any]:
+def field_kinds() -> dict[str, Any]:
     """Every field by its dotted name -> its type."""
     kinds: dict[str, Any] = {}
     for prefix, record in (("", RunConfig), ("", TrainConfig), ("dropping.", Dropping)):
@@ -131,20 +132,19 @@ def read_settings(
     there. Raises ValueError, in one sentence, for a field that there is not (with the nearest names), for a value of
     another type, for a flag and a set of one field that differ, and for a file that cannot be read.
     """
-    kinds = _kinds()
+    kinds = field_kinds()
     values = DEFAULTS | ({} if file is None else _read_file(file, kinds))
     texts: dict[str, str] = {}
     for text in sets:
         name, separator, value = text.partition("=")
         name = name.strip()
         if not separator:
-            raise ValueError(f"--set {text} has no value: write it as field=value, such as --set ema=0.99.")
+            raise ValueError(f"The setting {text} has no value: write it as field=value, such as ema=0.99.")
         _check_name(name, kinds)
         values[name], texts[name] = from_text(name, value.strip(), kinds[name]), text
     for name, value in (flags or {}).items():
         if value is not None and name in texts and values[name] != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {value} and --set {texts[name]} differ: leave one of the two out.")
+            raise ValueError(f"{name} is {value!r}, and the setting {texts[name]} differs: leave one of the two out.")
         if value is not None:
             values[name] = value
     dropping = {name.partition(".")[2]: value for name, value in values.items() if name.startswith("dropping.")}

@@ -19,7 +19,7 @@ def check_folder(output: Path, resume: bool, steps: int) -> None:
     Checkpoints(output).check_names()
     if step and not resume:
         raise ValueError(
-            f"The folder {output} holds a run at step {step}: continue it with --resume latest, or name another folder."
+            f"The folder {output} holds a run at step {step}: continue it with resume='latest', or name another folder."
         )
     if step:
         read_record(output)  # now, and not after a model was loaded

@@ -2,6 +2,8 @@
 
 import pytest
 
+from sparse_context.cli import _fail
+
 PICTURES = {
     "missing.png": "does not exist",
     "truncated.png": "is damaged or cut short",
@@ -108,3 +110,10 @@ def test_a_folder_as_output(refused, tmp_path):
     assert "is a folder; give the name of a picture file inside it" in refused(
         "select", "{in}/a.png", "--output", "out.png"
     )
+
+
+def test_names_of_python_are_printed_as_options_but_not_within_paths(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        _fail("lora_scale is 2: set cpu_offload, not 'lora_scale' in a/lora_scale.png or lora_scale.")
+    said = "--lora-scale is 2: set --cpu-offload, not 'lora_scale' in a/lora_scale.png or --lora-scale."
+    assert capsys.readouterr().err == f"sparse-context: {said}\n"

@@ -58,7 +58,7 @@ def test_what_no_model_takes_is_refused_before_one_is_loaded(refused, options, m
         "odd class": "is a []; the supported pipelines are Flux2Pipeline, Flux2KleinPipeline",
         "ddpm": "is a DDPMPipeline; the supported pipelines are Flux2Pipeline, Flux2KleinPipeline",
         "ddpm/model_index.json": "is a file, the index of a model: pass the folder that holds it.",
-        "inpaint": "paints into its first reference: pass --inpaint",
+        "inpaint": "paints into its first reference: pass inpaint",
         "no weights": "does not load: Error no file named diffusion_pytorch_model.safetensors",
         "truncated weights": "does not load: ",
         "garbage weights": "does not load: ",
@@ -138,7 +138,7 @@ def test_a_model_that_is_no_folder_is_told_what_it_is(refused, tiny_model, tmp_p
 @pytest.mark.parametrize(
     "options, says",
     [
-        (["--lora", "none", "--lora-scale", "0.5"], "lora-scale is 0.5, but there is no LoRA: name one with --lora"),
+        (["--lora", "none", "--lora-scale", "0.5"], "lora-scale is 0.5, but there is no LoRA: name one as lora"),
         (
             ["--lora", "{loras}/fits.safetensors", "--lora-scale", "-1"],
             "lora-scale is -1.0: pass a number of 0 or more",

@@ -415,9 +415,9 @@ def test_all_that_is_not_installed_is_named_at_once(monkeypatch, capfd, data, tm
 
 
 BAD = [
-    (["--set", "ema"], "--set ema has no value: write it as field=value"),
+    (["--set", "ema"], "The setting ema has no value: write it as field=value"),
     (["--set", "lerning_rate=1"], "There is no field 'lerning_rate': did you mean learning_rate"),
-    (["--rank", "2", "--set", "rank=4"], "--rank 2 and --set rank=4 differ: leave one of the two out."),
+    (["--rank", "2", "--set", "rank=4"], "rank is 2, and the setting rank=4 differs: leave one of the two out."),
     (["--set", "rank=many"], "rank is 'many': pass a whole number."),
     (["--config", "nowhere.json"], "The config nowhere.json cannot be read (No such file or directory)"),
     (["--config", "{data}/good.jsonl"], "is no JSON file"),
@@ -538,7 +538,7 @@ def test_memory_that_runs_out_is_one_sentence(monkeypatch, capfd, data, tiny_mod
         monkeypatch, capfd, "-m", tiny_model, "--data", data / "good.jsonl", "--output-dir", tmp_path / "out"
     )
     said = [line for line in err.splitlines() if line.startswith("sparse-context: ")]
-    assert code == 2 and len(said) == 1 and "memory ran out: pass a smaller --resolution" in said[0]
+    assert code == 2 and len(said) == 1 and "memory ran out: pass a smaller resolution or --train-batch-size" in said[0]
 
 
 @pytest.mark.slow

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ...preview import MAX_AREA
 from ...tokens import ReferenceTokens
 from ..pictures import Pictures
 
 if TYPE_CHECKING:
     from ...context import Call
-
-MAX_AREA = 1024 * 1024  # larger pictures are scaled down to this many pixels before they are preprocessed
 
 
 def attach(pipe: Any, call: "Call") -> None:

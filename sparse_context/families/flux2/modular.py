@@ -7,7 +7,7 @@ among its blocks, and then takes `keep` and what goes with it in every call:
     blocks = insert_sparse_context(Flux2KleinAutoBlocks())
     pipe = blocks.init_pipeline("black-forest-labs/FLUX.2-klein-4B")
     pipe.load_components(dtype=torch.bfloat16)
-    made = pipe(image=[cat, room], prompt="the cat in the room", keep=0.2, output=["images", "selection"])
+    outputs = pipe(image=[cat, room], prompt="the cat in the room", keep=0.2, output=["images", "selection"])
 """
 
 from copy import deepcopy
@@ -22,11 +22,11 @@ from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, Outpu
 
 from ...config import SparseContextConfig
 from ...context import Call, SparseContext
+from ...preview import MAX_AREA
 from ...selection import Selection
 from ...tokens import ReferenceTokens
 from ..modular import attach_step, insert_behind
 from ..pictures import mask_of, to_uint8
-from .drop import MAX_AREA
 
 
 def attach(pipe: Any, call: Call) -> None:

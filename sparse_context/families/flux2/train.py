@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from ...tokens import ReferenceTokens
-from ..host import Host, Text
+from ..host import ATTENTION, Host, Text
+from .kv import in_kv_mode
 
 
 class Flux2(Host):
@@ -27,10 +28,7 @@ class Flux2(Host):
         if kv and isinstance(pipe, Flux2Pipeline):
             raise ValueError("KV mode is for klein models: FLUX.2 dev has no pipeline that runs it.")
         if kv and not isinstance(pipe, Flux2KleinKVPipeline):
-            parts = inspect.signature(Flux2KleinKVPipeline.__init__).parameters
-            path = getattr(pipe.config, "_name_or_path", None)
-            pipe = Flux2KleinKVPipeline(**{name: part for name, part in pipe.components.items() if name in parts})
-            pipe.register_to_config(_name_or_path=path)  # where `pipelines.settings.call_settings` looks
+            pipe = in_kv_mode(pipe)
         super().__init__(pipe, settings, kv)
         self.kv = kv or isinstance(pipe, Flux2KleinKVPipeline)
 
@@ -38,11 +36,11 @@ class Flux2(Host):
         """Those of diffusers' training scripts for FLUX.2: all attention, the single blocks' fused MLPs with it."""
         singles = range(len(self.transformer.single_transformer_blocks))
         fused = ["to_qkv_mlp_proj", *(f"single_transformer_blocks.{i}.attn.to_out" for i in singles)]
-        return ["to_k", "to_q", "to_v", "to_out.0", *fused]
+        return [*ATTENTION, *fused]
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
         width, height = (side // self.token * self.token for side in picture.size)
-        return self.processor.preprocess(picture, height=height, width=width, resize_mode="crop")
+        return self.pipe.image_processor.preprocess(picture, height=height, width=width, resize_mode="crop")
 
     @torch.no_grad()
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:

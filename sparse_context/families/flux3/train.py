@@ -20,7 +20,7 @@ class Flux3(Host):
     """
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
-        return self.processor.preprocess(picture, resize_mode="crop")[0]
+        return self.pipe.image_processor.preprocess(picture, resize_mode="crop")[0]
 
     def _run(self, step: Any, **values: Any) -> Any:
         """The state after one of the pipeline's own steps, from these values."""

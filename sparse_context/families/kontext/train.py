@@ -22,8 +22,8 @@ class Kontext(Host):
         aspect = picture.width / picture.height
         shape = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda shape: abs(aspect - shape[0] / shape[1]))
         width, height = (side // self.token * self.token for side in shape)
-        resized = self.processor.resize(picture, height, width)
-        return self.processor.preprocess(resized, height, width)
+        resized = self.pipe.image_processor.resize(picture, height, width)
+        return self.pipe.image_processor.preprocess(resized, height, width)
 
     @torch.no_grad()
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:

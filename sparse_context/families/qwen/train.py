@@ -30,7 +30,7 @@ class QwenImageEditPlus(Host):
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 
         width, height = edit_plus.calculate_dimensions(edit_plus.VAE_IMAGE_SIZE, picture.width / picture.height)
-        return self.processor.preprocess(picture, height, width)
+        return self.pipe.image_processor.preprocess(picture, height, width)
 
     @torch.no_grad()
     def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
