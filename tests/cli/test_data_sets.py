@@ -164,5 +164,5 @@ def test_validation_has_a_split_of_its_own(command, table, inputs, tmp_path, mon
     assert "Unknown split \"tset\". Should be one of ['train', " in drawn(*validated, "--set", "validation_split=tset")
     assert drawn("--set", "validation_split=test") == (
         "validation_split is 'test', but there is no data for it: name it with --validation-data, which may be the "
-        "same as --data."
+        "same as data."
     )
