@@ -15,21 +15,12 @@ from hypothesis import settings
 settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("tests")
 
-CALL = {
-    "height": 64,
-    "width": 64,
-    "num_inference_steps": 2,
-    "max_sequence_length": 12,
-    "text_encoder_out_layers": [1, 2],
-    "reference_size": 64,
-    "max_references": 3,
-}
-
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """The folder of a tiny klein in the diffusers layout, whose references are scaled to 64 x 64 pixels."""
     import tiny
+    from call import CALL
     from diffusers import Flux2KleinPipeline
 
     folder = tmp_path_factory.mktemp("model") / "tiny klein"

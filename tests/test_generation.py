@@ -233,7 +233,7 @@ def test_a_setting_that_the_pipeline_does_not_know_is_left_out(tmp_path):
     settings = {**CALL, "guidance_scale": 4.0, "no_such_argument": 1, "num_inference_steps": 1}
     with settings_of(kv, tmp_path, **settings):
         assert Engine(pipe=kv)(Request("the cat", [picture(64, 64)], height=64, width=64)).selection.kept == 13
-        with pytest.raises(ValueError, match="but this distilled model takes none: leave it out"):
+        with pytest.raises(ValueError, match="but Flux2KleinKVPipeline takes none: leave it out"):
             Engine(pipe=kv)(Request("the cat", [picture(64, 64)], guidance_scale=2.0))
 
 
@@ -308,7 +308,7 @@ def assert_same_selection(first, second):
         ({"steps": 0}, "^steps is 0: pass a number above 0.$"),
         ({"height": 60}, "^height is 60: this model needs a multiple of 8, such as 64.$"),
         ({"width": -8}, "^width is -8: pass a number above 0.$"),
-        ({"guidance_scale": 2.0}, "^guidance_scale is 2.0, but this distilled model takes none: leave it out.$"),
+        ({"guidance_scale": 2.0}, "^guidance_scale is 2.0, but Flux2KleinKVPipeline takes none: leave it out.$"),
         ({"guidance_scale": float("nan")}, "^guidance_scale is nan: pass a number of 0 or more.$"),
     ],
 )

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import CALL
+from call import CALL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import picture, tiny_transformer

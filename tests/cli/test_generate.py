@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CALL
+from call import CALL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_lora import DOWN_UP, ORIGINAL, flat, make

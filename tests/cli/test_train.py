@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CALL
+from call import CALL
 from diffusers import Flux2KleinPipeline, FluxKontextPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -435,7 +435,7 @@ BAD = [
     (["--set", "reference_resolution=1"], "reference_resolution is 1"),
     (["--set", "reference_resolution=0"], "reference_resolution is 0"),
     (["--set", "dtype=float16"], "dtype is 'float16'"),
-    (["--train-batch-size", "0"], "train_batch_size is 0"),
+    (["--train-batch-size", "0"], "--train-batch-size is 0"),
     (["--gradient-accumulation-steps", "0"], "gradient_accumulation_steps is 0"),
     (["--rank", "0"], "rank is 0"),
     (["--rank", "many"], "'--rank'"),

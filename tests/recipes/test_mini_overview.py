@@ -123,7 +123,9 @@ def test_by_a_factor_of_two_the_quarters_tell_all_cells_apart_and_edges_rest(mon
     assert torch.equal(looked.amax(0).view(16, 16), torch.arange(16)[:, None] // 2 * 8 + torch.arange(16) // 2)
 
 
-COMPILES = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch's compiler
+COMPILES = pytest.mark.filterwarnings(  # of torch's compiler, by itself
+    "ignore:.*torch.jit.script_method:DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
+)
 
 
 @pytest.mark.slow
