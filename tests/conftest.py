@@ -16,6 +16,14 @@ settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ
 settings.load_profile("tests")
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """The hub's client tries again at once, where its waits come to 23 seconds."""
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """The folder of a tiny klein in the diffusers layout, whose references are scaled to 64 x 64 pixels."""

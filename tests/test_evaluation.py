@@ -663,6 +663,7 @@ def test_other_weights_in_the_same_folder_are_noticed(manifest, tiny_model, tmp_
     assert fingerprint(before) != config["weights"]
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -222,6 +222,7 @@ def test_kinds_of_data_that_may_hold_pickles_are_refused(folder):
         read_samples(folder / "set")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_hub_name_out_of_reach_is_one_sentence():
     pytest.importorskip("datasets")
     with pytest.raises(ManifestError, match="The data set some/where does not load: "):
