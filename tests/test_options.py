@@ -130,3 +130,11 @@ def test_every_field_can_be_set_from_a_record_of_all_of_them(tmp_path):
     assert json.loads(json.dumps(asdict(settings.config))) == json.loads(json.dumps(asdict(config)))
     assert settings.run == run
     assert set(field_kinds()) >= {"dropping.mix", "rank", "report_to"}
+
+
+def test_the_records_are_names_of_the_package():
+    import sparse_context.training
+
+    assert sparse_context.training.TrainConfig is TrainConfig and sparse_context.training.RunConfig is RunConfig
+    with pytest.raises(AttributeError, match="no attribute 'FinetuneConfig'"):
+        sparse_context.training.FinetuneConfig  # noqa: B018
