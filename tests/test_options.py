@@ -136,5 +136,5 @@ def test_the_records_are_names_of_the_package():
     import sparse_context.training
 
     assert sparse_context.training.TrainConfig is TrainConfig and sparse_context.training.RunConfig is RunConfig
-    with pytest.raises(AttributeError, match="no attribute 'FinetuneConfig'"):
-        sparse_context.training.FinetuneConfig  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        sparse_context.training.Trainer  # noqa: B018
