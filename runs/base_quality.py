@@ -28,10 +28,11 @@ from PIL import Image
 from tables import draw, read, table
 from tqdm import tqdm
 
+from recipes.mini.base import BaseConfig
 from recipes.mini.data import SPLITS, Assets, load_assets
 from recipes.mini.run_folder import to_tensor
 from recipes.mini.samples import FIRST_SEED, tasks_of
-from recipes.mini.scenes import EDITS, SIZE, TASKS, Scene, make_scene
+from recipes.mini.scenes import EDITS, SIZE, Scene, make_scene
 from sparse_context import SparseContextConfig
 from sparse_context.evaluation.metrics import decoys, features, nearest_of, psnr
 from sparse_context.images import save_picture
@@ -44,6 +45,7 @@ from sparse_context.preview import column, label, side_by_side
 from sparse_context.result import checkout, write_result
 
 ROOT = Path(__file__).resolve().parents[1]
+TASKS = tuple(dict(BaseConfig().mix))  # those that the recipe trains the base on
 CANDIDATES = 64
 ALIKE = 0.95  # from this cosine with the truth on, its flat colour or its blur is the object, to all that is measured
 SHOWN = 3  # scenes of each task on the sheet

@@ -50,6 +50,7 @@ PLACES = {
     "bottom": (64, 90),
     "bottom right": (90, 90),
 }
+HALVES = (("left", "right"), ("top", "bottom"))  # of a picture, along x and along y
 QUARTERS = {"top left": (34, 34), "top right": (94, 34), "bottom left": (34, 94), "bottom right": (94, 94)}
 
 
@@ -61,6 +62,7 @@ class Scene:
     target: uint8 (128, 128, 3), the truth.
     mask: float32 (128, 128) in [0, 1], where the objects are in the target.
     reference_masks: the same, in each reference.
+    distractors: where the objects are that the prompt does not ask for, in each reference; empty where there are none.
     source: int64 (16, 16), for each token of the target the reference token that shows the same, or the same part of
         an object, counted through all references row by row; -1 where there is none.
     """
@@ -72,6 +74,7 @@ class Scene:
     mask: np.ndarray
     reference_masks: tuple[np.ndarray, ...]
     source: np.ndarray
+    distractors: tuple[np.ndarray, ...] = ()
 
     @property
     def focus(self) -> np.ndarray:
@@ -284,6 +287,42 @@ def edit_object(assets: Assets, rng: np.random.Generator) -> Scene:
     return Scene("edit_object", prompt, (_picture(canvas),), _picture(target), mask, (mask,), _aligned())
 
 
+def edit_named(assets: Assets, rng: np.random.Generator) -> Scene:
+    """Of two objects, left and right or top and bottom, the named one stays, pixel for pixel; all else becomes one
+    plain named colour. Each lies anywhere in its half, of a size of its own, and no shadow reaches the other."""
+    axis, named = int(rng.integers(2)), int(rng.integers(2))
+    canvas, objects, masks = background(assets, rng), [], []
+    for half in range(2):
+        size = int(rng.integers(PAIR - 20, PAIR, endpoint=True))
+        margin = size / 2 + 4
+        centre = rng.uniform(margin, SIZE - margin, 2)
+        centre[axis] = half * SIZE / 2 + rng.uniform(margin, SIZE / 2 - margin)
+        objects.append((draw_object(assets, rng), tuple(centre), size))
+        masks.append(place(canvas, *objects[-1], shadow=rng.uniform(0, 0.5)))
+    name, colour = _colour(rng)
+    target = _plain(colour)
+    mask = place(target, *objects[named])
+    prompt = _say(
+        rng,
+        "Put the {p} object on a plain {c} background.",
+        "The {p} object on a plain {c} background.",
+        "Make the background plain {c}, keep the {p} object.",
+        "Change the background to {c}, keep the object at the {p}.",
+        p=HALVES[axis][named],
+        c=name,
+    )
+    return Scene(
+        "edit_named",
+        prompt,
+        (_picture(canvas),),
+        _picture(target),
+        mask,
+        (mask,),
+        _aligned(_tokens(mask) >= SHOWS),
+        (masks[1 - named],),
+    )
+
+
 GLOBAL_EDITS: Mapping[str, tuple[Callable[[np.ndarray], np.ndarray], tuple[str, ...]]] = {
     "grey": (
         lambda x: np.repeat(_luma(x), 3, -1),
@@ -436,6 +475,7 @@ def subject_quarters(assets: Assets, rng: np.random.Generator, side: int = REFER
 EDITS: Mapping[str, Callable[[Assets, np.random.Generator], Scene]] = {
     "edit_background": edit_background,
     "edit_object": edit_object,
+    "edit_named": edit_named,
     "edit_global": edit_global,
     "edit_remove": edit_remove,
 }

@@ -6,10 +6,13 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+from transformers import Qwen2Tokenizer
 
 from recipes.mini.base import SIDES
+from recipes.mini.loss import tokenise
 from recipes.mini.samples import scene_samples, tasks_of
-from recipes.mini.scenes import COLOURS, PLACES, SHOWS, SUBJECTS, TASKS, TOKEN, draw_scene, make_scene
+from recipes.mini.scenes import COLOURS, HALVES, PLACES, SHOWS, SUBJECTS, TASKS, TOKEN, draw_scene, make_scene
+from sparse_context.pipelines.embedded import WEIGHTS
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -23,6 +26,46 @@ def test_a_seed_is_a_scene(assets, task):
     assert one.target.shape == (128, 128, 3) and one.mask.shape == (128, 128)
     assert one.references[0].shape == (192, 192, 3) if task in SUBJECTS else one.references[0].shape == (128, 128, 3)
     assert [m.shape for m in one.reference_masks] == [r.shape[:2] for r in one.references]
+
+
+@pytest.mark.parametrize(
+    "task, prompt, mean, source",
+    [
+        ("edit_background", "Make the background plain black.", 24.52, 12788),
+        ("edit_object", "Make the object black.", 84.99, 32640),
+        ("edit_named", "Change the background to black, keep the object at the bottom.", 25.14, 5400),
+        ("edit_global", "Posterise the picture.", 90.35, 32640),
+        ("edit_remove", "Leave only the background.", 116.54, -256),
+        ("subject_place", "Put the object of image 1 on purple to black, at the bottom right.", 75.12, 12006),
+        ("subject_scale", "Put the object of image 1 on yellow, at the bottom right.", 165.96, -256),
+        ("subject_pair", "Image 1's object on the left, image 2's on the right, green background.", 100.24, 37792),
+        ("subject_scene", "Put the object of image 1 into image 2.", 125.72, 157776),
+        (
+            "subject_quarters",
+            "On blue, the objects 1 top left, 2 bottom left, 3 top right, 4 bottom right.",
+            112.2,
+            132309,
+        ),
+    ],
+)
+def test_a_seed_stays_the_scene_that_it_was(assets, task, prompt, mean, source):
+    """Figures are published of seeds: whatever kinds come in, they draw what they drew."""
+    scene = make_scene(assets, task, 7)
+    assert (scene.prompt, scene.source.sum()) == (prompt, source)
+    assert scene.target.mean() == pytest.approx(mean, abs=0.2)  # other builds of OpenCV round otherwise
+
+
+def test_prompts_are_words_that_the_embedded_model_reads_whole(assets):
+    """None is cut off at its 32 tokens, and where one of two objects is named, a word is a token."""
+    tokenizer = Qwen2Tokenizer.from_pretrained(WEIGHTS / "tokenizer")
+    for task in TASKS:
+        prompts = sorted({make_scene(assets, task, seed).prompt for seed in range(60)})
+        ids, attends = tokenise(tokenizer, prompts)
+        whole = tokenizer([tokenizer.apply_chat_template([{"content": p}], tokenize=False) for p in prompts])
+        assert [int(n) for n in attends.sum(1)] == [len(each) for each in whole["input_ids"]], task
+        if task == "edit_named":
+            counts = [len(re.findall(r"\w+|[.,]", prompt)) for prompt in prompts]
+            assert [len(each) for each in tokenizer(prompts)["input_ids"]] == counts
 
 
 def test_the_size_of_a_subject_s_references_is_a_choice_and_a_background_s_is_not(assets):
@@ -56,6 +99,34 @@ def test_the_background_edit_keeps_the_object_and_nothing_else(assets):
     assert np.abs(scene.target[outside].astype(int) - colour).max() <= 1
 
 
+def test_of_two_objects_the_named_one_stays_and_nothing_else(assets):
+    """Objects of two colours: where the prompt says that the named one is, and in which half the other."""
+    objects = np.zeros((2, 128, 128, 4), np.uint8)
+    objects[:, 8:120, 8:120] = [[[[255, 0, 0, 255]]], [[[0, 255, 0, 255]]]]
+    named = set()
+    for seed in range(24):
+        scene = make_scene(replace(assets, objects=objects), "edit_named", seed)
+        (named_mask,), (other,) = scene.reference_masks, scene.distractors
+        assert np.array_equal(named_mask, scene.mask) and not ((named_mask > 0) & (other > 0)).any()
+        word = re.search("left|right|top|bottom", scene.prompt)[0]
+        axis = next(axis for axis, words in enumerate(HALVES) if word in words)
+        half = HALVES[axis].index(word)
+        named.add(word)
+        for mask, side in ((named_mask, half), (other, 1 - half)):
+            (places,) = np.nonzero((mask > 0).any(axis))
+            assert mask.sum() > 500 and set(places // 64) == {side}
+        colour = next(rgb for name, rgb in COLOURS.items() if name in scene.prompt)
+        inside, outside = scene.mask > 0.999, scene.mask == 0
+        assert np.abs(scene.target[inside].astype(int) - scene.references[0][inside]).max() <= 1
+        assert np.abs(scene.target[outside].astype(int) - colour).max() <= 1
+        assert set(np.unique(scene.references[0][other > 0.999].max(-1))) <= {254, 255}  # there, and in no shadow
+    assert named == {"left", "right", "top", "bottom"}
+
+
+def test_only_where_one_object_is_named_there_is_another(assets):
+    assert [task for task in TASKS if make_scene(assets, task, 1).distractors] == ["edit_named"]
+
+
 def cut(picture):
     """(rows * columns, 8, 8, ...): the tokens of a picture, row by row."""
     rows, columns = (side // TOKEN for side in picture.shape[:2])
@@ -64,7 +135,7 @@ def cut(picture):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("task", [t for t in SUBJECTS if t != "subject_scale"] + ["edit_background"])
+@pytest.mark.parametrize("task", [t for t in SUBJECTS if t != "subject_scale"] + ["edit_background", "edit_named"])
 def test_the_source_of_a_token_shows_the_same(assets, task, side):
     """Tokens wholly inside objects equal their sources; those with little or nothing of an object have none."""
     compared = 0
@@ -238,5 +309,6 @@ def test_scenes_are_samples_that_lose_nothing(assets):
         assert len(sample.open_reference_masks()) == len(again.references)
     by_kind = {kind: scene for scene, kind, _ in scenes.values()}
     assert tasks_of(by_kind["edit_object"]) == ["edit"] and tasks_of(by_kind["edit_global"]) == ["global"]
+    assert tasks_of(make_scene(assets, "edit_named", 0)) == ["edit"]
     assert tasks_of(by_kind["subject_place"]) == ["subject"]
     assert tasks_of(by_kind["subject_scene"]) == ["subject", "edit"]
