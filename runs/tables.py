@@ -32,6 +32,7 @@ RUNS = (
     "headline",
     "kv",
     "mini_curves",
+    "overview",
     "peers",
     "saliency",
     "time_klein_training",
