@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import TypeGuard, TypeVar, cast
+from typing import NamedTuple, TypeGuard, TypeVar, cast
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from .selectors.order import uniform_order
 
 SHARES = ("joint", "equal")
 
-Value = TypeVar("Value", str, float, float | str)
+Value = TypeVar("Value", str, float, float | str, str | int | None)
 
 
 def rank_tokens(scores: Sequence[np.ndarray], coverage: float | Sequence[float] = 0.0, floor: int = 0) -> np.ndarray:
@@ -64,12 +64,22 @@ def _places(order: np.ndarray) -> np.ndarray:
     return places
 
 
-def _floor_first(order: np.ndarray, reference: np.ndarray, floor: int) -> np.ndarray:
-    """`order` with the first `floor` tokens of each reference moved to its front, where the references take turns."""
+def _floor_first(
+    order: np.ndarray, reference: np.ndarray, floor: int | np.ndarray, spent: np.ndarray | None = None
+) -> np.ndarray:
+    """`order` with the first `floor` tokens of each reference moved to its front, where the references take turns.
+
+    floor: one number, or one for each reference. spent: of each reference, tokens that it has already; in a turn, those
+    come first that have none.
+    """
     turn = np.empty_like(order)  # of a token, among those of its own reference
     for tokens in (order[reference[order] == r] for r in range(reference[-1] + 1)):
         turn[tokens] = np.arange(len(tokens))
-    return order[np.argsort(np.minimum(turn[order], floor), kind="stable")]
+    turn, reference = turn[order], reference[order]
+    most = np.max(floor)
+    turn = np.where(turn < np.broadcast_to(floor, reference.max() + 1)[reference], turn, most)
+    waits = 0 * turn if spent is None else (turn < most) & (spent[reference] > 0)
+    return order[np.lexsort((waits, turn))]
 
 
 def choose_tokens(
@@ -81,6 +91,8 @@ def choose_tokens(
     coverage: float | Sequence[float] = 0.0,
     multiple_of: int = 1,
     mass: float = 0.8,
+    reserved: Sequence[int] | None = None,
+    enough: Sequence[int | None] | None = None,
 ) -> list[np.ndarray]:
     """The tokens to keep of each reference: for each, a sorted int64 array of flat indices into its grid.
 
@@ -88,7 +100,8 @@ def choose_tokens(
 
     `keep` is a ratio in (0, 1], rounded to the nearest count and at least one token; or a count from 2 up, over all
     references (1 means all, and a count above what there is keeps all); or "auto", for each reference the fewest tokens
-    that hold the share `mass` of its scores' sum. A sequence with one of these per reference gives each its own budget.
+    that hold the share `mass` of its scores' sum, or what `enough` has for it. A sequence with one of these per
+    reference gives each its own budget.
 
     `share` says what one ratio or count for several references means: "joint", that their tokens compete in one order
     (`rank_tokens`) and the total is exact; "equal", that each keeps the same ratio of its own, or the same count as far
@@ -99,56 +112,123 @@ def choose_tokens(
     rounded up to `multiple_of` (down where there are not so many tokens, and not at all below one multiple or when all
     are kept), for compilers and context parallelism.
 
-    Raises ValueError, in one sentence that names the value.
+    `reserved` has what is spent of each reference's budget already, on its overview: so many fewer tokens are chosen,
+    and the budget, its shares and its multiples count both. A floor is then one of chosen tokens, as far as the budget
+    holds them beside what is spent.
+
+    Raises ValueError, in one sentence that names the value, also where more is spent than the budget holds.
     """
     _check_scores(scores)
     check_budget(keep, share, floor, coverage, multiple_of, mass, references=len(scores))
     if not len(scores):
         return []
     sizes = np.array([part.size for part in scores])
-    if keeps_all(keep, sizes):
+    spent = np.zeros_like(sizes) if reserved is None else np.array(reserved, np.int64)
+    if keeps_all(keep, sizes) and not spent.any():
         return [np.arange(size) for size in sizes]
 
     size = int(sizes.sum())
-    if share == "joint" and not is_per_reference(keep) and not isinstance(keep, str):
+    auto = [
+        _auto_count(part, mass) if count is None else count
+        for part, count in zip(scores, enough or [None] * len(scores), strict=True)
+    ]
+    if _is_joint(keep, share):
         total = _count(cast("float", keep), size)
-        order = rank_tokens(scores, coverage, floor)
-    elif _is_count(keep):  # equal counts: one token each, turn by turn
-        total = _count(keep, size)
-        order = _rank_by_progress(scores, np.ones(len(sizes)), coverage, floor)
+        order = _floor_first(rank_tokens(scores, coverage), np.repeat(np.arange(len(sizes)), sizes), floor, spent)
     else:
-        each = zip(spread_out(keep, len(sizes)), scores, strict=True)
-        counts = [
-            _auto_count(part, mass) if isinstance(ratio, str) else _count(ratio, part.size) for ratio, part in each
-        ]
-        budgets = np.maximum(counts, np.minimum(floor, sizes))
+        budgets = own_budgets(keep, sizes, floor, auto)
         total = int(budgets.sum())
-        order = _rank_by_progress(scores, budgets, coverage, floor)
+        alike = np.ones(len(sizes)) if is_count(keep) else budgets  # equal counts: one token each, turn by turn
+        floors = np.minimum(floor, np.maximum(budgets - spent, 0)) if spent.any() else floor
+        order = _rank_by_progress(scores, alike, coverage, floors, spent)
 
     total = _round_to_multiple(total, multiple_of, size)
-    if floor and total < len(sizes):
+    if floor and total - spent.sum() < np.count_nonzero(spent == 0):
         raise ValueError(
             f"keep is {keep!r}, which makes {total} tokens for {len(sizes)} references: keep one each or more, "
             "or let references end up empty with floor=0."
         )
+    if total < spent.sum():
+        raise ValueError(
+            f"keep is {keep!r}, which makes {total} tokens, and overviews take {spent.sum()}: keep more, or take "
+            "coarser overviews."
+        )
     kept = np.zeros(size, bool)
-    kept[order[:total]] = True
+    kept[order[: total - spent.sum()]] = True
     return [np.flatnonzero(part) for part in np.split(kept, np.cumsum(sizes)[:-1])]
 
 
+class Pool(NamedTuple):
+    """A budget: the references that have it in common, by number, and its tokens; None where "auto" says them later."""
+
+    members: list[int]
+    tokens: int | None
+
+
+def pools(
+    keep: float | str | Sequence[float | str], sizes: Sequence[int], share: str, floor: int, multiple_of: int
+) -> list[Pool]:
+    """The budgets of references with `sizes` tokens, as `choose_tokens` has them but for what a multiple adds or takes.
+
+    Where the multiple leaves no choice but to keep all, each is all of its references' tokens.
+    """
+    if not len(sizes):
+        return []
+    everyone = list(range(len(sizes)))
+    if _is_joint(keep, share):
+        made = [Pool(everyone, _count(cast("float", keep), sum(sizes)))]
+    else:
+        own = own_budgets(keep, sizes, floor, [0] * len(sizes)).tolist()
+        each = zip(everyone, spread_out(keep, len(sizes)), own, strict=True)
+        made = [Pool([i], None if isinstance(ratio, str) else tokens) for i, ratio, tokens in each]
+    known = [pool.tokens for pool in made if pool.tokens is not None]
+    if len(known) == len(made) and _round_to_multiple(sum(known), multiple_of, sum(sizes)) == sum(sizes):
+        return [Pool(pool.members, sum(sizes[i] for i in pool.members)) for pool in made]
+    return made
+
+
+def _is_joint(keep: float | str | Sequence[float | str], share: str) -> bool:
+    """Whether the tokens of all references compete for one budget."""
+    return share == "joint" and not is_per_reference(keep) and not isinstance(keep, str)
+
+
+def own_budgets(
+    keep: float | str | Sequence[float | str], sizes: Sequence[int] | np.ndarray, floor: int, auto: Sequence[int]
+) -> np.ndarray:
+    """How many tokens each reference may keep of its `sizes` where they do not compete: int64, before any multiple.
+
+    auto: what "auto" comes to for each.
+    """
+    sizes = np.asarray(sizes)
+    if is_count(keep):  # the same for each; what some cannot take, and what is left over, goes to the others in turn
+        turns = np.concatenate([np.arange(size) for size in sizes])
+        reference = np.repeat(np.arange(len(sizes)), sizes)
+        served = np.argsort(turns, kind="stable")[: _count(keep, int(sizes.sum()))]
+        return np.bincount(reference[served], minlength=len(sizes))
+    each = zip(spread_out(keep, len(sizes)), sizes, auto, strict=True)
+    counts = [count if isinstance(ratio, str) else _count(ratio, int(size)) for ratio, size, count in each]
+    return np.maximum(counts, np.minimum(floor, sizes))
+
+
 def _rank_by_progress(
-    scores: Sequence[np.ndarray], budgets: np.ndarray, coverage: float | Sequence[float], floor: int
+    scores: Sequence[np.ndarray],
+    budgets: np.ndarray,
+    coverage: float | Sequence[float],
+    floor: int | np.ndarray,
+    spent: np.ndarray,
 ) -> np.ndarray:
     """The one order where each reference has a budget of its own: it is served as it gets on through its budget.
 
     Everyone within a budget stands before everyone beyond one, so a cut at the sum of the budgets gives each its own;
-    a cut elsewhere gives or takes by Webster's method (the middle of each place, divided by the budget).
+    a cut elsewhere gives or takes by Webster's method (the middle of each place, divided by the budget). What a
+    reference has spent of its budget stands before its tokens.
     """
     coverages = np.broadcast_to(np.asarray(coverage, float), len(scores))
     turns = [_places(rank_tokens([part], spread)) for part, spread in zip(scores, coverages, strict=True)]
-    progress = [(turn + 0.5) / max(budget, 1e-9) for turn, budget in zip(turns, budgets, strict=True)]
+    each = zip(turns, budgets, spent, strict=True)
+    progress = [(first + turn + 0.5) / max(budget, 1e-9) for turn, budget, first in each]
     reference = np.repeat(np.arange(len(turns)), [len(turn) for turn in turns])
-    return _floor_first(np.argsort(np.concatenate(progress), kind="stable"), reference, floor)
+    return _floor_first(np.argsort(np.concatenate(progress), kind="stable"), reference, floor, spent)
 
 
 def is_per_reference(value: Value | Sequence[Value]) -> TypeGuard[Sequence[Value]]:
@@ -161,13 +241,14 @@ def spread_out(value: Value | Sequence[Value], count: int) -> list[Value]:
     return list(value) if is_per_reference(value) else [cast("Value", value)] * count
 
 
-def _is_count(keep: object) -> TypeGuard[int]:
+def is_count(keep: object) -> TypeGuard[int]:
+    """Whether `keep` is a number of tokens, rather than a ratio."""
     return isinstance(keep, numbers.Integral) and int(keep) > 1
 
 
 def _count(keep: float, size: int) -> int:
     """A ratio or a count as a number of tokens out of `size`."""
-    if _is_count(keep):
+    if is_count(keep):
         return min(int(keep), size)
     return max(1, math.floor(keep * size + 0.5 + 1e-9))  # half up, also where the product falls short of a half
 

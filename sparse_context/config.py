@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from .budget import Value, check_budget, spread_out
+from .overview import COARSEST, FINEST, LAYOUTS
 from .selectors.registry import SelectorsLike, each_selector, resolve
 
 TASKS = ("auto", "edit", "global", "subject")
 
 
-def task_defaults(task: str, references: int) -> tuple[str | dict[str, float], float]:
+def task_defaults(task: str, references: int, overview: bool = False) -> tuple[str | dict[str, float], float]:
     """The rule by which a task decides (selector, coverage) where the user did not.
+
+    overview: whether there is one beside the sharp tokens, so that no region is blind without them.
 
     - "edit", an edit that keeps the picture's layout: edges and saliency, half each, with a tenth of the tokens spread
       evenly, because flat regions are blind otherwise. (The paper, arXiv 2606.23682, takes edges alone, and names that
@@ -41,14 +46,22 @@ class SparseContextConfig:
     The important ones:
 
     - `keep`: a ratio in (0, 1], a count of at least 2 tokens over all references, or "auto" (for each reference the
-      fewest tokens that hold the share `mass` of its scores; all for a global edit). One value, or one per reference.
-      1 keeps all.
+      fewest tokens that hold the share `mass` of its scores; all for a global edit; with an overview, the fewest sharp
+      tokens with which it shows the picture to `psnr` dB). One value, or one per reference. 1 keeps all.
     - `selector`: what makes a token matter: a name of `selectors.SELECTORS`, a mapping of names to weights (a blend), a
       function (image, grid, generator) -> scores, or `mask([...])`. One, or a list with one per reference. None: the
       task decides.
     - `task`: "edit", "global", "subject" or "auto", one or one per reference: see `task_defaults`.
+    - `overview`: a small copy of each reference, which counts towards `keep` and is kept whole, so that no region is
+      blind: the factor by which it is smaller a side (2 to 16), "auto" (a factor that suits the budget), None (no
+      overview), or "trained", what the loaded weights were trained for: none, unless they say so. One value, or one per
+      reference. A factor that takes more than the budget gives way to a coarser one.
 
     To tinker with:
+
+    - `overview_layout`: where the tokens of an overview lie, of `overview.LAYOUTS`: "spread" over their reference, for
+      weights that were trained for it; or as one more "reference" after all others. None: what the weights were trained
+      for, else the latter.
 
     - `coverage`: the share of kept tokens, in [0, 1], that is spread evenly over the pictures. None: the task decides;
       but a selector that you name under the task "auto" is taken at its word, with no coverage.
@@ -58,8 +71,8 @@ class SparseContextConfig:
     - `multiple_of`: round the total up to a multiple, for compilers and context parallelism.
     - `merge`: the share of the budget, in [0, 1], that goes to averages of the rest, each over a block of tokens: as
       many tokens in all, fewer of them sharp, and no region is lost. 0, or a share under half a token: what is not kept
-      is dropped.
-    - `mass`: in (0, 1], for keep="auto".
+      is dropped. Not beside an overview.
+    - `mass`: in (0, 1], for keep="auto". `psnr`: in dB, for the same with an overview.
     - `seed`: of the selectors' own random numbers, which the image's noise never shares.
 
     Raises ValueError that names the field and its value. `budget.choose_tokens` has the details of the budget.
@@ -68,13 +81,16 @@ class SparseContextConfig:
     keep: float | str | Sequence[float | str] = 0.2
     selector: SelectorsLike = None
     task: str | Sequence[str] = "auto"
+    overview: str | int | None | Sequence[str | int | None] = "trained"
 
+    overview_layout: str | None = None
     coverage: float | None = None
     share: str = "equal"
     floor: int = 1
     multiple_of: int = 1
     merge: float = 0.0
     mass: float = 0.8
+    psnr: float = 32.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,7 +102,7 @@ class SparseContextConfig:
             raise ValueError(f"coverage is {self.coverage!r}: pass one share from 0 to 1, or None.")
         coverage = 0.0 if self.coverage is None else self.coverage
         check_budget(self.keep, self.share, self.floor, coverage, self.multiple_of, self.mass, self.merge)
-        for name, value in (("task", self.task), ("selector", self.selector)):
+        for name, value in (("task", self.task), ("selector", self.selector), ("overview", self.overview)):
             if isinstance(value, (list, tuple)) and not value:
                 raise ValueError(f"{name} is {value!r}: pass one value, or one per reference.")
         for task in spread_out(self.task, 1):
@@ -95,15 +111,50 @@ class SparseContextConfig:
         for selector in each_selector(self.selector, 1):
             if selector is not None:
                 resolve(selector)
+        self._check_overview()
         if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}: pass a whole number, 0 or more.")
 
+    def _check_overview(self) -> None:
+        for choice in spread_out(self.overview, 1):
+            if not (choice in (None, "auto", "trained") or _is_factor(choice)):
+                raise ValueError(
+                    f"overview is {choice!r}: pass a factor from {FINEST} to {COARSEST}, 'auto', 'trained' or None."
+                )
+        if self.overview_layout is not None and self.overview_layout not in LAYOUTS:
+            raise ValueError(
+                f"overview_layout is {self.overview_layout!r}: choose one of {', '.join(LAYOUTS)}, or None."
+            )
+        if self.names_overview and self.merge:
+            raise ValueError(
+                f"merge is {self.merge!r} and overview {self.overview!r}: leave one of the two out, for either "
+                "shows what is not kept."
+            )
+        if not isinstance(self.psnr, numbers.Real) or isinstance(self.psnr, bool) or not 0 < self.psnr < math.inf:
+            raise ValueError(f"psnr is {self.psnr!r}: pass a number of dB above 0, such as 32.")
+
+    @property
+    def names_overview(self) -> bool:
+        """Whether an overview of any reference is asked for, whatever the weights were trained for."""
+        return any(choice not in (None, "trained") for choice in spread_out(self.overview, 1))
+
     @property
     def keeps_all(self) -> bool:
-        """Whether all tokens of any references are kept: by a ratio of 1, or by "auto" where the task is "global"."""
-        count = max(len(spread_out(self.keep, 1)), len(spread_out(self.task, 1)))
-        pairs = zip(per_reference("keep", self.keep, count), per_reference("task", self.task, count), strict=True)
-        return all(task == "global" if keep == "auto" else keep == 1 for keep, task in pairs)
+        """Whether all tokens of any references are kept: by a ratio of 1, or by "auto" where the task is "global" and
+        no overview is asked for."""
+        lengths = len(spread_out(self.keep, 1)), len(spread_out(self.task, 1)), len(spread_out(self.overview, 1))
+        count = max(lengths)
+        keep, task = per_reference("keep", self.keep, count), per_reference("task", self.task, count)
+        overview = per_reference("overview", self.overview, count)
+        return all(
+            how == "global" and shown in (None, "trained") if ratio == "auto" else ratio == 1
+            for ratio, how, shown in zip(keep, task, overview, strict=True)
+        )
+
+
+def _is_factor(choice: object) -> bool:
+    is_whole = isinstance(choice, numbers.Integral) and not isinstance(choice, bool)
+    return is_whole and FINEST <= int(choice) <= COARSEST  # type: ignore[call-overload]
 
 
 def per_reference(name: str, value: Value | Sequence[Value], count: int) -> list[Value]:

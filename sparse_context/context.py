@@ -10,7 +10,7 @@ another's callback, nor those of other threads.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -21,12 +21,17 @@ import numpy as np
 
 from .cache import ReferenceCache
 from .config import SparseContextConfig
+from .overview import Overview
 from .selection import Pixels, Selection, score_tokens, select_tokens
 from .selectors.cells import Grid
 from .selectors.registry import user_mask
 from .tokens import ReferenceTokens
+from .trained import Trained
 
 ATTRIBUTE = "_sparse_context"
+
+EncodeOverviews = Callable[[Mapping[int, Overview]], ReferenceTokens]
+"""From overviews by the number of their reference to their tokens, one overview after another."""
 
 
 @dataclass
@@ -41,6 +46,7 @@ class SparseContext:
     attach: Callable[[Any, "Call"], None]
     cache: ReferenceCache | None = None
     selection: Selection | None = None
+    trained: Trained | None = None
 
 
 def context_of(pipe: object) -> SparseContext | None:
@@ -95,12 +101,15 @@ class Call:
         grids: Sequence[Grid],
         picture: Callable[[int, np.ndarray | None], Pixels],
         shows_picture: Sequence[np.ndarray | None] | None = None,
+        encode_overviews: EncodeOverviews | None = None,
     ) -> ReferenceTokens:
         """Choose among the reference tokens of the call, return what is kept of them, and remember the selection.
 
         `grids` is one (rows, columns) per reference; `picture(i, mask)` gives the pixels of reference i as selectors
         want them, with the user's mask (or None) carried through the pipeline's own resize and crop. `shows_picture`
-        tells tokens from padding (`select_tokens`). Raises ValueError where the grids hold another number of tokens.
+        tells tokens from padding (`select_tokens`). `encode_overviews` makes the tokens of overviews, which follow the
+        kept ones of all references; None: the pipeline takes none. Raises ValueError where the grids hold another
+        number of tokens, and for overviews that cannot be.
         """
         start = time.perf_counter()
         total = sum(rows * columns for rows, columns in grids)
@@ -111,12 +120,27 @@ class Call:
                 "part."
             )
         config, cache = self.context.config, self.context.cache
+        if encode_overviews is None and config.names_overview:
+            raise ValueError(
+                f"overview is {config.overview!r}, but {type(self.pipe).__name__} takes none: leave it out."
+            )
+        trained = None if encode_overviews is None else self.context.trained
         pictures = [picture(i, user_mask(config.selector, i)) for i in range(len(grids))]
         preparing = time.perf_counter() - start  # which is a part of what choosing costs
         score = score_tokens if cache is None else cache.score
-        selection = select_tokens(pictures, grids, config, shows_picture, score)
+        selection = select_tokens(pictures, grids, config, shows_picture, score, trained)
         self.select(replace(selection, seconds=preparing + selection.seconds))
-        return tokens.keep(selection.index, selection.into)
+        kept = tokens.keep(selection.index, selection.into)
+        if encode_overviews is None or not selection.overviews:
+            return kept
+        coarse = encode_overviews(selection.overviews)
+        promised = sum(overview.tokens for overview in selection.overviews.values())
+        if len(coarse) != promised:
+            raise ValueError(
+                f"The pipeline made {len(coarse)} tokens of overviews that have {promised}. A part of it was replaced "
+                "by one that works differently: pass overview=None, or restore the original part."
+            )
+        return kept.join(coarse)
 
     def select(self, selection: Selection) -> None:
         """Remember what was kept."""

@@ -1,20 +1,48 @@
 """Overview: a small copy of the whole reference, so that no region is ever blind.
 
 A reference is scaled down by a factor `f` a side with an area filter, in pixels, and encoded by the same VAE: 1 / f**2
-of its tokens. They lie spread over the reference's own grid, each in the middle of the cells that it covers, and an
-axis of the position ids that is free marks the scale. The rest of a budget goes to sharp tokens where the overview is
-wrong.
+of its tokens. The rest of a budget goes to sharp tokens where the overview is wrong. Two layouts say where its tokens
+lie:
 
-Pipelines do not use overviews yet: the recipe of the embedded model (`recipes/mini`) does, which teaches it to read
-them.
+- "spread": over the reference's own grid, each in the middle of the cells that it covers (`overview_ids`). An axis of
+  the position ids that is free marks the scale, by the logarithm of the factor, so that attention can tell scales apart
+  and by how much. Only weights that were trained for it understand this.
+- "reference": as one more reference, after all others, with the ids that the host gives a picture of that size. A model
+  that never saw two scales knows a downscaled picture as just that.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import cv2
 import numpy as np
-import torch
-from torch.nn.functional import avg_pool2d, pad
+
+if TYPE_CHECKING:
+    import torch
+
+LAYOUTS = ("spread", "reference")
+FINEST, COARSEST = 2, 16  # factors
+VERY_LARGE = 128 * 128  # tokens of a reference, four megapixels of FLUX.2
+
+ROUNDING = 1 / 12  # mean squared error of rounding to whole grey levels: what is below it counts as no error
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The overview of one reference: how many cells a side one of its tokens covers, its layout, and its own grid."""
+
+    factor: int
+    layout: str
+    grid: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        """How many it takes of the budget."""
+        return self.grid[0] * self.grid[1]
 
 
 def overview_grid(grid: tuple[int, int], factor: int) -> tuple[int, int]:
@@ -22,40 +50,59 @@ def overview_grid(grid: tuple[int, int], factor: int) -> tuple[int, int]:
     return -(-grid[0] // factor), -(-grid[1] // factor)
 
 
+def factor_for(ratio: float, grid: tuple[int, int]) -> int:
+    """The factor that suits a budget, the share of a reference's tokens that it may spend: what "auto" asks for.
+
+    2 from a budget of 0.3 up, below it 4, and 8 for references of four megapixels and more.
+    """
+    if ratio >= 0.3:
+        return 2
+    return 8 if grid[0] * grid[1] >= VERY_LARGE else 4
+
+
+def coarser(factor: int) -> int | None:
+    """The next power of two above a factor, or None beyond the coarsest one."""
+    above = 1 << int(factor).bit_length()
+    return above if above <= COARSEST else None
+
+
+# Pixels ---------------------------------------------------------------------------------------------------------------
+
+
 def shrink(pixels: torch.Tensor, grid: tuple[int, int], factor: int) -> torch.Tensor:
-    """The overview's pixels: (B, C, H, W) -> (B, C, h, w), the mean of each `factor` x `factor` pixels.
+    """The overview's pixels: (B, C, H, W) -> (B, C, h, w), the mean of each `factor` x `factor` pixels, in float32.
 
     H and W hold `grid` tokens. What the last row and column of the overview lack is padded by reflection, so that
     h and w hold `overview_grid(grid, factor)` tokens of the same size in pixels.
     """
-    rows, columns = overview_grid(grid, factor)
-    cell = pixels.shape[-2] // grid[0], pixels.shape[-1] // grid[1]
-    below, right = rows * factor * cell[0] - pixels.shape[-2], columns * factor * cell[1] - pixels.shape[-1]
+    from torch.nn.functional import avg_pool2d, pad
+
+    below, right = _lacks(pixels.shape[-2:], grid, factor)
+    pixels = pixels.float()
     if below or right:  # "reflect" takes less than the picture; a tiny one repeats its border
         reflects = below < pixels.shape[-2] and right < pixels.shape[-1]
         pixels = pad(pixels, (0, right, 0, below), mode="reflect" if reflects else "replicate")
     return avg_pool2d(pixels, factor)
 
 
-def overview_ids(
-    ids: torch.Tensor, grid: tuple[int, int], factor: int, mark: tuple[int, float] | None = None
-) -> torch.Tensor:
-    """Position ids of an overview, float32 (tokens, A), from those of its reference.
-
-    ids: (rows * columns, A) of the whole reference, row by row, evenly spaced. Cell i of the overview lies at
-    i * factor + (factor - 1) / 2 of the reference's cells: in the middle of those that it covers. mark: (axis, what is
-    added there), such as (0, 1.0) for FLUX.2, whose references lie at T = 10, 20 ...
-    """
-    rows, columns = grid
-    ids = ids.float().unflatten(0, grid)
-    below = ids[1, 0] - ids[0, 0] if rows > 1 else torch.zeros_like(ids[0, 0])
-    right = ids[0, 1] - ids[0, 0] if columns > 1 else torch.zeros_like(ids[0, 0])
+def _lacks(size: Sequence[int], grid: tuple[int, int], factor: int) -> tuple[int, int]:
+    """How many rows and columns of pixels a picture lacks to hold whole cells of its overview."""
     coarse = overview_grid(grid, factor)
-    row, column = (torch.arange(n, device=ids.device) * factor + (factor - 1) / 2 for n in coarse)
-    spread = ids[0, 0] + row[:, None, None] * below + column[None, :, None] * right
-    if mark is not None:
-        spread[..., mark[0]] += mark[1]
-    return spread.flatten(0, 1)
+    below, right = (
+        cells * factor * (side // whole) - side for cells, side, whole in zip(coarse, size, grid, strict=True)
+    )
+    return below, right
+
+
+def shrink_picture(image: np.ndarray, grid: tuple[int, int], factor: int) -> np.ndarray:
+    """As `shrink` does for a tensor: uint8 (H, W, C) -> float32 (h, w, C) in grey levels."""
+    below, right = _lacks(image.shape[:2], grid, factor)
+    if below or right:
+        reflects = below < image.shape[0] and right < image.shape[1]
+        border = cv2.BORDER_REFLECT_101 if reflects else cv2.BORDER_REPLICATE
+        image = cv2.copyMakeBorder(image, 0, below, 0, right, border)
+    size = image.shape[1] // factor, image.shape[0] // factor
+    return cv2.resize(image.astype(np.float32), size, interpolation=cv2.INTER_AREA)
 
 
 def enlarge(small: np.ndarray, size: tuple[int, int], factor: int) -> np.ndarray:
@@ -79,9 +126,65 @@ def residual(image: np.ndarray, grid: tuple[int, int], factor: int) -> np.ndarra
             f"The picture is {image.shape[1]}x{image.shape[0]}, which {grid[0]} rows and {grid[1]} columns of tokens "
             "do not divide: crop it to whole tokens."
         )
-    pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)[None]
-    small = shrink(pixels, grid, factor)[0].permute(1, 2, 0).numpy()
-    error = (image - enlarge(small, image.shape[:2], factor)) ** 2
-    height, width = image.shape[0] // grid[0], image.shape[1] // grid[1]
+    size = (image.shape[0], image.shape[1])
+    error = (image - enlarge(shrink_picture(image, grid, factor), size, factor)) ** 2
+    height, width = size[0] // grid[0], size[1] // grid[1]
     cells = error.reshape(grid[0], height, grid[1], width, -1).mean((1, 3, 4))
     return np.sqrt(cells, dtype=np.float32)
+
+
+def count_for(errors: np.ndarray, order: np.ndarray, psnr: float) -> int:
+    """The fewest tokens of `order`, from its front, that have to be sharp for all pictures to reach `psnr` dB.
+
+    errors: mean squared ones of the cells beside an overview, (pictures, cells), in grey levels; those that do not
+    count are NaN. order: int64, all cells. With all of them sharp there is no error left.
+    """
+    counted = np.isfinite(errors)
+    served = np.where(counted, errors, 0)[:, order].cumsum(axis=1, dtype=np.float64)
+    left = (served[:, -1:] - np.concatenate([np.zeros((len(errors), 1)), served], axis=1)).clip(min=0)
+    allowed = 255**2 / 10 ** (psnr / 10) * counted.sum(axis=1, keepdims=True) * (1 + 1e-9)
+    return int(np.argmax((left <= allowed).all(axis=0)))
+
+
+def psnr_of(errors: np.ndarray, sharp: np.ndarray) -> float:
+    """The dB that the picture reaches where the cells `sharp` are; of several pictures, the worst one's.
+
+    errors: as in `count_for`. An error below that of rounding counts as that: 58.9 dB is the most.
+    """
+    left = errors.copy()
+    left[:, sharp] = 0 * left[:, sharp]  # NaN stays
+    worst = max(float(np.nanmean(left, axis=1, dtype=np.float64).max()), ROUNDING)
+    return 10 * math.log10(255**2 / worst)
+
+
+# Position ids ---------------------------------------------------------------------------------------------------------
+
+
+def overview_ids(
+    ids: torch.Tensor, grid: tuple[int, int], factor: int, mark: tuple[int, float] | None = None
+) -> torch.Tensor:
+    """Position ids of an overview that is spread over its reference's grid, float32 (..., tokens, A).
+
+    ids: (..., rows * columns, A) of the whole reference, row by row, evenly spaced. Cell i of the overview lies at
+    i * factor + (factor - 1) / 2 of the reference's cells: in the middle of those that it covers. mark: (axis, unit),
+    an axis that is free, to which unit * log2(factor) is added: by (0, 1.0) in FLUX.2, whose references lie at T = 10,
+    20 ..., an overview by 4 of the first one lies at 12. One mark for all factors would tell an attention head that a
+    token is coarse, and not how far from its middle the cells lie that it covers.
+    """
+    import torch
+
+    rows, columns = grid
+    ids = ids.float().unflatten(-2, grid)
+    first = ids[..., 0, 0, :]
+    below = ids[..., 1, 0, :] - first if rows > 1 else torch.zeros_like(first)
+    right = ids[..., 0, 1, :] - first if columns > 1 else torch.zeros_like(first)
+    row, column = (
+        (torch.arange(n, device=ids.device) * factor + (factor - 1) / 2).unsqueeze(-1)
+        for n in overview_grid(grid, factor)
+    )
+    rows_apart, columns_apart = row * below.unsqueeze(-2), column * right.unsqueeze(-2)
+    spread = first[..., None, None, :] + rows_apart.unsqueeze(-2) + columns_apart.unsqueeze(-3)
+    if mark is not None:
+        axis, unit = mark
+        spread[..., axis] += unit * math.log2(factor)
+    return spread.flatten(-3, -2)

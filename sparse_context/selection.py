@@ -15,20 +15,15 @@ from typing import Protocol
 
 import numpy as np
 
-from .budget import check_budget, choose_tokens, is_per_reference, keeps_all
-from .config import TASKS, SparseContextConfig, check_length, per_reference, task_defaults
+from .budget import choose_tokens, rank_tokens, spread_out
+from .config import TASKS, SparseContextConfig, task_defaults
 from .merge import merge_rest
-from .selectors.cells import Grid
-from .selectors.registry import (
-    SelectorLike,
-    SelectorsLike,
-    each_selector,
-    find_masks,
-    name_of,
-    prepare,
-    resolve,
-    user_mask,
-)
+from .overview import Overview, count_for, psnr_of, residual
+from .plan import Plan, plan_selection
+from .selectors.cells import Grid, rgb_pixels
+from .selectors.registry import SelectorLike, name_of, prepare, resolve
+from .selectors.residual import whole_cells
+from .trained import Trained
 
 Pixels = np.ndarray | Sequence[np.ndarray] | None
 """A reference as its VAE sees it: uint8 (H, W, 3), or (H, W, 4) with a mask or alpha channel last; one for each item of
@@ -45,7 +40,8 @@ class Kept:
     `into`, where the rest is averaged, names for each token the kept one that stands for it (`merge.merge_rest`).
     `scores` is float32 (rows, columns), all 1 where every token is kept and none was scored. `selector` is its label.
     `picture` is what the selector saw, uint8 (H, W, 3 or 4), or None where the host had only latents. `task` is the
-    reference's own.
+    reference's own. `overview` is the small copy beside the sharp tokens, if any, and `psnr` the dB to which both show
+    the picture, where keep was "auto".
     """
 
     grid: Grid
@@ -55,6 +51,13 @@ class Kept:
     picture: np.ndarray | None
     into: np.ndarray | None = None
     task: str = "auto"
+    overview: Overview | None = None
+    psnr: float | None = None
+
+    @property
+    def count(self) -> int:
+        """How many tokens are kept: the sharp ones of `index`, and those of the overview."""
+        return len(self.index) + (self.overview.tokens if self.overview else 0)
 
     @property
     def mask(self) -> np.ndarray:
@@ -81,17 +84,20 @@ class Kept:
 class Selection:
     """What was kept in one call: of each reference, by which task and coverage (one per reference), and what it cost.
 
-    `seconds` is the wall time of scoring and choosing, without what is read once.
+    `seconds` is the wall time of scoring and choosing, without what is read once. `notes` is what the report says of
+    overviews that nobody asked for so.
     """
 
     references: tuple[Kept, ...]
     task: str
     coverage: tuple[float, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def index(self) -> np.ndarray:
-        """The kept tokens of all references, sorted int64 indices into their tokens one after another."""
+        """The kept tokens of all references, sorted int64 indices into their tokens one after another: the sharp ones,
+        where there are overviews."""
         starts = np.cumsum([0] + [kept.scores.size for kept in self.references])
         parts = [kept.index + start for kept, start in zip(self.references, starts, strict=False)]
         return np.concatenate([np.zeros(0, np.int64), *parts])
@@ -110,8 +116,13 @@ class Selection:
 
     @property
     def kept(self) -> int:
-        """How many tokens were kept, of all references."""
-        return sum(len(kept.index) for kept in self.references)
+        """How many tokens were kept, of all references, with those of their overviews."""
+        return sum(kept.count for kept in self.references)
+
+    @property
+    def overviews(self) -> dict[int, Overview]:
+        """The overviews, by the number of their reference, from 0."""
+        return {i: kept.overview for i, kept in enumerate(self.references) if kept.overview}
 
     @property
     def total(self) -> int:
@@ -128,11 +139,12 @@ class Selection:
             "references": [
                 {
                     "grid": list(kept.grid),
-                    "kept": len(kept.index),
+                    "kept": kept.count,
                     "total": kept.scores.size,
                     "selector": kept.selector,
                     "coverage": coverage,
                     "averages": len(kept.averages),
+                    "overview": _overview_record(kept),
                 }
                 for kept, coverage in zip(self.references, self.coverage, strict=True)
             ],
@@ -142,16 +154,32 @@ class Selection:
         lines = []
         for i, (kept, coverage) in enumerate(zip(self.references, self.coverage, strict=True), start=1):
             spread = f", {coverage:.0%} of them spread evenly".replace("%", " %") if coverage else ""
-            how = f" by {kept.selector}{spread}" if len(kept.index) < kept.scores.size else ""
+            how = f" by {kept.selector}{spread}" if kept.count < kept.scores.size or kept.overview else ""
             how += f", {len(kept.averages)} of them averages of the rest" if len(kept.averages) else ""
-            lines.append(f"reference {i}: {_tokens(len(kept.index), kept.scores.size)}{how}")
+            if kept.overview:
+                sharp = f", {len(kept.index)} sharp{how}" if len(kept.index) else ""
+                how = f": {kept.overview.tokens} of an overview by {kept.overview.factor}{sharp}"
+                how += "" if kept.psnr is None else f", together {kept.psnr:.1f} dB"
+            lines.append(f"reference {i}: {_tokens(kept.count, kept.scores.size)}{how}")
         lines.append(f"total: {_tokens(self.kept, self.total)}, task {self.task}, in {1000 * self.seconds:.1f} ms")
-        if any(kept.task == "global" and len(kept.index) < kept.scores.size for kept in self.references):
+        if any(k.task == "global" and k.count < k.scores.size and not k.overview for k in self.references):
             lines.append("a global edit loses quality with every dropped token: keep all, or use keep='auto'")
         for i, kept in enumerate(self.references, start=1):
             if kept.selector == "mask" and not kept.scores.any():
                 lines.append(f"the mask of reference {i} marks nothing, so its tokens are spread evenly")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
+
+
+def _overview_record(kept: Kept) -> dict[str, object] | None:
+    if kept.overview is None:
+        return None
+    return {
+        "factor": kept.overview.factor,
+        "layout": kept.overview.layout,
+        "grid": list(kept.overview.grid),
+        "kept": kept.overview.tokens,
+        "psnr": kept.psnr,
+    }
 
 
 def _tokens(kept: int, total: int) -> str:
@@ -171,28 +199,13 @@ def score_tokens(selector: SelectorLike, image: np.ndarray | None, grid: Grid, s
     return resolve(selector)[1](image, grid, np.random.default_rng(seed))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a config means for the references of one call, before anybody looks at them: one value for each reference.
-
-    grids: (rows, columns). tasks: by name. keep: as `choose_tokens` takes it. selectors: None where every token is
-    kept, so that nothing has to be scored. labels: of the selectors. coverages: shares of evenly spread tokens.
-    """
-
-    grids: list[Grid]
-    tasks: list[str]
-    keep: float | str | Sequence[float | str]
-    selectors: list[SelectorLike | None]
-    labels: list[str]
-    coverages: list[float]
-
-
 def select_tokens(
     images: Sequence[Pixels],
     grids: Sequence[Grid],
     config: SparseContextConfig,
     shows_picture: Sequence[np.ndarray | None] | None = None,
     score: Score = score_tokens,
+    trained: Trained | None = None,
 ) -> Selection:
     """Score the references of a call and choose the tokens to keep.
 
@@ -202,15 +215,17 @@ def select_tokens(
     `shows_picture`, where a host pads, has bool (rows, columns) for each reference, or None for all True: a token that
     shows nothing but padding is scored below all others. Reference i draws its random numbers from the seed and i
     alone. Where all tokens are kept, nothing is scored. `score` stands for `score_tokens`, for a cache that remembers
-    scores; several threads call it at once, unless a selector is a function of the user's own.
+    scores; several threads call it at once, unless a selector is a function of the user's own. `trained` is what the
+    weights that will see the tokens were trained for; None: for no overviews.
 
     Raises ValueError, in one sentence, for values that do not fit these references.
     """
     start = time.perf_counter()
     batches = _check_pictures(images, grids)
-    plan = plan_selection(config, grids)
+    plan = plan_selection(config, grids, [len(batch) > 0 for batch in batches], trained)
     reading = _prepare_selectors(plan.selectors)  # a net, once, which is not what choosing costs
     scores = score_references(plan, batches, config.seed, shows_picture, score)
+    overviews, enough, errors = _enough(plan, batches, scores, config.psnr)
     index = choose_tokens(
         scores,
         plan.keep,
@@ -219,12 +234,40 @@ def select_tokens(
         coverage=plan.coverages,
         multiple_of=config.multiple_of,
         mass=config.mass,
+        reserved=[overview.tokens if overview else 0 for overview in overviews],
+        enough=enough,
     )
     index, into = _merge(scores, index, config.merge, plan.coverages)
     pictures = [batch[0] if batch else None for batch in batches]
-    kept = tuple(map(Kept, plan.grids, index, scores, plan.labels, pictures, into, plan.tasks))
+    reached = [None if error is None else psnr_of(error, sharp) for error, sharp in zip(errors, index, strict=True)]
+    kept = tuple(map(Kept, plan.grids, index, scores, plan.labels, pictures, into, plan.tasks, overviews, reached))
     task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(plan.tasks))
-    return Selection(kept, task, tuple(plan.coverages), time.perf_counter() - start - reading)
+    seconds = time.perf_counter() - start - reading
+    return Selection(kept, task, tuple(plan.coverages), seconds, tuple(plan.notes))
+
+
+def _enough(
+    plan: Plan, batches: Sequence[Sequence[np.ndarray]], scores: Sequence[np.ndarray], psnr: float
+) -> tuple[list[Overview | None], list[int | None], list[np.ndarray | None]]:
+    """What "auto" comes to beside overviews: of each reference its overview, how many tokens are enough for `psnr` dB,
+    and what the overview lacks of each picture (`count_for`); the latter two are None where "auto" has another meaning.
+
+    Where an overview and sharp tokens would be as many as all tokens, these are kept in their place.
+    """
+    overviews, enough = list(plan.overviews), list[int | None]([None] * len(scores))
+    errors = list[np.ndarray | None]([None] * len(scores))
+    for i, (keep, overview) in enumerate(zip(spread_out(plan.keep, len(scores)), plan.overviews, strict=True)):
+        if overview is None or not isinstance(keep, str):
+            continue
+        pictures = [whole_cells(rgb_pixels(picture, "residual"), plan.grids[i]) for picture in batches[i]]
+        error = np.stack([residual(picture, plan.grids[i], overview.factor).ravel() ** 2 for picture in pictures])
+        error[:, scores[i].ravel() < 0] = np.nan  # padding
+        count = overview.tokens + count_for(error, rank_tokens([scores[i]], plan.coverages[i]), psnr)
+        if count < scores[i].size:
+            enough[i], errors[i] = count, error
+        else:
+            enough[i], overviews[i] = scores[i].size, None
+    return overviews, enough, errors
 
 
 def _check_pictures(images: Sequence[Pixels], grids: Sequence[Grid]) -> list[list[np.ndarray]]:
@@ -241,49 +284,6 @@ def _check_pictures(images: Sequence[Pixels], grids: Sequence[Grid]) -> list[lis
                 raise ValueError(f"Reference {i} is {picture!r}: pass its pixels, a uint8 array (H, W, 3), or None.")
         batches.append([] if image is None else [*batch])
     return batches
-
-
-def plan_selection(config: SparseContextConfig, grids: Sequence[Grid]) -> Plan:
-    """Who scores each reference, and how its budget is spent: what the user said, and where nothing, the task.
-
-    Raises ValueError where the config holds more or fewer values than there are references.
-    """
-    count = len(grids)
-    check_budget(config.keep, references=count)
-    _check_masks(config.selector, count)
-    grids = [(int(rows), int(columns)) for rows, columns in grids]
-    sizes = [rows * columns for rows, columns in grids]
-    tasks = per_reference("task", config.task, count)
-    keep, ratios = config.keep, per_reference("keep", config.keep, count)
-    if "global" in tasks and "auto" in ratios:
-        keep = ratios = [1.0 if pair == ("auto", "global") else pair[0] for pair in zip(ratios, tasks, strict=True)]
-    all_whole = keeps_all(keep, sizes)
-    budgets_apart = is_per_reference(keep) and config.multiple_of == 1
-    selectors: list[SelectorLike | None] = []
-    labels, coverages = [], []
-    chosen = each_selector(config.selector, count)
-    check_length("selector", chosen, count)
-    for choice, task, ratio, size in zip(chosen, tasks, ratios, sizes, strict=True):
-        selector: SelectorLike
-        selector, coverage = task_defaults(task, count)
-        if choice is not None:
-            selector, coverage = choice, 0.0 if task == "auto" else coverage
-        whole = all_whole or (budgets_apart and keeps_all(ratio, [size]))
-        selectors.append(None if whole else selector)
-        labels.append("all" if whole else resolve(selector)[0])
-        coverages.append(coverage if config.coverage is None else float(config.coverage))
-    return Plan(grids, tasks, keep, selectors, labels, coverages)
-
-
-def _check_masks(selectors: SelectorsLike, count: int) -> None:
-    for i in range(count):
-        user_mask(selectors, i)  # raises where there are too few
-    mask = find_masks(selectors)
-    if mask is not None and len(mask.masks) > count:
-        raise ValueError(
-            f"The selector holds {len(mask.masks)} masks for {count} references: pass one mask per reference "
-            "(None for its own alpha channel)."
-        )
 
 
 def _prepare_selectors(selectors: Sequence[SelectorLike | None]) -> float:

@@ -74,6 +74,14 @@ class ReferenceTokens:
         ids = self.ids.index_select(-2, _to(self.ids, index))
         return ReferenceTokens(latents, ids)
 
+    def join(self, others: ReferenceTokens) -> ReferenceTokens:
+        """These tokens and then `others`, such as those of overviews. Position ids become float32 if either's are any
+        floats and not of one type, so that fractions stay exact."""
+        return ReferenceTokens(
+            torch.cat([self.latents, others.latents], dim=1),
+            torch.cat([self.ids, others.ids], dim=-2),
+        )
+
     def _check_into(self, index: np.ndarray, into: np.ndarray) -> None:
         if into.shape != (len(self),) or into.dtype != np.int64:
             raise ValueError(

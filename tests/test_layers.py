@@ -18,7 +18,7 @@ PACKAGE = ROOT / "sparse_context"
 
 ROOMS = {
     "layers": {"layers"},
-    "the idea": {"tokens", "overview", "budget", "merge", "config", "selection", "selectors"},
+    "the idea": {"tokens", "overview", "trained", "budget", "merge", "config", "plan", "selection", "selectors"},
     "pictures and records": {"images", "preview", "samples", "result", "cache"},
     "what is installed": {"context"},
     "families": {"families"},

@@ -64,9 +64,17 @@ def test_halves_stay_exact_whatever_type_the_host_has(dtype):
     assert overview_ids(whole, (16, 16), 4).dtype == torch.float32
 
 
-def test_a_mark_moves_one_axis():
-    plain, marked = (overview_ids(grid_ids(4, 4), (4, 4), 2, mark) for mark in (None, (0, 1.0)))
-    assert torch.equal(marked - plain, torch.tensor([1.0, 0.0, 0.0]).expand(4, 3))
+@pytest.mark.parametrize(("factor", "moved"), [(2, 0.5), (4, 1.0), (8, 1.5), (16, 2.0)])
+def test_a_mark_moves_one_axis_by_the_logarithm_of_the_factor(factor, moved):
+    plain, marked = (overview_ids(grid_ids(16, 16), (16, 16), factor, mark) for mark in (None, (0, 0.5)))
+    assert torch.equal(marked - plain, torch.tensor([moved, 0.0, 0.0]).expand(len(plain), 3))
+
+
+def test_ids_of_a_batch_are_spread_for_each_item():
+    whole = torch.stack([grid_ids(4, 6), grid_ids(4, 6, first=(20.0, 1.0, 2.0))])
+    spread = overview_ids(whole, (4, 6), 4, (0, 1.0))
+    assert spread.shape == (2, 2, 3)
+    assert all(torch.equal(both, overview_ids(one, (4, 6), 4, (0, 1.0))) for both, one in zip(spread, whole, strict=True))
 
 
 def test_a_lone_row_or_column_has_its_middle():

@@ -153,6 +153,7 @@ def test_a_selection_reports_what_it_kept():
         "selector": "detail",
         "coverage": 0.0,
         "averages": 0,
+        "overview": None,
     }
 
 

@@ -586,6 +586,18 @@ def references_last_or_alone(length: int, references: int) -> int | None:
     return length - references if length >= references else None
 
 
+def flux2_overview_ids(whole: list, grids: list, factor: int, layout: str) -> torch.Tensor:
+    """The position ids of all overviews in FLUX.2, whose references lie at T = 10, 20 ..."""
+    ids = []
+    for i, (rows, columns) in enumerate(grids):
+        row, column = torch.arange(math.ceil(rows / factor)), torch.arange(math.ceil(columns / factor))
+        at = 10 * (i + 1) + math.log2(factor), factor, (factor - 1) / 2
+        scale, step, first = at if layout == "spread" else (10 * (len(grids) + i + 1), 1, 0)
+        places = torch.cartesian_prod(row * step + first, column * step + first).float()
+        ids.append(torch.nn.functional.pad(places, (1, 1)) + torch.tensor([scale, 0, 0, 0]))
+    return torch.cat(ids)
+
+
 @dataclass(frozen=True, eq=False)  # each case is a key of its answers below
 class Case:
     """One kind of pipeline.
@@ -600,6 +612,9 @@ class Case:
     without_references: whether a call can do without any.
     guidance: what makes a call take a second forward; None where nothing does.
     watch: fills a list with what each forward of the transformer saw, see `watch_inputs`.
+    overview_ids: from what `watch` saw of each whole reference (N, A), and their grids, factor and layout, to what it
+        is to see of their overviews, one after another; None where the family takes no overviews.
+    layouts: of these.
     share: another pipeline with the same components. offload: switches the host's CPU offload on.
     """
 
@@ -616,6 +631,8 @@ class Case:
     without_references: bool = True
     guidance: dict | None = None
     watch: Callable = watch_inputs
+    overview_ids: Callable | None = None
+    layouts: tuple[str, ...] = ("spread", "reference")
     share: Callable = lambda pipe: type(pipe).from_pipe(pipe)
     offload: Callable = lambda pipe: pipe.enable_model_cpu_offload(device="cpu")
 
@@ -642,7 +659,8 @@ qwen = partial(
 qwen_plus = partial(
     qwen, call=call_qwen, sizes=((96, 64), (64, 64), (64, 128), (100, 90)), counts=(1, 2, 4), usual=2, prompts=1
 )
-flux2_modular = partial(Case, call=call_flux2_modular, share=share_modular, offload=offload_modular)
+flux2 = partial(Case, overview_ids=flux2_overview_ids)
+flux2_modular = partial(flux2, call=call_flux2_modular, share=share_modular, offload=offload_modular)
 flux3 = partial(
     Case,
     call=call_modular,
@@ -654,13 +672,13 @@ flux3 = partial(
 )
 
 CASES = {
-    "flux2-dev": Case(lambda: build_flux2(Flux2Pipeline), call_flux2),
-    "klein": Case(lambda: build_flux2(Flux2KleinPipeline), call_flux2, guidance=FLUX2_GUIDANCE),
-    "klein-kv": Case(
+    "flux2-dev": flux2(lambda: build_flux2(Flux2Pipeline), call_flux2),
+    "klein": flux2(lambda: build_flux2(Flux2KleinPipeline), call_flux2, guidance=FLUX2_GUIDANCE),
+    "klein-kv": flux2(
         lambda: build_flux2(Flux2KleinKVPipeline), call_flux2, references_first=True, first_key=references_first
     ),
     # Several reference pictures of an inpainting call have one size
-    "klein-inpaint": Case(
+    "klein-inpaint": flux2(
         lambda: build_flux2(Flux2KleinInpaintPipeline),
         call_flux2_inpaint,
         sizes=((64, 64), (96, 72), (96, 72)),
@@ -708,6 +726,9 @@ QUICK = "detail"  # a selector without a net
 # pixels come by another way.
 EACH_FAMILY = ("klein", "klein-kv", "klein-modular", "flux3", "kontext", "longcat", "qwen-edit-2511")
 PAINTING = ("klein-inpaint", "kontext-inpaint", "kontext-inpaint-source", "qwen-edit-inpaint")
+
+
+WITH_OVERVIEWS = tuple(name for name, case in CASES.items() if case.overview_ids)
 
 
 def cases(*names: str) -> list:

@@ -15,6 +15,7 @@ from .cells import Grid, Selector
 from .classical import detail, edges, random, uniform
 from .contrast import contrast
 from .masks import Mask, as_array
+from .residual import Residual, residual
 from .subject import saliency, subject
 
 SelectorLike = str | Selector | Mapping[str, float] | Mapping[str | Selector, float]
@@ -35,6 +36,7 @@ SELECTORS: dict[str, Selector] = {
     "saliency": saliency,
     "subject": subject,
     "contrast": contrast,
+    "residual": residual,
     "mask": Mask(),
 }
 
@@ -105,10 +107,31 @@ def map_masks(selectors: SelectorsLike, change: MaskChange) -> SelectorsLike:
 
 
 def _map_masks(selector: SelectorLike, change: MaskChange) -> SelectorLike:
-    def walk(part: str | Selector) -> str | Selector:
+    def changed(part: str | Selector) -> str | Selector:
         if isinstance(part, Mask):
             return Mask([None if mask is None else change(i, mask) for i, mask in enumerate(part.masks)])
-        return Blend([(walk(inner), weight) for inner, weight in part.parts]) if isinstance(part, Blend) else part
+        return part
+
+    return map_leaves(selector, changed)
+
+
+def beside_overview(selector: SelectorLike, factor: int) -> SelectorLike:
+    """`selector` where there is an overview by `factor`, which its residual is then measured against."""
+
+    def changed(part: str | Selector) -> str | Selector:
+        is_residual = isinstance(part, Residual) or (isinstance(part, str) and SELECTORS.get(part) is residual)
+        return Residual(factor) if is_residual else part
+
+    return map_leaves(selector, changed)
+
+
+def map_leaves(selector: SelectorLike, change: Callable[[str | Selector], str | Selector]) -> SelectorLike:
+    """`selector` with `change` of each selector that scores by itself (`leaves_of`)."""
+
+    def walk(part: str | Selector) -> str | Selector:
+        return (
+            Blend([(walk(inner), weight) for inner, weight in part.parts]) if isinstance(part, Blend) else change(part)
+        )
 
     if isinstance(selector, Mapping):
         return {walk(part): weight for part, weight in selector.items()}
@@ -238,6 +261,8 @@ def name_of(selector: SelectorLike) -> str | None:
     """A name that means the same scores for the same picture, or None where only the function itself knows."""
     if isinstance(selector, Mask):
         return "mask"  # whose pixels are the picture's fourth channel
+    if isinstance(selector, Residual):
+        return f"residual by {selector.factor}"
     if isinstance(selector, str):
         return selector if _is_ours(SELECTORS.get(selector)) else None
     names = [(name_of(part), weight) for part, weight in parts_of(selector)]

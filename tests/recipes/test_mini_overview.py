@@ -79,7 +79,7 @@ def test_the_tokens_of_a_set_are_the_sharp_ones_and_then_the_overview(pipe):
     latents = torch.randn(1, 32, 16, 16)
     tokens, ids = reference_tokens(pipe.vae, [picture], [latents], TokenSet("sharp", 4, np.array([3, 18])))
     assert torch.equal(tokens[:, :2], latents.flatten(2).transpose(1, 2)[:, [3, 18]]) and tokens.shape == (1, 18, 32)
-    assert ids[:2].tolist() == [[10, 0, 3, 0], [10, 1, 2, 0]] and ids[2].tolist() == [11, 1.5, 1.5, 0]
+    assert ids[:2].tolist() == [[10, 0, 3, 0], [10, 1, 2, 0]] and ids[2].tolist() == [12, 1.5, 1.5, 0]
     small = reference_tokens(pipe.vae, [picture], [latents], TokenSet("alone", 4, np.zeros(0, np.int64)))[0]
     assert torch.equal(small, tokens[:, 2:])
 

@@ -5,18 +5,26 @@ ids (B, N, 4) back. The KV pipeline takes the number of reference tokens from th
 *latents* of its source picture, so the pixels behind them are taken one step earlier, in `prepare_latents`.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ...overview import Overview, overview_ids, shrink
 from ...preview import MAX_AREA
+from ...selectors.cells import Grid
 from ...tokens import ReferenceTokens
 from ..pictures import Pictures
 
 if TYPE_CHECKING:
     from ...context import Call
+
+
+APART = 10  # on the axis of T, from one reference to the next
+MARK = (0, 1.0)  # which leaves place for the scale of overviews
 
 
 def attach(pipe: Any, call: "Call") -> None:
@@ -41,7 +49,12 @@ def attach(pipe: Any, call: "Call") -> None:
             pixels, rows = seen[i]
             return None if pixels.shape[1] == channels else pictures.show(pixels, mask, i, rows)
 
-        kept = call.keep(tokens, grids, picture)
+        def encode_overviews(overviews):
+            small = [shrink(seen[i][0][seen[i][1]], grids[i], each.factor) for i, each in overviews.items()]
+            made = ReferenceTokens(*prepare_image_latents(small, batch_size, *args, **kwargs))
+            return place_overviews(made, tokens.ids, grids, overviews)
+
+        kept = call.keep(tokens, grids, picture, encode_overviews=encode_overviews)
         return kept.latents, kept.ids
 
     def encode_once(encode, image, generator):  # which draws nothing from the generator: it takes the mode
@@ -61,3 +74,24 @@ def attach(pipe: Any, call: "Call") -> None:
     call.around("_encode_vae_image", encode_once)
     if hasattr(pipe, "prepare_mask_latents"):  # inpaint
         call.around("prepare_latents", remember_pixels)
+
+
+def place_overviews(
+    made: ReferenceTokens, ids: torch.Tensor, grids: Sequence[Grid], overviews: Mapping[int, Overview]
+) -> ReferenceTokens:
+    """The tokens of overviews at their places.
+
+    made: as the host has them where they are all the references that there are. ids: (B, N, 4) of the whole references.
+    """
+    sizes = [rows * columns for rows, columns in grids]
+    whole = ids.split(sizes, dim=1)
+    parts = made.ids.split([each.tokens for each in overviews.values()], dim=1)
+    placed = []
+    for part, (i, each) in zip(parts, overviews.items(), strict=True):
+        if each.layout == "spread":
+            part = overview_ids(whole[i], grids[i], each.factor, MARK)
+        else:
+            part = part.clone()
+            part[..., 0] += APART * len(grids)
+        placed.append(part)
+    return ReferenceTokens(made.latents, torch.cat(placed, dim=1))

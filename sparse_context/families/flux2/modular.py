@@ -10,23 +10,28 @@ among its blocks, and then takes `keep` and what goes with it in every call:
     outputs = pipe(image=[cat, room], prompt="the cat in the room", keep=0.2, output=["images", "selection"])
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import ModularPipelineBlocks
+from diffusers.modular_pipelines.flux2.before_denoise import Flux2PrepareImageLatentsStep
+from diffusers.modular_pipelines.flux2.encoders import Flux2VaeEncoderStep
 from diffusers.modular_pipelines.flux2.inputs import Flux2ProcessImagesInputStep
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
 
 from ...config import SparseContextConfig
 from ...context import Call, SparseContext
+from ...overview import Overview, shrink
 from ...preview import MAX_AREA
 from ...selection import Selection
 from ...tokens import ReferenceTokens
 from ..modular import attach_step, insert_behind
 from ..pictures import mask_of, to_uint8
+from .drop import place_overviews
 
 
 def attach(pipe: Any, call: Call) -> None:
@@ -127,7 +132,19 @@ def _keep_essentials(components: Any, state: PipelineState, call: Call) -> None:
         Flux2ProcessImagesInputStep()(components, mask_state)  # the same scaling and crop as the picture had
         return np.concatenate([seen, to_uint8(mask_state.condition_images[0])[0, ..., :1]], axis=-1)
 
-    kept = call.keep(tokens, _grids(tokens.ids), picture)
+    grids = _grids(tokens.ids)
+
+    def encode_overviews(overviews: Mapping[int, Overview]) -> ReferenceTokens:
+        small = PipelineState()  # in which they are all the references that there are
+        for name in ("batch_size", "num_images_per_prompt", "generator"):
+            small.set(name, state.get(name))
+        small.set("condition_images", [shrink(pixels[i], grids[i], each.factor) for i, each in overviews.items()])
+        for step in (Flux2VaeEncoderStep(), Flux2PrepareImageLatentsStep()):
+            step(components, small)
+        made = ReferenceTokens(small.image_latents, small.image_latent_ids)
+        return place_overviews(made, tokens.ids, grids, overviews)
+
+    kept = call.keep(tokens, grids, picture, encode_overviews=encode_overviews)
     state.set("image_latents", kept.latents)
     state.set("image_latent_ids", kept.ids)
 
