@@ -9,11 +9,11 @@ from tables import SCORES, score_of
 
 from sparse_context.config import SparseContextConfig
 from sparse_context.evaluation.grid import Cell, Maker
-from sparse_context.overview import residual
 from sparse_context.pipelines.engine import Generation
 from sparse_context.samples import Sample
-from sparse_context.selectors import SELECTORS
+from sparse_context.selectors import SELECTORS, Grid
 from sparse_context.selectors.cells import cell_means
+from sparse_context.selectors.residual import Residual
 
 WITHOUT = ("dropping", "random", "merged", "downscaled")
 """Without an overview: what the tasks choose, tokens by chance, what the tasks choose as averages, smaller pictures."""
@@ -52,16 +52,14 @@ def config_of(way: str, keep: float, layout: str | None = None) -> SparseContext
 
 def selector_of(rule: str, factor: int, mask: np.ndarray | None = None) -> Any:
     """What scores the sharp tokens beside an overview of `factor`. mask: for `TRUE_MASK`, uint8 (H, W)."""
-    first, _, where = rule.partition(" x ")
-    if first != "residual":
+    _, times, where = rule.partition(" x ")
+    if not times:
         return None if rule == TASK_DEFAULT else rule
+    residual = Residual(factor)
 
-    def score(image: np.ndarray, grid: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-        wrong = residual(np.ascontiguousarray(image[..., :3]), grid, factor) / 255
-        if not where:
-            return wrong
+    def score(image: np.ndarray, grid: Grid, generator: np.random.Generator) -> np.ndarray:
         share = SELECTORS[where](image, grid, generator) if mask is None else cell_means(mask, grid) / 255
-        return wrong * (LEAST + share) / (LEAST + 1)
+        return residual(image, grid, generator) * (LEAST + share) / (LEAST + 1)
 
     score.__name__ = rule
     return score
