@@ -14,7 +14,7 @@ lie:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -188,3 +188,21 @@ def overview_ids(
         axis, unit = mark
         spread[..., axis] += unit * math.log2(factor)
     return spread.flatten(-3, -2)
+
+
+def spread_ids(
+    ids: torch.Tensor,
+    grids: Sequence[tuple[int, int]],
+    overviews: Mapping[int, Overview],
+    mark: tuple[int, float] | None = None,
+) -> torch.Tensor:
+    """Position ids (..., tokens, A) of overviews, one after another, that are spread over their references' grids.
+
+    ids: (..., N, A) of all whole references, one after another, with these grids. overviews: by the number of their
+    reference. mark: as in `overview_ids`.
+    """
+    import torch
+
+    whole = ids.split([rows * columns for rows, columns in grids], dim=-2)
+    parts = [overview_ids(whole[i], grids[i], each.factor, mark) for i, each in overviews.items()]
+    return torch.cat(parts, dim=-2)

@@ -74,7 +74,9 @@ def test_ids_of_a_batch_are_spread_for_each_item():
     whole = torch.stack([grid_ids(4, 6), grid_ids(4, 6, first=(20.0, 1.0, 2.0))])
     spread = overview_ids(whole, (4, 6), 4, (0, 1.0))
     assert spread.shape == (2, 2, 3)
-    assert all(torch.equal(both, overview_ids(one, (4, 6), 4, (0, 1.0))) for both, one in zip(spread, whole, strict=True))
+    assert all(
+        torch.equal(both, overview_ids(one, (4, 6), 4, (0, 1.0))) for both, one in zip(spread, whole, strict=True)
+    )
 
 
 def test_a_lone_row_or_column_has_its_middle():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...overview import Overview, overview_ids, shrink
+from ...overview import Overview, shrink, spread_ids
 from ...preview import MAX_AREA
 from ...selectors.cells import Grid
 from ...tokens import ReferenceTokens
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from ...context import Call
 
 
-APART = 10  # on the axis of T, from one reference to the next
-MARK = (0, 1.0)  # which leaves place for the scale of overviews
+APART = 10  # from one reference to the next, on the axis of T
+MARK = (0, 1.0)  # of overviews, in the place that this leaves
 
 
 def attach(pipe: Any, call: "Call") -> None:
@@ -50,7 +50,10 @@ def attach(pipe: Any, call: "Call") -> None:
             return None if pixels.shape[1] == channels else pictures.show(pixels, mask, i, rows)
 
         def encode_overviews(overviews):
-            small = [shrink(seen[i][0][seen[i][1]], grids[i], each.factor) for i, each in overviews.items()]
+            small = []
+            for i, each in overviews.items():
+                pixels, rows = seen[i]
+                small.append(shrink(pixels[rows], grids[i], each.factor))
             made = ReferenceTokens(*prepare_image_latents(small, batch_size, *args, **kwargs))
             return place_overviews(made, tokens.ids, grids, overviews)
 
@@ -83,15 +86,8 @@ def place_overviews(
 
     made: as the host has them where they are all the references that there are. ids: (B, N, 4) of the whole references.
     """
-    sizes = [rows * columns for rows, columns in grids]
-    whole = ids.split(sizes, dim=1)
-    parts = made.ids.split([each.tokens for each in overviews.values()], dim=1)
-    placed = []
-    for part, (i, each) in zip(parts, overviews.items(), strict=True):
-        if each.layout == "spread":
-            part = overview_ids(whole[i], grids[i], each.factor, MARK)
-        else:
-            part = part.clone()
-            part[..., 0] += APART * len(grids)
-        placed.append(part)
-    return ReferenceTokens(made.latents, torch.cat(placed, dim=1))
+    if {each.layout for each in overviews.values()} == {"spread"}:
+        return ReferenceTokens(made.latents, spread_ids(ids, grids, overviews, MARK))
+    behind = made.ids.clone()
+    behind[..., 0] += APART * len(grids)
+    return ReferenceTokens(made.latents, behind)
