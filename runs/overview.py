@@ -7,12 +7,12 @@
 The embedded model, on the scenes of runs/mini_curves.py and their noise. On "validation" an overview of each factor is
 measured alone, and with sharp tokens by each rule of overview_ways.py; the best in a group at a keep, by its mean, is
 chosen, and the result says which. On "test" what was chosen is read from `--rules`, and measured under the name
-"overview and sharp", beside the ways to do without: `dropping` keeps what the tasks choose, `merged` spends as much on
-averages (`merge=1`), `downscaled` is that of the benchmark. Differences are to the dense base without an adapter, scene
-by scene; the result also has those of every way to `dropping`, and of "overview and sharp" to every way without.
-`--masks` adds the objects' true masks, a bound and no method: nothing is chosen by them. `--kv` is the same in KV mode,
-where nothing is scaled down. `--pictures` draws the curves, and the scenes of each group, the worst first. Stopped at
-any point, it goes on there.
+"overview and sharp". The ways to do without are `dropping`, which keeps what the tasks choose, `random`, `merged` with
+as many averages (`merge=1`), and `downscaled`, that of the benchmark; `default` names nothing but the keep. Differences
+are to the dense base without an adapter, scene by scene; the result also has those of every way to `dropping`, and of
+"overview and sharp" to every way without. `--masks` adds the objects' true masks, a bound and no method: nothing is
+chosen by them. `--kv` is the same in KV mode, where nothing is scaled down. `--pictures` draws the curves, and the
+scenes of each group, the worst first. Stopped at any point, it goes on there.
 
 It needs the scenes' objects: `python -m recipes.mini data`, and for the last line `python -m recipes.mini cutouts`.
 """
@@ -27,7 +27,19 @@ from typing import Any
 
 from held_out import cell_rows, print_gains, scene_maker
 from overview_pages import save_curves, save_pages
-from overview_ways import CHOSEN, MASKED, RULES, TRUE_MASK, WITHOUT, by_group, choose, config_of, ways_at, with_masks
+from overview_ways import (
+    CHOSEN,
+    DEFAULT,
+    MASKED,
+    RULES,
+    TRUE_MASK,
+    WITHOUT,
+    by_group,
+    choose,
+    config_of,
+    ways_at,
+    with_masks,
+)
 from peers import peer_maker
 from tables import RESULTS, SCORES, difference, draw, read, score_of, table
 
@@ -60,9 +72,9 @@ def curves(name: str) -> str:
         settings = result["figures"]["groups"].get(group, {})
         for keep in (f"{keep:g}" for keep in result["config"]["keeps"]):
             alone = next((cell for cell in settings if cell.endswith(f"alone {keep}")), "")
-            cells = [*(f"{way} {keep}" for way in without), alone, f"{CHOSEN} {keep}"]
+            cells = [*(f"{way} {keep}" for way in without), alone, f"{CHOSEN} {keep}", f"{DEFAULT} {keep}"]
             rows.append([group, keep, *(difference(score_of(settings, cell, of)) for cell in cells)])
-    return table(["task", "keep", *without, "overview alone", CHOSEN], rows)
+    return table(["task", "keep", *without, "overview alone", CHOSEN, DEFAULT], rows)
 
 
 def chosen_over(name: str) -> str:
@@ -158,7 +170,7 @@ def cells_of(
     """The settings by name: "WAY KEEP"; each way's name is in its `about`."""
     cells = grid([1.0])
     for keep in arguments.keeps:
-        ways = [way for way in WITHOUT if way != "downscaled" or downscale is not None]
+        ways = [way for way in (*WITHOUT, DEFAULT) if way != "downscaled" or downscale is not None]
         ways += ways_at(keep, arguments.factors, RULES if chosen is None else ())
         ways += [MASKED, *ways_at(keep, arguments.factors, [TRUE_MASK])] if arguments.masks else []
         for way in dict.fromkeys(ways):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from overview_ways import CHOSEN, MASKED, WITHOUT
 from PIL import Image
 from tables import SCORES
 
@@ -16,27 +17,27 @@ from sparse_context.preview import column, draw_selection, label, side_by_side
 from sparse_context.samples import Sample
 
 TILE = 192  # pixels
+LINES = (*WITHOUT, "overview alone", CHOSEN, MASKED)
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 """The figures of each scene by setting, as `evaluate` has them."""
 
 
 def save_curves(figures: Mapping[str, Any], folder: Path) -> None:
-    """Each score against the share of tokens kept: a panel for each group, a line for each way.
+    """Each score against the share of tokens kept: a panel for each group, a line for each of `LINES`.
 
     figures: by group and setting, "WAY KEEP".
     """
-    names = dict.fromkeys(name for settings in figures.values() for name in settings)
-    cells = {DENSE: {}} | {
-        name: {"selector": way, "keep": float(keep)}
-        for name, (way, _, keep) in ((name, name.rpartition(" ")) for name in names)
-        if name != DENSE
-    }
+    cells: dict[str, Any] = {DENSE: {}}
+    for name in dict.fromkeys(name for settings in figures.values() for name in settings):
+        way, _, keep = name.rpartition(" ")
+        line = "overview alone" if way.endswith(" alone") else way
+        if line in LINES:
+            cells[name] = {"selector": line, "keep": float(keep)}
+    groups = {group: figures[group] for group in SCORES if group in figures}
     for score in dict.fromkeys(SCORES.values()):
-        groups = {group: figures[group] for group, of in SCORES.items() if of == score and group in figures}
-        if groups:
-            picture = draw_curves({"config": {"cells": cells}, "figures": groups}, score)
-            save_picture(picture, folder / f"curves-{score}.webp")
+        picture = draw_curves({"config": {"cells": cells}, "figures": groups}, score)
+        save_picture(picture, folder / f"curves-{score}.webp")
 
 
 def save_pages(

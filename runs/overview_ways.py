@@ -19,8 +19,9 @@ WITHOUT = ("dropping", "random", "merged", "downscaled")
 """Without an overview: what the tasks choose, tokens by chance, what the tasks choose as averages, smaller pictures."""
 CHOSEN = "overview and sharp"
 """The overview and the rule that were chosen for a scene's group."""
-TASK_DEFAULT = "task default"
-RULES = ("residual", "residual x saliency", "residual x subject", "edges", "subject", TASK_DEFAULT)
+DEFAULT = "default"
+"""What a user gets who names nothing but a keep, by what the weights were trained for."""
+RULES = ("residual", "residual x saliency", "residual x subject", "edges", "subject")
 """What chooses the sharp tokens beside an overview."""
 TRUE_MASK = "residual x true mask"
 MASKED = "dropping, true mask"
@@ -46,6 +47,8 @@ def config_of(way: str, keep: float, layout: str | None = None) -> SparseContext
         factor = int(name.split()[1])
         selector = selector_of(rule, factor) if rule else None
         return SparseContextConfig(keep=keep, selector=selector, overview=factor, overview_layout=layout)
+    if way == DEFAULT:
+        return SparseContextConfig(keep=keep)
     selector = {"random": "random", MASKED: "mask"}.get(way)
     return SparseContextConfig(keep=keep, selector=selector, merge=1.0 if way == "merged" else 0.0, overview=None)
 
@@ -54,7 +57,7 @@ def selector_of(rule: str, factor: int, mask: np.ndarray | None = None) -> Any:
     """What scores the sharp tokens beside an overview of `factor`. mask: for `TRUE_MASK`, uint8 (H, W)."""
     _, times, where = rule.partition(" x ")
     if not times:
-        return None if rule == TASK_DEFAULT else rule
+        return rule
     residual = Residual(factor)
 
     def score(image: np.ndarray, grid: Grid, generator: np.random.Generator) -> np.ndarray:
