@@ -57,6 +57,7 @@ from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import checkout, write_result
+from sparse_context.trained import trained_for, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -230,6 +231,7 @@ def main() -> None:
         "lora": arguments.lora or "the package's own",
         "kv": arguments.kv,
         "weights": fingerprint(dense),
+        "trained": None if (trained := trained_for(pipe.transformer, arguments.kv)) is None else write_record(trained),
         "call": call_settings(dense),
     }
     cells = cells_of(arguments, make, downscale, chosen, {"weights": fingerprint(pipe)})
