@@ -21,9 +21,8 @@ from .config import TASKS, SparseContextConfig, task_defaults
 from .merge import merge_rest
 from .overview import Overview, count_for, psnr_of, residual
 from .plan import Plan, plan_selection
-from .selectors.cells import Grid, rgb_pixels
+from .selectors.cells import Grid, rgb_pixels, whole_cells
 from .selectors.registry import SelectorLike, name_of, prepare, resolve
-from .selectors.residual import whole_cells
 from .trained import Trained
 
 Pixels = np.ndarray | Sequence[np.ndarray] | None
