@@ -23,7 +23,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from held_out import cell_rows, print_gains, scene_maker
 from overview_pages import save_curves, save_pages
@@ -190,7 +190,7 @@ def rows_of(folder: Path, cells: Mapping[str, Cell], scenes: Mapping[str, Scene]
     for name, cell in cells.items():
         for row in rows[name] if cell.about.get("way") == "downscaled" else ():
             grids = [(r.shape[0] // TOKEN, r.shape[1] // TOKEN) for r in scenes[row["name"]].references]
-            row["kept"] = reference_tokens("downscaled", grids, float(cell.config.keep))
+            row["kept"] = reference_tokens("downscaled", grids, cast("float", cell.config.keep))
             row["total"] = sum(rows * columns for rows, columns in grids)
     return rows
 

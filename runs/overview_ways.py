@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tables import SCORES, score_of
@@ -73,7 +73,7 @@ def with_masks(make: Maker) -> Maker:
 
     def made(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
         masks = [np.asarray(mask) for mask in sample.open_reference_masks()]
-        selectors = [selector_of(TRUE_MASK, config.overview, mask) for mask in masks]
+        selectors = [selector_of(TRUE_MASK, cast("int", config.overview), mask) for mask in masks]
         return make(sample, replace(config, selector=selectors, coverage=0.0), seed)
 
     return made
@@ -83,8 +83,9 @@ def by_group(make: Maker, chosen: Mapping[str, Mapping[str, str]], layout: str |
     """`make`, with what was chosen for the sample's group at the keep: {group: {keep: way}}."""
 
     def made(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
-        way = chosen[sample.task][f"{config.keep:g}"]
-        return make(sample, replace(config_of(way, config.keep, layout), seed=config.seed), seed)
+        keep = cast("float", config.keep)
+        way = chosen[cast("str", sample.task)][f"{keep:g}"]
+        return make(sample, replace(config_of(way, keep, layout), seed=config.seed), seed)
 
     return made
 
