@@ -11,11 +11,13 @@ from PIL import Image
 
 from recipes.mini.loss import position_ids
 from sparse_context import SparseContextConfig
-from sparse_context.embedded.demo import read_examples, run_demo, table
+from sparse_context.embedded.demo import psnr, read_examples, run_demo, table
+from sparse_context.evaluation import metrics
 from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, read_call_settings
 from sparse_context.pipelines.engine import Engine
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec, Request
+from sparse_context.trained import Trained, trained_for
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,16 @@ def test_four_references_at_a_fraction_of_the_tokens(pipe):
     assert made.image.size == (128, 128)
 
 
+def say_trained_for(monkeypatch, *factors):
+    """The package's weights say that they were trained for overviews by these factors."""
+    monkeypatch.setattr("sparse_context.pipelines.load.read_folder", lambda folder: None)
+    monkeypatch.setattr(
+        "sparse_context.pipelines.load.read_record", lambda record: Trained(factors, kv=record.get("kv"))
+    )
+
+
 def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, monkeypatch):
+    say_trained_for(monkeypatch)
     examples = read_examples()
     first = [next(e for e in examples if e["tasks"] == ["global"]), examples[-1]]
     monkeypatch.setattr("sparse_context.embedded.demo.read_examples", lambda: first)
@@ -152,6 +163,56 @@ def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, monkeypatch):
     assert [line.split()[0] for line in table(report).splitlines()] == ["scene", toned, name]
     with Image.open(tmp_path / "demo" / f"{name}.png") as sheet:
         assert sheet.width == 8 * 192 + 7 * 8  # four references, the truth, three outputs
+
+
+def test_the_demo_shows_an_overview_beside_dropping_where_the_whole_picture_is_edited(tmp_path, monkeypatch):
+    """By what the weights say that they were trained for; the figures are those of the pictures."""
+    say_trained_for(monkeypatch, 4)
+    by_name = {example["name"]: example for example in read_examples()}
+    monkeypatch.setattr("sparse_context.embedded.demo.read_examples", lambda: [by_name["grey"], by_name["placed"]])
+    grey, placed = report = run_demo(tmp_path / "demo")
+    ways = ("dropping", "sparse", "sparse kv")
+    assert [grey[way]["selection"]["kept"] for way in ways] == 3 * [round(0.2 * 256)]
+    assert set(grey["speedup"]) == set(ways) and "dropping" not in placed
+    example, made = by_name["grey"], {}
+    for way, overview in (("dropping", None), ("sparse", 4)):
+        config = SparseContextConfig(keep=0.2, task="global", overview=overview, overview_layout="spread")
+        made[way] = Engine(pipe=load(ModelSpec(device="cpu")))(
+            Request(example["prompt"], example["references"], config)
+        )
+        assert made[way].selection.kept == 51 and bool(made[way].selection.overviews) == (way == "sparse")
+        assert grey["psnr"][way] == pytest.approx(metrics.psnr(made[way].image, example["truth"]), abs=2e-3)
+    assert psnr(example["truth"], example["truth"]) == 100
+    dense = grey["psnr"]["dense"]
+    assert dense > grey["psnr"]["dropping"] and grey["psnr_to_dense"].keys() == set(ways)
+    head, line = table(report).splitlines()[-2:]
+    assert head.split()[:2] == ["PSNR", "dense"]
+    figures = [dense, *(grey[of][way] for way in ("dropping", "sparse") for of in ("psnr", "psnr_to_dense"))]
+    assert [float(word) for word in line.split()[1::2]] == [round(value, 1) for value in figures]
+    with Image.open(tmp_path / "demo" / "grey.png") as sheet:
+        assert sheet.width == 6 * 192 + 5 * 8  # what was kept, the truth, all tokens, dropping, the overview, and KV
+        dropped, shown = (np.asarray(sheet.crop((left, 0, left + 192, 192))) for left in (3 * 200, 4 * 200))
+    for tile, way in ((dropped, "dropping"), (shown, "sparse")):
+        assert np.array_equal(tile, np.asarray(made[way].image.resize((192, 192), Image.Resampling.LANCZOS)))
+
+
+GLOBAL = [example["name"] for example in read_examples() if example["tasks"] == ["global"]]
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_an_overview_is_far_ahead_of_dropping_where_the_whole_picture_is_edited(name):
+    """On each scene of the demo, with a fifth of the tokens: by 6 dB or more, against the truth."""
+    model = load(ModelSpec(device="cpu"))
+    trained = trained_for(model.transformer)
+    if trained is None or not trained.factors:
+        pytest.skip("the package's weights do not say that they were trained for overviews")
+    example = next(example for example in read_examples() if example["name"] == name)
+    reached = []
+    for overview in (None, "trained"):
+        config = SparseContextConfig(keep=0.2, task="global", overview=overview)
+        made = Engine(pipe=model)(Request(example["prompt"], example["references"], config))
+        reached.append(psnr(made.image, example["truth"]))
+    assert reached[1] - reached[0] >= 6, reached
 
 
 def test_the_demo_keeps_of_each_reference_what_its_task_needs(tmp_path, monkeypatch):
