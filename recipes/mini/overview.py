@@ -19,6 +19,7 @@ overview and sharp tokens.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -58,6 +59,7 @@ from .overview_sets import (
 from .run_folder import check_config, default_device, save_config, to_unit
 from .teaching import attention_scores, watched_heads
 
+SINGLE = 8  # single blocks of the base before any are added
 NEW = 4  # blocks that are added
 FIRST = 4  # single block before which they come
 COPYING = tuple((block + NEW, head) for block, head in teaching.COPYING)
@@ -184,7 +186,10 @@ def watched_copies(transformer: Any, heads: Sequence[tuple[int, int]], tokens: s
 
 
 def grown(base: Any) -> Any:
-    """A copy of the transformer with `NEW` single blocks before block `FIRST`, which add nothing yet."""
+    """A copy of the transformer with `NEW` single blocks before block `FIRST`, which add nothing yet; of one that has
+    them already, a mere copy."""
+    if base.config.num_single_layers > SINGLE:
+        return copy.deepcopy(base)
     config = dict(base.config) | {"num_single_layers": base.config.num_single_layers + NEW}
     student = type(base).from_config(config)
     state = {}
@@ -201,6 +206,16 @@ def grown(base: Any) -> Any:
         state |= {f"single_transformer_blocks.{number}.{name}": t for name, t in block.state_dict().items()}
     student.load_state_dict(state)
     return student
+
+
+def without_new_blocks(transformer: Any) -> Any:
+    """A transformer as it was before `grown`: this one's own modules, but for the new blocks; itself if it has none."""
+    blocks = transformer.single_transformer_blocks
+    if len(blocks) != SINGLE + NEW:
+        return transformer
+    short = first_blocks(transformer, SINGLE)
+    short.single_transformer_blocks = nn.ModuleList([*blocks[:FIRST], *blocks[FIRST + NEW :]])
+    return short
 
 
 def first_blocks(transformer: Any, count: int) -> Any:
@@ -410,16 +425,18 @@ def train_overview(
     device = default_device()
     pipe = load(ModelSpec(dtype="float32", device=str(device), lora=NO_LORA))
     dropper = load(ModelSpec(dtype="float32", device=str(device))).transformer
+    base = without_new_blocks(pipe.transformer)
     with drawn_from(config.seed):
-        student = grown(dropper).to(device)
+        student = grown(dropper)
+    student.to(device)
     pipe.vae.to(memory_format=torch.channels_last)
-    for part in (pipe.transformer, dropper, pipe.text_encoder):  # autocast would cast frozen weights in every step
+    for part in (base, dropper, pipe.text_encoder):  # autocast would cast frozen weights in every step
         part.to(torch.bfloat16)
-    for part in (pipe.vae, pipe.text_encoder, pipe.transformer, dropper, student):
+    for part in (pipe.vae, pipe.text_encoder, base, dropper, student):
         part.eval().requires_grad_(False)
     student.single_transformer_blocks[FIRST:].requires_grad_(True)
     if device.type == "cpu":
-        for transformer in (pipe.transformer, dropper, student):
+        for transformer in (base, dropper, student):
             speed_up(transformer)
     batches = Ahead(partial(make_batch, assets, config, pipe.tokenizer), workers)
 
@@ -427,7 +444,7 @@ def train_overview(
     def encoded(number: int) -> Encoded:
         return encode(pipe.vae, pipe.text_encoder, batches(number))
 
-    loss = OverviewLoss(config, encoded, pipe.vae, student, pipe.transformer, dropper)
+    loss = OverviewLoss(config, encoded, pipe.vae, student, base, dropper)
     if not has_begun(folder / name):
         start_from(student, folder / name)
     save_config(folder / name, config)

@@ -45,7 +45,7 @@ class OverviewConfig:
     subsets: int = 3
     lr: float = 1e-3
     muon_lr: float = 2e-3
-    old: float = 0.25
+    old: float = 0.75
     warmup: int = 100
     ema: float = 0.998
     factors: tuple[int, ...] = (4,)
