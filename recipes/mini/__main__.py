@@ -185,12 +185,26 @@ def overview(
     steps: Steps = None,
     batch: Batch = None,
     seed: int = 0,
+    by_the_clock: Annotated[bool, typer.Option(help="Let learning rates decay until --stop-after.")] = False,
 ) -> None:
-    """Teach the base overviews of its references; run again, it continues."""
+    """Teach the embedded model overviews of its references; run again, it continues."""
     from .overview import OverviewConfig, train_overview
 
     config = changed(OverviewConfig(seed=seed), steps=steps, batch=batch)
-    train_overview(folder, config, name, stop_after, workers)
+    train_overview(folder, config, name, stop_after, workers, by_the_clock)
+
+
+@app.command()
+def overview_gate(
+    folder: Folder = Path("checkpoints"),
+    name: Annotated[str, typer.Option(help="Of the run, as in `overview`.")] = "overview",
+    scenes: Annotated[int, typer.Option(min=1, help="Of the validation split, of each task.")] = 8,
+) -> None:
+    """Say how well a run of overviews does so far, and add it to its gates.jsonl."""
+    from .overview_gates import run_gate
+
+    for gate, by_task in run_gate(folder, name, scenes).items():
+        print(f"{gate:32}", *(f"{task} {figure:.1f}" for task, figure in by_task.items()))
 
 
 @app.command()

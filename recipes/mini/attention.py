@@ -60,7 +60,7 @@ class CompiledParallelAttention:
             projected, attn.norm_q.weight, attn.norm_k.weight, *rotary, attn.heads, attn.head_dim
         )
         small = 2 * query.shape[:3].numel() * query.shape[2] <= LARGEST
-        attention = attend if query.requires_grad and small else scaled_dot_product_attention
+        attention = attend if small else scaled_dot_product_attention
         attended = attention(query, key, value).transpose(1, 2).flatten(2)
         return attn.to_out(torch.cat([attended, mixed], -1))
 

@@ -1,25 +1,31 @@
-"""How the embedded base learns overviews: three blocks are added to it, and it is taught by its own dense answers.
+"""How the embedded model learns overviews: blocks are added to it, and it is taught by its own dense answers.
 
 A coarse token covers several cells of the picture. Which part of it an output token needs, it can tell only from where
-the two lie to each other, so attention has to look at the covering token by heads that tell the parts apart. The base's
-own heads are taken, so new blocks bring new ones: they add nothing to what the base says until they are trained, and
-the base's weights before them stay as they are. Eight heads are taught where to look: one for each quarter of a coarse
-token, and one for each of its four outer edges; together they tell a factor of 2 and of 4.
+the two lie to each other, so attention has to look at the covering token by heads that tell the parts apart: one for
+each of the 4 x 4 cells that an overview by 4 covers, the inner four of which serve an overview by 2. The model's own
+heads are taken, so new blocks bring new ones. They add nothing to what the model says until they are trained.
+
+What is trained is the model with its LoRA for dropped tokens, whose first blocks stay as they are. The result is
+exported as another such LoRA: whoever keeps all tokens has the base, untouched.
 
 What to do with what is found is learned from a teacher: the base as it was, which sees *all* tokens of the picture that
 overview and sharp tokens hold (the enlarged overview, with sharp cells where there are sharp tokens). Its answer has no
-noise, and no detail in it that cannot be known. The output tokens follow it block by block.
+noise, and no detail in it that cannot be known. The new blocks learn to write into an output token what the teacher's
+copying heads write there; for the first steps they learn that alone, which is half the work. The output tokens then
+follow the teacher block by block.
 
-Every batch of encoded scenes is taken with several sets of tokens: all of them (dense), some (plain dropping, whose
-teacher is the base with its LoRA for dropped tokens), an overview alone, an overview and sharp tokens.
+Every batch of encoded scenes is taken with several sets of tokens: some of them (plain dropping), an overview alone, an
+overview and sharp tokens.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -53,19 +59,26 @@ from .overview_sets import (
 from .run_folder import check_config, default_device, save_config, to_unit
 from .teaching import attention_scores, watched_heads
 
-NEW = 3  # blocks that are added
+SINGLE = 8  # single blocks of the base before any are added
+NEW = 4  # blocks that are added
 FIRST = 4  # single block before which they come
 COPYING = tuple((block + NEW, head) for block, head in teaching.COPYING)
-EDGES = tuple(((FIRST, head), edge) for head, edge in enumerate(((0, -1), (0, 1), (1, -1), (1, 1))))
-"""Heads (single block, head) and the edge of a coarse token that each is for: (axis, side)."""
-QUARTERS = tuple(((FIRST + 1, head), sides) for head, sides in enumerate(((-1, -1), (-1, 1), (1, -1), (1, 1))))
-"""The same for its quarters: (side of the rows, side of the columns)."""
+CELLS = (
+    ((0, 0), (0, 3), (3, 0), (3, 3)),
+    ((0, 1), (0, 2), (3, 1), (3, 2)),
+    ((1, 0), (2, 0), (1, 3), (2, 3)),
+    ((1, 1), (1, 2), (2, 1), (2, 2)),
+)
+"""For each head of each new block the cell (row, column) of those that a token of an overview by 4 covers. An overview
+by 2 has the offsets of the inner ones, which come last: by then three blocks have worked on the overview's tokens."""
+READING = tuple(((FIRST + block, head), cell) for block, cells in enumerate(CELLS) for head, cell in enumerate(cells))
 
 
 # Where heads look -----------------------------------------------------------------------------------------------------
 
 
 def looking_loss(
+    heads: Sequence[tuple[int, int]],
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
     rotary: tuple[torch.Tensor, torch.Tensor],
     source: torch.Tensor,
@@ -73,27 +86,47 @@ def looking_loss(
     tokens: TokenSet,
     text_tokens: int,
 ) -> torch.Tensor:
-    """Cross-entropy of where the heads of `EDGES`, `QUARTERS` and `COPYING` look, in this order.
+    """Cross-entropy of where `heads` of `READING` and `COPYING` look.
 
-    source: int64 (B, output tokens), the token of a reference with `grid` that each shows, -1 for none. A copying head
-    is to look at a source that is sharp. A head of a quarter is to look at the overview token that covers a source that
-    is not, if it lies in that quarter of it; that of an edge, if it lies in the outermost row or column there (for a
-    factor of 4 and more). Else they are to look at no reference.
+    pairs: their queries and keys, as `watched_heads` saw them. source: int64 (B, output tokens), the token of a
+    reference with `grid` that each shows, -1 for none. A copying head is to look at a source that is sharp. A reading
+    head is to look at the overview token that covers a source that is not, if it lies in the head's cell. Else they are
+    to look at no reference.
     """
+    places, cells, losses = find_sources(source, grid, tokens), dict(READING), []
+    for head, pair in zip(heads, pairs, strict=True):
+        wanted = places.sharp
+        if head in cells:
+            row, column = (axis - 1.5 for axis in cells[head])
+            wanted = torch.where(places.blurred & (places.row == row) & (places.column == column), places.cover, -1)
+        losses.append(look_loss(*pair, rotary, wanted, text_tokens))
+    return torch.stack(losses).mean()
+
+
+class Sources(NamedTuple):
+    """Where the source of each output token is found among a set's tokens; all (B, output tokens).
+
+    sharp: its own place, -1 where it is not sharp. cover: the place of the overview token that covers it. row, column:
+    how far from that token's middle, in cells. blurred: whether it is shown by the overview alone.
+    """
+
+    sharp: torch.Tensor
+    cover: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+    blurred: torch.Tensor
+
+
+def find_sources(source: torch.Tensor, grid: tuple[int, int], tokens: TokenSet) -> Sources:
+    """The arguments are those of `looking_loss`."""
     place = torch.full((grid[0] * grid[1] + 1,), -1)
     place[torch.from_numpy(tokens.kept)] = torch.arange(len(tokens.kept))
     sharp = place[source]  # -1 for none, too: the last entry
     factor = max(tokens.factor, 1)
     row, column = source.div(grid[1], rounding_mode="floor"), source % grid[1]
     cover = len(tokens.kept) + row // factor * overview_grid(grid, factor)[1] + column // factor
-    offset = [axis % factor - (factor - 1) / 2 for axis in (row, column)]
-    blurred = (source >= 0) & (sharp < 0) & (tokens.factor > 0)
-    outer = (factor - 1) / 2
-    looks = [blurred & (offset[axis] == side * outer) & (outer > 1) for _, (axis, side) in EDGES]
-    looks += [blurred & (offset[0] * up > 0) & (offset[1] * left > 0) for _, (up, left) in QUARTERS]
-    wanted = [torch.where(each, cover, -1) for each in looks] + [sharp] * len(COPYING)
-    losses = [look_loss(*pair, rotary, where, text_tokens) for pair, where in zip(pairs, wanted, strict=True)]
-    return torch.stack(losses).mean()
+    row, column = (axis % factor - (factor - 1) / 2 for axis in (row, column))
+    return Sources(sharp, cover, row, column, (source >= 0) & (sharp < 0) & (tokens.factor > 0))
 
 
 def look_loss(
@@ -122,11 +155,41 @@ def watched_blocks(transformer: Any, blocks: Sequence[int], tokens: slice) -> It
         yield seen
 
 
+@contextlib.contextmanager
+def watched_copies(transformer: Any, heads: Sequence[tuple[int, int]], tokens: slice) -> Iterator[list[torch.Tensor]]:
+    """Within, a forward pass leaves what `heads` (single block, head) add to `tokens`: float32 (B, tokens, width)."""
+    from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
+
+    seen: list[torch.Tensor] = []
+    gates: dict[int, torch.Tensor] = {}
+
+    def note_gate(block: Any, _: Any, inputs: dict[str, torch.Tensor], number: int) -> None:
+        gates[number] = Flux2Modulation.split(inputs["temb_mod"], 1)[0][2].float()
+
+    def note(linear: nn.Linear, inputs: tuple[torch.Tensor], number: int, columns: slice) -> None:
+        written = nn.functional.linear(inputs[0][:, tokens, columns], linear.weight[:, columns])
+        seen.append(gates[number] * written.float())
+
+    with contextlib.ExitStack() as hooks:
+        for number, head in heads:
+            block = transformer.single_transformer_blocks[number]
+            size = block.attn.head_dim
+            columns = slice(head * size, (head + 1) * size)
+            hooks.callback(block.register_forward_pre_hook(partial(note_gate, number=number), with_kwargs=True).remove)
+            hooks.callback(
+                block.attn.to_out.register_forward_pre_hook(partial(note, number=number, columns=columns)).remove
+            )
+        yield seen
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 
 def grown(base: Any) -> Any:
-    """A copy of the transformer with `NEW` single blocks before block `FIRST`, which add nothing yet."""
+    """A copy of the transformer with `NEW` single blocks before block `FIRST`, which add nothing yet; of one that has
+    them already, a mere copy."""
+    if base.config.num_single_layers > SINGLE:
+        return copy.deepcopy(base)
     config = dict(base.config) | {"num_single_layers": base.config.num_single_layers + NEW}
     student = type(base).from_config(config)
     state = {}
@@ -145,6 +208,25 @@ def grown(base: Any) -> Any:
     return student
 
 
+def without_new_blocks(transformer: Any) -> Any:
+    """A transformer as it was before `grown`: this one's own modules, but for the new blocks; itself if it has none."""
+    blocks = transformer.single_transformer_blocks
+    if len(blocks) != SINGLE + NEW:
+        return transformer
+    short = first_blocks(transformer, SINGLE)
+    short.single_transformer_blocks = nn.ModuleList([*blocks[:FIRST], *blocks[FIRST + NEW :]])
+    return short
+
+
+def first_blocks(transformer: Any, count: int) -> Any:
+    """A transformer of the first `count` single blocks of this one, which are this one's own modules."""
+    with torch.device("meta"):
+        short = type(transformer).from_config(dict(transformer.config) | {"num_single_layers": count})
+    for name, part in transformer.named_children():
+        setattr(short, name, part[:count] if name == "single_transformer_blocks" else part)
+    return short.eval()
+
+
 def follow_loss(states: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
     """The mean over blocks of the squared distance of output tokens, as a share of the teacher's own square."""
     parts = []
@@ -152,6 +234,16 @@ def follow_loss(states: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], 
         error = (state.float() - target.float()).square().mean(-1)
         parts.append((error * weights).sum() / weights.sum() / target.float().square().mean())
     return torch.stack(parts).mean()
+
+
+def reading_loss(added: torch.Tensor, copies: Sequence[torch.Tensor], blurred: torch.Tensor) -> torch.Tensor:
+    """How far what the new blocks add is from what the teacher's copying heads do, as a share of the latter's square.
+
+    added, each of copies: (B, output tokens, width). blurred: bool (B, output tokens), those that count.
+    """
+    wanted, seen = torch.stack(list(copies)).sum(0), blurred.to(added.device)
+    error = ((added - wanted).square().mean(-1) * seen).sum()
+    return error / (wanted.square().mean(-1) * seen).sum().clamp(min=1e-6)
 
 
 class Encoded(NamedTuple):
@@ -165,10 +257,11 @@ class Encoded(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """The velocity on the output tokens, and what the watched blocks made of them."""
+    """The velocity on the output tokens, what the watched blocks made of them, and what the watched heads added."""
 
     velocity: torch.Tensor
     states: list[torch.Tensor]
+    copies: list[torch.Tensor]
 
 
 @torch.no_grad()
@@ -190,9 +283,12 @@ def run_forward(
     references: torch.Tensor,
     ids: torch.Tensor,
     blocks: Sequence[int],
+    heads: Sequence[tuple[int, int]] = (),
 ) -> Forward:
-    """One forward of the transformer. ids: of output and reference tokens. blocks: the single blocks to watch."""
-    with watched_blocks(transformer, blocks, slice(text.shape[1], text.shape[1] + noisy.shape[1])) as states:
+    """One forward of the transformer. ids: of output and reference tokens. blocks: the single blocks to watch. heads:
+    those whose additions to watch."""
+    shown = slice(text.shape[1], text.shape[1] + noisy.shape[1])
+    with watched_blocks(transformer, blocks, shown) as states, watched_copies(transformer, heads, shown) as copies:
         velocity = transformer(
             hidden_states=torch.cat([noisy, references], 1),
             encoder_hidden_states=text,
@@ -201,7 +297,7 @@ def run_forward(
             txt_ids=text_ids(text.shape[1]).float().to(noisy.device),
             return_dict=False,
         )[0]
-    return Forward(velocity[:, : noisy.shape[1]].float(), states)
+    return Forward(velocity[:, : noisy.shape[1]].float(), states, copies)
 
 
 class OverviewLoss:
@@ -218,36 +314,49 @@ class OverviewLoss:
     ) -> None:
         self.config, self.encoded, self.vae = config, encoded, vae
         self.student, self.base, self.dropper = student, base, dropper
-        self.blocks = range(FIRST, base.config.num_single_layers)
+        self.reader = first_blocks(student, FIRST + NEW)
+        self.copier = first_blocks(base, max(block for block, _ in teaching.COPYING) + 1)
+        self.behind = range(FIRST, base.config.num_single_layers)
 
     def __call__(self, step: int) -> torch.Tensor:
         config = self.config
         encoded = self.encoded(batch_number(step, config.subsets))
-        tokens = draw_set(config, encoded.batch.scenes, [config.seed, 3, step])
+        reads = step < config.reading and all(map(aligned, encoded.batch.scenes))  # and does nothing else
+        tokens = draw_set(config, encoded.batch.scenes, [config.seed, 3, step], overviews_alone=reads)
         sigma, noisy = self._add_noise(encoded.latents[0], step)
         rows, columns = encoded.latents[0].shape[-2:]
         output_ids = position_ids(rows, columns, 0).float()
-        heads = [place for place, _ in EDGES] + [place for place, _ in QUARTERS] + list(COPYING)
+        heads = self._taught_heads(step, reads) if tokens.factor else []
+        student = self.reader if reads else self.student
+        watched = [FIRST - 1, FIRST + NEW - 1] + [number + NEW for number in self.behind] * (not reads)
         with torch.autocast(noisy.device.type, torch.bfloat16):
-            wanted = self._ask_teacher(encoded, tokens, sigma, noisy, output_ids)
+            wanted = self._ask_teacher(encoded, tokens, sigma, noisy, output_ids, reads)
             with torch.no_grad():
                 references, ids = reference_tokens(self.vae, encoded.pictures[1:], encoded.latents[1:], tokens)
             ids = torch.cat([output_ids, ids])
-            with watched_heads(self.student, heads) as pairs:
-                moved = [number + NEW for number in self.blocks]
-                answer = run_forward(self.student, noisy, sigma, encoded.text, references, ids, moved)
-            weights = 1 + config.focus * encoded.batch.focus.to(noisy.device)
-            error = (answer.velocity - wanted.velocity).square().mean(-1)
-            loss = (error * weights).sum() / weights.sum()
-            loss = loss + config.follow * follow_loss(answer.states, wanted.states, weights)
-            if tokens.kind == "dense":
-                return config.preserve * loss
-            if all(map(aligned, encoded.batch.scenes)):
+            with watched_heads(student, heads) as pairs:
+                answer = run_forward(student, noisy, sigma, encoded.text, references, ids, watched)
+            loss = torch.zeros((), device=noisy.device)
+            if not reads:
+                weights = 1 + config.focus * encoded.batch.focus.to(noisy.device)
+                error = (answer.velocity - wanted.velocity).square().mean(-1)
+                loss = (error * weights).sum() / weights.sum()
+                loss = loss + config.follow * follow_loss(answer.states[2:], wanted.states, weights)
+            if tokens.factor:
                 length = encoded.text.shape[1]
-                rotary = self.student.pos_embed(torch.cat([text_ids(length).float(), ids]))
-                looks = looking_loss(pairs, rotary, encoded.batch.source, (rows, columns), tokens, length)
-                loss = loss + config.teach * looks
+                rotary = student.pos_embed(torch.cat([text_ids(length).float(), ids]))
+                source = encoded.batch.source
+                looks = looking_loss(heads, pairs, rotary, source, (rows, columns), tokens, length)
+                added = answer.states[1].float() - answer.states[0].float()
+                blurred = find_sources(source, (rows, columns), tokens).blurred
+                loss = loss + config.teach * looks + config.read * reading_loss(added, wanted.copies, blurred)
         return loss
+
+    def _taught_heads(self, step: int, reads: bool) -> list[tuple[int, int]]:
+        """Those that are told in this step where to look: a few, for each costs as much as a tenth of a block."""
+        heads = [place for place, _ in READING] + list(COPYING) * (not reads)
+        rng = np.random.default_rng([self.config.seed, 4, step])
+        return [heads[i] for i in sorted(rng.choice(len(heads), self.config.taught, replace=False))]
 
     def _add_noise(self, latents: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise levels (B,), and the output tokens at them."""
@@ -266,11 +375,13 @@ class OverviewLoss:
         sigma: torch.Tensor,
         noisy: torch.Tensor,
         output_ids: torch.Tensor,
+        reads: bool,
     ) -> Forward:
-        """What the base says of all tokens of what the set holds; of dropped tokens, what it says with its LoRA."""
+        """What the base says of all tokens of what the set holds. Of plain dropping: what it says with its LoRA of an
+        edit, whose dropped tokens cannot be known, and of all tokens of a subject."""
         _, *latents = encoded.latents
-        teacher = self.base
-        if tokens.kind == "plain":
+        teacher = self.copier if reads else self.base
+        if tokens.kind == "plain" and all(map(aligned, encoded.batch.scenes)):
             teacher = self.dropper
             references, ids = reference_tokens(self.vae, encoded.pictures[1:], latents, tokens)
         else:
@@ -279,7 +390,10 @@ class OverviewLoss:
                 latents = [encode_pictures(self.vae, seen.contiguous(memory_format=torch.channels_last)).float()]
             references = torch.cat([flat(part) for part in latents], 1)
             ids = torch.cat([position_ids(*part.shape[-2:], 10 * (i + 1)).float() for i, part in enumerate(latents)])
-        return run_forward(teacher, noisy, sigma, encoded.text, references, torch.cat([output_ids, ids]), self.blocks)
+        ids = torch.cat([output_ids, ids])
+        behind = () if reads else self.behind
+        heads = teaching.COPYING if tokens.factor else ()
+        return run_forward(teacher, noisy, sigma, encoded.text, references, ids, behind, heads)
 
 
 def overview_optimisers(student: Any, config: OverviewConfig) -> list[torch.optim.Optimizer]:
@@ -299,26 +413,30 @@ def train_overview(
     name: str = "overview",
     stop_after: float | None = None,
     workers: int = 0,
+    by_the_clock: bool = False,
 ) -> None:
-    """Train, or continue, the run `folder/name`, from the package's base.
+    """Train, or continue, the run `folder/name`, from the package's base and its LoRA.
 
-    workers, stop_after: as in `train_base`. Raises ValueError where a run of another config is in the folder.
+    workers, stop_after: as in `train_base`. by_the_clock: whether learning rates decay so that they end
+    there. Raises ValueError where a run of another config is in the folder.
     """
     check_config(folder / name, config)
     assets = load_assets(folder / "assets.safetensors").split("train")
     device = default_device()
     pipe = load(ModelSpec(dtype="float32", device=str(device), lora=NO_LORA))
     dropper = load(ModelSpec(dtype="float32", device=str(device))).transformer
+    base = without_new_blocks(pipe.transformer)
     with drawn_from(config.seed):
-        student = grown(pipe.transformer).to(device)
+        student = grown(dropper)
+    student.to(device)
     pipe.vae.to(memory_format=torch.channels_last)
-    for part in (pipe.transformer, dropper, pipe.text_encoder):  # autocast would cast frozen weights in every step
+    for part in (base, dropper, pipe.text_encoder):  # autocast would cast frozen weights in every step
         part.to(torch.bfloat16)
-    for part in (pipe.vae, pipe.text_encoder, pipe.transformer, dropper, student):
+    for part in (pipe.vae, pipe.text_encoder, base, dropper, student):
         part.eval().requires_grad_(False)
     student.single_transformer_blocks[FIRST:].requires_grad_(True)
     if device.type == "cpu":
-        for transformer in (pipe.transformer, dropper, student):
+        for transformer in (base, dropper, student):
             speed_up(transformer)
     batches = Ahead(partial(make_batch, assets, config, pipe.tokenizer), workers)
 
@@ -326,7 +444,7 @@ def train_overview(
     def encoded(number: int) -> Encoded:
         return encode(pipe.vae, pipe.text_encoder, batches(number))
 
-    loss = OverviewLoss(config, encoded, pipe.vae, student, pipe.transformer, dropper)
+    loss = OverviewLoss(config, encoded, pipe.vae, student, base, dropper)
     if not has_begun(folder / name):
         start_from(student, folder / name)
     save_config(folder / name, config)
@@ -335,5 +453,12 @@ def train_overview(
         overview_optimisers(student, config),
         loss,
         folder / name,
-        LoopConfig(steps=config.steps, warmup=config.warmup, save_every=100, ema=config.ema, stop_after=stop_after),
+        LoopConfig(
+            steps=config.steps,
+            warmup=config.warmup,
+            save_every=100,
+            ema=config.ema,
+            stop_after=None if by_the_clock else stop_after,
+            seconds=stop_after if by_the_clock else None,
+        ),
     )

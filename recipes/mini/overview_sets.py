@@ -3,6 +3,7 @@ these hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import log2
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,21 +33,23 @@ class OverviewConfig:
         the old blocks behind them take. warmup: steps. ema: decay of the weights' average.
     factors: of overviews, one drawn a set. mix: shares of the kinds of sets. scenes: shares of the tasks of scenes.
     keep: least and greatest share of sharp tokens, drawn evenly by its logarithm.
-    teach: weight of the loss of where heads look. follow: that of the blocks' distance to the teacher. preserve:
-        multiplies the loss of dense sets. focus: an output token counts 1 + `focus` * what the scene's focus is there.
+    reading: the first steps, in which the new blocks learn to read overviews and nothing else is done.
+    taught: heads that one step tells where to look. teach: weight of the loss of where they look. read: that of what
+        new blocks add. follow: that of the blocks' distance to the teacher.
+    focus: an output token counts 1 + `focus` * what the scene's focus is there.
     seed: of all that is drawn.
     """
 
-    steps: int = 12_000
-    batch: int = 16
+    steps: int = 24_000
+    batch: int = 8
     subsets: int = 3
     lr: float = 1e-3
     muon_lr: float = 2e-3
-    old: float = 0.1
+    old: float = 0.75
     warmup: int = 100
     ema: float = 0.998
-    factors: tuple[int, ...] = (2, 4)
-    mix: tuple[tuple[str, float], ...] = (("dense", 0.2), ("plain", 0.1), ("alone", 0.25), ("sharp", 0.45))
+    factors: tuple[int, ...] = (4,)
+    mix: tuple[tuple[str, float], ...] = (("plain", 0.2), ("alone", 0.25), ("sharp", 0.55))
     scenes: tuple[tuple[str, float], ...] = (
         ("edit_background", 0.3),
         ("edit_object", 0.2),
@@ -57,9 +60,11 @@ class OverviewConfig:
         ("subject_quarters", 0.02),
     )
     keep: tuple[float, float] = (0.03, 0.5)
+    reading: int = 600
+    taught: int = 5
     teach: float = 0.2
+    read: float = 0.5
     follow: float = 0.5
-    preserve: float = 4.0
     focus: float = 2.0
     seed: int = 0
 
@@ -73,13 +78,17 @@ class TokenSet(NamedTuple):
     kept: np.ndarray
 
 
-def draw_set(config: OverviewConfig, scenes: Sequence[Scene], seed: Sequence[int]) -> TokenSet:
-    """The tokens that one step keeps. Overviews are of aligned edits alone; others are dense or plain."""
+def draw_set(
+    config: OverviewConfig, scenes: Sequence[Scene], seed: Sequence[int], overviews_alone: bool = False
+) -> TokenSet:
+    """The tokens that one step keeps. Overviews are of aligned edits alone; others are plain."""
     rng = np.random.default_rng(list(seed))
     names, shares = map(list, zip(*config.mix, strict=True))
     weights = np.array(shares)
     if not all(aligned(scene) for scene in scenes):
         weights[[name in ("alone", "sharp") for name in names]] = 0
+    elif overviews_alone:
+        weights[[name == "plain" for name in names]] = 0
     kind = str(rng.choice(names, p=weights / weights.sum()))
     factor = int(rng.choice(config.factors))
     keep = float(np.exp(rng.uniform(*np.log(config.keep))))
@@ -88,7 +97,7 @@ def draw_set(config: OverviewConfig, scenes: Sequence[Scene], seed: Sequence[int
     for picture, mask in zip(shown.references, shown.reference_masks, strict=True):
         grid = picture.shape[0] // TOKEN, picture.shape[1] // TOKEN
         tokens = grid[0] * grid[1]
-        count = {"dense": tokens, "alone": 0}.get(kind, max(1, round(keep * tokens)))
+        count = 0 if kind == "alone" else max(1, round(keep * tokens))
         scores = scores_of(picture, mask, grid, factor, rng, kind == "sharp")
         parts.append(start + np.sort(np.argsort(-scores.ravel(), kind="stable")[:count]))
         start += tokens
@@ -160,7 +169,7 @@ def reference_tokens(
         for picture, part, whole_ids in zip(pictures, latents, ids, strict=True):
             grid = (part.shape[-2], part.shape[-1])
             parts.append(flat(encode_pictures(vae, shrink(picture, grid, tokens.factor)).float()))
-            all_ids.append(overview_ids(whole_ids, grid, tokens.factor, (0, 1.0)))
+            all_ids.append(overview_ids(whole_ids, grid, tokens.factor, (0, log2(tokens.factor))))
     return torch.cat(parts, 1), torch.cat(all_ids)
 
 

@@ -1,5 +1,7 @@
 """How the embedded base learns overviews."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,24 @@ from tiny_scenes import make_assets, save_assets
 
 from recipes.mini import overview
 from recipes.mini.attention import speed_up
-from recipes.mini.overview import EDGES, FIRST, NEW, QUARTERS, grown, looking_loss, train_overview
+from recipes.mini.overview import (
+    COPYING,
+    FIRST,
+    NEW,
+    READING,
+    first_blocks,
+    grown,
+    looking_loss,
+    reading_loss,
+    train_overview,
+    watched_blocks,
+    watched_copies,
+)
 from recipes.mini.overview_sets import OverviewConfig, TokenSet, composite, draw_set, reference_tokens
 from recipes.mini.scenes import make_scene
 from sparse_context.overview import shrink
+from sparse_context.pipelines.load import load
+from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.training.checkpoints import newest_step
 
 
@@ -48,17 +64,19 @@ def test_a_set_is_that_of_its_seed_and_holds_what_its_kind_says(scene):
     sets = [draw_set(config, [scene], [0, 3, step]) for step in range(60)]
     again = [draw_set(config, [scene], [0, 3, step]) for step in range(60)]
     assert all(np.array_equal(a.kept, b.kept) and a[:2] == b[:2] for a, b in zip(sets, again, strict=True))
-    assert {tokens.kind for tokens in sets} == {"dense", "plain", "alone", "sharp"}
+    assert {tokens.kind for tokens in sets} == {"plain", "alone", "sharp"}
     for kind, factor, kept in sets:
         assert np.array_equal(kept, np.unique(kept)) and kept.dtype == np.int64
-        assert (factor in (2, 4)) == (kind in ("alone", "sharp"))
-        assert {"dense": len(kept) == 256, "alone": len(kept) == 0}.get(kind, 8 <= len(kept) <= 128)
+        assert factor == (4 if kind in ("alone", "sharp") else 0)
+        assert len(kept) == 0 if kind == "alone" else 8 <= len(kept) <= 128
+    alone = [draw_set(config, [scene], [0, 3, step], overviews_alone=True) for step in range(60)]
+    assert {tokens.kind for tokens in alone} == {"alone", "sharp"}
 
 
 def test_objects_that_move_have_no_overview(assets):
     moved = make_scene(assets, "subject_place", 0)
     kinds = {draw_set(OverviewConfig(), [moved], [0, 3, step]).kind for step in range(40)}
-    assert kinds == {"dense", "plain"}
+    assert kinds == {"plain"}
 
 
 def test_a_composite_is_the_picture_where_it_is_sharp_and_the_enlarged_overview_elsewhere(scene):
@@ -85,42 +103,79 @@ def test_the_tokens_of_a_set_are_the_sharp_ones_and_then_the_overview(pipe):
 
 
 def looks_of(monkeypatch, source, tokens):
-    """Where heads are to look: those of edges by (axis, side), those of quarters by their sides, a copying one."""
+    """Where heads are to look: of reading heads by their cells, of the first copying one by "copying"."""
+    heads = [*(head for head, _ in READING), COPYING[0]]
     seen = []
     monkeypatch.setattr(
         overview, "look_loss", lambda q, k, rotary, wanted, text: seen.append(wanted) or torch.zeros(())
     )
-    pairs = [(None, None)] * (len(EDGES) + len(QUARTERS) + len(overview.COPYING))
-    looking_loss(pairs, (torch.zeros(1), torch.zeros(1)), source, (16, 16), tokens, 0)
-    edges = dict(zip([place for _, place in EDGES], seen, strict=False))
-    quarters = dict(zip([place for _, place in QUARTERS], seen[len(EDGES) :], strict=False))
-    return edges, quarters, seen[-1]
+    rotary = torch.zeros(1), torch.zeros(1)
+    looking_loss(heads, [(None, None)] * len(heads), rotary, source, (16, 16), tokens, 0)
+    return dict(zip([*(cell for _, cell in READING), "copying"], seen, strict=True))
 
 
-def test_a_token_is_looked_at_by_the_head_of_its_quarter_and_those_of_its_edges(monkeypatch):
+def test_every_cell_has_a_head_of_its_own():
+    assert len({head for head, _ in READING}) == 4 * NEW == 16
+    assert {cell for _, cell in READING} == {(row, column) for row in range(4) for column in range(4)}
+
+
+def test_a_token_is_looked_at_by_the_head_of_its_cell(monkeypatch):
     source = torch.tensor([[0, 17, 3, 36, -1]])  # cells (0, 0), (1, 1), (0, 3), (2, 4), none; 36 is sharp
-    edges, quarters, copying = looks_of(monkeypatch, source, TokenSet("sharp", 4, np.array([36])))
-    assert quarters[-1, -1].tolist() == [[1, 1, -1, -1, -1]]  # the first coarse token, behind the one sharp token
-    assert quarters[-1, 1].tolist() == [[-1, -1, 1, -1, -1]]
-    assert edges[0, -1].tolist() == [[1, -1, 1, -1, -1]]  # the first row of a coarse token
-    assert edges[1, -1].tolist() == [[1, -1, -1, -1, -1]]  # the first column
-    assert edges[1, 1].tolist() == [[-1, -1, 1, -1, -1]]  # the last one
-    assert copying.tolist() == [[-1, -1, -1, 0, -1]]
+    looks = looks_of(monkeypatch, source, TokenSet("sharp", 4, np.array([36])))
+    assert looks[0, 0].tolist() == [[1, -1, -1, -1, -1]]  # the first coarse token, behind the one sharp token
+    assert looks[1, 1].tolist() == [[-1, 1, -1, -1, -1]]
+    assert looks[0, 3].tolist() == [[-1, -1, 1, -1, -1]]
+    assert looks["copying"].tolist() == [[-1, -1, -1, 0, -1]]
+    others = [looks[cell] for _, cell in READING if cell not in ((0, 0), (1, 1), (0, 3))]
+    assert all((wanted == -1).all() for wanted in others)
 
 
-def test_without_an_overview_nothing_is_looked_at_but_what_is_sharp(monkeypatch):
-    edges, quarters, copying = looks_of(monkeypatch, torch.tensor([[5, 6]]), TokenSet("plain", 0, np.array([6])))
-    assert all((wanted == -1).all() for wanted in (*edges.values(), *quarters.values()))
-    assert copying.tolist() == [[-1, 0]]
-
-
-def test_by_a_factor_of_two_the_quarters_tell_all_cells_apart_and_edges_rest(monkeypatch):
-    source = torch.arange(256)[None]
-    edges, quarters, _ = looks_of(monkeypatch, source, TokenSet("alone", 2, np.zeros(0, np.int64)))
-    assert all((wanted == -1).all() for wanted in edges.values())
-    looked = torch.stack(list(quarters.values()))
+@pytest.mark.parametrize("factor, cells", [(2, [(1, 1), (1, 2), (2, 1), (2, 2)]), (4, [cell for _, cell in READING])])
+def test_every_token_is_looked_at_by_one_head_and_for_a_factor_of_two_by_one_of_the_inner(monkeypatch, factor, cells):
+    looks = looks_of(monkeypatch, torch.arange(256)[None], TokenSet("alone", factor, np.zeros(0, np.int64)))
+    looked = torch.stack([looks[cell] for cell in cells])
     assert ((looked >= 0).sum(0) == 1).all()
-    assert torch.equal(looked.amax(0).view(16, 16), torch.arange(16)[:, None] // 2 * 8 + torch.arange(16) // 2)
+    row, column = torch.arange(256) // 16 // factor, torch.arange(256) % 16 // factor
+    assert torch.equal(looked.amax(0)[0], row * (16 // factor) + column)
+    assert all((looks[cell] == -1).all() for _, cell in READING if cell not in cells)
+
+
+@torch.no_grad()
+def test_what_heads_add_is_what_their_block_adds_but_for_the_rest_of_it(pipe, inputs):
+    """With the other heads' and the MLP's part of its projection at zero, the heads are all that the block adds."""
+    transformer = copy.deepcopy(pipe.transformer)
+    projection = transformer.single_transformer_blocks[4].attn.to_out.weight
+    projection[:, :128] = 0
+    projection[:, 256:] = 0
+    shown = slice(5, 25)
+    with (
+        watched_blocks(transformer, [3, 4], shown) as states,
+        watched_copies(transformer, [(4, 2), (4, 3)], shown) as seen,
+    ):
+        transformer(**inputs)
+    assert (states[1] - states[0]).abs().max() > 1e-3 and seen[0].abs().max() > 1e-3
+    assert torch.allclose(seen[0] + seen[1], states[1] - states[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_first_blocks_are_the_transformers_own(pipe, inputs):
+    short = first_blocks(pipe.transformer, 5)
+    assert len(short.single_transformer_blocks) == 5
+    assert short.single_transformer_blocks[4] is pipe.transformer.single_transformer_blocks[4]
+    with watched_blocks(pipe.transformer, [4], slice(5, 29)) as whole, watched_blocks(short, [4], slice(5, 29)) as part:
+        pipe.transformer(**inputs)
+        short(**inputs)
+    assert torch.equal(whole[0], part[0])  # each hook sees both, for they share the block
+    assert len(whole) == 2 and torch.equal(whole[0], whole[1])
+
+
+def test_reading_is_judged_where_the_overview_alone_shows_the_source():
+    added, wanted = torch.zeros(1, 3, 2), torch.tensor([[[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]]])
+    blurred = torch.tensor([[True, False, True]])
+    assert reading_loss(added, [wanted], blurred) == 1
+    added[0, 0] = 1
+    assert reading_loss(added, [wanted / 2, wanted / 2], blurred).item() == pytest.approx(2 / 3)
+    assert reading_loss(added, [wanted], torch.zeros(1, 3, dtype=torch.bool)) == 0
 
 
 COMPILES = pytest.mark.filterwarnings(  # of torch's compiler, by itself
@@ -151,15 +206,15 @@ def test_compiled_attention_is_the_hosts(pipe, inputs):
 def test_a_run_trains_the_new_blocks_and_those_behind_them_alone_and_goes_on(tmp_path, pipe, monkeypatch):
     monkeypatch.setattr(overview, "speed_up", lambda transformer: None)  # compiles for half a minute
     save_assets(make_assets(), tmp_path)
-    config = OverviewConfig(steps=2, batch=4, subsets=1, warmup=1)
+    config = OverviewConfig(steps=2, batch=4, subsets=1, warmup=1, reading=1)
     train_overview(tmp_path, config, stop_after=0.0)
     assert newest_step(tmp_path / "overview") == 1
     train_overview(tmp_path, config)
     assert newest_step(tmp_path / "overview") == 2
     with pytest.raises(ValueError, match="was begun with batch 4"):
-        train_overview(tmp_path, OverviewConfig(steps=2, batch=8, subsets=1, warmup=1))
+        train_overview(tmp_path, OverviewConfig(steps=2, batch=16, subsets=1, warmup=1, reading=1))
     trained = load_file(tmp_path / "overview" / "step-0000002" / "weights.safetensors")
-    before = grown(pipe.transformer).state_dict()
+    before = grown(load(ModelSpec(dtype="float32", device="cpu")).transformer).state_dict()  # with its LoRA
     changed = {name.split(".")[1] for name, weight in trained.items() if not torch.equal(weight, before[name])}
     frozen = {str(number) for number in range(FIRST)}
     assert changed & frozen == set() and {str(FIRST + NEW), str(FIRST + NEW + 3)} <= changed
