@@ -3,7 +3,6 @@ these hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import log2
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -169,7 +168,7 @@ def reference_tokens(
         for picture, part, whole_ids in zip(pictures, latents, ids, strict=True):
             grid = (part.shape[-2], part.shape[-1])
             parts.append(flat(encode_pictures(vae, shrink(picture, grid, tokens.factor)).float()))
-            all_ids.append(overview_ids(whole_ids, grid, tokens.factor, (0, log2(tokens.factor))))
+            all_ids.append(overview_ids(whole_ids, grid, tokens.factor, (0, 1.0)))
     return torch.cat(parts, 1), torch.cat(all_ids)
 
 
