@@ -185,12 +185,15 @@ def overview(
     steps: Steps = None,
     batch: Batch = None,
     seed: int = 0,
+    reading: Annotated[
+        int | None, typer.Option(min=0, help="First steps that learn to read overviews alone; 0 for a later run.")
+    ] = None,
     by_the_clock: Annotated[bool, typer.Option(help="Let learning rates decay until --stop-after.")] = False,
 ) -> None:
     """Teach the embedded model overviews of its references; run again, it continues."""
     from .overview import OverviewConfig, train_overview
 
-    config = changed(OverviewConfig(seed=seed), steps=steps, batch=batch)
+    config = changed(OverviewConfig(seed=seed), steps=steps, batch=batch, reading=reading)
     train_overview(folder, config, name, stop_after, workers, by_the_clock)
 
 
@@ -205,6 +208,29 @@ def overview_gate(
 
     for gate, by_task in run_gate(folder, name, scenes).items():
         print(f"{gate:32}", *(f"{task} {figure:.1f}" for task, figure in by_task.items()))
+
+
+@app.command()
+def overview_start(
+    folder: Folder = Path("checkpoints"),
+    name: Annotated[str, typer.Option(help="Of the run, as in `overview`.")] = "overview",
+) -> None:
+    """Keep what a run of overviews learned beside the recipe, for later runs to begin at."""
+    from .overview import keep_start
+
+    print(f"wrote {keep_start(folder, name)}")
+
+
+@app.command()
+def overview_export(
+    folder: Folder = Path("checkpoints"),
+    name: Annotated[str, typer.Option(help="Of the run, as in `overview`.")] = "overview",
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRAs.")] = 28,
+) -> None:
+    """Make what a run of overviews learned the embedded model's own: its base, its LoRA, and that for KV mode."""
+    from .overview_export import export_overview
+
+    print(f"wrote {export_overview(folder, name, rank=rank)}")
 
 
 @app.command()

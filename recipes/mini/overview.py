@@ -18,9 +18,8 @@ Every batch of encoded scenes is taken with several sets of tokens: some of them
 overview and sharp tokens.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +29,10 @@ import torch
 from torch import nn
 
 from sparse_context.families.host import flat
-from sparse_context.overview import overview_grid
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.spec import ModelSpec
-from sparse_context.training.checkpoints import has_begun, start_from
+from sparse_context.training.checkpoints import has_begun, load_average, start_from
 from sparse_context.training.data import Ahead
 from sparse_context.training.loop import LoopConfig, train
 from sparse_context.training.loss import noise_levels
@@ -46,6 +44,17 @@ from .base import IN_TURN, batch_number
 from .data import load_assets
 from .loss import TOWARDS_NOISE, encode_text, position_ids, text_ids
 from .model import encode_pictures
+from .overview_blocks import FIRST, NEW, first_blocks, grown, without_new_blocks
+from .overview_looks import (
+    COPYING,
+    READING,
+    find_sources,
+    follow_loss,
+    looking_loss,
+    reading_loss,
+    watched_blocks,
+    watched_copies,
+)
 from .overview_sets import (
     Batch,
     OverviewConfig,
@@ -56,194 +65,9 @@ from .overview_sets import (
     make_batch,
     reference_tokens,
 )
+from .overview_start import START, load_start, save_start
 from .run_folder import check_config, default_device, save_config, to_unit
-from .teaching import attention_scores, watched_heads
-
-SINGLE = 8  # single blocks of the base before any are added
-NEW = 4  # blocks that are added
-FIRST = 4  # single block before which they come
-COPYING = tuple((block + NEW, head) for block, head in teaching.COPYING)
-CELLS = (
-    ((0, 0), (0, 3), (3, 0), (3, 3)),
-    ((0, 1), (0, 2), (3, 1), (3, 2)),
-    ((1, 0), (2, 0), (1, 3), (2, 3)),
-    ((1, 1), (1, 2), (2, 1), (2, 2)),
-)
-"""For each head of each new block the cell (row, column) of those that a token of an overview by 4 covers. An overview
-by 2 has the offsets of the inner ones, which come last: by then three blocks have worked on the overview's tokens."""
-READING = tuple(((FIRST + block, head), cell) for block, cells in enumerate(CELLS) for head, cell in enumerate(cells))
-
-
-# Where heads look -----------------------------------------------------------------------------------------------------
-
-
-def looking_loss(
-    heads: Sequence[tuple[int, int]],
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    source: torch.Tensor,
-    grid: tuple[int, int],
-    tokens: TokenSet,
-    text_tokens: int,
-) -> torch.Tensor:
-    """Cross-entropy of where `heads` of `READING` and `COPYING` look.
-
-    pairs: their queries and keys, as `watched_heads` saw them. source: int64 (B, output tokens), the token of a
-    reference with `grid` that each shows, -1 for none. A copying head is to look at a source that is sharp. A reading
-    head is to look at the overview token that covers a source that is not, if it lies in the head's cell. Else they are
-    to look at no reference.
-    """
-    places, cells, losses = find_sources(source, grid, tokens), dict(READING), []
-    for head, pair in zip(heads, pairs, strict=True):
-        wanted = places.sharp
-        if head in cells:
-            row, column = (axis - 1.5 for axis in cells[head])
-            wanted = torch.where(places.blurred & (places.row == row) & (places.column == column), places.cover, -1)
-        losses.append(look_loss(*pair, rotary, wanted, text_tokens))
-    return torch.stack(losses).mean()
-
-
-class Sources(NamedTuple):
-    """Where the source of each output token is found among a set's tokens; all (B, output tokens).
-
-    sharp: its own place, -1 where it is not sharp. cover: the place of the overview token that covers it. row, column:
-    how far from that token's middle, in cells. blurred: whether it is shown by the overview alone.
-    """
-
-    sharp: torch.Tensor
-    cover: torch.Tensor
-    row: torch.Tensor
-    column: torch.Tensor
-    blurred: torch.Tensor
-
-
-def find_sources(source: torch.Tensor, grid: tuple[int, int], tokens: TokenSet) -> Sources:
-    """The arguments are those of `looking_loss`."""
-    place = torch.full((grid[0] * grid[1] + 1,), -1)
-    place[torch.from_numpy(tokens.kept)] = torch.arange(len(tokens.kept))
-    sharp = place[source]  # -1 for none, too: the last entry
-    factor = max(tokens.factor, 1)
-    row, column = source.div(grid[1], rounding_mode="floor"), source % grid[1]
-    cover = len(tokens.kept) + row // factor * overview_grid(grid, factor)[1] + column // factor
-    row, column = (axis % factor - (factor - 1) / 2 for axis in (row, column))
-    return Sources(sharp, cover, row, column, (source >= 0) & (sharp < 0) & (tokens.factor > 0))
-
-
-def look_loss(
-    query: torch.Tensor, key: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], wanted: torch.Tensor, text: int
-) -> torch.Tensor:
-    """Cross-entropy of where one head looks: each output token at the reference token `wanted`, int64 (B, output
-    tokens), or where that is -1 at none. The two kinds weigh the same. query, key: (B, tokens, d) before RoPE."""
-    first = text + wanted.shape[1]  # token of the references
-    scores = attention_scores(query, key, rotary, slice(text, first))
-    total, seen = scores.logsumexp(-1), wanted >= 0
-    found = scores.gather(-1, (wanted.clamp(min=0) + first).clamp(max=scores.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-    bare = scores[..., :first].logsumexp(-1)
-    losses = ((total - found) * seen).sum() / seen.sum().clamp(min=1)
-    return losses + ((total - bare) * ~seen).sum() / (~seen).sum().clamp(min=1)
-
-
-@contextlib.contextmanager
-def watched_blocks(transformer: Any, blocks: Sequence[int], tokens: slice) -> Iterator[list[torch.Tensor]]:
-    """Within, a forward pass leaves what these single blocks return in the list, of `tokens` alone."""
-    seen: list[torch.Tensor] = []
-    with contextlib.ExitStack() as hooks:
-        for number in blocks:
-            block = transformer.single_transformer_blocks[number]
-            handle = block.register_forward_hook(lambda module, inputs, result: seen.append(result[:, tokens]))
-            hooks.callback(handle.remove)
-        yield seen
-
-
-@contextlib.contextmanager
-def watched_copies(transformer: Any, heads: Sequence[tuple[int, int]], tokens: slice) -> Iterator[list[torch.Tensor]]:
-    """Within, a forward pass leaves what `heads` (single block, head) add to `tokens`: float32 (B, tokens, width)."""
-    from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
-
-    seen: list[torch.Tensor] = []
-    gates: dict[int, torch.Tensor] = {}
-
-    def note_gate(block: Any, _: Any, inputs: dict[str, torch.Tensor], number: int) -> None:
-        gates[number] = Flux2Modulation.split(inputs["temb_mod"], 1)[0][2].float()
-
-    def note(linear: nn.Linear, inputs: tuple[torch.Tensor], number: int, columns: slice) -> None:
-        written = nn.functional.linear(inputs[0][:, tokens, columns], linear.weight[:, columns])
-        seen.append(gates[number] * written.float())
-
-    with contextlib.ExitStack() as hooks:
-        for number, head in heads:
-            block = transformer.single_transformer_blocks[number]
-            size = block.attn.head_dim
-            columns = slice(head * size, (head + 1) * size)
-            hooks.callback(block.register_forward_pre_hook(partial(note_gate, number=number), with_kwargs=True).remove)
-            hooks.callback(
-                block.attn.to_out.register_forward_pre_hook(partial(note, number=number, columns=columns)).remove
-            )
-        yield seen
-
-
-# Training -------------------------------------------------------------------------------------------------------------
-
-
-def grown(base: Any) -> Any:
-    """A copy of the transformer with `NEW` single blocks before block `FIRST`, which add nothing yet; of one that has
-    them already, a mere copy."""
-    if base.config.num_single_layers > SINGLE:
-        return copy.deepcopy(base)
-    config = dict(base.config) | {"num_single_layers": base.config.num_single_layers + NEW}
-    student = type(base).from_config(config)
-    state = {}
-    for name, tensor in base.state_dict().items():
-        head, _, rest = name.partition("single_transformer_blocks.")
-        if rest and not head:
-            number, _, part = rest.partition(".")
-            moved = int(number) + NEW * (int(number) >= FIRST)
-            name = f"single_transformer_blocks.{moved}.{part}"
-        state[name] = tensor
-    for number in range(FIRST, FIRST + NEW):
-        block = student.single_transformer_blocks[number]
-        nn.init.zeros_(block.attn.to_out.weight)
-        state |= {f"single_transformer_blocks.{number}.{name}": t for name, t in block.state_dict().items()}
-    student.load_state_dict(state)
-    return student
-
-
-def without_new_blocks(transformer: Any) -> Any:
-    """A transformer as it was before `grown`: this one's own modules, but for the new blocks; itself if it has none."""
-    blocks = transformer.single_transformer_blocks
-    if len(blocks) != SINGLE + NEW:
-        return transformer
-    short = first_blocks(transformer, SINGLE)
-    short.single_transformer_blocks = nn.ModuleList([*blocks[:FIRST], *blocks[FIRST + NEW :]])
-    return short
-
-
-def first_blocks(transformer: Any, count: int) -> Any:
-    """A transformer of the first `count` single blocks of this one, which are this one's own modules."""
-    with torch.device("meta"):
-        short = type(transformer).from_config(dict(transformer.config) | {"num_single_layers": count})
-    for name, part in transformer.named_children():
-        setattr(short, name, part[:count] if name == "single_transformer_blocks" else part)
-    return short.eval()
-
-
-def follow_loss(states: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """The mean over blocks of the squared distance of output tokens, as a share of the teacher's own square."""
-    parts = []
-    for state, target in zip(states, wanted, strict=True):
-        error = (state.float() - target.float()).square().mean(-1)
-        parts.append((error * weights).sum() / weights.sum() / target.float().square().mean())
-    return torch.stack(parts).mean()
-
-
-def reading_loss(added: torch.Tensor, copies: Sequence[torch.Tensor], blurred: torch.Tensor) -> torch.Tensor:
-    """How far what the new blocks add is from what the teacher's copying heads do, as a share of the latter's square.
-
-    added, each of copies: (B, output tokens, width). blurred: bool (B, output tokens), those that count.
-    """
-    wanted, seen = torch.stack(list(copies)).sum(0), blurred.to(added.device)
-    error = ((added - wanted).square().mean(-1) * seen).sum()
-    return error / (wanted.square().mean(-1) * seen).sum().clamp(min=1e-6)
+from .teaching import watched_heads
 
 
 class Encoded(NamedTuple):
@@ -415,7 +239,8 @@ def train_overview(
     workers: int = 0,
     by_the_clock: bool = False,
 ) -> None:
-    """Train, or continue, the run `folder/name`, from the package's base and its LoRA.
+    """Train, or continue, the run `folder/name`, from what earlier runs learned (`overview_start`), or where that is
+    not there from the package's base and its LoRA.
 
     workers, stop_after: as in `train_base`. by_the_clock: whether learning rates decay so that they end
     there. Raises ValueError where a run of another config is in the folder.
@@ -446,6 +271,7 @@ def train_overview(
 
     loss = OverviewLoss(config, encoded, pipe.vae, student, base, dropper)
     if not has_begun(folder / name):
+        load_start(student)
         start_from(student, folder / name)
     save_config(folder / name, config)
     train(
@@ -462,3 +288,13 @@ def train_overview(
             seconds=stop_after if by_the_clock else None,
         ),
     )
+
+
+def keep_start(folder: Path, name: str) -> Path:
+    """Write the average of the run `folder/name` as what later runs begin at, and return the file."""
+    begun = grown(load(ModelSpec(dtype="float32", device="cpu")).transformer)
+    student = copy.deepcopy(begun)
+    earlier = load_start(copy.deepcopy(begun))
+    steps = load_average(folder / name, student)
+    save_start(student, begun, earlier + steps)
+    return START

@@ -25,21 +25,14 @@ from sparse_context.training.cache import fingerprint
 from sparse_context.training.checkpoints import load_average
 from sparse_context.training.lora import extract_lora, save_lora
 
-from .overview import FIRST, NEW, grown, without_new_blocks
+from .overview_blocks import FIRST, NEW, grown, new_layer, without_new_blocks
 from .overview_sets import OverviewConfig
+from .overview_start import EIGHT_BIT
 from .run_folder import swap_in
 
 FILE = "diffusion_pytorch_model.safetensors"
-EIGHT_BIT = torch.float8_e4m3fn
 READS = ("attn.to_qkv_mlp_proj.weight", "attn.norm_q.weight", "attn.norm_k.weight")
 WRITES = "attn.to_out"
-
-
-def new_layer(name: str) -> str:
-    """The part of a name inside a new block; empty for another."""
-    head, _, rest = name.partition("single_transformer_blocks.")
-    number, _, part = rest.partition(".")
-    return part if not head and rest and FIRST <= int(number) < FIRST + NEW else ""
 
 
 def base_with(student: Any, base: Any) -> Any:

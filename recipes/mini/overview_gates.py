@@ -25,7 +25,7 @@ from sparse_context.training.checkpoints import load_average
 from .data import load_assets
 from .loss import encode_text, position_ids, text_ids, tokenise
 from .model import encode_pictures
-from .overview import grown
+from .overview_blocks import grown
 from .overview_sets import TokenSet, composite, reference_tokens
 from .run_folder import to_tensor
 from .scenes import TOKEN, Scene, make_scene

@@ -1,6 +1,7 @@
 """How the embedded base learns overviews."""
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -8,26 +9,27 @@ import torch
 from safetensors.torch import load_file
 from tiny_scenes import make_assets, save_assets
 
-from recipes.mini import overview
+from recipes.mini import overview, overview_export, overview_looks
 from recipes.mini.attention import speed_up
-from recipes.mini.overview import (
+from recipes.mini.overview import train_overview
+from recipes.mini.overview_blocks import FIRST, NEW, first_blocks, grown, new_layer, without_new_blocks
+from recipes.mini.overview_export import export_overview
+from recipes.mini.overview_looks import (
     COPYING,
-    FIRST,
-    NEW,
     READING,
-    first_blocks,
-    grown,
     looking_loss,
     reading_loss,
-    train_overview,
     watched_blocks,
     watched_copies,
 )
 from recipes.mini.overview_sets import OverviewConfig, TokenSet, composite, draw_set, reference_tokens
+from recipes.mini.overview_start import load_start, save_start
 from recipes.mini.scenes import make_scene
 from sparse_context.overview import shrink
+from sparse_context.pipelines.embedded import WEIGHTS, adapter_record
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec
+from sparse_context.training.cache import fingerprint
 from sparse_context.training.checkpoints import newest_step
 
 
@@ -107,7 +109,7 @@ def looks_of(monkeypatch, source, tokens):
     heads = [*(head for head, _ in READING), COPYING[0]]
     seen = []
     monkeypatch.setattr(
-        overview, "look_loss", lambda q, k, rotary, wanted, text: seen.append(wanted) or torch.zeros(())
+        overview_looks, "look_loss", lambda q, k, rotary, wanted, text: seen.append(wanted) or torch.zeros(())
     )
     rotary = torch.zeros(1), torch.zeros(1)
     looking_loss(heads, [(None, None)] * len(heads), rotary, source, (16, 16), tokens, 0)
@@ -176,6 +178,69 @@ def test_reading_is_judged_where_the_overview_alone_shows_the_source():
     added[0, 0] = 1
     assert reading_loss(added, [wanted / 2, wanted / 2], blurred).item() == pytest.approx(2 / 3)
     assert reading_loss(added, [wanted], torch.zeros(1, 3, dtype=torch.bool)) == 0
+
+
+@pytest.fixture
+def student(pipe):
+    """One whose first new block and the one behind the new ones have learned something, of rank 2."""
+    student = grown(pipe.transformer)
+    generator = torch.Generator().manual_seed(0)
+    blocks = student.single_transformer_blocks
+    for block in (blocks[FIRST], blocks[FIRST + NEW]):
+        change = torch.randn(256, 2, generator=generator) @ torch.randn(2, 1024, generator=generator)
+        block.attn.to_out.weight.data += 0.01 * change
+    return student
+
+
+def test_without_its_new_blocks_a_transformer_is_what_it_was(pipe, student):
+    assert without_new_blocks(pipe.transformer) is pipe.transformer
+    short = without_new_blocks(grown(pipe.transformer))
+    assert short.config.num_single_layers == 8
+    assert all(torch.equal(tensor, short.state_dict()[name]) for name, tensor in pipe.transformer.state_dict().items())
+    assert torch.equal(  # of one that has them already, `grown` makes a copy
+        grown(student).single_transformer_blocks[FIRST].attn.to_out.weight,
+        student.single_transformer_blocks[FIRST].attn.to_out.weight,
+    )
+
+
+def test_a_later_run_begins_at_what_an_earlier_one_learned(tmp_path, pipe, student):
+    path = tmp_path / "start.safetensors"
+    begun = grown(pipe.transformer)
+    assert load_start(copy.deepcopy(begun), path) == 0
+    save_start(student, begun, 7, path)
+    later = copy.deepcopy(begun)
+    assert load_start(later, path) == 7
+    for name, tensor in student.state_dict().items():
+        change = (later.state_dict()[name] - tensor).norm()
+        if name.startswith(f"single_transformer_blocks.{FIRST + NEW}."):  # as bfloat16, and of rank 2 at most
+            assert change <= 0.01 * (begun.state_dict()[name] - tensor).norm()
+        elif new_layer(name):  # eight bits
+            assert change <= 0.05 * tensor.norm()
+        else:
+            assert change == 0
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_an_export_is_the_base_without_its_lora_and_the_student_with_it(tmp_path, pipe, student, monkeypatch, inputs):
+    """The export in the package's place, loaded as a user does: dense as before, bit by bit."""
+    weights = tmp_path / "weights"
+    shutil.copytree(WEIGHTS, weights)
+
+    def load_average(folder, module):
+        module.load_state_dict(student.state_dict())
+        return 3
+
+    monkeypatch.setattr(overview_export, "load_average", load_average)
+    export_overview(tmp_path, "overview", weights, rank=8)
+    with torch.no_grad():
+        base = type(pipe.transformer).from_pretrained(weights / "transformer", dtype=torch.float32)
+        assert torch.equal(base(**inputs)[0], pipe.transformer(**inputs)[0])
+        assert adapter_record(weights / "pytorch_lora_weights.safetensors")["base_weights"] == fingerprint(base)
+        assert adapter_record(weights / "kv.safetensors")["base_weights"] == fingerprint(base)
+        adapter = str(weights / "pytorch_lora_weights.safetensors")
+        loaded = load(ModelSpec(str(weights), dtype="float32", device="cpu", lora=adapter))
+        wanted, before = student(**inputs)[0], pipe.transformer(**inputs)[0]
+        assert (loaded.transformer(**inputs)[0] - wanted).norm() < 0.1 * (before - wanted).norm()
 
 
 COMPILES = pytest.mark.filterwarnings(  # of torch's compiler, by itself
