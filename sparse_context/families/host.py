@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..overview import Overview
+from ..selectors.cells import Grid
 from ..tokens import ReferenceTokens
 
 Text = dict[str, torch.Tensor]
@@ -73,6 +75,21 @@ class Host(ABC):
     @abstractmethod
     def reference_tokens(self, latents: Sequence[torch.Tensor]) -> ReferenceTokens:
         """Latents of each reference, (B, C, rows, columns) of any sizes -> all tokens, one reference after another."""
+
+    @abstractmethod
+    def overview_tokens(
+        self,
+        latents: Sequence[torch.Tensor],
+        references: ReferenceTokens,
+        grids: Sequence[Grid],
+        overviews: Mapping[int, Overview],
+    ) -> ReferenceTokens:
+        """Latents of each overview -> all their tokens, one overview after another, at their places.
+
+        latents: (B, C, rows, columns) of each, in the order of `overviews`. references: all tokens of the whole
+        references, which have these grids. overviews: by the number of their reference. The places are made by what
+        makes them at inference, in the family's drop.py.
+        """
 
     @abstractmethod
     def velocity(

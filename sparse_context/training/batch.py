@@ -1,7 +1,7 @@
 """A batch on its way to the transformer: prepared ahead on the CPU, then encoded."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,9 @@ from torch import nn
 
 from ..families.host import Host, Text
 from ..families.pictures import to_uint8
+from ..overview import Overview, shrink
+from ..selection import Selection
+from ..tokens import ReferenceTokens
 from .cache import Cache
 from .data import Example
 
@@ -91,7 +94,8 @@ class Encoded:
     """A batch as the transformer's surroundings see it.
 
     target: latents (B, C, rows, columns). references: the same for each reference, of any sizes. text: what the host
-    made of it. mask, source: as in `Prepared`.
+    made of it. mask, source: as in `Prepared`. overviews: latents of those that sets have, by the number of their
+    reference and their factor.
     """
 
     target: torch.Tensor
@@ -99,10 +103,52 @@ class Encoded:
     text: Text
     mask: torch.Tensor
     source: torch.Tensor
+    overviews: Mapping[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
 
-def encode(host: Host, batch: Prepared, latent_cache: Cache | None = None, text_cache: Cache | None = None) -> Encoded:
-    """Encode a batch, on the device of the transformer. With a cache, one by one, else all at once."""
+class TokenSet(NamedTuple):
+    """What a set keeps of the references, as in `Selection`: the sharp tokens, what stands for which, overviews."""
+
+    index: np.ndarray
+    into: np.ndarray | None = None
+    overviews: Mapping[int, Overview] = {}
+
+    @classmethod
+    def of(cls, selection: Selection) -> "TokenSet":
+        return cls(selection.index, selection.into, selection.overviews)
+
+
+def kept_tokens(host: Host, encoded: Encoded, kept: TokenSet) -> ReferenceTokens:
+    """The tokens of a set, as the transformer sees them: sharp ones, and behind them those of all overviews."""
+    references = host.reference_tokens(encoded.references)
+    sharp = references.keep(kept.index, kept.into)
+    if not kept.overviews:
+        return sharp
+    latents = [encoded.overviews[i, overview.factor] for i, overview in kept.overviews.items()]
+    grids = [(int(rows), int(columns)) for rows, columns in (part.shape[-2:] for part in encoded.references)]
+    return sharp.join(host.overview_tokens(latents, references, grids, kept.overviews))
+
+
+def shown_tokens(encoded: Encoded, kept: TokenSet) -> np.ndarray:
+    """The reference tokens of which a set shows anything, sorted int64: kept ones, what is averaged into them, and all
+    of a reference with an overview."""
+    sharp = kept.index if kept.into is None else np.flatnonzero(kept.into >= 0)
+    ends = np.cumsum([part.shape[-2] * part.shape[-1] for part in encoded.references])
+    covered = [np.arange(ends[i] - encoded.references[i][0, 0].numel(), ends[i]) for i in kept.overviews]
+    return np.unique(np.concatenate([sharp, *covered]))
+
+
+def encode(
+    host: Host,
+    batch: Prepared,
+    latent_cache: Cache | None = None,
+    text_cache: Cache | None = None,
+    overviews: Collection[tuple[int, int]] = (),
+) -> Encoded:
+    """Encode a batch, on the device of the transformer. With a cache, one by one, else all at once.
+
+    overviews: those to encode as well, by the number of their reference and their factor.
+    """
     device = next(host.transformer.parameters()).device
 
     def latents(pixels: torch.Tensor) -> torch.Tensor:
@@ -129,10 +175,12 @@ def encode(host: Host, batch: Prepared, latent_cache: Cache | None = None, text_
                 text_cache.get(key, lambda p=prompt, s=seen: host.encode_text([p], [s]))  # type: ignore[misc]
             )
         text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    grids = batch.grids(host.token)
     return Encoded(
         latents(batch.target),
         [latents(pixels) for pixels in batch.references],
         {name: tensor.to(device) for name, tensor in text.items()},
         batch.mask.to(device),
         batch.source.to(device),
+        {(i, factor): latents(shrink(batch.references[i], grids[i], factor)) for i, factor in overviews},
     )

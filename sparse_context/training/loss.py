@@ -1,7 +1,7 @@
 """The loss: flow matching on the output tokens, with dropped reference tokens."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from ..families.host import Host
+from ..overview import Overview
 from ..tokens import ReferenceTokens
 from .attention import MatmulAttention
-from .batch import Encoded, Encoding, Prepared, encode, prepare_batch
+from .batch import Encoded, Encoding, Prepared, TokenSet, encode, kept_tokens, prepare_batch, shown_tokens
 from .config import TrainConfig
 from .data import Ahead, Example
 from .dropping import draw_selection
@@ -55,25 +56,28 @@ def flow_matching_loss(
     into: np.ndarray | None = None,
     teacher: torch.Tensor | None = None,
     unseen: float = 1.0,
+    overviews: Mapping[int, Overview] | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others.
+    """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others but
+    those of `overviews`.
 
-    sigma: (B,). noise: as `encoded.target`. into: as in `ReferenceTokens.keep`. The velocity to be met is noise -
-    target; a share `distillation` of the loss meets the dense prediction without the adapter instead. A token counts
-    1 + `focus` * its `encoded.mask` times, and `unseen` times that if it has an `encoded.source` of which nothing is
-    kept. With a `preservation` above 0, which is for an `index` of all tokens, the loss is that times the mean squared
+    sigma: (B,). noise: as `encoded.target`. into: as in `ReferenceTokens.keep`. overviews: by the number of their
+    reference; `encoded` has them. The velocity to be met is noise - target; a share `distillation` of the loss meets
+    the dense prediction without the adapter instead. A token counts 1 + `focus` * its `encoded.mask` times, and
+    `unseen` times that if it has an `encoded.source` of which nothing is kept, not even an overview. With a `preservation` above 0, which is for an `index` of all tokens, the loss is that times the mean squared
     distance to the dense prediction without the adapter, in which all tokens count the same. teacher: that prediction,
     from `dense_answer`, where it is there already.
     """
     if teacher is None and (distillation or preservation):
         teacher = dense_answer(host, encoded, sigma, noise)
-    kept = host.reference_tokens(encoded.references).keep(index, into)
+    tokens = TokenSet(index, into, overviews or {})
+    kept = kept_tokens(host, encoded, tokens)
     velocity = host.velocity(add_noise(host, encoded, sigma, noise), sigma, encoded.text, kept).float()
     if teacher is not None and preservation:
         return preservation * (velocity - teacher).square().mean()
     weights = 1 + focus * encoded.mask
     if unseen < 1:  # else no copy to the device, which would wait for it
-        present = torch.from_numpy(index if into is None else np.flatnonzero(into >= 0)).to(encoded.source.device)
+        present = torch.from_numpy(shown_tokens(encoded, tokens)).to(encoded.source.device)
         seen = (encoded.source < 0) | torch.isin(encoded.source, present)
         weights = weights * torch.where(seen, 1.0, unseen)
     wanted = host.target_tokens(noise - encoded.target).latents
@@ -93,14 +97,11 @@ def without_adapter(transformer: Any) -> Iterator[None]:
         transformer.enable_adapters()
 
 
-Subset = tuple[np.ndarray, np.ndarray | None]  # kept tokens: `index` and `into` of a `Selection`
-
-
 class Drawn(NamedTuple):
     """What is drawn for a batch, ahead of its steps: the batch, a set of tokens each subset, and the noise's seed."""
 
     batch: Prepared
-    subsets: list[Subset]
+    subsets: list[TokenSet]
     seed: int
 
 
@@ -111,7 +112,7 @@ class Noised:
 
     number: int
     encoded: Encoded
-    subsets: list[Subset]
+    subsets: list[TokenSet]
     total: int
     sigma: torch.Tensor
     noise: torch.Tensor
@@ -153,20 +154,21 @@ class FlowMatching:
         if self._current is None or self._current.number != number:
             self._current = self._noised(number)
         batch = self._current
-        index, into = batch.subsets[subset]
+        tokens = batch.subsets[subset]
         with self._forward():
             return flow_matching_loss(
                 self.host,
                 batch.encoded,
-                index,
+                tokens.index,
                 batch.sigma,
                 batch.noise,
                 self.config.distillation,
                 self.config.focus,
-                self._preservation(index, batch.total),
-                into=into,
+                self._preservation(tokens, batch.total),
+                into=tokens.into,
                 teacher=batch.teacher,
                 unseen=self.config.unseen,
+                overviews=tokens.overviews,
             )
 
     def _draw(self, number: int) -> Drawn:
@@ -181,26 +183,27 @@ class FlowMatching:
         seeds = [seed, *([*seed, subset] for subset in range(1, config.subsets))]  # the first is as without others
         grids = batch.grids(self.host.token)
         selections = [draw_selection(config.dropping, batch.pictures, grids, seed) for seed in seeds]
-        subsets = [(selection.index, selection.into) for selection in selections]
+        subsets = [TokenSet.of(selection) for selection in selections]
         return Drawn(batch._replace(pictures=[]), subsets, int(rng.integers(2**62)))
 
     def _noised(self, number: int) -> Noised:
         batch, subsets, seed = self._ahead(number)
-        encoded = encode(self.host, batch, self.encoding.latent_cache, self.encoding.text_cache)
+        overviews = {(i, each.factor): None for tokens in subsets for i, each in tokens.overviews.items()}
+        encoded = encode(self.host, batch, self.encoding.latent_cache, self.encoding.text_cache, overviews)
         generator = torch.Generator().manual_seed(seed)
         u = torch.rand(len(encoded.target), generator=generator).clamp(1e-4, 1 - 1e-4)
         sigma = noise_levels(u, self.config.weighting_scheme, self.shift).to(self.device)
         noise = torch.randn(encoded.target.shape, generator=generator).to(self.device)
         total = sum(rows * columns for rows, columns in batch.grids(self.host.token))
         teacher = None
-        if self.config.distillation or any(self._preservation(index, total) for index, _ in subsets):
+        if self.config.distillation or any(self._preservation(tokens, total) for tokens in subsets):
             with self._forward():
                 teacher = dense_answer(self.host, encoded, sigma, noise)
         return Noised(number, encoded, subsets, total, sigma, noise, teacher)
 
-    def _preservation(self, index: np.ndarray, total: int) -> float:
+    def _preservation(self, tokens: TokenSet, total: int) -> float:
         """The config's, for a set that keeps all tokens; others are not held to the dense prediction alone."""
-        return self.config.preservation if len(index) == total else 0.0
+        return self.config.preservation if len(tokens.index) == total else 0.0
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ...overview import Overview
+from ...selectors.cells import Grid
 from ...tokens import ReferenceTokens
 from ..host import ATTENTION, Host, Text
+from .drop import place_overviews
 from .kv import in_kv_mode
 
 
@@ -61,6 +64,15 @@ class Flux2(Host):
         ids = self.pipe._prepare_image_ids([reference[:1] for reference in latents])
         packed = torch.cat([self.pipe._pack_latents(reference) for reference in latents], dim=1)
         return ReferenceTokens(packed, ids.repeat(len(packed), 1, 1).to(packed.device))
+
+    def overview_tokens(
+        self,
+        latents: Sequence[torch.Tensor],
+        references: ReferenceTokens,
+        grids: Sequence[Grid],
+        overviews: Mapping[int, Overview],
+    ) -> ReferenceTokens:
+        return place_overviews(self.reference_tokens(latents), references.ids, grids, overviews)
 
     def velocity(
         self,
