@@ -12,6 +12,7 @@ import numpy as np
 from .budget import Value, check_budget, spread_out
 from .overview import COARSEST, FINEST, LAYOUTS
 from .selectors.registry import SelectorsLike, each_selector, resolve
+from .trained import Trained
 
 TASKS = ("auto", "edit", "global", "subject")
 
@@ -138,16 +139,16 @@ class SparseContextConfig:
         """Whether an overview of any reference is asked for, whatever the weights were trained for."""
         return any(choice not in (None, "trained") for choice in spread_out(self.overview, 1))
 
-    @property
-    def keeps_all(self) -> bool:
+    def keeps_all(self, trained: Trained | None = None) -> bool:
         """Whether all tokens of any references are kept: by a ratio of 1, or by "auto" where the task is "global" and
-        no overview is asked for."""
+        there is no overview. trained: what the weights were trained for; None: for no overviews."""
+        none = (None,) if trained is not None and trained.factors else (None, "trained")
         lengths = len(spread_out(self.keep, 1)), len(spread_out(self.task, 1)), len(spread_out(self.overview, 1))
         count = max(lengths)
         keep, task = per_reference("keep", self.keep, count), per_reference("task", self.task, count)
         overview = per_reference("overview", self.overview, count)
         return all(
-            how == "global" and shown in (None, "trained") if ratio == "auto" else ratio == 1
+            how == "global" and shown in none if ratio == "auto" else ratio == 1
             for ratio, how, shown in zip(keep, task, overview, strict=True)
         )
 
