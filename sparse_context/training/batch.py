@@ -13,6 +13,7 @@ from ..families.host import Host, Text
 from ..families.pictures import to_uint8
 from ..overview import Overview, shrink
 from ..selection import Selection
+from ..selectors.cells import Grid
 from ..tokens import ReferenceTokens
 from .cache import Cache
 from .data import Example
@@ -61,7 +62,7 @@ def prepare_batch(host: Host, examples: Sequence[Example], prompts: Sequence[str
         for example in examples
     ]
     seen = [example.references for example in examples]
-    sources = [np.full(grid, -1) if example.source is None else example.source for example in examples]
+    sources = [_source(example, grid, references[0].shape[-2:], host.token) for example in examples]
     for source in sources:
         if source.shape != grid:
             raise ValueError(f"The sources of a sample are {source.shape} tokens, and its output has {grid}.")
@@ -74,6 +75,19 @@ def prepare_batch(host: Host, examples: Sequence[Example], prompts: Sequence[str
         torch.cat(covers).flatten(1),
         torch.from_numpy(np.stack(sources)).flatten(1),
     )
+
+
+def _source(example: Example, grid: Grid, size: Sequence[int], token: int) -> np.ndarray:
+    """The source of each output token, as in `Example`. size: of its first reference, in pixels."""
+    if example.source is not None:
+        return example.source
+    return aligned_source(grid, (size[0] // token, size[1] // token)) if example.aligned else np.full(grid, -1)
+
+
+def aligned_source(grid: Grid, reference: Grid) -> np.ndarray:
+    """For each output token the token at its place in a reference of another grid, int64 (rows, columns)."""
+    row, column = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip(grid, reference, strict=True))
+    return row[:, None] * reference[1] + column
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,11 @@ class Encoded:
     source: torch.Tensor
     overviews: Mapping[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def grids(self) -> list[Grid]:
+        """Rows and columns of tokens of each reference."""
+        return [(int(latents.shape[-2]), int(latents.shape[-1])) for latents in self.references]
+
 
 class TokenSet(NamedTuple):
     """What a set keeps of the references, as in `Selection`: the sharp tokens, what stands for which, overviews."""
@@ -125,16 +144,15 @@ def kept_tokens(host: Host, encoded: Encoded, kept: TokenSet) -> ReferenceTokens
     if not kept.overviews:
         return sharp
     latents = [encoded.overviews[i, overview.factor] for i, overview in kept.overviews.items()]
-    grids = [(int(rows), int(columns)) for rows, columns in (part.shape[-2:] for part in encoded.references)]
-    return sharp.join(host.overview_tokens(latents, references, grids, kept.overviews))
+    return sharp.join(host.overview_tokens(latents, references, encoded.grids, kept.overviews))
 
 
 def shown_tokens(encoded: Encoded, kept: TokenSet) -> np.ndarray:
     """The reference tokens of which a set shows anything, sorted int64: kept ones, what is averaged into them, and all
     of a reference with an overview."""
     sharp = kept.index if kept.into is None else np.flatnonzero(kept.into >= 0)
-    ends = np.cumsum([part.shape[-2] * part.shape[-1] for part in encoded.references])
-    covered = [np.arange(ends[i] - encoded.references[i][0, 0].numel(), ends[i]) for i in kept.overviews]
+    starts = np.cumsum([0] + [rows * columns for rows, columns in encoded.grids])
+    covered = [np.arange(starts[i], starts[i + 1]) for i in kept.overviews]
     return np.unique(np.concatenate([sharp, *covered]))
 
 

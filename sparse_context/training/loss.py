@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..families.host import Host
+from ..families.host import Host, Looks
 from ..overview import Overview
 from ..tokens import ReferenceTokens
 from .attention import MatmulAttention
@@ -17,6 +17,7 @@ from .config import TrainConfig
 from .data import Ahead, Example
 from .dropping import draw_selection
 from .processes import Processes
+from .teaching import looking_loss, wanted_tokens
 
 
 def noise_levels(u: torch.Tensor, scheme: str, shift: float) -> torch.Tensor:
@@ -64,9 +65,10 @@ def flow_matching_loss(
     sigma: (B,). noise: as `encoded.target`. into: as in `ReferenceTokens.keep`. overviews: by the number of their
     reference; `encoded` has them. The velocity to be met is noise - target; a share `distillation` of the loss meets
     the dense prediction without the adapter instead. A token counts 1 + `focus` * its `encoded.mask` times, and
-    `unseen` times that if it has an `encoded.source` of which nothing is kept, not even an overview. With a `preservation` above 0, which is for an `index` of all tokens, the loss is that times the mean squared
-    distance to the dense prediction without the adapter, in which all tokens count the same. teacher: that prediction,
-    from `dense_answer`, where it is there already.
+    `unseen` times that if it has an `encoded.source` of which nothing is kept, not even an overview. With a
+    `preservation` above 0, which is for an `index` of all tokens, the loss is that times the mean squared distance to
+    the dense prediction without the adapter, in which all tokens count the same. teacher: that prediction, from
+    `dense_answer`, where it is there already.
     """
     if teacher is None and (distillation or preservation):
         teacher = dense_answer(host, encoded, sigma, noise)
@@ -108,12 +110,13 @@ class Drawn(NamedTuple):
 @dataclass(frozen=True)
 class Noised:
     """An encoded batch with its noise, and what the teacher says of it (None where nobody asks). total: its tokens of
-    references."""
+    references. teaches: whether it says where heads are to look."""
 
     number: int
     encoded: Encoded
     subsets: list[TokenSet]
     total: int
+    teaches: bool
     sigma: torch.Tensor
     noise: torch.Tensor
     teacher: torch.Tensor | None
@@ -155,8 +158,10 @@ class FlowMatching:
             self._current = self._noised(number)
         batch = self._current
         tokens = batch.subsets[subset]
-        with self._forward():
-            return flow_matching_loss(
+        preservation = self._preservation(tokens, batch.total)
+        heads = self.config.heads if batch.teaches and not preservation else []
+        with self._forward(), self.host.watch_heads(heads) if heads else contextlib.nullcontext() as looks:
+            loss = flow_matching_loss(
                 self.host,
                 batch.encoded,
                 tokens.index,
@@ -164,12 +169,21 @@ class FlowMatching:
                 batch.noise,
                 self.config.distillation,
                 self.config.focus,
-                self._preservation(tokens, batch.total),
+                preservation,
                 into=tokens.into,
                 teacher=batch.teacher,
                 unseen=self.config.unseen,
                 overviews=tokens.overviews,
             )
+            if looks is not None:
+                loss = loss + self.config.teach * self._looking(looks, batch.encoded, tokens)
+        return loss
+
+    def _looking(self, looks: Looks, encoded: Encoded, kept: TokenSet) -> torch.Tensor:
+        """How far the taught heads are from looking where they should, with a set of tokens."""
+        source, grids = encoded.source, encoded.grids
+        count = len(kept.index) + sum(overview.tokens for overview in kept.overviews.values())
+        return looking_loss(looks(source.shape[1], count), source, wanted_tokens(source, grids, kept))
 
     def _draw(self, number: int) -> Drawn:
         """A batch before any encoder saw it, and which tokens it keeps; in a thread or process ahead of the steps."""
@@ -199,7 +213,8 @@ class FlowMatching:
         if self.config.distillation or any(self._preservation(tokens, total) for tokens in subsets):
             with self._forward():
                 teacher = dense_answer(self.host, encoded, sigma, noise)
-        return Noised(number, encoded, subsets, total, sigma, noise, teacher)
+        teaches = bool((batch.source >= 0).any())  # here, for it is on the CPU
+        return Noised(number, encoded, subsets, total, teaches, sigma, noise, teacher)
 
     def _preservation(self, tokens: TokenSet, total: int) -> float:
         """The config's, for a set that keeps all tokens; others are not held to the dense prediction alone."""
