@@ -598,6 +598,22 @@ def flux2_overview_ids(whole: list, grids: list, factor: int, layout: str) -> to
     return torch.cat(ids)
 
 
+def kontext_overview_ids(whole: list, grids: list, factor: int, layout: str) -> torch.Tensor:
+    """In Kontext and LongCat: over the only reference, or below it (to the right of a tall one)."""
+    ((rows, columns),) = grids
+    where, row, column = whole[0][0].float()  # of its first token
+    coarse_rows, coarse_columns = torch.arange(math.ceil(rows / factor)), torch.arange(math.ceil(columns / factor))
+    if layout == "spread":
+        middle = (factor - 1) / 2
+        where, coarse_rows = where + 0.5 * math.log2(factor), coarse_rows * factor + middle
+        coarse_columns = coarse_columns * factor + middle
+    elif rows > columns:
+        coarse_columns = columns + coarse_columns
+    else:
+        coarse_rows = rows + coarse_rows
+    return torch.cartesian_prod(where[None], row + coarse_rows, column + coarse_columns)
+
+
 @dataclass(frozen=True, eq=False)  # each case is a key of its answers below
 class Case:
     """One kind of pipeline.
@@ -645,7 +661,14 @@ class Case:
 
 
 FLUX2_GUIDANCE = {"guidance_scale": 4.0, "negative_prompt_embeds": embeds(seed=2)}
-kontext = partial(Case, attention=transformer_flux, sizes=((96, 64),), counts=(1,), guidance=KONTEXT_GUIDANCE)
+kontext = partial(
+    Case,
+    attention=transformer_flux,
+    sizes=((96, 64),),
+    counts=(1,),
+    guidance=KONTEXT_GUIDANCE,
+    overview_ids=kontext_overview_ids,
+)
 qwen = partial(
     Case,
     attention=transformer_qwenimage,
@@ -713,6 +736,7 @@ CASES = {
         grid=lambda image: megapixel_grid(image, lambda side: math.ceil(side / 16) * 16),
         without_references=False,
         guidance={"guidance_scale": 4.0},
+        overview_ids=kontext_overview_ids,
     ),
     "qwen-edit": qwen(lambda: build_qwen(QwenImageEditPipeline, levels=3), call_qwen),
     "qwen-edit-inpaint": qwen(lambda: build_qwen(QwenImageEditInpaintPipeline, levels=3), call_qwen_inpaint),
