@@ -614,6 +614,18 @@ def kontext_overview_ids(whole: list, grids: list, factor: int, layout: str) -> 
     return torch.cartesian_prod(where[None], row + coarse_rows, column + coarse_columns)
 
 
+def flux3_overview_ids(whole: list, grids: list, factor: int, layout: str) -> torch.Tensor:
+    """In FLUX.3, whose references lie at L = -1, -2 ..., half a place from row to row and column to column."""
+    ids = []
+    for i, (rows, columns) in enumerate(grids):
+        row, column = torch.arange(math.ceil(rows / factor)), torch.arange(math.ceil(columns / factor))
+        at = math.log2(factor), factor, (factor - 1) / 2, -(i + 1)
+        time, step, first, last = at if layout == "spread" else (0, 1, 0, -(len(grids) + i + 1))
+        places = 0.5 * torch.cartesian_prod(row * step + first, column * step + first).float()
+        ids.append(torch.nn.functional.pad(places, (1, 1)) + torch.tensor([time, 0, 0, last]))
+    return torch.cat(ids)
+
+
 @dataclass(frozen=True, eq=False)  # each case is a key of its answers below
 class Case:
     """One kind of pipeline.
@@ -690,6 +702,7 @@ flux3 = partial(
     attention=transformer_flux3,
     first_key=references_last_or_alone,
     watch=watch_flux3,
+    overview_ids=flux3_overview_ids,
     share=share_modular,
     offload=offload_modular,
 )
