@@ -626,6 +626,31 @@ def flux3_overview_ids(whole: list, grids: list, factor: int, layout: str) -> to
     return torch.cat(ids)
 
 
+def qwen_overview_ids(whole: list, grids: list, factor: int, layout: str) -> torch.Tensor:
+    """The rotary rows in Qwen: at the cell nearest to the middle, at a frame some places behind the reference's."""
+    ids = []
+    for i, (rows, columns) in enumerate(grids):
+        row, column = torch.arange(math.ceil(rows / factor)), torch.arange(math.ceil(columns / factor))
+        frame = len(grids) + i + 1
+        if layout == "spread":
+            frame = i + 1 + max(4, len(grids)) * round(math.log2(factor))
+            row = torch.minimum(row * factor + (factor - 1) // 2, torch.tensor(rows - 1))
+            column = torch.minimum(column * factor + (factor - 1) // 2, torch.tensor(columns - 1))
+        else:
+            rows, columns = len(row), len(column)
+        places = torch.cartesian_prod(torch.tensor([frame]), row - (rows - rows // 2), column - (columns - columns // 2))
+        ids.append(torch.cat([qwen_rows(places[:, axis], dim) for axis, dim in enumerate((4, 4, 8))], dim=1))
+    return torch.cat(ids)
+
+
+def qwen_rows(places: torch.Tensor, dim: int) -> torch.Tensor:
+    """Of one axis: the host makes a table of them, and another order of its sums would be another result."""
+    frequencies = 1 / 10000 ** (torch.arange(0, dim, 2) / dim)
+    angles = torch.outer(torch.arange(4096), frequencies)
+    rows = torch.polar(torch.ones_like(angles), angles)[places.abs()]
+    return torch.where(places[:, None] < 0, rows.conj(), rows)
+
+
 @dataclass(frozen=True, eq=False)  # each case is a key of its answers below
 class Case:
     """One kind of pipeline.
@@ -690,6 +715,7 @@ qwen = partial(
     without_references=False,
     grid=lambda image: megapixel_grid(image, lambda side: round(side / 32) * 32),
     guidance={"true_cfg_scale": 4.0, "negative_prompt_embeds": embeds(seed=2, width=TEXT_WIDTH)},
+    overview_ids=qwen_overview_ids,
 )
 qwen_plus = partial(
     qwen, call=call_qwen, sizes=((96, 64), (64, 64), (64, 128), (100, 90)), counts=(1, 2, 4), usual=2, prompts=1
