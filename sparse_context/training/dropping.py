@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..config import SparseContextConfig
-from ..overview import overview_grid
+from ..overview import COARSEST, FINEST, LAYOUTS, overview_grid
 from ..selection import Selection, select_tokens
 from ..selectors.cells import Grid, Selector
 from ..selectors.registry import SELECTORS
@@ -145,7 +145,12 @@ class Dropping:
         self._check_overviews()
 
     def _check_overviews(self) -> None:
-        Trained(tuple(self.overview_factors), self.overview_layout)
+        if not all(type(factor) is int and FINEST <= factor <= COARSEST for factor in self.overview_factors):
+            raise ValueError(
+                f"overview_factors is {list(self.overview_factors)!r}: pass whole numbers from {FINEST} to {COARSEST}."
+            )
+        if self.overview_layout not in LAYOUTS:
+            raise ValueError(f"overview_layout is {self.overview_layout!r}: choose one of {', '.join(LAYOUTS)}.")
         if self.overview_none + self.overview_alone > 1:
             raise ValueError(
                 f"overview_none is {self.overview_none!r} and overview_alone {self.overview_alone!r}, which is more "
