@@ -196,6 +196,7 @@ def _base(kind: Any) -> tuple[Any, bool]:
 def _wrong(name: str, value: Any, kind: Any) -> ValueError:
     base, optional = _base(kind)
     takes = TAKES[typing.get_origin(base) or base]
+    takes = f"whole {takes}" if base == Sequence[int] else takes
     return ValueError(f"{name} is {value!r}: pass {takes}{', or none' if optional else ''}.")
 
 
