@@ -12,6 +12,7 @@ import numpy as np
 from .budget import Value, check_budget, spread_out
 from .overview import COARSEST, FINEST, LAYOUTS
 from .selectors.registry import SelectorsLike, each_selector, resolve
+from .trained import Trained
 
 TASKS = ("auto", "edit", "global", "subject")
 
@@ -31,12 +32,17 @@ def task_defaults(task: str, references: int, overview: bool = False) -> tuple[s
       and nothing for the background.
     - "auto": one reference is taken for an edit, several for subjects. (The shape of the output cannot tell: by default
       it is the first reference's.)
+
+    Beside an overview, edits of either kind take sharp tokens where the overview is wrong ("residual"), and none that
+    are spread, for no region is blind then. A subject takes the same as without.
     """
+    if task == "subject" or (task == "auto" and references != 1):
+        return "subject", 0.0
+    if overview:
+        return "residual", 0.0
     if task == "global":
         return "uniform", 0.0
-    if task == "edit" or (task == "auto" and references == 1):
-        return {"edges": 0.5, "saliency": 0.5}, 0.1
-    return "subject", 0.0
+    return {"edges": 0.5, "saliency": 0.5}, 0.1
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,6 @@ class SparseContextConfig:
     - `overview_layout`: where the tokens of an overview lie, of `overview.LAYOUTS`: "spread" over their reference, for
       weights that were trained for it; or as one more "reference" after all others. None: what the weights were trained
       for, else the latter.
-
     - `coverage`: the share of kept tokens, in [0, 1], that is spread evenly over the pictures. None: the task decides;
       but a selector that you name under the task "auto" is taken at its word, with no coverage.
     - `share`: "equal" (each reference keeps the same ratio) or "joint" (tokens of all references compete: for scores
@@ -138,16 +143,16 @@ class SparseContextConfig:
         """Whether an overview of any reference is asked for, whatever the weights were trained for."""
         return any(choice not in (None, "trained") for choice in spread_out(self.overview, 1))
 
-    @property
-    def keeps_all(self) -> bool:
+    def keeps_all(self, trained: Trained | None = None) -> bool:
         """Whether all tokens of any references are kept: by a ratio of 1, or by "auto" where the task is "global" and
-        no overview is asked for."""
+        there is no overview. trained: what the weights were trained for; None: for no overviews."""
+        none = (None,) if trained is not None and trained.factors else (None, "trained")
         lengths = len(spread_out(self.keep, 1)), len(spread_out(self.task, 1)), len(spread_out(self.overview, 1))
         count = max(lengths)
         keep, task = per_reference("keep", self.keep, count), per_reference("task", self.task, count)
         overview = per_reference("overview", self.overview, count)
         return all(
-            how == "global" and shown in (None, "trained") if ratio == "auto" else ratio == 1
+            how == "global" and shown in none if ratio == "auto" else ratio == 1
             for ratio, how, shown in zip(keep, task, overview, strict=True)
         )
 

@@ -26,7 +26,7 @@ from .selection import Pixels, Selection, score_tokens, select_tokens
 from .selectors.cells import Grid
 from .selectors.registry import user_mask
 from .tokens import ReferenceTokens
-from .trained import Trained
+from .trained import trained_for
 
 ATTRIBUTE = "_sparse_context"
 
@@ -40,13 +40,14 @@ class SparseContext:
 
     attach: `attach(pipe, call)` of its family says what a call sees, by `Call.replace` and `Call.around`.
     selection: of the last call. None before the first, or where it had no references.
+    kv: whether the pipeline runs references through its model once a call.
     """
 
     config: SparseContextConfig
     attach: Callable[[Any, "Call"], None]
     cache: ReferenceCache | None = None
     selection: Selection | None = None
-    trained: Trained | None = None
+    kv: bool = False
 
 
 def context_of(pipe: object) -> SparseContext | None:
@@ -124,7 +125,9 @@ class Call:
             raise ValueError(
                 f"overview is {config.overview!r}, but {type(self.pipe).__name__} takes none: leave it out."
             )
-        trained = None if encode_overviews is None else self.context.trained
+        trained = trained_for(getattr(self.pipe, "transformer", None), self.context.kv)
+        if encode_overviews is None and trained is not None:
+            trained = replace(trained, factors=())
         pictures = [picture(i, user_mask(config.selector, i)) for i in range(len(grids))]
         preparing = time.perf_counter() - start  # which is a part of what choosing costs
         score = score_tokens if cache is None else cache.score

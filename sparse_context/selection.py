@@ -6,11 +6,12 @@ This is the whole idea in one call, without a host: `select_tokens(images, grids
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -20,9 +21,8 @@ from .config import TASKS, SparseContextConfig, task_defaults
 from .merge import merge_rest
 from .overview import Overview, count_for, psnr_of, residual
 from .plan import Plan, plan_selection
-from .selectors.cells import Grid, rgb_pixels
+from .selectors.cells import Grid, rgb_pixels, whole_cells
 from .selectors.registry import SelectorLike, name_of, prepare, resolve
-from .selectors.residual import whole_cells
 from .trained import Trained
 
 Pixels = np.ndarray | Sequence[np.ndarray] | None
@@ -243,7 +243,12 @@ def select_tokens(
     kept = tuple(map(Kept, plan.grids, index, scores, plan.labels, pictures, into, plan.tasks, overviews, reached))
     task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(plan.tasks))
     seconds = time.perf_counter() - start - reading
-    return Selection(kept, task, tuple(plan.coverages), seconds, tuple(plan.notes))
+    selection = Selection(kept, task, tuple(plan.coverages), seconds, tuple(plan.notes))
+    least = 0 if trained is None or trained.keep is None else trained.keep[0]
+    if selection.kept < math.floor(least * selection.total):
+        rare = f"the weights were trained with {100 * least:g} % of the tokens and more"
+        selection = replace(selection, notes=(*plan.notes, rare))
+    return selection
 
 
 def _enough(

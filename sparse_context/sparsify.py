@@ -15,7 +15,7 @@ from typing import Any
 from .cache import ReferenceCache
 from .config import SparseContextConfig
 from .context import SparseContext, context_of, install, uninstall
-from .families import find_attach
+from .families import family_of, find_attach
 from .layers import require
 from .selection import Selection
 
@@ -32,6 +32,10 @@ def apply_sparse_context(
         None: every call makes them anew. It is yours, so that it outlives applying again and can serve several
         pipelines.
 
+    What the config leaves to the weights (`overview="trained"`) each call asks of those that are in effect by then: a
+    LoRA or a checkpoint that `pipelines.load` read says what it was trained for, and `trained.note_trained` says it for
+    one that was loaded otherwise. The report of a call says so.
+
     Applying again replaces what was applied before, and is cheap enough to do for each call. Raises TypeError for a
     pipeline or a cache of another kind, ValueError for a setting out of range, and ImportError where diffusers is not
     installed; the pipeline is then left as it was.
@@ -43,7 +47,7 @@ def apply_sparse_context(
     if not isinstance(cache, ReferenceCache | None):
         raise TypeError(f"cache is {cache!r}: pass a ReferenceCache(), or None.")
     config = replace(config or SparseContextConfig(), **changes)
-    install(pipe, SparseContext(config, attach, cache))
+    install(pipe, SparseContext(config, attach, cache, kv=family_of(pipe).kv))
 
 
 def remove_sparse_context(pipe: object) -> None:

@@ -1,68 +1,132 @@
 """What weights were trained for: a part of the record that a LoRA or a checkpoint carries.
 
-The record is JSON, under `KEY` in the metadata of a safetensors file, or in a file of that name beside a checkpoint. It
-says more than this, of the run that made the weights; what is read here decides what a pipeline does by default.
+The record is JSON: under `KEY` in the metadata of a safetensors file, or in `FILE` beside a checkpoint. It says more of
+the run that made the weights; what is read here decides what a pipeline does by default. Whoever loads weights notes on
+the model what they were trained for, and each call looks at what of it is in effect by then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .overview import COARSEST, FINEST, LAYOUTS
 
 KEY = "sparse_context"
+FILE = f"{KEY}.json"
+
+ATTRIBUTE = "_sparse_context_trained"  # of a module whose weights these are
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What weights were trained for.
+    """What weights were trained for. Raises ValueError for a factor or a layout that is none.
 
     factors: of overviews, ascending; empty where they never saw one. layout: of these. kv: whether references go
-    through the model once a call. keep: least and greatest share of tokens, both parts; None where nobody says.
+    through the model once a call. keep: least and greatest share of tokens that was kept, overviews included. The last
+    two are None where nobody says.
     """
 
     factors: tuple[int, ...] = ()
     layout: str = "spread"
-    kv: bool = False
+    kv: bool | None = None
     keep: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        factors = tuple(sorted(set(self.factors)))
-        if not all(type(factor) is int and FINEST <= factor <= COARSEST for factor in factors):
+        if not all(type(factor) is int and FINEST <= factor <= COARSEST for factor in self.factors):
             raise ValueError(
-                f"The overviews that weights were trained for are by {self.factors!r}: pass whole numbers from "
-                f"{FINEST} to {COARSEST}."
+                f"The overviews that were trained are by {[*self.factors]!r}: pass whole numbers from {FINEST} to "
+                f"{COARSEST}."
             )
         if self.layout not in LAYOUTS:
-            raise ValueError(f"layout is {self.layout!r}: choose one of {', '.join(LAYOUTS)}.")
-        object.__setattr__(self, "factors", factors)
+            raise ValueError(f"The layout of overviews is {self.layout!r}: choose one of {', '.join(LAYOUTS)}.")
+        object.__setattr__(self, "factors", tuple(sorted(set(self.factors))))
 
 
 def read_record(record: Mapping[str, Any]) -> Trained:
-    """What a record says of overviews, KV and keep ratios; whatever it lacks was not trained.
+    """What a record says that decides defaults: its entries "overview", "kv" and "keep", as `write_record` makes them.
 
-    Raises ValueError for one that says it in another way, as a later version of this package might.
+    What it does not say was not trained. Raises ValueError for one that says it in another way, as a later version of
+    this package might.
     """
-    overview = record.get("overview") or {}
-    keep = record.get("keep")
     try:
+        overview, keep = record.get("overview") or {}, record.get("keep")
         return Trained(
             factors=tuple(overview.get("factors", ())),
             layout=overview.get("layout", "spread"),
-            kv=bool(record.get("kv", False)),
+            kv=record.get("kv"),
             keep=None if keep is None else (float(keep[0]), float(keep[1])),
         )
     except (AttributeError, TypeError, IndexError, KeyError) as error:
-        raise ValueError(f"The record {KEY} of these weights cannot be read ({error}): save them anew.") from error
+        raise ValueError(f"The record {KEY!r} of these weights cannot be read ({error}): save them anew.") from error
 
 
 def write_record(trained: Trained) -> dict[str, Any]:
     """The entries of a record that `read_record` reads."""
     overview = {"factors": list(trained.factors), "layout": trained.layout} if trained.factors else None
-    return {
-        "overview": overview,
-        "kv": trained.kv,
-        "keep": None if trained.keep is None else list(trained.keep),
-    }
+    return {"overview": overview, "kv": trained.kv, "keep": None if trained.keep is None else list(trained.keep)}
+
+
+def read_folder(folder: Path) -> Trained | None:
+    """What the checkpoint in a folder was trained for; None where no record is beside it. Raises ValueError for a
+    record that cannot be read."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        return read_record(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{file} says in no known way what weights were trained for: {error}") from error
+
+
+def note_trained(model: Any, trained: Trained, adapter: str | None = None) -> None:
+    """Note what the weights of a model were trained for, or those of a LoRA that was loaded into it by this name.
+
+    The note is on the very weights that it is about: it goes where they go, and is gone when they are unloaded.
+    """
+    holders = [model] if adapter is None else [layer.lora_A[adapter] for layer in _layers_with(model, adapter)]
+    for holder in holders:
+        vars(holder)[ATTRIBUTE] = trained
+
+
+def trained_for(model: Any, kv: bool = False) -> Trained | None:
+    """What the weights of a model that are in effect were trained for, or None where nothing was noted.
+
+    A LoRA counts while it is active or merged, with a scale other than 0; once it is merged and then unloaded, nobody
+    can tell. Of several weights that know overviews, the factors that all of them know count, if their layouts are one.
+    kv: the mode that the model runs in; weights that were trained for the other one do not count.
+    """
+    noted = {trained for trained in _notes(model) if trained.kv in (None, kv)}
+    if not noted:
+        return None
+    showing = [trained for trained in noted if trained.factors]
+    layouts = {trained.layout for trained in showing}
+    factors = set.intersection(*(set(trained.factors) for trained in showing)) if len(layouts) == 1 else set()
+    ranges = [trained.keep for trained in noted if trained.keep is not None]
+    return Trained(
+        factors=tuple(factors),
+        layout=layouts.pop() if factors else "spread",
+        kv=kv,
+        keep=(max(least for least, _ in ranges), min(most for _, most in ranges)) if ranges else None,
+    )
+
+
+def _notes(model: Any) -> Iterator[Trained]:
+    if model is None:
+        return
+    yield from [vars(model)[ATTRIBUTE]] if ATTRIBUTE in vars(model) else []
+    for layer in _layers_with(model):
+        active = () if layer.disable_adapters else layer.active_adapters
+        for name in {*active, *layer.merged_adapters} & layer.lora_A.keys():
+            if ATTRIBUTE in vars(layer.lora_A[name]) and layer.scaling[name] != 0:
+                yield vars(layer.lora_A[name])[ATTRIBUTE]
+
+
+def _layers_with(model: Any, adapter: str | None = None) -> Iterator[Any]:
+    """peft's layers of LoRAs in a model: all, or those of one by its name. (Known by what they have, without peft.)"""
+    for layer in model.modules():
+        if hasattr(layer, "merged_adapters") and hasattr(layer, "lora_A") and adapter in (None, *layer.lora_A):
+            yield layer

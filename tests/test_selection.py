@@ -128,7 +128,7 @@ def test_a_mask_that_marks_nothing_is_said():
 )
 def test_a_config_says_whether_it_keeps_all_of_any_references(keep, task, everything):
     config = Config(keep=keep, task=task)
-    assert config.keeps_all is everything
+    assert config.keeps_all() is everything
     selection = select_tokens([noise(0), noise(1)], [GRID, GRID], config)
     assert (selection.kept == selection.total) is everything
 

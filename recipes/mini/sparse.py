@@ -22,6 +22,7 @@ from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec
+from sparse_context.trained import FILE, KEY
 from sparse_context.training.batch import Encoding
 from sparse_context.training.cache import fingerprint
 from sparse_context.training.card import EMBEDDED, LORA_FILE
@@ -29,7 +30,6 @@ from sparse_context.training.checkpoints import has_begun, newest_step, start_fr
 from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import MIX, Dropping
-from sparse_context.training.export import RECORD_FILE
 from sparse_context.training.files import writing
 from sparse_context.training.finetune import Limits, Run, Watch, finetune
 from sparse_context.training.lora import extract_lora, save_lora
@@ -233,7 +233,7 @@ def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0
         raise FileNotFoundError(f"{source} is missing: run `python -m recipes.mini sparse` first")
     base = load(ModelSpec(dtype="float32", device="cpu", lora=NO_LORA)).transformer
     if full:
-        about = json.loads((tuned / RECORD_FILE).read_text(encoding="utf-8")) | {"rank": rank}
+        about = json.loads((tuned / FILE).read_text(encoding="utf-8")) | {"rank": rank}
     else:
         about = adapter_record(source)
     if about["base_weights"] != fingerprint(base):
@@ -245,7 +245,7 @@ def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata()
         learned = load_file(source)
-    metadata |= {"sparse_context": json.dumps(about | {"scale": scale})}
+    metadata |= {KEY: json.dumps(about | {"scale": scale})}
     weights = {
         name: (scale * tensor if ".lora_B." in name else tensor).to(torch.bfloat16) for name, tensor in learned.items()
     }

@@ -32,6 +32,7 @@ class Family:
     modular: whether it is made of blocks; its index is then `modular_model_index.json`.
     paints: whether it paints into its first picture, where a mask says so.
     guidance: its argument for the strength of classifier-free guidance.
+    kv: whether references go through its model once a call, and their keys and values are kept.
     narrow: whether it refuses pictures with a side under 64 pixels or of a shape beyond 8:1.
     """
 
@@ -43,6 +44,7 @@ class Family:
     modular: bool = False
     paints: bool = False
     guidance: str = "guidance_scale"
+    kv: bool = False
     narrow: bool = False
 
 
@@ -56,7 +58,7 @@ _qwen = partial(Family, "qwen", fewest=1, guidance="true_cfg_scale")
 FAMILIES: Mapping[str, Family] = {
     "Flux2Pipeline": _flux2(host="Flux2"),
     "Flux2KleinPipeline": _flux2(host="Flux2"),
-    "Flux2KleinKVPipeline": _flux2(host="Flux2"),
+    "Flux2KleinKVPipeline": _flux2(host="Flux2", kv=True),
     "Flux2KleinInpaintPipeline": _flux2(fewest=1, paints=True),
     "Flux2ModularPipeline": _flux2_modular(),
     "Flux2KleinModularPipeline": _flux2_modular(),

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from ..trained import KEY
+
 WEIGHTS = Path(__file__).parents[1] / "embedded" / "weights"
 
 
@@ -14,7 +16,8 @@ ADAPTERS = {"plain": WEIGHTS / "pytorch_lora_weights.safetensors", "kv": WEIGHTS
 
 
 def adapter_record(path: Path) -> dict:
-    """What an adapter's file says of its training: base and its fingerprint, steps, keep range, drop mix, KV mode.
+    """What an adapter's file says of its training: base and its fingerprint, steps, keep range, drop mix, overviews, KV
+    mode. `trained.read_record` has of it what decides defaults.
 
     Of the embedded model's own also `scale`, the share of what was learned that it takes. Empty for a file that says
     nothing of the kind, as those of others do.
@@ -22,7 +25,7 @@ def adapter_record(path: Path) -> dict:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("sparse_context", "{}")
+        text = (file.metadata() or {}).get(KEY, "{}")
     try:
         record = json.loads(text)
     except ValueError:

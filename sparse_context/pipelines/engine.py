@@ -17,7 +17,8 @@ from ..families.call import call_arguments
 from ..preview import fit_reference, label, reference_mask, side_by_side
 from ..selection import Selection
 from ..sparsify import apply_sparse_context, last_selection
-from .embedded import ADAPTERS
+from ..trained import read_record
+from .embedded import ADAPTERS, adapter_record
 from .errors import Cancelled, GenerationError
 from .hub import one_line
 from .load import load
@@ -120,7 +121,7 @@ class Engine:
             return self._wrapped
         spec = self.spec
         has_adapter = spec.model is None and spec.lora is None and not spec.kv and ADAPTERS["plain"].is_file()
-        if has_adapter and config is not None and config.keeps_all:
+        if has_adapter and config is not None and _keeps_all(config):
             spec = replace(spec, lora=NO_LORA, lora_scale=1.0)
         with self._loading:
             if spec not in self._pipes:
@@ -198,6 +199,11 @@ class Engine:
             ) from error
         except Exception as error:
             raise GenerationError(f"{name} failed: {one_line(error)}.") from error
+
+
+def _keeps_all(config: SparseContextConfig) -> bool:
+    """Whether the embedded model would keep all tokens of any references with its adapter."""
+    return config.keeps_all() and config.keeps_all(read_record(adapter_record(ADAPTERS["plain"])))
 
 
 def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str, Any]]:

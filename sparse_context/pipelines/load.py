@@ -7,9 +7,10 @@ import torch
 
 from ..families import FAMILIES
 from ..families.flux2.kv import in_kv_mode
+from ..trained import note_trained, read_folder, read_record, trained_for
 from .embedded import ADAPTERS, WEIGHTS, adapter_record
 from .hub import KLEIN, KLEIN_KV, class_name_of, clock, one_line
-from .lora import load_lora
+from .lora import ADAPTER_NAME, load_lora
 from .lora_file import NO_LORA, LoraFile, check_lora_file, read_lora
 from .quantization import GgufTransformer, Quantized, QuantizedTransformer, find_quantization
 from .spec import ModelSpec
@@ -59,11 +60,18 @@ def load(spec: ModelSpec | None = None) -> Any:
         if not pipe.config.is_distilled:
             raise ValueError(f"kv has no guidance, which {path} needs: name its distilled sibling, or leave kv out.")
         pipe = in_kv_mode(pipe)
+    trained = read_folder(Path(path) / "transformer")
+    if trained is not None:
+        note_trained(pipe.transformer, trained)
     if file is not None:
         load_lora(pipe, file, spec.lora_scale)
+        note_trained(pipe.transformer, read_record(adapter_record(Path(file.path))), ADAPTER_NAME)
     if has_adapter and spec.quantization is None:
         pipe.fuse_lora()
+        trained = trained_for(pipe.transformer, spec.kv)
         pipe.unload_lora_weights()  # what was fused stays
+        if trained is not None:
+            note_trained(pipe.transformer, trained)
     _place(pipe, device, spec.cpu_offload, modular)
     return pipe
 

@@ -12,13 +12,12 @@ from safetensors.torch import load_file
 
 from ..families.host import Host
 from ..images import follow_folder, put_in_place, save_text
+from ..trained import FILE, KEY
 from .card import LORA_FILE, model_card
 from .checkpoints import remove
 from .config import TrainConfig
 from .files import not_written
 from .lora import save_lora
-
-RECORD_FILE = "sparse_context.json"  # beside all weights, what the metadata of a LoRA holds
 
 
 def text_autocast(host: Host) -> contextlib.AbstractContextManager:
@@ -37,7 +36,7 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Tra
         remove(partial)
         if config.full:
             transformer.save_pretrained(partial)
-            save_text(json.dumps(training_record(record), indent=2) + "\n", partial / RECORD_FILE)
+            save_text(json.dumps(training_record(record), indent=2) + "\n", partial / FILE)
             follow_folder(partial)
             remove(result)
             put_in_place(partial, result)
@@ -53,7 +52,7 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Tra
                 **_collate_lora_metadata({"transformer": transformer}),
             )
             with safe_open(partial / LORA_FILE, framework="pt") as file:
-                metadata = (file.metadata() or {}) | {"sparse_context": json.dumps(training_record(record))}
+                metadata = (file.metadata() or {}) | {KEY: json.dumps(training_record(record))}
             save_lora(load_file(partial / LORA_FILE), partial / "whole", metadata)
             follow_folder(partial / "whole")
             put_in_place(partial / "whole", result)
