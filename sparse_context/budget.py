@@ -221,12 +221,15 @@ def _rank_by_progress(
 
     Everyone within a budget stands before everyone beyond one, so a cut at the sum of the budgets gives each its own;
     a cut elsewhere gives or takes by Webster's method (the middle of each place, divided by the budget). What a
-    reference has spent of its budget stands before its tokens.
+    reference has spent of its budget stands before its tokens, and in the place of its last ones.
     """
     coverages = np.broadcast_to(np.asarray(coverage, float), len(scores))
     turns = [_places(rank_tokens([part], spread)) for part, spread in zip(scores, coverages, strict=True)]
     each = zip(turns, budgets, spent, strict=True)
-    progress = [(first + turn + 0.5) / max(budget, 1e-9) for turn, budget, first in each]
+    progress = [
+        np.where(first + turn < len(turn), (first + turn + 0.5) / max(budget, 1e-9), np.inf)
+        for turn, budget, first in each
+    ]
     reference = np.repeat(np.arange(len(turns)), [len(turn) for turn in turns])
     return _floor_first(np.argsort(np.concatenate(progress), kind="stable"), reference, floor, spent)
 

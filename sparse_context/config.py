@@ -32,12 +32,17 @@ def task_defaults(task: str, references: int, overview: bool = False) -> tuple[s
       and nothing for the background.
     - "auto": one reference is taken for an edit, several for subjects. (The shape of the output cannot tell: by default
       it is the first reference's.)
+
+    Beside an overview, edits of either kind take sharp tokens where the overview is wrong ("residual"), and none that
+    are spread, for no region is blind then. A subject takes the same as without.
     """
+    if task == "subject" or (task == "auto" and references != 1):
+        return "subject", 0.0
+    if overview:
+        return "residual", 0.0
     if task == "global":
         return "uniform", 0.0
-    if task == "edit" or (task == "auto" and references == 1):
-        return {"edges": 0.5, "saliency": 0.5}, 0.1
-    return "subject", 0.0
+    return {"edges": 0.5, "saliency": 0.5}, 0.1
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,6 @@ class SparseContextConfig:
     - `overview_layout`: where the tokens of an overview lie, of `overview.LAYOUTS`: "spread" over their reference, for
       weights that were trained for it; or as one more "reference" after all others. None: what the weights were trained
       for, else the latter.
-
     - `coverage`: the share of kept tokens, in [0, 1], that is spread evenly over the pictures. None: the task decides;
       but a selector that you name under the task "auto" is taken at its word, with no coverage.
     - `share`: "equal" (each reference keeps the same ratio) or "joint" (tokens of all references compete: for scores

@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .config import SparseContextConfig
+from .overview import Overview, enlarge, shrink_picture
 from .selection import Kept, Selection, select_tokens
+from .selectors.cells import rgb_pixels, whole_cells
 from .selectors.registry import SelectorsLike, user_mask
 
 MAX_AREA = 1024 * 1024  # the FLUX.2 pipelines scale a larger reference down to this many pixels, and preprocess it then
@@ -68,12 +70,14 @@ def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image
 
     picture: uint8 (H, W, 3 or 4), the pixels that the selector saw. dim: how far a dropped token fades, 0 to 1.
     A token that is kept as it is gets a thin frame where it borders on others. Where a mean of tokens is kept, they
-    show its colour.
+    show its colour. With an overview, nothing fades: beside the sharp tokens stands what it shows, enlarged.
     """
     height, width = picture.shape[:2]
     rgb = picture[..., :3].astype(np.float32)
     grey = np.repeat(cv2.cvtColor(picture[..., :3].copy(), cv2.COLOR_RGB2GRAY)[..., None], 3, -1).astype(np.float32)
     others = grey * (1 - dim) + 244 * dim
+    if kept.overview is not None:
+        others = cv2.resize(_blurred(kept, kept.overview), (width, height), interpolation=cv2.INTER_LINEAR)
     sharp = kept.mask
     if len(kept.averages):
         sharp[np.unravel_index(kept.averages, kept.grid)] = False
@@ -88,6 +92,12 @@ def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image
         drawn = np.ascontiguousarray(drawn.astype(np.uint8))
         cv2.drawContours(drawn, outline, -1, (226, 76, 60), max(1, round(max(height, width) / 512)))
     return Image.fromarray(drawn.astype(np.uint8))
+
+
+def _blurred(kept: Kept, overview: Overview) -> np.ndarray:
+    """What an overview shows of its reference, float32 (H, W, 3) in grey levels."""
+    picture = whole_cells(rgb_pixels(kept.picture, "residual"), kept.grid)
+    return enlarge(shrink_picture(picture, kept.grid, overview.factor), picture.shape[:2], overview.factor)
 
 
 def _mean_colours(rgb: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +127,8 @@ def draw_selection(selection: Selection, height: int = 384) -> Image.Image:
         scale = height / kept.picture.shape[0]
         size = (max(1, round(kept.picture.shape[1] * scale)), height)
         enlarged = cv2.resize(kept.picture, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
-        text = f"{len(kept.index)} of {kept.scores.size} tokens, {kept.selector}"
+        overview = f", overview by {kept.overview.factor}" if kept.overview else ""
+        text = f"{kept.count} of {kept.scores.size} tokens{overview}, {kept.selector}"
         drawn.append(label(draw_kept(enlarged, kept), text))
     return side_by_side(drawn)
 

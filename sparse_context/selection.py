@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -21,9 +21,8 @@ from .config import TASKS, SparseContextConfig, task_defaults
 from .merge import merge_rest
 from .overview import Overview, count_for, psnr_of, residual
 from .plan import Plan, plan_selection
-from .selectors.cells import Grid, rgb_pixels
+from .selectors.cells import Grid, rgb_pixels, whole_cells
 from .selectors.registry import SelectorLike, name_of, prepare, resolve
-from .selectors.residual import whole_cells
 from .trained import Trained
 
 Pixels = np.ndarray | Sequence[np.ndarray] | None
@@ -243,13 +242,11 @@ def select_tokens(
     reached = [None if error is None else psnr_of(error, sharp) for error, sharp in zip(errors, index, strict=True)]
     kept = tuple(map(Kept, plan.grids, index, scores, plan.labels, pictures, into, plan.tasks, overviews, reached))
     task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(plan.tasks))
+    least = trained.keep[0] if trained is not None and trained.keep else 0.0
+    if sum(each.count for each in kept) < math.floor(least * sum(part.size for part in scores)):
+        plan.notes.append(f"the weights were trained with {100 * least:g} % of the tokens and more")
     seconds = time.perf_counter() - start - reading
-    selection = Selection(kept, task, tuple(plan.coverages), seconds, tuple(plan.notes))
-    least = 0 if trained is None or trained.keep is None else trained.keep[0]
-    if selection.kept < math.floor(least * selection.total):
-        rare = f"the weights were trained with {100 * least:g} % of the tokens and more"
-        selection = replace(selection, notes=(*plan.notes, rare))
-    return selection
+    return Selection(kept, task, tuple(plan.coverages), seconds, tuple(plan.notes))
 
 
 def _enough(

@@ -75,8 +75,8 @@ class ReferenceTokens:
         return ReferenceTokens(latents, ids)
 
     def join(self, others: ReferenceTokens) -> ReferenceTokens:
-        """These tokens and then `others`, such as those of overviews. Position ids become float32 if either's are any
-        floats and not of one type, so that fractions stay exact."""
+        """These tokens and then `others`, such as those of overviews. Where their position ids are of two types, they
+        are of the wider one: whole numbers and float32 are float32, so that fractions stay."""
         return ReferenceTokens(
             torch.cat([self.latents, others.latents], dim=1),
             torch.cat([self.ids, others.ids], dim=-2),

@@ -50,6 +50,25 @@ def test_a_hit_equals_the_uncached_path(name, keep):
     assert cache.hits == pictures + (0 if keep == 1.0 else 3)
 
 
+@pytest.mark.parametrize("name", cases(*NAMES))
+def test_overviews_are_remembered_like_the_pictures_that_they_are_of(name):
+    case = CASES[name]
+    plain, cached, cache = case.build(), case.build(), ReferenceCache()
+    for pipe, remembers in ((plain, None), (cached, cache)):
+        apply_sparse_context(pipe, keep=0.3, overview=4, selector="residual", cache=remembers)
+    expected = case.call(plain, case.references())
+    encoded = encodings(cached)
+    assert torch.equal(case.call(cached, case.references()), expected)
+    assert cache.hits == 0
+    assert (1, 3, 16, 16) in encoded or (1, 3, 16, 24) in encoded  # 64 or 96 pixels, by 4
+    first = len(encoded)
+    assert torch.equal(case.call(cached, case.references()), expected)
+    assert len(encoded) == first
+    apply_sparse_context(cached, keep=0.3, overview=2, selector="residual", cache=cache)
+    case.call(cached, case.references())
+    assert 0 < len(encoded) - first < first  # of another size
+
+
 def test_other_families_have_their_scores_remembered():
     case = CASES["kontext"]
     plain, cached, cache = case.build(), case.build(), ReferenceCache()

@@ -102,6 +102,11 @@ def test_the_grid_is_all_tokens_once_and_every_keep_with_every_selector():
     more = grid([0.2], ["edges"], tasks=["auto", "edit"], coverages=[None, 0.1], share="joint")
     assert list(more) == [DENSE, "edges-0.2", "edges-0.2-coverage=0.1", "edges-0.2-edit", "edges-0.2-edit-coverage=0.1"]
     assert list(grid([0.2], merges=[0.0, 0.5])) == [DENSE, "auto-0.2", "auto-0.2-merge=0.5"]
+    assert list(grid([0.2], overviews=["trained", None, 4, "auto"])) == [
+        DENSE,
+        *("auto-0.2", "auto-0.2-overview=none", "auto-0.2-overview=4", "auto-0.2-overview=auto"),
+    ]
+    assert grid([0.2], overviews=[4])["auto-0.2-overview=4"].config.overview == 4
     last = SparseContextConfig(keep=0.2, selector="edges", task="edit", coverage=0.1, share="joint")
     assert more["edges-0.2-edit-coverage=0.1"] == Cell(last)
     with pytest.raises(ValueError, match="keep"):
@@ -544,6 +549,8 @@ def test_a_line_is_a_selector_and_what_else_differs():
     }
     spread = {n: c.to_dict() for n, c in grid([0.5], ["edges"], coverages=[0.3]).items()}
     assert list(lines_of(cells | spread)) == ["edges", "auto", "edges, coverage 0.3"]
+    shown = {n: c.to_dict() for n, c in grid([0.5], ["edges"], overviews=[4]).items()}
+    assert list(lines_of(cells | shown)) == ["edges, overview trained", "auto, overview trained", "edges, overview 4"]
 
 
 def test_curves_and_sheets_are_drawn(finished, samples):

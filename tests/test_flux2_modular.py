@@ -54,6 +54,9 @@ def test_the_pipeline_takes_keep(cls, references):
         {"keep": 0.3},
         {"keep": [4, 5, 6], "selector": "edges", "coverage": 0.2},
         {"task": "edit", "merge": 0.5},
+        {"keep": 0.3, "overview": 4},
+        {"keep": [0.3, 0.2, 0.1], "overview": ["auto", None, 4], "overview_layout": "spread"},
+        {"overview": None},
     ):
         apply_sparse_context(applied, **settings)
         expected = call_flux2_modular(applied, references)

@@ -245,6 +245,7 @@ from sparse_context import SparseContextConfig, select_tokens
 image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
 for selector in ("edges", "contrast", "uniform"):
     print(select_tokens([image], [(8, 8)], SparseContextConfig(keep=0.25, selector=selector)).kept)
+print(len(select_tokens([image], [(8, 8)], SparseContextConfig(keep=0.25, overview=4)).index))
 try:
     select_tokens([image], [(8, 8)], SparseContextConfig(keep=0.25))
 except ImportError as error:
@@ -252,7 +253,7 @@ except ImportError as error:
 """
     done = run_without({"torch", *SECOND_LAYER}, code)
     assert done.stderr == ""
-    assert done.stdout.splitlines() == ["16", "16", "16", "torch is not installed: pip install torch."]
+    assert done.stdout.splitlines() == ["16", "16", "16", "12", "torch is not installed: pip install torch."]
 
 
 NEEDED = "diffusers is not installed: pip install 'sparse-context[diffusers]'."

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +17,7 @@ from sparse_context.preview import (
     select_pictures,
     side_by_side,
 )
-from sparse_context.selection import Kept, Selection
+from sparse_context.selection import Kept, Selection, select_tokens
 from sparse_context.selectors.masks import mask
 
 RED, WHITE, FRAME = (255, 0, 0), (255, 255, 255), (226, 76, 60)
@@ -159,6 +160,23 @@ def test_all_kept_is_the_picture_itself_and_none_kept_has_no_frame():
     assert np.ptp(np.asarray(draw_kept(nothing.picture, nothing))) == 0
 
 
+def test_beside_an_overview_tokens_that_are_not_sharp_are_blurred():
+    pixels = np.asarray(picture(96, 64))
+    config = SparseContextConfig(keep=0.3, overview=4, selector="residual")
+    (shown,) = select_tokens([pixels], [(8, 12)], config).references
+    drawn = np.asarray(draw_kept(pixels, shown)).astype(int)
+    small = pixels.reshape(16, 4, 24, 4, 3).mean((1, 3)).astype(np.float32)
+    blurred = cv2.resize(small, (96, 64), interpolation=cv2.INTER_CUBIC).clip(0, 255)
+    sharp = np.kron(shown.mask, np.ones((8, 8), bool))
+    framed = (drawn == FRAME).all(-1)
+    assert np.array_equal(drawn[sharp & ~framed], pixels[sharp & ~framed])
+    assert np.abs(drawn - blurred)[~sharp].max() <= 1 and not framed[~sharp].any()
+    (nothing,) = select_tokens([pixels], [(8, 12)], replace(config, keep=6)).references
+    assert np.abs(np.asarray(draw_kept(pixels, nothing)) - blurred).max() <= 1
+    large = np.asarray(draw_kept(np.kron(pixels, np.ones((2, 2, 1), np.uint8)), nothing))
+    assert large.shape == (128, 192, 3) and np.abs(large[::2, ::2] - blurred).max() < 40
+
+
 def test_dim_says_how_far_a_dropped_token_fades():
     reference = kept([])
     assert (np.asarray(draw_kept(reference.picture, reference, dim=1.0)) == 244).all()
@@ -178,6 +196,14 @@ def test_a_selection_is_drawn_with_all_its_references():
     assert (sheet[12, 12] == (10, 90, 200)).all()  # token 0 of the first, enlarged three times
     assert (sheet[36, 144 + 8 + 36] == (10, 90, 200)).all()  # token 5 of the second
     assert np.ptp(sheet[12, 144 + 8 + 12]) == 0
+
+
+def test_the_label_counts_both_parts():
+    config = SparseContextConfig(keep=0.3, overview=4)
+    (shown,) = select_tokens([np.asarray(picture(384, 256))], [(8, 12)], config).references
+    sheet = draw_selection(Selection((shown,), "auto", (0.0,), 0.0), height=256)
+    expected = label(draw_kept(shown.picture, shown), "29 of 96 tokens, overview by 4, residual")
+    assert np.array_equal(sheet, expected)
 
 
 def test_a_reference_without_pixels_cannot_be_drawn():

@@ -100,3 +100,21 @@ def test_a_wrong_index_is_refused(tokens, index, message):
 def test_latents_and_ids_that_do_not_match_are_refused(latents, ids):
     with pytest.raises(ValueError, match="do not belong together"):
         ReferenceTokens(torch.zeros(latents), torch.zeros(ids))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        (torch.int64, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.int64, torch.int64, torch.int64),
+    ],
+)
+@pytest.mark.parametrize("shape", [(3,), (2, 3)])
+def test_joining_puts_others_behind_and_keeps_fractions(one, other, both, shape):
+    first = ReferenceTokens(torch.zeros(2, 3, 4), torch.full((*shape, 4), 7).to(one))
+    second = ReferenceTokens(torch.ones(2, 3, 4), torch.full((*shape, 4), 128.5).to(other))
+    joined = first.join(second)
+    assert len(joined) == 6 and joined.ids.dtype == both
+    assert torch.equal(joined.latents, torch.cat([first.latents, second.latents], 1))
+    assert joined.ids[..., 0].flatten()[-1] == second.ids.max() and joined.ids[..., 0].flatten()[0] == 7

@@ -14,9 +14,8 @@ from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.trained import FILE, KEY, Trained, note_trained, read_folder, read_record, trained_for, write_record
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Already found a `peft_config`:UserWarning"
-)  # several adapters on purpose
+# Several adapters in one model are the purpose
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 
 BY_4 = Trained((4,), "spread", False, (0.05, 0.5))
 

@@ -638,7 +638,9 @@ def qwen_overview_ids(whole: list, grids: list, factor: int, layout: str) -> tor
             column = torch.minimum(column * factor + (factor - 1) // 2, torch.tensor(columns - 1))
         else:
             rows, columns = len(row), len(column)
-        places = torch.cartesian_prod(torch.tensor([frame]), row - (rows - rows // 2), column - (columns - columns // 2))
+        places = torch.cartesian_prod(
+            torch.tensor([frame]), row - (rows - rows // 2), column - (columns - columns // 2)
+        )
         ids.append(torch.cat([qwen_rows(places[:, axis], dim) for axis, dim in enumerate((4, 4, 8))], dim=1))
     return torch.cat(ids)
 

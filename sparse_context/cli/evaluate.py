@@ -34,6 +34,11 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Task as in generate. Repeat it to compare several.", show_default="auto"),
     ] = None,
+    overview: Annotated[
+        list[str] | None,
+        typer.Option(help="Overview as in generate. Repeat it to compare several.", show_default="trained"),
+    ] = None,
+    overview_layout: options.OverviewLayout = None,
     coverage: Annotated[
         list[float] | None,
         typer.Option(help="Coverage as in generate. Repeat it to compare several.", show_default="by task"),
@@ -91,6 +96,8 @@ def evaluate(
         tasks=task or ["auto"],
         coverages=coverage or [None],
         merges=merge or [0.0],
+        overviews=[options.read_overview(text) for text in overview or ["trained"]],
+        overview_layout=overview_layout,
         share=share,
         floor=floor,
     )

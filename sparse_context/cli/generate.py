@@ -20,6 +20,8 @@ def generate(
     selector: options.Selector = None,
     task: options.Task = "auto",
     mask: options.Mask = None,
+    overview: options.Overview = None,
+    overview_layout: options.OverviewLayout = None,
     coverage: options.Coverage = None,
     merge: options.Merge = 0.0,
     share: options.Share = "equal",
@@ -59,7 +61,17 @@ def generate(
     if inpaint is not None and not references:
         raise ValueError("--inpaint says where to paint in the first reference, but there is none: pass --image.")
     config = options.selection_config(
-        keep, selector, mask, references, task=task, coverage=coverage, merge=merge, share=share, floor=floor
+        keep,
+        selector,
+        mask,
+        references,
+        overview,
+        overview_layout=overview_layout,
+        task=task,
+        coverage=coverage,
+        merge=merge,
+        share=share,
+        floor=floor,
     )
 
     options.hide_loading_bars()

@@ -23,13 +23,28 @@ Keep = Annotated[
 Selector = Annotated[
     list[str] | None,
     typer.Option(
-        help="auto, a name (random, uniform, edges, detail, saliency, subject, contrast, mask) or a blend "
+        help="auto, a name (random, uniform, edges, detail, saliency, subject, contrast, residual, mask) or a blend "
         "(saliency=0.7,edges=0.3). Repeat it to give one per reference.",
         show_default="auto",
     ),
 ]
 Task = Annotated[
     str, typer.Option(help="edit, global, subject or auto. Sets the selector and coverage that you leave out.")
+]
+Overview = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Small copy of each reference beside the kept tokens, counted with them: the factor it is smaller by (4), "
+        "auto, trained (what the weights were trained for) or none. Repeat it to give one per reference.",
+        show_default="trained",
+    ),
+]
+OverviewLayout = Annotated[
+    str | None,
+    typer.Option(
+        help="Where an overview lies: spread over its reference, or as one more reference.",
+        show_default="as trained, else reference",
+    ),
 ]
 Mask = Annotated[
     list[Path] | None,
@@ -87,6 +102,7 @@ def selection_config(
     selector: Sequence[str] | None,
     mask: Sequence[Path] | None,
     references: Sequence["Image.Image"],
+    overview: Sequence[str] | None = None,
     **settings: Any,
 ) -> "SparseContextConfig":
     """What to keep of these references. settings: other fields of the config, such as task.
@@ -97,13 +113,14 @@ def selection_config(
     from ..images import open_mask
     from ..selectors.masks import mask as masks_of
 
-    for option, values in (("--keep", keep), ("--selector", selector)):
+    for option, values in (("--keep", keep), ("--selector", selector), ("--overview", overview)):
         if values and len(values) not in (1, len(references)):
             raise ValueError(
                 f"{option} has {len(values)} values for {len(references)} references: give one, or as many."
             )
     keeps = [read_keep(text) for text in keep or ["0.2"]]
     selectors = [read_selector(text) for text in selector or ["auto"]]
+    overviews = [read_overview(text) for text in overview or ["trained"]]
     if mask:
         if len(mask) != len(references):
             raise ValueError(f"There are {len(mask)} masks for {len(references)} references: pass one --mask for each.")
@@ -113,6 +130,7 @@ def selection_config(
     return SparseContextConfig(
         keep=keeps[0] if len(keeps) == 1 else keeps,
         selector=selectors[0] if len(selectors) == 1 else selectors,
+        overview=overviews[0] if len(overviews) == 1 else overviews,
         **settings,
     )
 
@@ -136,6 +154,16 @@ def read_keep(text: str) -> float | int | str:
     if text == "auto":
         return text
     raise ValueError(f"keep is {text!r}: pass a ratio such as 0.2, a count such as 400, or auto.")
+
+
+def read_overview(text: str) -> int | str | None:
+    """A factor, "auto", "trained", or None for "none". Raises ValueError for other texts."""
+    if text in ("auto", "trained", "none"):
+        return None if text == "none" else text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"overview is {text!r}: pass a factor such as 4, auto, trained or none.") from None
 
 
 def read_selector(text: str) -> Any:

@@ -15,6 +15,8 @@ def select(
     selector: options.Selector = None,
     task: options.Task = "auto",
     mask: options.Mask = None,
+    overview: options.Overview = None,
+    overview_layout: options.OverviewLayout = None,
     coverage: options.Coverage = None,
     merge: options.Merge = 0.0,
     share: options.Share = "equal",
@@ -37,7 +39,17 @@ def select(
     options.check_outputs([output], [*images, *(mask or [])])
     references = [open_picture(path) for path in images]
     config = options.selection_config(
-        keep, selector, mask, references, task=task, coverage=coverage, merge=merge, share=share, floor=floor
+        keep,
+        selector,
+        mask,
+        references,
+        overview,
+        overview_layout=overview_layout,
+        task=task,
+        coverage=coverage,
+        merge=merge,
+        share=share,
+        floor=floor,
     )
     selection = select_pictures(references, config, token)
     save_picture(draw_selection(selection), output)

@@ -62,10 +62,13 @@ def grid(
     tasks: Sequence[str] = ("auto",),
     coverages: Sequence[float | None] = (None,),
     merges: Sequence[float] = (0.0,),
+    overviews: Sequence[int | str | None] = ("trained",),
     limits: Mapping[float | int | str, int] | None = None,
     **settings: Any,
 ) -> dict[str, Cell]:
-    """A cell for every keep, selector, task, coverage and merge, by name; all tokens are one cell, `DENSE`, the first.
+    """A cell for every keep, selector, task, coverage, merge and overview, by name.
+
+    All tokens are one cell, `DENSE`, the first.
 
     limits: how many samples at one keep. settings: other fields of `SparseContextConfig`, such as share.
     Raises ValueError for a value out of range, and for two settings of one name (two functions may have the same).
@@ -74,14 +77,16 @@ def grid(
     everything = next((keep for keep in keeps if _keeps_all(keep)), 1.0)
     cells = {DENSE: Cell(SparseContextConfig(keep=1.0), limits.get(everything))}
     sparse = [keep for keep in keeps if not _keeps_all(keep)]
-    for selector, task, coverage, merge, keep in product(selectors, tasks, coverages, merges, sparse):
+    ways = product(selectors, tasks, coverages, merges, overviews, sparse)
+    for selector, task, coverage, merge, overview, keep in ways:
         config = SparseContextConfig(
-            keep=keep, selector=selector, task=task, coverage=coverage, merge=merge, **settings
+            keep=keep, selector=selector, task=task, coverage=coverage, merge=merge, overview=overview, **settings
         )
         parts = [_label(config), keep]
         parts += [] if task == "auto" else [task]
         parts += [] if coverage is None else [f"coverage={coverage:g}"]
         parts += [f"merge={merge:g}"] if merge else []
+        parts += [] if overview == "trained" else [f"overview={overview}".lower()]
         name, cell = re.sub(r"[^\w.,=+-]+", "_", "-".join(map(str, parts))), Cell(config, limits.get(keep))
         if cells.setdefault(name, cell) != cell:
             raise ValueError(f"Two settings are named {name!r}: give each function a name of its own.")

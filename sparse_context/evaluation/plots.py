@@ -45,10 +45,10 @@ def check_installed(metrics: Mapping[str, Metric], source: str | None) -> None:
 def lines_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """The cells but the dense one, by what they share beside keep: {line: [cell, ...]}, most tokens first.
 
-    cells: `config["cells"]` of a result. A line goes by its selector, and by task, coverage and merge where
-    these differ and were set.
+    cells: `config["cells"]` of a result. A line goes by its selector, and by task, overview, coverage and merge
+    where these differ and were set.
     """
-    fields = ("selector", "task", "coverage", "merge", "share", "floor")
+    fields = ("selector", "task", "overview", "overview_layout", "coverage", "merge", "share", "floor")
     settings = {
         name: tuple(str(cell.get(f) or None if f == "merge" else cell.get(f)) for f in fields)
         for name, cell in cells.items()

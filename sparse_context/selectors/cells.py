@@ -37,6 +37,14 @@ def luma_pixels(image: np.ndarray | None, name: str) -> np.ndarray:
     return cv2.cvtColor(rgb_pixels(image, name), cv2.COLOR_RGB2GRAY)
 
 
+def whole_cells(image: np.ndarray, grid: Grid) -> np.ndarray:
+    """A picture whose sides are divisible by the grid's: itself, as from every host, or scaled up to be so."""
+    height, width = (-(-side // count) * count for side, count in zip(image.shape[:2], grid, strict=True))
+    if image.shape[:2] == (height, width):
+        return image
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
 def cell_means(values: np.ndarray, grid: Grid) -> np.ndarray:
     """Mean of `values` (H, W) over each cell of the grid, float32 (rows, columns). Cells may split pixels."""
     rows, columns = grid

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 
 from .. import overview
-from .cells import Grid, rgb_pixels, saturate
+from .cells import Grid, rgb_pixels, saturate, whole_cells
 
 FACTOR = 4  # of the overview that is meant where there is none
 
@@ -30,11 +29,3 @@ class Residual:
 
 
 residual = Residual()
-
-
-def whole_cells(image: np.ndarray, grid: Grid) -> np.ndarray:
-    """A picture whose sides are divisible by the grid's: itself, as from every host, or scaled up to be so."""
-    height, width = (-(-side // count) * count for side, count in zip(image.shape[:2], grid, strict=True))
-    if image.shape[:2] == (height, width):
-        return image
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)

@@ -17,6 +17,13 @@ from tiny import picture, tiny_transformer
 from cli.shared import coloured_cells, colourful, listing, odd_pictures, pixels
 from sparse_context.pipelines.embedded import ADAPTERS
 
+
+def overview_by(factor, layout):
+    """What a report says of the overview of a reference of 8 x 8 tokens."""
+    side = 8 // factor
+    return {"factor": factor, "layout": layout, "grid": [side, side], "kept": side * side, "psnr": None}
+
+
 OUTPUTS = ["out.png", "tokens.jpg", "both.webp"]
 
 
@@ -289,6 +296,10 @@ def test_each_reference_has_its_own_keep_and_selector(generate):
         "--coverage 0.5": {"coverage": [0.5, 0.5], "selector": ["subject"] * 2},
         "--task edit": {"coverage": [0.1, 0.1], "selector": ["0.5 edges + 0.5 saliency"] * 2},
         "--keep 0.5 --selector uniform --merge 0.25": {"kept": [32, 32], "averages": [9, 9]},
+        "--keep 0.5 --overview 2": {"kept": [32, 32], "overview": [overview_by(2, "reference")] * 2},
+        "--overview none --overview 4 --overview-layout spread": {"overview": [None, overview_by(4, "spread")]},
+        "--overview trained": {"overview": [None, None]},
+        "--task edit --overview auto": {"selector": ["residual"] * 2, "overview": [overview_by(4, "reference")] * 2},
         "--task subject --coverage 0": {"coverage": [0.0, 0.0], "selector": ["subject"] * 2},
         "--selector saliency=3,edges=1": {"coverage": [0.0, 0.0], "selector": ["0.75 saliency + 0.25 edges"] * 2},
     }.items(),
@@ -325,7 +336,7 @@ def test_a_mask_is_scaled_with_its_picture(generate):
     """wide.png has 96 x 64 pixels and the model is given 96 x 64; 2000 x 20 becomes 512 x 64, padded."""
     report = generate("--image", "{in}/wide.png", "--mask", "{in}/band.png", "--keep", "24")
     assert report["selection"]["references"] == [
-        {"grid": [8, 12], "kept": 24, "total": 96, "selector": "mask", "coverage": 0.0, "averages": 0}
+        {"grid": [8, 12], "kept": 24, "total": 96, "selector": "mask", "coverage": 0.0, "averages": 0, "overview": None}
     ]
     picture(2000, 20).save("wide.png")
     half = Image.new("L", (2000, 20))

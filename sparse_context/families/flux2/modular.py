@@ -33,6 +33,8 @@ from ..modular import attach_step, insert_behind
 from ..pictures import mask_of, to_uint8
 from .drop import place_overviews
 
+DIALS = ("keep", "selector", "task", "overview_layout", "coverage", "merge")  # of a step; None leaves each
+
 
 def attach(pipe: Any, call: Call) -> None:
     """Run a step that cuts the reference tokens behind the block that prepares them."""
@@ -60,8 +62,8 @@ def insert_sparse_context(blocks: Any) -> Any:
 class SparseContextStep(ModularPipelineBlocks):
     """A block for behind the one that makes `image_latent_ids`: keeps the reference tokens that matter, drops the rest.
 
-    A call then takes `keep`, `selector`, `task`, `coverage` and `merge` (see `SparseContextConfig`), and leaves what
-    was kept in the state as `selection`.
+    A call then takes `keep`, `selector`, `task`, `overview`, `overview_layout`, `coverage` and `merge` (see
+    `SparseContextConfig`), and leaves what was kept in the state as `selection`.
     """
 
     model_name = "flux2"
@@ -82,6 +84,12 @@ class SparseContextStep(ModularPipelineBlocks):
             InputParam(
                 "task", default=default.task, type_hint=str, description="'edit', 'global', 'subject' or 'auto'."
             ),
+            InputParam(
+                "overview",
+                default=default.overview,
+                description="A small copy: factor, 'auto', 'trained' or None.",
+            ),
+            InputParam("overview_layout", type_hint=str, description="'spread' or 'reference'; None: as trained."),
             InputParam("coverage", type_hint=float, description="Share of the kept tokens that is spread evenly."),
             InputParam(
                 "merge", default=default.merge, type_hint=float, description="Share of the kept that are averages."
@@ -101,8 +109,9 @@ class SparseContextStep(ModularPipelineBlocks):
         ]
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
-        arguments = {name: state.get(name) for name in ("keep", "selector", "task", "coverage", "merge")}
-        config = SparseContextConfig(**{name: value for name, value in arguments.items() if value is not None})
+        arguments = {name: state.get(name) for name in DIALS}
+        said = {name: value for name, value in arguments.items() if value is not None}
+        config = SparseContextConfig(**said, overview=state.get("overview"))
         call = Call(components, SparseContext(config, attach))
         if state.get("image_latent_ids") is not None:
             _keep_essentials(components, state, call)

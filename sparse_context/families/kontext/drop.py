@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from ...context import Call
 
 # Axis 0 is 0 for Kontext's output and 1 for its reference; in LongCat 1 and 2. An overview that is spread lies half a
-# place behind its reference for each doubling: any real number is possible there, for `PosEmbed` takes floats. Not so in
-# bfloat16, as which Kontext keeps its ids and which rounds a row of 128.5 to 128: so an overview's ids are float32, and
-# all that they are joined with become that.
+# place behind its reference for each doubling: any real number is possible there, for `PosEmbed` takes floats. But
+# Kontext keeps its ids in the model's type, and bfloat16 rounds a row of 128.5 to 128. So an overview's ids are
+# float32, and all that they are joined with become that.
 MARK = (0, 0.5)
 
 

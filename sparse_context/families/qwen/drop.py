@@ -119,7 +119,9 @@ def place_overviews(grids: Sequence[Grid], overviews: Mapping[int, Overview]) ->
         count = sum(each.tokens for each in overviews.values())
         return start + torch.arange(count), [(1, *each.grid) for each in overviews.values()]
     apart = max(APART, len(grids))
-    frames = {i + apart * round(math.log2(each.factor)): i for i, each in overviews.items()}  # from 0, that of the first
+    frames = {
+        i + apart * round(math.log2(each.factor)): i for i, each in overviews.items()
+    }  # from 0, that of the first
     shapes = [(1, *grids[frames[n]]) if n in frames else (1, 1, 1) for n in range(len(grids), max(frames) + 1)]
     starts = dict(enumerate(itertools.accumulate(map(_count, shapes), initial=start), start=len(grids)))
     places = {i: starts[frame] for frame, i in frames.items()}
