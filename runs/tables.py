@@ -32,6 +32,7 @@ RUNS = (
     "headline",
     "kv",
     "mini_curves",
+    "overview_lora",
     "peers",
     "saliency",
     "time_klein_training",
