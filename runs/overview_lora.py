@@ -36,6 +36,8 @@ CONFIG = TrainConfig(
     subsets=3,
     distillation=1.0,
     gradient_accumulation_steps=4,
+    gradient_checkpointing=True,
+    ema=0.99,
     max_train_steps=10_000,
     dropping=Dropping(keep_max=0.6, dense=0.06, mix={"random": 1.0}, overview_factors=(2, 4), overview_residual=0.0),
 )
