@@ -126,7 +126,7 @@ def held(lora: int) -> dict[str, int]:
             "vae": AutoencoderKLFlux2(),
         }
     weights = {name: 2 * sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    return weights | {"lora": (4 + 4 + 8 + 4) * lora}  # in float32: itself, its gradient, AdamW's two means, the average
+    return weights | {"lora": (4 + 4 + 8 + 4) * lora}  # float32: itself, its gradient, AdamW's two means, the average
 
 
 def activations() -> int:
