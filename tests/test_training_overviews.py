@@ -224,9 +224,18 @@ def test_the_subsets_of_a_batch_have_overviews_of_their_own_and_each_is_encoded_
     prepare(host, config)
     sizes, encode_pictures = [], host.encode_pictures
     host.encode_pictures = lambda pixels: (sizes.append(tuple(pixels.shape[-2:])), encode_pictures(pixels))[1]
+    counts, velocity = [], host.velocity
+    host.velocity = lambda noisy, sigma, text, references: (
+        counts.append(len(references)),
+        velocity(noisy, sigma, text, references),
+    )[1]
     loss = FlowMatching(host, batches, config)
     values = [loss(number).item() for number in range(4)]
     assert len(set(values)) == 4
+    made = prepare_batch(host, batches(0), ["x", "x"])
+    seeds = [[0, 3, 0, 0], *([0, 3, 0, 0, subset] for subset in (1, 2, 3))]
+    sets = [draw_selection(WITH, made.pictures, made.grids(host.token), seed) for seed in seeds]
+    assert counts == [each.kept for each in sets] and all(each.overviews for each in sets)
     assert sizes[:3] == [(64, 64), (64, 64), (64, 96)]
     by_factor = {2: [(32, 32), (32, 48)], 4: [(16, 16), (16, 24)]}
     assert sorted(sizes[3:]) in [sorted(by_factor[2]), sorted(by_factor[4]), sorted(by_factor[2] + by_factor[4])]
@@ -295,18 +304,25 @@ def test_looks_are_the_attention_of_the_named_heads(kv):
     assert not host.transformer.single_transformer_blocks[0].attn.norm_q._forward_hooks
 
 
+def test_blocks_that_hide_their_heads_are_told():
+    with klein().watch_heads([(0, 0)]) as looks:
+        pass
+    with pytest.raises(ValueError, match="do not show where their heads look, as compiled ones do not"):
+        looks(64, 1)
+
+
 def test_an_output_token_is_to_look_at_its_sharp_token_or_at_the_overview_that_covers_it():
     grids = [(4, 4), (2, 4)]
     kept = TokenSet(np.array([1, 6, 17]), None, {0: Overview(2, "spread", (2, 2)), 1: Overview(4, "spread", (1, 1))})
     source = torch.tensor([[-1, 0, 1, 6, 7, 15, 16, 17, 23]])
     # Sharp tokens are 0 to 2, the first overview's 3 to 6, the second's 7
     assert wanted_tokens(source, grids, kept).tolist() == [[-1, 3, 0, 1, 4, 6, 7, 2, 7]]
-    plain = kept._replace(overviews={})
+    plain = replace(kept, overviews={})
     assert wanted_tokens(source, grids, plain).tolist() == [[-1, -1, 0, 1, -1, -1, -1, 2, -1]]
     into = np.full(24, -1)
     into[[0, 1, 6, 17]] = [1, 1, 6, 17]
-    assert wanted_tokens(source, grids, plain._replace(into=into)).tolist() == [[-1, 0, 0, 1, -1, -1, -1, 2, -1]]
-    by_4 = kept._replace(index=np.zeros(0, np.int64), overviews={0: Overview(4, "spread", (1, 1))})
+    assert wanted_tokens(source, grids, replace(plain, into=into)).tolist() == [[-1, 0, 0, 1, -1, -1, -1, 2, -1]]
+    by_4 = replace(kept, index=np.zeros(0, np.int64), overviews={0: Overview(4, "spread", (1, 1))})
     assert wanted_tokens(source, grids, by_4).tolist() == [[-1, 0, 0, 0, 0, 0, -1, -1, -1]]
 
 

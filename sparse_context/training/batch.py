@@ -125,12 +125,13 @@ class Encoded:
         return [(int(latents.shape[-2]), int(latents.shape[-1])) for latents in self.references]
 
 
-class TokenSet(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TokenSet:
     """What a set keeps of the references, as in `Selection`: the sharp tokens, what stands for which, overviews."""
 
     index: np.ndarray
     into: np.ndarray | None = None
-    overviews: Mapping[int, Overview] = {}
+    overviews: Mapping[int, Overview] = field(default_factory=dict)
 
     @classmethod
     def of(cls, selection: Selection) -> "TokenSet":

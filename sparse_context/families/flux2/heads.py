@@ -20,6 +20,11 @@ def watched_heads(transformer: Any, heads: Sequence[Head], references_first: boo
     parts: dict[tuple[int, str], Any] = {}  # of a block: queries and keys (B, tokens, heads, d), and rotary rows
 
     def looks(outputs: int, references: int) -> list[torch.Tensor]:
+        if len(parts) < 3 * len({block for block, _ in heads}):
+            raise ValueError(
+                "The transformer's blocks do not show where their heads look, as compiled ones do not: leave compiling "
+                "or teach out."
+            )
         found = []
         for block, head in heads:
             query, key = (_turned(parts[block, name], parts[block, "rotary"], head) for name in ("query", "key"))
