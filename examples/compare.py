@@ -21,5 +21,5 @@ for i, keep in enumerate(keeps):
     kept = last_selection(pipe).references[0]
     sheet.paste(draw_kept(kept.picture, kept).resize((192, 192)), (i * 192, 0))
     sheet.paste(image.resize((192, 192)), (i * 192, 192))
-    print(f"keep {keep}: {len(kept.index)} of {kept.scores.size} tokens")
+    print(f"keep {keep}: {kept.count} of {kept.scores.size} tokens")
 sheet.save(folder / "compare.png")

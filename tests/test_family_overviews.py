@@ -3,11 +3,15 @@
 A family joins by its `overview_ids` in tiny.py.
 """
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
+from diffusers import Flux2KleinAutoBlocks
+from diffusers.modular_pipelines.flux2.encoders import Flux2VaeEncoderStep
 from test_families import TOLERANCE, distance, embedded_tokens, masked, seen_by_transformer, state_of
-from tiny import CASES, QUICK, STEPS, WITH_OVERVIEWS, cases, dense_answer, picture
+from tiny import CASES, QUICK, STEPS, WITH_OVERVIEWS, build_flux2_modular, cases, dense_answer, picture
 
 from sparse_context import apply_sparse_context, last_selection, remove_sparse_context
 from sparse_context.preview import draw_selection
@@ -334,3 +338,18 @@ def test_latents_have_no_overview():
     see_overviews(pipe, selector="uniform", overview=[4, None])
     case.call(pipe, [picture(64, 64), latents])
     assert list(last_selection(pipe).overviews) == [0]
+
+
+def test_a_modular_pipeline_encodes_overviews_by_its_own_step():
+    class Brighter(Flux2VaeEncoderStep):
+        def _encode_vae_image(self, vae, image, generator):
+            seen.append(tuple(image.shape))
+            return super()._encode_vae_image(vae, image, generator) + 1
+
+    seen = []
+    blocks = deepcopy(Flux2KleinAutoBlocks())
+    blocks.sub_blocks["vae_encoder"].sub_blocks["img_conditioning"].sub_blocks["encode"] = Brighter()
+    pipe = build_flux2_modular(blocks)
+    see_overviews(pipe)
+    CASES["klein-modular"].call(pipe, [picture(64, 64)])
+    assert seen == [(1, 3, 64, 64), (1, 3, 16, 16)]

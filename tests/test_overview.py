@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_context.overview import enlarge, overview_grid, overview_ids, residual, shrink
+from sparse_context.overview import (
+    Overview,
+    coarser,
+    enlarge,
+    overview_grid,
+    overview_ids,
+    residual,
+    shrink,
+    shrink_picture,
+    spread_ids,
+)
 
 
 def grid_ids(rows, columns, step=1.0, first=(10.0, 0.0, 0.0)):
@@ -98,6 +108,29 @@ def test_a_residual_is_the_error_of_the_enlarged_overview():
     error = (picture - enlarge(small, (32, 48), 2)) ** 2
     expected = np.sqrt(error.reshape(4, 8, 6, 8, 3).mean((1, 3, 4)))
     assert np.allclose(residual(picture, (4, 6), 2), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("grid", "factor"), [((4, 6), 2), ((9, 5), 4), ((3, 1), 8), ((7, 10), 3), ((1, 1), 16)])
+def test_an_array_is_scaled_down_as_a_tensor_is(grid, factor):
+    """Where a last cell is cut, too: by reflection, or by its border where there is too little to reflect."""
+    picture = np.random.default_rng(0).integers(0, 256, (grid[0] * 8, grid[1] * 8, 3), dtype=np.uint8)
+    small = shrink(torch.from_numpy(picture).permute(2, 0, 1)[None], grid, factor)
+    assert np.allclose(shrink_picture(picture, grid, factor), small[0].permute(1, 2, 0).numpy(), atol=1e-3)
+
+
+def test_ids_of_several_overviews_stand_one_after_another():
+    whole = torch.cat([grid_ids(4, 6), grid_ids(8, 8, first=(20.0, 0.0, 0.0)), grid_ids(4, 4, first=(30.0, 0.0, 0.0))])
+    grids = [(4, 6), (8, 8), (4, 4)]
+    overviews = {0: Overview(2, "spread", (2, 3)), 2: Overview(4, "spread", (1, 1))}
+    ids = spread_ids(whole, grids, overviews, (0, 1.0))
+    assert torch.equal(ids[:6], overview_ids(whole[:24], (4, 6), 2, (0, 1.0)))
+    assert ids[6:].tolist() == [[32.0, 1.5, 1.5]]
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 7, 8, 15])
+def test_the_next_coarser_factor_is_a_power_of_two(factor):
+    assert coarser(factor) == next(power for power in (4, 8, 16) if power > factor)
+    assert coarser(16) is None
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])

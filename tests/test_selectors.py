@@ -6,12 +6,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sparse_context.overview import residual as error_of_overview
 from sparse_context.selectors.classical import edges
 from sparse_context.selectors.masks import Mask, mask
 from sparse_context.selectors.order import uniform_order
-from sparse_context.selectors.registry import SELECTORS, blend, resolve, user_mask
+from sparse_context.selectors.registry import SELECTORS, beside_overview, blend, name_of, resolve, user_mask
+from sparse_context.selectors.residual import Residual
 
-PIXEL_SELECTORS = ["edges", "detail", "saliency", "subject", "contrast"]
+PIXEL_SELECTORS = ["edges", "detail", "saliency", "subject", "contrast", "residual"]
 grids = st.tuples(st.integers(1, 24), st.integers(1, 24))
 
 
@@ -182,6 +184,37 @@ def test_detail_is_the_standard_deviation_of_luma():
     image[::2] = 164  # 32 grey levels either side of the mean
     expected = 1 - np.exp(-np.sqrt(32**2 - 0.25) / 32)
     assert SELECTORS["detail"](image, (2, 2), rng()) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_residual_is_the_error_of_the_overview_on_one_scale_for_all_pictures(factor):
+    for image in (noise(), cv2.GaussianBlur(noise(), (9, 9), 0), np.kron(noise(16, 16), np.ones((8, 8, 1), np.uint8))):
+        error = error_of_overview(image, (8, 8), factor)
+        expected = 1 - np.exp(-np.sqrt(np.maximum(error**2 - 0.25, 0)) / 16)
+        assert np.allclose(Residual(factor)(image, (8, 8), rng()), expected, atol=1e-5)
+
+
+def test_residual_of_no_overview_is_that_of_a_factor_of_4():
+    assert np.array_equal(SELECTORS["residual"](noise(), (8, 8), rng()), Residual(4)(noise(), (8, 8), rng()))
+
+
+def test_residual_passes_over_what_is_smooth_at_the_scale_of_a_token():
+    ramp = np.repeat(np.linspace(0, 255, 128).astype(np.uint8)[None, :, None], 128, 0).repeat(3, 2)
+    ramp[64:, 64:] = noise(64, 64)
+    scores = {name: SELECTORS[name](ramp, (8, 8), rng()) for name in ("residual", "detail")}
+    assert not scores["residual"][:3, 1:3].any() and scores["detail"][:3, 1:3].min() > 0.2  # away from the border
+    assert scores["residual"][5:, 5:].min() > 0.9
+
+
+def test_beside_an_overview_its_factor_reaches_every_residual_and_nothing_else():
+    picture = noise()
+    for selector in ("residual", Residual(8)):
+        assert beside_overview(selector, 2).factor == 2
+    mixed = beside_overview(blend({"edges": 0.5, "residual": 0.5}), 8)
+    expected = 0.5 * edges(picture, (8, 8), rng()) + 0.5 * Residual(8)(picture, (8, 8), rng())
+    assert np.allclose(mixed(picture, (8, 8), rng()), expected, atol=1e-6)
+    assert beside_overview("edges", 2) == "edges" and beside_overview(edges, 2) is edges
+    assert len({name_of(beside_overview("residual", factor)) for factor in (2, 4, 8)}) == 3  # for caches
 
 
 @pytest.mark.parametrize("name", ["saliency", "contrast"])

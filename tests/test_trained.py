@@ -3,15 +3,20 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import CASES, QUICK, build_flux2, cases
 
-from sparse_context import apply_sparse_context, last_selection
+from sparse_context import SparseContextConfig, apply_sparse_context, last_selection
+from sparse_context.context import Call, SparseContext
+from sparse_context.families.flux2.drop import attach
 from sparse_context.pipelines import embedded
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec
+from sparse_context.tokens import ReferenceTokens
 from sparse_context.trained import FILE, KEY, Trained, note_trained, read_folder, read_record, trained_for, write_record
 
 # Several adapters in one model are the purpose
@@ -177,16 +182,25 @@ def test_kv_weights_count_in_a_kv_pipeline_alone():
         assert [factor for factor, _ in overviews_of(pipe, CASES[name])] == factors
 
 
-def test_a_family_without_overviews_goes_without_and_refuses_one_that_is_named():
-    without = [name for name, case in CASES.items() if case.overview_ids is None]
-    if not without:
-        pytest.skip("all families take overviews")
-    case = CASES[without[0]]
-    pipe = case.build()
+def test_where_a_pipeline_takes_no_overviews_none_is_by_default_and_one_that_is_named_is_refused():
+    pipe = CASES["klein"].build()
     note_trained(pipe.transformer, BY_4)
-    assert overviews_of(pipe, case) == []
-    with pytest.raises(ValueError, match=f"overview is 4, but {type(pipe).__name__} takes none: leave it out"):
-        overviews_of(pipe, case, overview=4)
+    tokens = ReferenceTokens(torch.zeros(1, 64, 2), torch.zeros(64, 3))
+    for overview in ("trained", None):
+        call = Call(pipe, SparseContext(SparseContextConfig(keep=0.25, selector="uniform", overview=overview), attach))
+        assert len(call.keep(tokens, [(8, 8)], lambda i, mask: None)) == 16 and call.selection.overviews == {}
+    call = Call(pipe, SparseContext(SparseContextConfig(overview=4), attach))
+    with pytest.raises(ValueError, match="overview is 4, but Flux2KleinPipeline takes none: leave it out"):
+        call.keep(tokens, [(8, 8)], lambda i, mask: None)
+
+
+def test_another_number_of_tokens_than_an_overview_has_is_refused():
+    pipe = CASES["klein"].build()
+    tokens = ReferenceTokens(torch.zeros(1, 64, 2), torch.zeros(64, 3))
+    picture = np.zeros((64, 64, 3), np.uint8)
+    call = Call(pipe, SparseContext(SparseContextConfig(overview=4), attach))
+    with pytest.raises(ValueError, match="made 64 tokens of overviews that have 4.* pass overview=None, or restore"):
+        call.keep(tokens, [(8, 8)], lambda i, mask: picture, encode_overviews=lambda overviews: tokens)
 
 
 # Loading --------------------------------------------------------------------------------------------------------------

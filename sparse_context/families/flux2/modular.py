@@ -10,7 +10,7 @@ among its blocks, and then takes `keep` and what goes with it in every call:
     outputs = pipe(image=[cat, room], prompt="the cat in the room", keep=0.2, output=["images", "selection"])
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -119,6 +119,17 @@ class SparseContextStep(ModularPipelineBlocks):
         return components, state
 
 
+def _own_step(blocks: Any, cls: type) -> Any:
+    """The first step of a class among a pipeline's blocks, at any depth, or diffusers' own where there is none."""
+    return next((block for block in _all_blocks(blocks) if isinstance(block, cls)), None) or cls()
+
+
+def _all_blocks(blocks: Any) -> Iterator[Any]:
+    for block in blocks.sub_blocks.values():
+        yield block
+        yield from _all_blocks(block)
+
+
 def _has_step(blocks: Any) -> bool:
     return isinstance(blocks, SparseContextStep) or any(map(_has_step, blocks.sub_blocks.values()))
 
@@ -148,8 +159,8 @@ def _keep_essentials(components: Any, state: PipelineState, call: Call) -> None:
         for name in ("batch_size", "num_images_per_prompt", "generator"):
             small.set(name, state.get(name))
         small.set("condition_images", [shrink(pixels[i], grids[i], each.factor) for i, each in overviews.items()])
-        for step in (Flux2VaeEncoderStep(), Flux2PrepareImageLatentsStep()):
-            step(components, small)
+        for cls in (Flux2VaeEncoderStep, Flux2PrepareImageLatentsStep):
+            _own_step(components.blocks, cls)(components, small)
         made = ReferenceTokens(small.image_latents, small.image_latent_ids)
         return place_overviews(made, tokens.ids, grids, overviews)
 
