@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ...large import Large
 from ...overview import Overview, shrink, spread_ids
+from ...selection import Pixels
 from ...selectors.cells import Grid
 from ...tokens import ReferenceTokens
 from ..pictures import Pictures
@@ -44,7 +46,15 @@ def attach(pipe: Any, call: "Call") -> None:
             made = prepare(shrink(image, grids[0], overviews[0].factor))
             return place_overviews(made, tokens.ids, grids, overviews)
 
-        kept = call.keep(tokens, grids, picture, encode_overviews=encode_overviews)
+        def enlarge(i: int, shown: Pixels, max_pixels: int) -> Large | None:
+            def encode(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+                return torch.cat([prepare(part).latents for part in parts], dim=1)
+
+            return pictures.enlarge(image, shown, grids[0], max_pixels, encode)
+
+        # An inpainting source is blended back into what is made, and so has one size
+        large = None if hasattr(pipe, "prepare_mask_latents") else enlarge
+        kept = call.keep(tokens, grids, picture, encode_overviews=encode_overviews, enlarge=large)
         return kept.latents, kept.ids
 
     def keep_essentials(prepare_latents, *args, **kwargs):
