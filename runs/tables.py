@@ -33,6 +33,7 @@ RUNS = (
     "kv",
     "mini_curves",
     "overview",
+    "overview_lora",
     "peers",
     "saliency",
     "time_klein_training",

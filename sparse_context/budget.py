@@ -93,6 +93,7 @@ def choose_tokens(
     mass: float = 0.8,
     reserved: Sequence[int] | None = None,
     enough: Sequence[int | None] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """The tokens to keep of each reference: for each, a sorted int64 array of flat indices into its grid.
 
@@ -116,13 +117,16 @@ def choose_tokens(
     and the budget, its shares and its multiples count both. A floor is then one of chosen tokens, as far as the budget
     holds them beside what is spent.
 
+    `sizes` has the number of tokens of each reference that ratios are of, and which no budget goes beyond; None: as
+    many as it has scores. More scores are of a larger picture, whose tokens are chosen in place of the usual ones.
+
     Raises ValueError, in one sentence that names the value, also where more is spent than the budget holds.
     """
     _check_scores(scores)
     check_budget(keep, share, floor, coverage, multiple_of, mass, references=len(scores))
     if not len(scores):
         return []
-    sizes = np.array([part.size for part in scores])
+    sizes = np.array([part.size for part in scores] if sizes is None else sizes)
     spent = np.zeros_like(sizes) if reserved is None else np.array(reserved, np.int64)
     if keeps_all(keep, sizes) and not spent.any():
         return [np.arange(size) for size in sizes]
@@ -134,13 +138,14 @@ def choose_tokens(
     ]
     if _is_joint(keep, share):
         total = _count(cast("float", keep), size)
-        order = _floor_first(rank_tokens(scores, coverage), np.repeat(np.arange(len(sizes)), sizes), floor, spent)
+        reference = np.repeat(np.arange(len(scores)), [part.size for part in scores])
+        order = _floor_first(rank_tokens(scores, coverage), reference, floor, spent)
     else:
         budgets = own_budgets(keep, sizes, floor, auto)
         total = int(budgets.sum())
         alike = np.ones(len(sizes)) if is_count(keep) else budgets  # equal counts: one token each, turn by turn
         floors = np.minimum(floor, np.maximum(budgets - spent, 0)) if spent.any() else floor
-        order = _rank_by_progress(scores, alike, coverage, floors, spent)
+        order = _rank_by_progress(scores, alike, coverage, floors, spent, sizes)
 
     total = _round_to_multiple(total, multiple_of, size)
     if floor and total - spent.sum() < np.count_nonzero(spent == 0):
@@ -153,9 +158,10 @@ def choose_tokens(
             f"keep is {keep!r}, which makes {total} tokens, and overviews take {spent.sum()}: keep more, or take "
             "coarser overviews."
         )
-    kept = np.zeros(size, bool)
+    ends = np.cumsum([part.size for part in scores])
+    kept = np.zeros(ends[-1], bool)
     kept[order[: total - spent.sum()]] = True
-    return [np.flatnonzero(part) for part in np.split(kept, np.cumsum(sizes)[:-1])]
+    return [np.flatnonzero(part) for part in np.split(kept, ends[:-1])]
 
 
 class Pool(NamedTuple):
@@ -216,19 +222,20 @@ def _rank_by_progress(
     coverage: float | Sequence[float],
     floor: int | np.ndarray,
     spent: np.ndarray,
+    sizes: np.ndarray,
 ) -> np.ndarray:
     """The one order where each reference has a budget of its own: it is served as it gets on through its budget.
 
     Everyone within a budget stands before everyone beyond one, so a cut at the sum of the budgets gives each its own;
     a cut elsewhere gives or takes by Webster's method (the middle of each place, divided by the budget). What a
-    reference has spent of its budget stands before its tokens, and in the place of its last ones.
+    reference has spent of its budget stands before its tokens, and in the place of the last ones of its size.
     """
     coverages = np.broadcast_to(np.asarray(coverage, float), len(scores))
     turns = [_places(rank_tokens([part], spread)) for part, spread in zip(scores, coverages, strict=True)]
-    each = zip(turns, budgets, spent, strict=True)
+    each = zip(turns, budgets, spent, sizes, strict=True)
     progress = [
-        np.where(first + turn < len(turn), (first + turn + 0.5) / max(budget, 1e-9), np.inf)
-        for turn, budget, first in each
+        np.where(first + turn < size, (first + turn + 0.5) / max(budget, 1e-9), np.inf)
+        for turn, budget, first, size in each
     ]
     reference = np.repeat(np.arange(len(turns)), [len(turn) for turn in turns])
     return _floor_first(np.argsort(np.concatenate(progress), kind="stable"), reference, floor, spent)

@@ -68,6 +68,9 @@ class SparseContextConfig:
     - `overview_layout`: where the tokens of an overview lie, of `overview.LAYOUTS`: "spread" over their reference, for
       weights that were trained for it; or as one more "reference" after all others. None: what the weights were trained
       for, else the latter.
+    - `reference_max_pixels`: take sharp tokens from references of up to so many pixels, where the host scales them
+      down, at the same budget: of so many tokens as the host makes of its own size, which the overview shows. None: the
+      host's own size. Not without an overview.
     - `coverage`: the share of kept tokens, in [0, 1], that is spread evenly over the pictures. None: the task decides;
       but a selector that you name under the task "auto" is taken at its word, with no coverage.
     - `share`: "equal" (each reference keeps the same ratio) or "joint" (tokens of all references compete: for scores
@@ -89,6 +92,7 @@ class SparseContextConfig:
     overview: str | int | None | Sequence[str | int | None] = "trained"
 
     overview_layout: str | None = None
+    reference_max_pixels: int | None = None
     coverage: float | None = None
     share: str = "equal"
     floor: int = 1
@@ -135,6 +139,14 @@ class SparseContextConfig:
                 f"merge is {self.merge!r} and overview {self.overview!r}: leave one of the two out, for either "
                 "shows what is not kept."
             )
+        pixels = self.reference_max_pixels
+        if pixels is not None:
+            if isinstance(pixels, bool) or not isinstance(pixels, numbers.Integral) or pixels < 1:
+                raise ValueError(
+                    f"reference_max_pixels is {pixels!r}: pass a number of pixels such as 4194304, or None."
+                )
+            if all(choice is None for choice in spread_out(self.overview, 1)):
+                raise ValueError(needs_overview(pixels))
         if not isinstance(self.psnr, numbers.Real) or isinstance(self.psnr, bool) or not 0 < self.psnr < math.inf:
             raise ValueError(f"psnr is {self.psnr!r}: pass a number of dB above 0, such as 32.")
 
@@ -155,6 +167,14 @@ class SparseContextConfig:
             how == "global" and shown in none if ratio == "auto" else ratio == 1
             for ratio, how, shown in zip(keep, task, overview, strict=True)
         )
+
+
+def needs_overview(pixels: int) -> str:
+    """Why a config with `reference_max_pixels` cannot be."""
+    return (
+        f"reference_max_pixels is {pixels}, and only an overview shows what sharp tokens of a large picture leave out: "
+        "pass overview='auto' too, or leave it out."
+    )
 
 
 def _is_factor(choice: object) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 
 from .cache import ReferenceCache
 from .config import SparseContextConfig
+from .large import Large, large_tokens
 from .overview import Overview
 from .selection import Pixels, Selection, score_tokens, select_tokens
 from .selectors.cells import Grid
@@ -32,6 +33,10 @@ ATTRIBUTE = "_sparse_context"
 
 EncodeOverviews = Callable[[Mapping[int, Overview]], ReferenceTokens]
 """From overviews by the number of their reference to their tokens, one overview after another."""
+
+Enlarge = Callable[[int, Pixels, int], Large | None]
+"""From the number of a reference, what selectors see of it, and a number of pixels to it in at most so many; None where
+that is not larger."""
 
 
 @dataclass
@@ -103,14 +108,16 @@ class Call:
         picture: Callable[[int, np.ndarray | None], Pixels],
         shows_picture: Sequence[np.ndarray | None] | None = None,
         encode_overviews: EncodeOverviews | None = None,
+        enlarge: Enlarge | None = None,
     ) -> ReferenceTokens:
         """Choose among the reference tokens of the call, return what is kept of them, and remember the selection.
 
         `grids` is one (rows, columns) per reference; `picture(i, mask)` gives the pixels of reference i as selectors
         want them, with the user's mask (or None) carried through the pipeline's own resize and crop. `shows_picture`
         tells tokens from padding (`select_tokens`). `encode_overviews` makes the tokens of overviews, which follow the
-        kept ones of all references; None: the pipeline takes none. Raises ValueError where the grids hold another
-        number of tokens, and for overviews that cannot be.
+        kept ones of all references; None: the pipeline takes none. `enlarge` gives references in a larger size; None:
+        the pipeline takes them in its own alone. Raises ValueError where the grids hold another number of tokens, and
+        for overviews and larger sizes that cannot be.
         """
         start = time.perf_counter()
         total = sum(rows * columns for rows, columns in grids)
@@ -125,15 +132,28 @@ class Call:
             raise ValueError(
                 f"overview is {config.overview!r}, but {type(self.pipe).__name__} takes none: leave it out."
             )
+        if enlarge is None and config.reference_max_pixels is not None:
+            raise ValueError(
+                f"reference_max_pixels is {config.reference_max_pixels}, but {type(self.pipe).__name__} takes "
+                "references in its own size alone: leave it out."
+            )
         trained = trained_for(getattr(self.pipe, "transformer", None), self.context.kv)
         if encode_overviews is None and trained is not None:
             trained = replace(trained, factors=())
         pictures = [picture(i, user_mask(config.selector, i)) for i in range(len(grids))]
         preparing = time.perf_counter() - start  # which is a part of what choosing costs
         score = score_tokens if cache is None else cache.score
-        selection = select_tokens(pictures, grids, config, shows_picture, score, trained)
+        larger: dict[int, Large] = {}
+
+        def large(i: int) -> Large | None:
+            found = enlarge and enlarge(i, pictures[i], config.reference_max_pixels)
+            if found is not None:
+                larger[i] = found
+            return found
+
+        selection = select_tokens(pictures, grids, config, shows_picture, score, trained, large)
         self.select(replace(selection, seconds=preparing + selection.seconds))
-        kept = tokens.keep(selection.index, selection.into)
+        kept = _keep_sharp(tokens, grids, selection, larger)
         if encode_overviews is None or not selection.overviews:
             return kept
         coarse = encode_overviews(selection.overviews)
@@ -170,6 +190,23 @@ class Call:
             _running[id(self.pipe)] -= 1
             if context_of(self.pipe) is None:
                 _restore_class(self.pipe)
+
+
+def _keep_sharp(
+    tokens: ReferenceTokens, grids: Sequence[Grid], selection: Selection, larger: Mapping[int, Large]
+) -> ReferenceTokens:
+    """The sharp tokens of a selection: those of all references in their usual size, then those of larger pictures."""
+    if not larger:
+        return tokens.keep(selection.index, selection.into)
+    ends = np.cumsum([rows * columns for rows, columns in grids])
+    starts = [0, *ends[:-1]]
+    usual = [kept.index + starts[i] for i, kept in enumerate(selection.references) if i not in larger]
+    kept = tokens.keep(np.concatenate([np.zeros(0, np.int64), *usual]))
+    for i, large in larger.items():
+        index = selection.references[i].index
+        if len(index):
+            kept = kept.join(large_tokens(large, index, tokens.ids[..., starts[i] : ends[i], :], grids[i]))
+    return kept
 
 
 # The calls that are open where the code runs, in this thread or task, each inside the one before

@@ -44,6 +44,11 @@ class Overview:
         """How many it takes of the budget."""
         return self.grid[0] * self.grid[1]
 
+    def cells(self, usual: tuple[int, int], grid: tuple[int, int]) -> int:
+        """How many cells a side of `grid` one of its tokens covers, about: its factor, where that is the `usual` one,
+        and more where it is that of a larger picture."""
+        return round(self.factor * math.sqrt(grid[0] * grid[1] / (usual[0] * usual[1])))
+
 
 def overview_grid(grid: tuple[int, int], factor: int) -> tuple[int, int]:
     """Rows and columns of the overview of a reference with `grid` tokens: a last cell that is cut counts whole."""
@@ -173,21 +178,29 @@ def overview_ids(
     """
     import torch
 
-    rows, columns = grid
-    ids = ids.float().unflatten(-2, grid)
-    first = ids[..., 0, 0, :]
-    below = ids[..., 1, 0, :] - first if rows > 1 else torch.zeros_like(first)
-    right = ids[..., 0, 1, :] - first if columns > 1 else torch.zeros_like(first)
-    row, column = (
-        (torch.arange(n, device=ids.device) * factor + (factor - 1) / 2).unsqueeze(-1)
-        for n in overview_grid(grid, factor)
-    )
-    rows_apart, columns_apart = row * below.unsqueeze(-2), column * right.unsqueeze(-2)
-    spread = first[..., None, None, :] + rows_apart.unsqueeze(-2) + columns_apart.unsqueeze(-3)
+    row, column = (torch.arange(n, device=ids.device) * factor + (factor - 1) / 2 for n in overview_grid(grid, factor))
+    spread = ids_at(ids, grid, row, column)
     if mark is not None:
         axis, unit = mark
         spread[..., axis] += unit * math.log2(factor)
-    return spread.flatten(-3, -2)
+    return spread
+
+
+def ids_at(ids: torch.Tensor, grid: tuple[int, int], row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """Position ids of the places at each of `row` (R,) and each of `column` (C,), float32 (..., R * C, A), row by row.
+
+    ids: (..., rows * columns, A) of a whole reference, evenly spaced. The places are counted in its cells, from 0, and
+    may lie anywhere between and beyond them.
+    """
+    import torch
+
+    ids = ids.float().unflatten(-2, grid)
+    first = ids[..., 0, 0, :]
+    below = ids[..., 1, 0, :] - first if grid[0] > 1 else torch.zeros_like(first)
+    right = ids[..., 0, 1, :] - first if grid[1] > 1 else torch.zeros_like(first)
+    rows_apart, columns_apart = row[:, None] * below.unsqueeze(-2), column[:, None] * right.unsqueeze(-2)
+    places = first[..., None, None, :] + rows_apart.unsqueeze(-2) + columns_apart.unsqueeze(-3)
+    return places.flatten(-3, -2)
 
 
 def spread_ids(

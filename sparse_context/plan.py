@@ -7,11 +7,11 @@ what the loaded weights were trained for; else what the task says.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from .budget import Pool, check_budget, is_count, is_per_reference, keeps_all, pools
-from .config import SparseContextConfig, check_length, per_reference, task_defaults
+from .config import SparseContextConfig, check_length, needs_overview, per_reference, task_defaults
 from .overview import COARSEST, Overview, coarser, factor_for, overview_grid
 from .selectors.cells import Grid
 from .selectors.registry import (
@@ -32,12 +32,14 @@ UNTRAINED = Trained()
 class Plan:
     """One value for each reference.
 
-    grids: (rows, columns). tasks: by name. keep: as `choose_tokens` takes it. selectors: None where every token is
+    grids: (rows, columns) of the tokens to choose from. usual: as the host has it, where `grids` is that of a larger
+    picture (`enlarge_plan`). tasks: by name. keep: as `choose_tokens` takes it. selectors: None where every token is
     kept, so that nothing has to be scored. labels: of the selectors. coverages: shares of evenly spread tokens.
     overviews: None where there is none. notes: what the report says of overviews that the user did not ask for so.
     """
 
     grids: list[Grid]
+    usual: list[Grid]
     tasks: list[str]
     keep: float | str | Sequence[float | str]
     selectors: list[SelectorLike | None]
@@ -45,6 +47,11 @@ class Plan:
     coverages: list[float]
     overviews: list[Overview | None]
     notes: list[str]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many tokens each reference has as its host makes it: what a ratio is of."""
+        return [rows * columns for rows, columns in self.usual]
 
 
 def plan_selection(
@@ -90,7 +97,28 @@ def plan_selection(
         selectors.append(None if whole else selector)
         labels.append("all" if whole else resolve(selector)[0])
         coverages.append(coverage if config.coverage is None else float(config.coverage))
-    return Plan(grids, tasks, keep, selectors, labels, coverages, overviews, notes)
+    return Plan(grids, grids, tasks, keep, selectors, labels, coverages, overviews, notes)
+
+
+def enlarge_plan(plan: Plan, grids: Mapping[int, Grid | None], pixels: int) -> Plan:
+    """`plan` where the references in `grids`, by number, have these larger ones, or None where they have none.
+
+    pixels: the config's `reference_max_pixels`. Raises ValueError where no reference has the overview that it needs.
+    """
+    if not any(plan.overviews) and not keeps_all(plan.keep, plan.sizes):
+        raise ValueError(needs_overview(pixels))
+    larger, selectors, notes = list(plan.grids), list(plan.selectors), list(plan.notes)
+    for i, overview in enumerate(plan.overviews):
+        grid = grids.get(i)
+        if overview is not None and grid is not None:
+            larger[i] = grid
+            selector = selectors[i]
+            if selector is not None:
+                selectors[i] = beside_overview(selector, overview.cells(plan.usual[i], grid))
+        else:
+            why = "it is not larger" if overview is not None else "it has no overview"
+            notes.append(f"reference {i + 1} has its usual size, because {why}")
+    return replace(plan, grids=larger, selectors=selectors, notes=notes)
 
 
 def _check_masks(selectors: SelectorsLike, count: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .config import SparseContextConfig
-from .overview import Overview, enlarge, shrink_picture
+from .overview import enlarge, shrink_picture
 from .selection import Kept, Selection, select_tokens
 from .selectors.cells import rgb_pixels, whole_cells
 from .selectors.registry import SelectorsLike, user_mask
@@ -18,18 +18,21 @@ MAX_ASPECT = 8  # they refuse anything wider or taller
 MIN_SIDE = 64  # and anything smaller, in pixels
 
 
-def fit_reference(picture: Image.Image, side: float | None = None, narrow: bool = True) -> Image.Image:
+def fit_reference(
+    picture: Image.Image, side: float | None = None, narrow: bool = True, max_area: int = MAX_AREA
+) -> Image.Image:
     """A reference in a size that its pipeline takes as it is: RGB, RGBA, or L for a mask.
 
     What is longer than 8:1 is padded to that, centred, with white (a mask with 0). The result then has about `side`**2
-    pixels; without `side` it keeps its size, unless it is above one megapixel: that is scaled down as the FLUX.2
-    pipelines themselves do it. No side is below 64 pixels. Transparent parts are laid on white; their alpha stays, as a
-    mask. A pipeline that is not `narrow` takes every size, so where `side` is None too, the size is kept.
+    pixels; without `side` it keeps its size, unless it is above `max_area` pixels, one megapixel: that is scaled down
+    as the FLUX.2 pipelines themselves do it. No side is below 64 pixels. Transparent parts are laid on white; their
+    alpha stays, as a mask. A pipeline that is not `narrow` takes every size, so where `side` is None too, the size is
+    kept.
     """
     if picture.mode == "RGBA":  # its parts apart, because Pillow blackens what is transparent when it scales
         white = Image.new("RGBA", picture.size, "white")
-        fitted = fit_reference(Image.alpha_composite(white, picture).convert("RGB"), side, narrow)
-        fitted.putalpha(fit_reference(picture.getchannel("A"), side, narrow))
+        fitted = fit_reference(Image.alpha_composite(white, picture).convert("RGB"), side, narrow, max_area)
+        fitted.putalpha(fit_reference(picture.getchannel("A"), side, narrow, max_area))
         return fitted
     if side is None and not narrow:
         return picture
@@ -39,8 +42,8 @@ def fit_reference(picture: Image.Image, side: float | None = None, narrow: bool 
         padded = Image.new(picture.mode, size, 0 if picture.mode == "L" else "white")
         padded.paste(picture, ((size[0] - width) // 2, (size[1] - height) // 2))
         picture, (width, height) = padded, size
-    if side is None and width * height > MAX_AREA:
-        scale = math.sqrt(MAX_AREA / (width * height))
+    if side is None and width * height > max_area:
+        scale = math.sqrt(max_area / (width * height))
         wide, high = int(width * scale), int(height * scale)  # rounded as the pipelines do
     else:
         scale = max(1.0 if side is None else side / math.sqrt(width * height), MIN_SIDE / min(width, height))
@@ -76,8 +79,8 @@ def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image
     rgb = picture[..., :3].astype(np.float32)
     grey = np.repeat(cv2.cvtColor(picture[..., :3].copy(), cv2.COLOR_RGB2GRAY)[..., None], 3, -1).astype(np.float32)
     others = grey * (1 - dim) + 244 * dim
-    if kept.overview is not None:
-        others = cv2.resize(_blurred(kept, kept.overview), (width, height), interpolation=cv2.INTER_LINEAR)
+    if kept.cells is not None:
+        others = cv2.resize(_blurred(kept, kept.cells), (width, height), interpolation=cv2.INTER_LINEAR)
     sharp = kept.mask
     if len(kept.averages):
         sharp[np.unravel_index(kept.averages, kept.grid)] = False
@@ -94,10 +97,11 @@ def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image
     return Image.fromarray(drawn.astype(np.uint8))
 
 
-def _blurred(kept: Kept, overview: Overview) -> np.ndarray:
-    """What an overview shows of its reference, float32 (H, W, 3) in grey levels."""
+def _blurred(kept: Kept, cells: int) -> np.ndarray:
+    """What the overview of a reference shows of it, float32 (H, W, 3) in grey levels: a token for so many cells a
+    side."""
     picture = whole_cells(rgb_pixels(kept.picture, "residual"), kept.grid)
-    return enlarge(shrink_picture(picture, kept.grid, overview.factor), picture.shape[:2], overview.factor)
+    return enlarge(shrink_picture(picture, kept.grid, cells), picture.shape[:2], cells)
 
 
 def _mean_colours(rgb: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +132,7 @@ def draw_selection(selection: Selection, height: int = 384) -> Image.Image:
         size = (max(1, round(kept.picture.shape[1] * scale)), height)
         enlarged = cv2.resize(kept.picture, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
         overview = f", overview by {kept.overview.factor}" if kept.overview else ""
-        text = f"{kept.count} of {kept.scores.size} tokens{overview}, {kept.selector}"
+        text = f"{kept.count} of {kept.total} tokens{overview}, {kept.selector}"
         drawn.append(label(draw_kept(enlarged, kept), text))
     return side_by_side(drawn)
 

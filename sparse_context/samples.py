@@ -6,6 +6,7 @@ A manifest is a JSONL file with one object a line:
 
 - `references`: one or more pictures; `prompt`: text; `image`: the picture to be made (evaluation can do without).
 - `mask`: where the object is in `image`; `reference_masks`: where it is in each reference, null for none.
+- `aligned`: true where `image` keeps the layout of the first reference, as edits do (training may use it).
 - `task`: a group for reports, such as "edit" or "subject"; `name`: unique, letters that a file name can have.
 
 Paths are relative to the manifest, with slashes or, as Windows writes them, backslashes. Other keys are ignored, unless
@@ -30,7 +31,7 @@ from PIL import Image
 from .images import PictureError, open_mask, open_picture
 from .layers import explain_missing_packages
 
-FIELDS = ("references", "prompt", "image", "mask", "reference_masks", "task", "name")
+FIELDS = ("references", "prompt", "image", "mask", "reference_masks", "aligned", "task", "name")
 FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet")  # of the `datasets` library
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.jsonl)(?<!\.json)")  # but a manifest that is missing is none
 
@@ -70,6 +71,7 @@ class Sample:
     mask: Picture | None = None
     reference_masks: tuple[Picture | None, ...] = ()
     task: str | None = None
+    aligned: bool = False
 
     def open_references(self) -> list[Image.Image]:
         """The references in order, RGB or RGBA."""
@@ -369,6 +371,8 @@ def _make_sample(row: object, where: str, name: str, rules: RowRules) -> Sample 
     for field in ("image", "mask"):
         if value[field] is not None:
             problems += _bad_paths([value[field]], field, where, rules)
+    if not isinstance(value["aligned"], bool | None):
+        problems.append(f"{where}: {rules.column('aligned')!r} is {_short(value['aligned'])}: write true or false.")
     if problems:
         return problems
     return Sample(
@@ -379,6 +383,7 @@ def _make_sample(row: object, where: str, name: str, rules: RowRules) -> Sample 
         _as_picture(value["mask"], rules.folder),
         tuple(_as_picture(mask, rules.folder) for mask in masks),
         value["task"],
+        bool(value["aligned"]),
     )
 
 

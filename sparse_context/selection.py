@@ -9,10 +9,10 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -20,10 +20,13 @@ from .budget import choose_tokens, rank_tokens, spread_out
 from .config import TASKS, SparseContextConfig, task_defaults
 from .merge import merge_rest
 from .overview import Overview, count_for, psnr_of, residual
-from .plan import Plan, plan_selection
+from .plan import Plan, enlarge_plan, plan_selection
 from .selectors.cells import Grid, rgb_pixels, whole_cells
 from .selectors.registry import SelectorLike, name_of, prepare, resolve
 from .trained import Trained
+
+if TYPE_CHECKING:
+    from .large import Large
 
 Pixels = np.ndarray | Sequence[np.ndarray] | None
 """A reference as its VAE sees it: uint8 (H, W, 3), or (H, W, 4) with a mask or alpha channel last; one for each item of
@@ -41,7 +44,8 @@ class Kept:
     `scores` is float32 (rows, columns), all 1 where every token is kept and none was scored. `selector` is its label.
     `picture` is what the selector saw, uint8 (H, W, 3 or 4), or None where the host had only latents. `task` is the
     reference's own. `overview` is the small copy beside the sharp tokens, if any, and `psnr` the dB to which both show
-    the picture, where keep was "auto".
+    the picture, where keep was "auto". `usual` is the grid that the host has of it, where the sharp tokens are of a
+    larger picture.
     """
 
     grid: Grid
@@ -53,6 +57,17 @@ class Kept:
     task: str = "auto"
     overview: Overview | None = None
     psnr: float | None = None
+    usual: Grid | None = None
+
+    @property
+    def total(self) -> int:
+        """How many tokens the host makes of it."""
+        return math.prod(self.usual or self.grid)
+
+    @property
+    def cells(self) -> int | None:
+        """How many cells of `grid` a token of the overview covers a side."""
+        return self.overview and self.overview.cells(self.usual or self.grid, self.grid)
 
     @property
     def count(self) -> int:
@@ -97,7 +112,7 @@ class Selection:
     @property
     def index(self) -> np.ndarray:
         """The kept tokens of all references, sorted int64 indices into their tokens one after another: the sharp ones,
-        where there are overviews."""
+        where there are overviews, of larger pictures, where there are those."""
         starts = np.cumsum([0] + [kept.scores.size for kept in self.references])
         parts = [kept.index + start for kept, start in zip(self.references, starts, strict=False)]
         return np.concatenate([np.zeros(0, np.int64), *parts])
@@ -127,7 +142,7 @@ class Selection:
     @property
     def total(self) -> int:
         """How many tokens there were, of all references."""
-        return sum(kept.scores.size for kept in self.references)
+        return sum(kept.total for kept in self.references)
 
     def to_dict(self) -> dict[str, object]:
         """Counts, selectors and cost, for JSON. The arrays stay here."""
@@ -138,9 +153,10 @@ class Selection:
             "seconds": self.seconds,
             "references": [
                 {
-                    "grid": list(kept.grid),
+                    "grid": list(kept.usual or kept.grid),
+                    "large_grid": list(kept.grid) if kept.usual else None,
                     "kept": kept.count,
-                    "total": kept.scores.size,
+                    "total": kept.total,
                     "selector": kept.selector,
                     "coverage": coverage,
                     "averages": len(kept.averages),
@@ -154,15 +170,16 @@ class Selection:
         lines = []
         for i, (kept, coverage) in enumerate(zip(self.references, self.coverage, strict=True), start=1):
             spread = f", {coverage:.0%} of them spread evenly".replace("%", " %") if coverage else ""
-            how = f" by {kept.selector}{spread}" if kept.count < kept.scores.size or kept.overview else ""
+            how = f" by {kept.selector}{spread}" if kept.count < kept.total or kept.overview else ""
             how += f", {len(kept.averages)} of them averages of the rest" if len(kept.averages) else ""
             if kept.overview:
-                sharp = f", {len(kept.index)} sharp{how}" if len(kept.index) else ""
+                of = f" of {kept.scores.size} in a larger picture" if kept.usual else ""
+                sharp = f", {len(kept.index)} sharp{of}{how}" if len(kept.index) else ""
                 how = f": {kept.overview.tokens} of an overview by {kept.overview.factor}{sharp}"
                 how += "" if kept.psnr is None else f", together {kept.psnr:.1f} dB"
-            lines.append(f"reference {i}: {_tokens(kept.count, kept.scores.size)}{how}")
+            lines.append(f"reference {i}: {_tokens(kept.count, kept.total)}{how}")
         lines.append(f"total: {_tokens(self.kept, self.total)}, task {self.task}, in {1000 * self.seconds:.1f} ms")
-        if any(k.task == "global" and k.count < k.scores.size and not k.overview for k in self.references):
+        if any(k.task == "global" and k.count < k.total and not k.overview for k in self.references):
             lines.append("a global edit loses quality with every dropped token: keep all, or use keep='auto'")
         for i, kept in enumerate(self.references, start=1):
             if kept.selector == "mask" and not kept.scores.any():
@@ -206,6 +223,7 @@ def select_tokens(
     shows_picture: Sequence[np.ndarray | None] | None = None,
     score: Score = score_tokens,
     trained: Trained | None = None,
+    large: Callable[[int], Large | None] | None = None,
 ) -> Selection:
     """Score the references of a call and choose the tokens to keep.
 
@@ -216,13 +234,15 @@ def select_tokens(
     shows nothing but padding is scored below all others. Reference i draws its random numbers from the seed and i
     alone. Where all tokens are kept, nothing is scored. `score` stands for `score_tokens`, for a cache that remembers
     scores; several threads call it at once, unless a selector is a function of the user's own. `trained` is what the
-    weights that will see the tokens were trained for; None: for no overviews.
+    weights that will see the tokens were trained for; None: for no overviews. `large(i)` is reference i in the larger
+    size that the config asks for, or None where it has none; it is asked for those with an overview.
 
     Raises ValueError, in one sentence, for values that do not fit these references.
     """
     start = time.perf_counter()
     batches = _check_pictures(images, grids)
     plan = plan_selection(config, grids, [len(batch) > 0 for batch in batches], trained)
+    plan, batches = _enlarge(plan, batches, config.reference_max_pixels, large)
     reading = _prepare_selectors(plan.selectors)  # a net, once, which is not what choosing costs
     scores = score_references(plan, batches, config.seed, shows_picture, score)
     overviews, enough, errors = _enough(plan, batches, scores, config.psnr)
@@ -236,17 +256,37 @@ def select_tokens(
         mass=config.mass,
         reserved=[overview.tokens if overview else 0 for overview in overviews],
         enough=enough,
+        sizes=plan.sizes,
     )
     index, into = _merge(scores, index, config.merge, plan.coverages)
     pictures = [batch[0] if batch else None for batch in batches]
     reached = [None if error is None else psnr_of(error, sharp) for error, sharp in zip(errors, index, strict=True)]
-    kept = tuple(map(Kept, plan.grids, index, scores, plan.labels, pictures, into, plan.tasks, overviews, reached))
+    usual = [None if each == grid else each for each, grid in zip(plan.usual, plan.grids, strict=True)]
+    columns = index, scores, plan.labels, pictures, into, plan.tasks, overviews, reached, usual
+    kept = tuple(map(Kept, plan.grids, *columns))
     task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(plan.tasks))
     least = trained.keep[0] if trained is not None and trained.keep else 0.0
-    if sum(each.count for each in kept) < math.floor(least * sum(part.size for part in scores)):
+    if sum(each.count for each in kept) < math.floor(least * sum(plan.sizes)):
         plan.notes.append(f"the weights were trained with {100 * least:g} % of the tokens and more")
     seconds = time.perf_counter() - start - reading
     return Selection(kept, task, tuple(plan.coverages), seconds, tuple(plan.notes))
+
+
+def _enlarge(
+    plan: Plan,
+    batches: list[list[np.ndarray]],
+    pixels: int | None,
+    large: Callable[[int], Large | None] | None,
+) -> tuple[Plan, list[list[np.ndarray]]]:
+    """The plan and the pictures, with those of larger references in their place where `pixels` asks for them."""
+    if pixels is None:
+        return plan, batches
+    if large is None:
+        raise ValueError(f"reference_max_pixels is {pixels}, but there are no larger pictures here: leave it out.")
+    found = {i: large(i) for i, overview in enumerate(plan.overviews) if overview is not None}
+    plan = enlarge_plan(plan, {i: each and each.grid for i, each in found.items()}, pixels)
+    larger = [found.get(i) for i in range(len(batches))]
+    return plan, [batch if each is None else [*each.picture] for batch, each in zip(batches, larger, strict=True)]
 
 
 def _enough(
@@ -255,7 +295,8 @@ def _enough(
     """What "auto" comes to beside overviews: of each reference its overview, how many tokens are enough for `psnr` dB,
     and what the overview lacks of each picture (`count_for`); the latter two are None where "auto" has another meaning.
 
-    Where an overview and sharp tokens would be as many as all tokens, these are kept in their place.
+    Where an overview and sharp tokens would be as many as all tokens, these are kept in their place; but of a larger
+    picture so many are enough.
     """
     overviews, enough = list(plan.overviews), list[int | None]([None] * len(scores))
     errors = list[np.ndarray | None]([None] * len(scores))
@@ -263,13 +304,14 @@ def _enough(
         if overview is None or not isinstance(keep, str):
             continue
         pictures = [whole_cells(rgb_pixels(picture, "residual"), plan.grids[i]) for picture in batches[i]]
-        error = np.stack([residual(picture, plan.grids[i], overview.factor).ravel() ** 2 for picture in pictures])
+        cells = overview.cells(plan.usual[i], plan.grids[i])
+        error = np.stack([residual(picture, plan.grids[i], cells).ravel() ** 2 for picture in pictures])
         error[:, scores[i].ravel() < 0] = np.nan  # padding
         count = overview.tokens + count_for(error, rank_tokens([scores[i]], plan.coverages[i]), psnr)
-        if count < scores[i].size:
-            enough[i], errors[i] = count, error
+        if count < plan.sizes[i] or plan.usual[i] != plan.grids[i]:
+            enough[i], errors[i] = min(count, plan.sizes[i]), error
         else:
-            enough[i], overviews[i] = scores[i].size, None
+            enough[i], overviews[i] = plan.sizes[i], None
     return overviews, enough, errors
 
 

@@ -1,6 +1,7 @@
 """Families under the trainer: what a host gives the transformer is what its pipeline gives it, and a step trains it."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from whole import save_whole
 
 from sparse_context import SparseContextConfig
 from sparse_context.families import FAMILIES, find_host
+from sparse_context.overview import LAYOUTS
 from sparse_context.pipelines.engine import Engine
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec, Request
-from sparse_context.training.batch import encode, prepare_batch
+from sparse_context.tokens import ReferenceTokens
+from sparse_context.training.batch import TokenSet, encode, kept_tokens, prepare_batch
 from sparse_context.training.card import LORA_FILE
 from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
@@ -58,7 +61,7 @@ def test_every_new_host_is_tried():
     assert set(REFERENCES) == {name for name, family in FAMILIES.items() if family.host and family.host != "Flux2"}
 
 
-def predictions(pipe, count, keep):
+def predictions(pipe, count, keep, **changes):
     """(arguments, output) of each forward of the transformer in a short call, and what the call made."""
     seen = []
     hook = pipe.transformer.register_forward_hook(
@@ -66,7 +69,7 @@ def predictions(pipe, count, keep):
     )
     # The strength that Kontext was distilled with is an input of its transformer
     guidance = None if type(pipe).__name__ == "FluxKontextPipeline" else 1.0
-    config = SparseContextConfig(keep=keep)
+    config = SparseContextConfig(keep=keep, **changes)
     made = Engine(pipe=pipe)(Request("the cat", PICTURES[:count], config, steps=1, guidance_scale=guidance))
     hook.remove()
     return seen, made
@@ -90,6 +93,42 @@ def test_a_host_predicts_what_its_pipeline_predicts(model, keep):
     with torch.no_grad():
         velocity = host.velocity(noisy, kwargs["timestep"], text, references.keep(made.selection.index))
     assert (velocity - predicted[:, : rows * columns]).abs().max() < 1e-5
+
+
+SEEN = {
+    "FluxKontextPipeline": lambda seen: [seen["hidden_states"], seen["img_ids"]],
+    "QwenImageEditPlusPipeline": lambda seen: [
+        seen["hidden_states"],
+        seen["img_shapes"][0].rows,
+        torch.tensor([*seen["img_shapes"][0], *seen["img_shapes"][0].whole]),
+    ],
+    "Flux3ModularPipeline": lambda seen: [seen["image_cond_hidden_states"], seen["image_cond_ids"]],
+}
+"""The references' tokens and their places, of the arguments of a transformer's forward."""
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_host_makes_the_overviews_that_its_pipeline_makes(model, layout, factor):
+    """The transformer gets the same tokens and position ids, bit by bit, from the trainer and from a call."""
+    name, folder = model
+    pipe, count = loaded(folder), REFERENCES[name]
+    [(seen, predicted)], made = predictions(pipe, count, 0.4, overview=factor, overview_layout=layout)
+    assert list(made.selection.overviews) == [*range(count)]
+    host = host_of(pipe)
+    batch = prepare_batch(host, [replace(example(count), image=made.image)], ["the cat"])
+    encoded = encode(host, batch, overviews=[(i, factor) for i in range(count)])
+    kept = kept_tokens(host, encoded, TokenSet.of(made.selection))
+    assert len(kept) == made.selection.kept
+    noisy = host.target_tokens(encoded.target)
+    noisy = ReferenceTokens(seen["hidden_states"][:, : len(noisy)], noisy.ids)
+    given = []
+    hook = pipe.transformer.register_forward_hook(lambda m, a, kwargs, out: given.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        velocity = host.velocity(noisy, seen["timestep"], encoded.text, kept)
+    hook.remove()
+    assert all(map(torch.equal, SEEN[name](given[0]), SEEN[name](seen)))
+    assert (velocity - predicted[:, : len(noisy)]).abs().max() < 1e-5
 
 
 def test_pixels_and_a_call_of_the_pipeline_do_not_disturb_each_other(model):

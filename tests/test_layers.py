@@ -18,7 +18,18 @@ PACKAGE = ROOT / "sparse_context"
 
 ROOMS = {
     "layers": {"layers"},
-    "the idea": {"tokens", "overview", "trained", "budget", "merge", "config", "plan", "selection", "selectors"},
+    "the idea": {
+        "tokens",
+        "overview",
+        "large",
+        "trained",
+        "budget",
+        "merge",
+        "config",
+        "plan",
+        "selection",
+        "selectors",
+    },
     "pictures and records": {"images", "preview", "samples", "result", "cache"},
     "what is installed": {"context"},
     "families": {"families"},
@@ -34,7 +45,7 @@ from those before it."""
 
 BASE = ("layers", "the idea", "pictures and records")
 BASE_MAY_IMPORT = {"PIL", "cv2", "numpy", "safetensors"} | sys.stdlib_module_names
-WITH_TORCH = {"tokens", "overview", "selectors.saliency", "cache"}  # the others do without
+WITH_TORCH = {"tokens", "overview", "large", "selectors.saliency", "cache"}  # the others do without
 WITHIN_FUNCTIONS = {("samples", "tqdm"), ("samples", "datasets")}
 
 

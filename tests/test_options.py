@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparse_context.training.config import TrainConfig
+from sparse_context.training.dropping import Dropping
 from sparse_context.training.options import RunConfig, field_kinds, read_settings
 
 
@@ -52,6 +53,9 @@ def test_a_flag_and_a_set_that_differ_are_refused():
         "cache_dir=a/b=c": Path("a/b=c"),
         "dropping.dense=0.2": 0.2,
         "dropping.coverage=0,0.1": (0.0, 0.1),
+        "dropping.overview_factors=2, 4": (2, 4),
+        "dropping.overview_factors=none": (),
+        "dropping.overview_layout=reference": "reference",
         "dropping.mix=random=0.5,blobs=0.5": {"random": 0.5, "blobs": 0.5},
     }.items(),
 )
@@ -68,7 +72,8 @@ WRONG = {
     "rank=none": "rank is 'none': pass a whole number.",
     "shift=far": "shift is 'far': pass a number, or none.",
     "full=maybe": "full is 'maybe': pass true or false.",
-    "dropping.coverage=0,x": "dropping.coverage is '0,x': pass numbers, separated by commas.",
+    "dropping.coverage=0,x": "dropping.coverage is '0,x': pass numbers, separated by commas, or none.",
+    "dropping.overview_factors=2,2.5": "dropping.overview_factors is '2,2.5': pass whole numbers, separated by commas,",
     "dropping.mix=random": "dropping.mix is 'random': pass shares by name, such as random=0.5,blobs=0.5.",
     "dropping.mix=random=1,random=2": "dropping.mix is 'random=1,random=2': pass shares by name",
     "ema": "The setting ema has no value: write it as field=value, such as ema=0.99.",
@@ -101,6 +106,7 @@ def test_a_wrong_field_or_value_is_one_sentence(text, says):
         '{"ranks": 1}': "There is no field 'ranks': did you mean rank?",
         '{"dropping": {"dens": 1}}': "There is no field 'dropping.dens': did you mean dropping.dense?",
         '{"dropping": 1}': "dropping has fields of its own",
+        '{"dropping": {"overview_factors": [2.5]}}': "dropping.overview_factors is 2.5: pass a whole number.",
         '{"run": {"resolutio": 1}}': "There is no field 'resolutio': did you mean resolution",
         '{"base": 3}': "model is 3",
     }.items(),
@@ -119,7 +125,9 @@ def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
 
 
 def test_every_field_can_be_set_from_a_record_of_all_of_them(tmp_path):
-    config, run = TrainConfig(lora_layers=("to_q",), shift=2.0), RunConfig(cache_dir=Path("x"))
+    dropping = Dropping(overview_factors=(2, 4))
+    config = TrainConfig(lora_layers=("to_q",), shift=2.0, dropping=dropping, teach=0.1, teach_heads=("1.0", "1.1"))
+    run = RunConfig(cache_dir=Path("x"))
     record = json.dumps(
         asdict(config) | {"run": asdict(run)} | {"version": "1", "base": "a/b", "data": "c"}, default=str
     )

@@ -868,6 +868,7 @@ from sparse_context.families import find_host
 from sparse_context.training import loss
 from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
+from sparse_context.training.dropping import Dropping
 from sparse_context.training.finetune import Run, Watch, finetune
 
 folder, accelerator, ratios = Path(sys.argv[1]), None, []
@@ -880,10 +881,11 @@ settings = {"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}
 host = find_host(build_flux2(Flux2KleinPipeline, is_distilled=True), settings)
 
 def batches(number):
-    return [Example("the cat", (picture(64, 64, number),), picture(64, 64, number + 1), (None,))]
+    return [Example("the cat", (picture(64, 64, number),), picture(64, 64, number + 1), (None,), aligned=True)]
 
 config = TrainConfig(rank=2, lora_alpha=2, max_train_steps=10, checkpointing_steps=3, learning_rate=1e-2,
-                     subsets=2, gradient_accumulation_steps=2, ema=0.9, caption_dropout=0.3)
+                     subsets=2, gradient_accumulation_steps=2, ema=0.9, caption_dropout=0.3,
+                     dropping=Dropping(overview_factors=(2, 4)), teach=0.1, teach_heads=("1.0",))
 run = Run(folder, "tiny", "x", resume=True)
 finetune(host, batches, run, config, accelerator=accelerator, watch=Watch(log_every=4))
 if accelerator is not None:

@@ -598,6 +598,61 @@ def flux2_overview_ids(whole: list, grids: list, factor: int, layout: str) -> to
     return torch.cat(ids)
 
 
+def kontext_overview_ids(whole: list, grids: list, factor: int, layout: str) -> torch.Tensor:
+    """In Kontext and LongCat: over the only reference, or below it (to the right of a tall one)."""
+    ((rows, columns),) = grids
+    where, row, column = whole[0][0].float()  # of its first token
+    coarse_rows, coarse_columns = torch.arange(math.ceil(rows / factor)), torch.arange(math.ceil(columns / factor))
+    if layout == "spread":
+        middle = (factor - 1) / 2
+        where, coarse_rows = where + 0.5 * math.log2(factor), coarse_rows * factor + middle
+        coarse_columns = coarse_columns * factor + middle
+    elif rows > columns:
+        coarse_columns = columns + coarse_columns
+    else:
+        coarse_rows = rows + coarse_rows
+    return torch.cartesian_prod(where[None], row + coarse_rows, column + coarse_columns)
+
+
+def flux3_overview_ids(whole: list, grids: list, factor: int, layout: str) -> torch.Tensor:
+    """In FLUX.3, whose references lie at L = -1, -2 ..., half a place from row to row and column to column."""
+    ids = []
+    for i, (rows, columns) in enumerate(grids):
+        row, column = torch.arange(math.ceil(rows / factor)), torch.arange(math.ceil(columns / factor))
+        at = math.log2(factor), factor, (factor - 1) / 2, -(i + 1)
+        time, step, first, last = at if layout == "spread" else (0, 1, 0, -(len(grids) + i + 1))
+        places = 0.5 * torch.cartesian_prod(row * step + first, column * step + first).float()
+        ids.append(torch.nn.functional.pad(places, (1, 1)) + torch.tensor([time, 0, 0, last]))
+    return torch.cat(ids)
+
+
+def qwen_overview_ids(whole: list, grids: list, factor: int, layout: str) -> torch.Tensor:
+    """The rotary rows in Qwen: at the cell nearest to the middle, at a frame some places behind the reference's."""
+    ids = []
+    for i, (rows, columns) in enumerate(grids):
+        row, column = torch.arange(math.ceil(rows / factor)), torch.arange(math.ceil(columns / factor))
+        frame = len(grids) + i + 1
+        if layout == "spread":
+            frame = i + 1 + max(4, len(grids)) * round(math.log2(factor))
+            row = torch.minimum(row * factor + (factor - 1) // 2, torch.tensor(rows - 1))
+            column = torch.minimum(column * factor + (factor - 1) // 2, torch.tensor(columns - 1))
+        else:
+            rows, columns = len(row), len(column)
+        places = torch.cartesian_prod(
+            torch.tensor([frame]), row - (rows - rows // 2), column - (columns - columns // 2)
+        )
+        ids.append(torch.cat([qwen_rows(places[:, axis], dim) for axis, dim in enumerate((4, 4, 8))], dim=1))
+    return torch.cat(ids)
+
+
+def qwen_rows(places: torch.Tensor, dim: int) -> torch.Tensor:
+    """Of one axis: the host makes a table of them, and another order of its sums would be another result."""
+    frequencies = 1 / 10000 ** (torch.arange(0, dim, 2) / dim)
+    angles = torch.outer(torch.arange(4096), frequencies)
+    rows = torch.polar(torch.ones_like(angles), angles)[places.abs()]
+    return torch.where(places[:, None] < 0, rows.conj(), rows)
+
+
 @dataclass(frozen=True, eq=False)  # each case is a key of its answers below
 class Case:
     """One kind of pipeline.
@@ -645,7 +700,14 @@ class Case:
 
 
 FLUX2_GUIDANCE = {"guidance_scale": 4.0, "negative_prompt_embeds": embeds(seed=2)}
-kontext = partial(Case, attention=transformer_flux, sizes=((96, 64),), counts=(1,), guidance=KONTEXT_GUIDANCE)
+kontext = partial(
+    Case,
+    attention=transformer_flux,
+    sizes=((96, 64),),
+    counts=(1,),
+    guidance=KONTEXT_GUIDANCE,
+    overview_ids=kontext_overview_ids,
+)
 qwen = partial(
     Case,
     attention=transformer_qwenimage,
@@ -655,6 +717,7 @@ qwen = partial(
     without_references=False,
     grid=lambda image: megapixel_grid(image, lambda side: round(side / 32) * 32),
     guidance={"true_cfg_scale": 4.0, "negative_prompt_embeds": embeds(seed=2, width=TEXT_WIDTH)},
+    overview_ids=qwen_overview_ids,
 )
 qwen_plus = partial(
     qwen, call=call_qwen, sizes=((96, 64), (64, 64), (64, 128), (100, 90)), counts=(1, 2, 4), usual=2, prompts=1
@@ -667,6 +730,7 @@ flux3 = partial(
     attention=transformer_flux3,
     first_key=references_last_or_alone,
     watch=watch_flux3,
+    overview_ids=flux3_overview_ids,
     share=share_modular,
     offload=offload_modular,
 )
@@ -713,6 +777,7 @@ CASES = {
         grid=lambda image: megapixel_grid(image, lambda side: math.ceil(side / 16) * 16),
         without_references=False,
         guidance={"guidance_scale": 4.0},
+        overview_ids=kontext_overview_ids,
     ),
     "qwen-edit": qwen(lambda: build_qwen(QwenImageEditPipeline, levels=3), call_qwen),
     "qwen-edit-inpaint": qwen(lambda: build_qwen(QwenImageEditInpaintPipeline, levels=3), call_qwen_inpaint),

@@ -46,6 +46,14 @@ OverviewLayout = Annotated[
         show_default="as trained, else reference",
     ),
 ]
+ReferenceMaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        help="Take sharp tokens from references of up to so many pixels, where the model scales them down; with an "
+        "overview.",
+        show_default="the model's own size",
+    ),
+]
 Mask = Annotated[
     list[Path] | None,
     typer.Option(help="Image of the reference's size, white where to keep. Give one per reference, in order."),

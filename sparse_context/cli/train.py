@@ -22,6 +22,12 @@ def train(
         bool | None, typer.Option("--full", help="Train all weights of the transformer instead of a LoRA.")
     ] = None,
     kv: Annotated[bool | None, typer.Option("--kv", help="Train for Flux2KleinKVPipeline.")] = None,
+    overview_factors: Annotated[
+        str | None,
+        typer.Option(
+            help="Train for overviews that are smaller by one of these factors a side: 2,4.", show_default="none"
+        ),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="0.0001")] = None,
     max_train_steps: Annotated[int | None, typer.Option(help="Number of weight updates.", show_default="1000")] = None,
     train_batch_size: Annotated[
@@ -57,14 +63,18 @@ def train(
     A flag goes before --set, --set before --config. On several GPUs, run accelerate launch -m sparse_context.training
     with the same options.
     """
-    from ..training.options import read_settings
+    from ..training.options import field_kinds, from_text, read_settings
 
+    factors = "dropping.overview_factors"
     flags = {
         "data": data,
         "model": model,
         "rank": rank,
         "full": full,
         "kv": kv,
+        factors: None
+        if overview_factors is None
+        else from_text("overview_factors", overview_factors, field_kinds()[factors]),
         "learning_rate": learning_rate,
         "max_train_steps": max_train_steps,
         "train_batch_size": train_batch_size,

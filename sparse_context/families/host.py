@@ -6,16 +6,26 @@ derive a class from `Host` in the family's train.py, and name it in the lines of
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from PIL import Image
 
+from ..overview import Overview
+from ..selectors.cells import Grid
 from ..tokens import ReferenceTokens
 
 Text = dict[str, torch.Tensor]
 """What a host makes of prompts; the first axis of each tensor is the batch."""
+
+Head = tuple[int, int]
+"""Block and head of a transformer, from 0."""
+
+Looks = Callable[[int, int], list[torch.Tensor]]
+"""From how many tokens the output and the references have to where each of some heads looked from the output's tokens:
+log-probabilities (B, output tokens, 1 + references), of all that is no reference, and of each reference token."""
 
 GUIDANCE = 3.5  # what diffusers' own script trains FLUX.2 dev with, whose guidance is distilled
 
@@ -25,7 +35,7 @@ ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]  # what diffusers' own scripts 
 class Host(ABC):
     """One family of pipelines, as the trainer sees it. Shapes: B samples, tokens of C channels, A axes of positions.
 
-    pipe: the pipeline; validation calls it. In KV mode it is one that caches.
+    pipe: the pipeline; validation calls it. kv: whether it is one that caches, in KV mode.
     transformer: what is trained. With an adapter on it, `transformer.disable_adapters()` gives the base.
     settings: what the model wants of a call.
     token: pixels a side of a token.
@@ -42,7 +52,7 @@ class Host(ABC):
         """Raises ValueError for `kv`, which asks for KV mode, where the family has none."""
         if kv and not self.has_kv:
             raise ValueError(f"KV mode is for FLUX.2 klein: {type(pipe).__name__} has no pipeline that runs it.")
-        self.pipe, self.settings = pipe, settings
+        self.pipe, self.settings, self.kv = pipe, settings, kv
         self.transformer: Any = pipe.transformer
         self.token = 2 * pipe.vae_scale_factor
         self.shift = float(pipe.scheduler.config.shift)
@@ -50,6 +60,17 @@ class Host(ABC):
     def lora_targets(self) -> list[str]:
         """The modules of the transformer that LoRA adapts by default."""
         return ATTENTION
+
+    def check_heads(self, heads: Sequence[Head]) -> None:
+        """Raise ValueError for heads that cannot be watched."""
+        raise ValueError(
+            f"teach_heads is for FLUX.2: the heads of {type(self.pipe).__name__} cannot be taught where to look, so "
+            "leave teach and teach_heads out."
+        )
+
+    def watch_heads(self, heads: Sequence[Head]) -> AbstractContextManager[Looks]:
+        """Within it, `velocity` is watched once, and afterwards what it gives says where `heads` looked."""
+        raise NotImplementedError
 
     @abstractmethod
     def pixels(self, picture: Image.Image) -> torch.Tensor:
@@ -73,6 +94,21 @@ class Host(ABC):
     @abstractmethod
     def reference_tokens(self, latents: Sequence[torch.Tensor]) -> ReferenceTokens:
         """Latents of each reference, (B, C, rows, columns) of any sizes -> all tokens, one reference after another."""
+
+    @abstractmethod
+    def overview_tokens(
+        self,
+        latents: Sequence[torch.Tensor],
+        references: ReferenceTokens,
+        grids: Sequence[Grid],
+        overviews: Mapping[int, Overview],
+    ) -> ReferenceTokens:
+        """Latents of each overview -> all their tokens, one overview after another, at their places.
+
+        latents: (B, C, rows, columns) of each, in the order of `overviews`. references: all tokens of the whole
+        references, which have these grids. overviews: by the number of their reference. The places are made by what
+        makes them at inference, in the family's drop.py.
+        """
 
     @abstractmethod
     def velocity(

@@ -1,7 +1,7 @@
 """The pictures behind the tensors that a pipeline encodes: what selectors look at, and the way of a user's mask."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -9,6 +9,10 @@ import numpy as np
 import PIL.Image
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
+
+from ..large import Large, large_grid
+from ..selection import Pixels
+from ..selectors.cells import Grid
 
 
 def _same(image: Any) -> Any:
@@ -52,6 +56,7 @@ class Pictures:
         self.preprocessed: list[torch.Tensor] = []  # all that was made, in order
         self._max_area = max_area
         self._made_by = WeakIdKeyDictionary()  # what a step of the processor returned -> the step and its arguments
+        self._scaled_from = WeakIdKeyDictionary()  # a picture that FLUX.2 scaled down -> the picture that it was
 
     def watch(self, processor: Any) -> Any:
         """The image processor as this call sees it; the processor itself may serve others meanwhile."""
@@ -60,6 +65,8 @@ class Pictures:
         steps = {"preprocess": self._listed(preprocess)}
         if hasattr(processor, "resize"):
             steps["resize"] = self._watched(processor.resize)
+        if hasattr(processor, "_resize_to_target_area"):
+            steps["_resize_to_target_area"] = self._scaling(processor._resize_to_target_area)
         return _View(processor, steps)
 
     def _listed(self, step: Callable) -> Callable:
@@ -68,6 +75,14 @@ class Pictures:
             return self.preprocessed[-1]
 
         return listed
+
+    def _scaling(self, step: Callable) -> Callable:
+        def scaled(image, *args, **kwargs):
+            result = step(image, *args, **kwargs)
+            self._scaled_from[result] = image
+            return result
+
+        return scaled
 
     def _watched(self, step: Callable, prepare: Callable = _same) -> Callable:
         def watched(image, *args, **kwargs):
@@ -99,6 +114,50 @@ class Pictures:
             alike.append(_like(picture, picture_mask))
         alpha = to_uint8(self._replay(pixels, alike if len(alike) > 1 else alike[0]))[..., :1]
         return list(np.concatenate([pixels_shown, np.broadcast_to(alpha, (*pixels_shown.shape[:3], 1))], axis=-1))
+
+    def enlarge(
+        self,
+        pixels: torch.Tensor,
+        shown: Pixels,
+        grid: Grid,
+        max_pixels: int,
+        encode: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+    ) -> Large | None:
+        """A preprocessed tensor (B, C, H, W) anew, from the pictures that it was made of, in at most `max_pixels`.
+
+        It shows the same part of them. None where that would be no larger, or where these are not PIL pictures.
+        shown: what `show` returns of it. grid: of its tokens. encode: as in `Large`.
+        """
+        original = self._original(pixels)
+        originals = list(original) if isinstance(original, list) else [original]
+        if shown is None or not all(isinstance(picture, PIL.Image.Image) for picture in originals):
+            return None
+        step, _, _, kwargs = self._made_by[pixels]
+        height, width = pixels.shape[-2:]
+        parts = []  # the pictures, and the box of each that is seen: (left, top, right, bottom)
+        for picture in originals:
+            source = self._scaled_from.get(picture, picture)
+            box = (0, 0, *picture.size)
+            if kwargs.get("resize_mode") == "crop":  # FLUX.2 cuts what is no whole token, and scales no more
+                left, top = (picture.width - width) // 2, (picture.height - height) // 2
+                box = (left, top, left + width, top + height)
+            scales = 2 * (source.width / picture.width, source.height / picture.height)
+            parts.append((source, tuple(place * scale for place, scale in zip(box, scales, strict=True))))
+        size = tuple(min(box[axis + 2] - box[axis] for _, box in parts) for axis in (1, 0))
+        token = height // grid[0]
+        larger = large_grid(grid, token, size, max_pixels)
+        if larger is None:
+            return None
+        height, width = larger[0] * token, larger[1] * token
+        scaled = [
+            source.convert("RGB").resize((width, height), PIL.Image.Resampling.LANCZOS, box) for source, box in parts
+        ]
+        tensor = step(scaled, height=height, width=width)
+        seen = list(to_uint8(tensor))
+        if all(picture.shape[-1] == 4 for picture in shown):
+            alphas = [cv2.resize(picture[..., 3], (width, height)) for picture in shown]
+            seen = [np.dstack([picture, alpha]) for picture, alpha in zip(seen, alphas, strict=True)]
+        return Large(larger, seen, tensor, encode)
 
     def _original(self, tensor: Any) -> Any:
         while tensor in self._made_by:

@@ -14,7 +14,7 @@ from PIL import Image
 from ..config import SparseContextConfig
 from ..families import family_of
 from ..families.call import call_arguments
-from ..preview import fit_reference, label, reference_mask, side_by_side
+from ..preview import MAX_AREA, fit_reference, label, reference_mask, side_by_side
 from ..selection import Selection
 from ..sparsify import apply_sparse_context, last_selection
 from ..trained import read_record
@@ -234,7 +234,8 @@ def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str
             f"{references[0].width}x{references[0].height}: pass a mask of its size."
         )
     sides = reference_sides(settings.get("reference_size"), config, len(references))
-    fits: list[Fit] = [partial(fit_reference, side=side, narrow=family.narrow) for side in sides]
+    area = max(MAX_AREA, config.reference_max_pixels or 0)  # its pipeline scales a larger one down by itself
+    fits: list[Fit] = [partial(fit_reference, side=side, narrow=family.narrow, max_area=area) for side in sides]
     images = [fit(reference) for fit, reference in zip(fits, references, strict=True)]
     chosen = {
         "num_inference_steps": request.steps,

@@ -1,7 +1,7 @@
 """A batch on its way to the transformer: prepared ahead on the CPU, then encoded."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,10 @@ from torch import nn
 
 from ..families.host import Host, Text
 from ..families.pictures import to_uint8
+from ..overview import Overview, shrink
+from ..selection import Selection
+from ..selectors.cells import Grid
+from ..tokens import ReferenceTokens
 from .cache import Cache
 from .data import Example
 
@@ -58,7 +62,7 @@ def prepare_batch(host: Host, examples: Sequence[Example], prompts: Sequence[str
         for example in examples
     ]
     seen = [example.references for example in examples]
-    sources = [np.full(grid, -1) if example.source is None else example.source for example in examples]
+    sources = [_source(example, grid, references[0].shape[-2:], host.token) for example in examples]
     for source in sources:
         if source.shape != grid:
             raise ValueError(f"The sources of a sample are {source.shape} tokens, and its output has {grid}.")
@@ -71,6 +75,19 @@ def prepare_batch(host: Host, examples: Sequence[Example], prompts: Sequence[str
         torch.cat(covers).flatten(1),
         torch.from_numpy(np.stack(sources)).flatten(1),
     )
+
+
+def _source(example: Example, grid: Grid, size: Sequence[int], token: int) -> np.ndarray:
+    """The source of each output token, as in `Example`. size: of its first reference, in pixels."""
+    if example.source is not None:
+        return example.source
+    return aligned_source(grid, (size[0] // token, size[1] // token)) if example.aligned else np.full(grid, -1)
+
+
+def aligned_source(grid: Grid, reference: Grid) -> np.ndarray:
+    """For each output token the token at its place in a reference of another grid, int64 (rows, columns)."""
+    row, column = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip(grid, reference, strict=True))
+    return row[:, None] * reference[1] + column
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,8 @@ class Encoded:
     """A batch as the transformer's surroundings see it.
 
     target: latents (B, C, rows, columns). references: the same for each reference, of any sizes. text: what the host
-    made of it. mask, source: as in `Prepared`.
+    made of it. mask, source: as in `Prepared`. overviews: latents of those that sets have, by the number of their
+    reference and their factor.
     """
 
     target: torch.Tensor
@@ -99,10 +117,57 @@ class Encoded:
     text: Text
     mask: torch.Tensor
     source: torch.Tensor
+    overviews: Mapping[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Rows and columns of tokens of each reference."""
+        return [(int(latents.shape[-2]), int(latents.shape[-1])) for latents in self.references]
 
 
-def encode(host: Host, batch: Prepared, latent_cache: Cache | None = None, text_cache: Cache | None = None) -> Encoded:
-    """Encode a batch, on the device of the transformer. With a cache, one by one, else all at once."""
+@dataclass(frozen=True, eq=False)
+class TokenSet:
+    """What a set keeps of the references, as in `Selection`: the sharp tokens, what stands for which, overviews."""
+
+    index: np.ndarray
+    into: np.ndarray | None = None
+    overviews: Mapping[int, Overview] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, selection: Selection) -> "TokenSet":
+        return cls(selection.index, selection.into, selection.overviews)
+
+
+def kept_tokens(host: Host, encoded: Encoded, kept: TokenSet) -> ReferenceTokens:
+    """The tokens of a set, as the transformer sees them: sharp ones, and behind them those of all overviews."""
+    references = host.reference_tokens(encoded.references)
+    sharp = references.keep(kept.index, kept.into)
+    if not kept.overviews:
+        return sharp
+    latents = [encoded.overviews[i, overview.factor] for i, overview in kept.overviews.items()]
+    return sharp.join(host.overview_tokens(latents, references, encoded.grids, kept.overviews))
+
+
+def shown_tokens(encoded: Encoded, kept: TokenSet) -> np.ndarray:
+    """The reference tokens of which a set shows anything, sorted int64: kept ones, what is averaged into them, and all
+    of a reference with an overview."""
+    sharp = kept.index if kept.into is None else np.flatnonzero(kept.into >= 0)
+    starts = np.cumsum([0] + [rows * columns for rows, columns in encoded.grids])
+    covered = [np.arange(starts[i], starts[i + 1]) for i in kept.overviews]
+    return np.unique(np.concatenate([sharp, *covered]))
+
+
+def encode(
+    host: Host,
+    batch: Prepared,
+    latent_cache: Cache | None = None,
+    text_cache: Cache | None = None,
+    overviews: Collection[tuple[int, int]] = (),
+) -> Encoded:
+    """Encode a batch, on the device of the transformer. With a cache, one by one, else all at once.
+
+    overviews: those to encode as well, by the number of their reference and their factor.
+    """
     device = next(host.transformer.parameters()).device
 
     def latents(pixels: torch.Tensor) -> torch.Tensor:
@@ -129,10 +194,12 @@ def encode(host: Host, batch: Prepared, latent_cache: Cache | None = None, text_
                 text_cache.get(key, lambda p=prompt, s=seen: host.encode_text([p], [s]))  # type: ignore[misc]
             )
         text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    grids = batch.grids(host.token)
     return Encoded(
         latents(batch.target),
         [latents(pixels) for pixels in batch.references],
         {name: tensor.to(device) for name, tensor in text.items()},
         batch.mask.to(device),
         batch.source.to(device),
+        {(i, factor): latents(shrink(batch.references[i], grids[i], factor)) for i, factor in overviews},
     )

@@ -7,7 +7,9 @@ from string import Template
 from typing import Any
 
 from ..families import family_of
+from ..overview import factor_for
 from ..pipelines.embedded import WEIGHTS, read_call_settings
+from .dropping import FEW
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -67,7 +69,18 @@ def _code(record: Mapping[str, Any], pipe: Any, transformer: Any) -> dict[str, s
         arguments = ", ".join(f"{name}={settings[name]!r}" for name in names if name in settings)
         call = f'\nimage = pipe(image=[...], prompt="...", {arguments}).images[0]'
     imports = f"{architecture}, {pipeline}" if full else pipeline
-    return {"imports": imports, "weights": weights, "load": load, "call": call}
+    return {"imports": imports, "weights": weights, "load": load, "keep": _keep(record["dropping"]), "call": call}
+
+
+def _keep(dropping: Mapping[str, Any]) -> str:
+    """What is asked of `apply_sparse_context`: with its overview, for plain diffusers notes nothing of what the weights
+    were trained for."""
+    factors = sorted(dropping["overview_factors"])
+    if not factors:
+        return "keep=0.2"
+    factor = next((factor for factor in factors if factor >= factor_for(0.2, (1, 1))), factors[-1])
+    keep = 0.2 if factor**-2 < 0.2 else 0.3
+    return f'keep={keep}, overview={factor}, overview_layout="{dropping["overview_layout"]}"'
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, str]:
@@ -82,7 +95,9 @@ def _settings(record: Mapping[str, Any]) -> dict[str, str]:
         "data": Path(data).name if Path(data).exists() else data,
         "keep_min": f"{dropping['keep_min']:g}",
         "keep_max": f"{dropping['keep_max']:g}",
+        "law": f"as many below {FEW:g} as above" if dropping["overview_factors"] else "log-uniform",
         "dense": f"{dropping['dense']:g}",
+        "overviews": _overviews(dropping),
         "subsets": str(record["subsets"]),
         "mix": ", ".join(f"{kind} {share:g}" for kind, share in dropping["mix"].items() if share),
         "coverage": ", ".join(f"{share:g}" for share in dropping["coverage"]),
@@ -93,3 +108,14 @@ def _settings(record: Mapping[str, Any]) -> dict[str, str]:
         "kv": "\n| KV mode | yes: for pipelines that cache the references |" if record["kv"] else "",
         "version": record["version"],
     }
+
+
+def _overviews(dropping: Mapping[str, Any]) -> str:
+    """The row of the table, or nothing."""
+    if not dropping["overview_factors"]:
+        return ""
+    factors = " or ".join(str(factor) for factor in sorted(set(dropping["overview_factors"])))
+    return (
+        f"\n| overviews | by {factors}, layout {dropping['overview_layout']}; of the batches that drop, "
+        f"{dropping['overview_none']:g} without and {dropping['overview_alone']:g} with nothing else |"
+    )

@@ -1,6 +1,7 @@
 """How to fine-tune."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from ..config import SparseContextConfig
@@ -21,9 +22,13 @@ class TrainConfig:
     without LoRA. With a `preservation` above 0, batches that keep all tokens compare with that alone, and count that
     many times: a target without noise holds what the model knew, and training on it anew would blur it. An output token
     inside a sample's `mask` counts 1 + `focus` times: as much as it did where the base was trained, or else the object
-    loses what the background gains. One whose `source` is known and dropped counts `unseen` times as much as others,
-    since it can only be guessed. Noise levels are logit-normal (Esser et al. 2024) or, with weighting_scheme "none",
-    uniform, moved by `shift` (None: the scheduler's own).
+    loses what the background gains. One whose `source` is known and dropped, with no overview of it, counts `unseen`
+    times as much as others, since it can only be guessed. Noise levels are logit-normal (Esser et al. 2024) or, with
+    weighting_scheme "none", uniform, moved by `shift` (None: the scheduler's own).
+
+    With a weight `teach` above 0, the heads of `teach_heads` learn where to look, by cross-entropy, in samples that say
+    which reference token each output token shows: at that one if it is sharp, else at the overview token that covers
+    it, else at no reference. A head is "block.head" of FLUX.2's single blocks, both counted from 0.
 
     The optimiser: AdamW, or where `muon_learning_rate` is given Muon at that rate on the matrices inside the
     transformer's blocks and AdamW on the rest; `lr_scheduler` is a name of `SCHEDULES`; `ema` is the decay of the
@@ -43,6 +48,8 @@ class TrainConfig:
     preservation: float = 0.0
     focus: float = 0.0
     unseen: float = 1.0
+    teach: float = 0.0
+    teach_heads: tuple[str, ...] = ()
     weighting_scheme: str = "logit_normal"
     shift: float | None = None
     max_train_steps: int = 1000
@@ -74,7 +81,15 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a whole number, 1 or more.")
         if not self.seed < 2**63:
             raise ValueError(f"seed is {self.seed!r}: pass a whole number below 2**63.")
-        for name in ("preservation", "focus", "lr_warmup_steps", "adam_weight_decay", "validation_steps", "seed"):
+        for name in (
+            "preservation",
+            "focus",
+            "teach",
+            "lr_warmup_steps",
+            "adam_weight_decay",
+            "validation_steps",
+            "seed",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: pass a number of 0 or more.")
         for name in ("caption_dropout", "distillation"):
@@ -98,4 +113,17 @@ class TrainConfig:
                     f"{name} takes the weights without the LoRA as its teacher, and a full fine-tuning keeps no such "
                     "copy: leave one of the two out."
                 )
+        if bool(self.teach) != bool(self.teach_heads):
+            raise ValueError(
+                f"teach is {self.teach!r} and teach_heads {', '.join(self.teach_heads) or 'empty'}: pass a weight and "
+                "heads, such as teach=0.1 and teach_heads=12.3, or leave both out."
+            )
+        for head in self.teach_heads:
+            if not re.fullmatch(r"\d+\.\d+", head, re.ASCII):
+                raise ValueError(f"teach_heads has {head!r}: write block and head, counted from 0, such as 12.3.")
         SparseContextConfig(keep=self.validation_keep)
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """`teach_heads` as (block, head)."""
+        return [(int(block), int(head)) for block, head in (each.split(".") for each in self.teach_heads)]

@@ -30,7 +30,8 @@ class Example:
 
     masks: mode L, of the size of its reference, white on the object; one for each reference, None where there is none.
     mask: the same of the image to be made. source: where it is known, as in scenes that were composed, the reference
-    token that each of its tokens shows, int64 (rows, columns), counted over all references; -1: none.
+    token that each of its tokens shows, int64 (rows, columns), counted over all references; -1: none. aligned: whether,
+    where nothing says so, each shows the place of the first reference that it lies at.
     """
 
     prompt: str
@@ -39,6 +40,7 @@ class Example:
     masks: tuple[Image.Image | None, ...]
     mask: Image.Image | None = None
     source: np.ndarray | None = None
+    aligned: bool = False
 
 
 def open_example(sample: Sample, resolution: int, reference_resolution: int) -> Example:
@@ -61,6 +63,7 @@ def open_example(sample: Sample, resolution: int, reference_resolution: int) -> 
         _fit(image, resolution),
         tuple(None if each is None else _fit(each, reference_resolution) for each in masks),
         None if mask is None else _fit(mask, resolution),
+        aligned=sample.aligned,
     )
 
 

@@ -5,6 +5,8 @@ Random dropping alone may teach a model to fill every gap from its neighbours, s
 blobs, in bands, along edges, on the salient part, around an object. A kind is a selector like those of
 selectors/registry.py and is cut by the same budget, so training and inference share one mechanism. To add one, write a
 function and give it a line in `DROPS`.
+
+A set may have an overview of each reference in it, which the same budget counts, as at inference.
 """
 
 import heapq
@@ -15,9 +17,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..config import SparseContextConfig
+from ..overview import COARSEST, FINEST, LAYOUTS, overview_grid
 from ..selection import Selection, select_tokens
 from ..selectors.cells import Grid, Selector
 from ..selectors.registry import SELECTORS
+from ..trained import Trained
 
 
 def blobs(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
@@ -77,12 +81,16 @@ DROPS: dict[str, Selector] = {
     "detail": SELECTORS["detail"],
     "saliency": SELECTORS["saliency"],
     "subject": SELECTORS["subject"],
+    "residual": SELECTORS["residual"],
     "inside": inside,
     "outside": outside,
 }
 
 MIX = {"random": 0.4, "blobs": 0.15, "bands": 0.05, "edges": 0.15, "saliency": 0.15, "outside": 0.1}
 """The default shares. Not tuned: random as in the paper, and more than that of clustered and selector-shaped sets."""
+
+FEW = 0.15
+"""Where overviews are trained, as many ratios lie below this as above: with them so few tokens are of use."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,13 @@ class Dropping:
     dense: the share of batches, in [0, 1], that keep all tokens. mix: the share of each kind of `DROPS` among the
     others, any numbers of 0 or more. coverage: shares of evenly spread tokens, in [0, 1], of which a batch draws one.
     merge: the same for shares of averages, each as in `SparseContextConfig`.
+
+    overview_factors: of overviews, of which a batch draws one; none: there are no overviews. overview_layout: where
+    they lie, of `overview.LAYOUTS`. Of the batches that drop, overview_none is the share without an overview, and
+    overview_alone that with nothing beside it; in the others there are sharp tokens too. overview_residual: the share
+    of these whose sharp tokens are those that the overview shows worst; `mix` chooses the others. The keep ratio counts
+    both parts, so it is at least what the overview takes; as many ratios lie below `FEW` as above, log-uniform on
+    either side, unless the range lies on one side of it.
     """
 
     keep_min: float = 0.05
@@ -101,6 +116,11 @@ class Dropping:
     mix: Mapping[str, float] = field(default_factory=lambda: dict(MIX))
     coverage: Sequence[float] = (0.0, 0.1)
     merge: Sequence[float] = (0.0,)
+    overview_factors: Sequence[int] = ()
+    overview_layout: str = "spread"
+    overview_none: float = 0.1
+    overview_alone: float = 0.25
+    overview_residual: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.keep_min <= self.keep_max <= 1:
@@ -108,8 +128,9 @@ class Dropping:
                 f"The keep ratio runs from {self.keep_min!r} to {self.keep_max!r}: pass two numbers above 0 and up to "
                 "1, the smaller one first."
             )
-        if not 0 <= self.dense <= 1:
-            raise ValueError(f"dense is {self.dense!r}: pass the share of batches that keep all tokens, from 0 to 1.")
+        for name in ("dense", "overview_none", "overview_alone", "overview_residual"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: pass a share of batches, from 0 to 1.")
         for kind, share in self.mix.items():
             if kind not in DROPS:
                 raise ValueError(f"There is no kind of dropping {kind!r}: choose from {', '.join(DROPS)}.")
@@ -121,6 +142,37 @@ class Dropping:
             shares = getattr(self, name)
             if not len(shares) or not all(0 <= share <= 1 for share in shares):
                 raise ValueError(f"{name} is {list(shares)!r}: pass at least one share, each from 0 to 1.")
+        self._check_overviews()
+
+    def _check_overviews(self) -> None:
+        if not all(type(factor) is int and FINEST <= factor <= COARSEST for factor in self.overview_factors):
+            raise ValueError(
+                f"overview_factors is {list(self.overview_factors)!r}: pass whole numbers from {FINEST} to {COARSEST}."
+            )
+        if self.overview_layout not in LAYOUTS:
+            raise ValueError(f"overview_layout is {self.overview_layout!r}: choose one of {', '.join(LAYOUTS)}.")
+        if self.overview_none + self.overview_alone > 1:
+            raise ValueError(
+                f"overview_none is {self.overview_none!r} and overview_alone {self.overview_alone!r}, which is more "
+                "than all batches: pass smaller shares."
+            )
+        if self.overview_factors and any(self.merge):
+            raise ValueError(
+                f"merge is {list(self.merge)!r} and overview_factors {list(self.overview_factors)!r}: leave one of the "
+                "two out, for either shows what is not kept."
+            )
+        for factor in self.overview_factors:
+            if factor**-2 > self.keep_max:
+                raise ValueError(
+                    f"overview_factors has {factor}, which takes {factor**-2:g} of the tokens, and keep_max is "
+                    f"{self.keep_max!r}: pass a larger one, or a larger factor."
+                )
+
+    def trained(self, kv: bool = False) -> Trained:
+        """What weights are trained for by this."""
+        alone = [factor**-2 for factor in self.overview_factors if self.overview_alone]
+        keep = min([self.keep_min, *alone]), self.keep_max
+        return Trained(tuple(self.overview_factors), self.overview_layout, kv, keep)
 
 
 def draw_selection(
@@ -144,20 +196,55 @@ def draw_selection(
     dense = rng.random() < dropping.dense
     kind = kinds[rng.choice(len(kinds), p=shares / shares.sum())]
     coverage = float(rng.choice(np.asarray(dropping.coverage, float)))
-    low, high = math.log(dropping.keep_min), math.log(dropping.keep_max)
-    ratios = np.exp(rng.uniform(low, high, len(grids))).clip(dropping.keep_min, dropping.keep_max)
+    places = rng.random(len(grids))
     seed_of_selection = int(rng.integers(2**31))
     drawn = rng.random()
     merge = float(rng.choice(np.asarray(dropping.merge, float)))
+    factor, alone, wrong = _draw_overview(dropping, rng)
     pictures = [each[int(drawn * len(each))] if isinstance(each, Sequence) and each else each for each in pictures]
+    if wrong:
+        kind, coverage = "residual", 0.0
     config = SparseContextConfig(
-        keep=1.0 if dense else [float(ratio) for ratio in ratios],
+        keep=1.0 if dense else _ratios(dropping, places, grids, factor, alone),
         selector=_named(kind),
+        overview=factor,
+        overview_layout=dropping.overview_layout,
         coverage=0.0 if kind in ("random", "uniform") else coverage,
         merge=merge,
         seed=seed_of_selection,
     )
     return select_tokens(pictures, grids, config)
+
+
+def _draw_overview(dropping: Dropping, rng: np.random.Generator) -> tuple[int | None, bool, bool]:
+    """The factor of a batch's overviews, or None; whether they are alone; whether sharp tokens are where they are
+    wrong."""
+    if not dropping.overview_factors:
+        return None, False, False
+    factor = int(rng.choice(np.asarray(dropping.overview_factors)))
+    part, wrong = rng.random(), rng.random() < dropping.overview_residual
+    if part < dropping.overview_none:
+        return None, False, False
+    return factor, part < dropping.overview_none + dropping.overview_alone, wrong
+
+
+def _ratios(
+    dropping: Dropping, places: np.ndarray, grids: Sequence[Grid], factor: int | None, alone: bool
+) -> list[float]:
+    """The keep ratio of each reference, at its place in [0, 1) among those that may be drawn: at least what its
+    overview takes, or just that."""
+    ratios = []
+    for place, (rows, columns) in zip(places.tolist(), grids, strict=True):
+        low, high = dropping.keep_min, dropping.keep_max
+        if factor is not None:
+            coarse = overview_grid((rows, columns), factor)
+            takes = coarse[0] * coarse[1] / (rows * columns)  # more than 1 / factor**2 where the last cells are cut
+            low, high = (takes, takes) if alone else (max(low, takes), max(high, takes))
+        if dropping.overview_factors and low < FEW < high:
+            low, high, place = (low, FEW, 2 * place) if place < 0.5 else (FEW, high, 2 * place - 1)
+        ratio = math.exp(math.log(low) + (math.log(high) - math.log(low)) * place)
+        ratios.append(min(max(ratio, low), high))
+    return ratios
 
 
 def _named(kind: str) -> str | Selector:

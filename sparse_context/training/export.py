@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from ..families.host import Host
 from ..images import follow_folder, put_in_place, save_text
-from ..trained import FILE, KEY
+from ..trained import FILE, KEY, write_record
 from .card import LORA_FILE, model_card
 from .checkpoints import remove
 from .config import TrainConfig
+from .dropping import Dropping
 from .files import not_written
 from .lora import save_lora
 
@@ -65,13 +66,19 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Tra
 
 
 def training_record(record: Mapping[str, Any]) -> dict:
-    """What a result says of its training, of the record of its run with its `steps`."""
+    """What a result says of its training, of the record of its run with its `steps`.
+
+    `trained.read_record` reads of it what a pipeline does by default.
+    """
     dropping = record["dropping"]
+    trained = write_record(Dropping(**dropping).trained(record["kv"]))
+    if trained["overview"] is not None:
+        shares = ("overview_none", "overview_alone", "overview_residual")
+        trained["overview"] |= {name.removeprefix("overview_"): dropping[name] for name in shares}
     return {
         "base": record["base"],
         "base_weights": record["base_weights"],
         "steps": record["steps"],
-        "keep": [dropping["keep_min"], dropping["keep_max"]],
         "dense": dropping["dense"],
         "mix": dropping["mix"],
         "coverage": dropping["coverage"],
@@ -80,6 +87,6 @@ def training_record(record: Mapping[str, Any]) -> dict:
         "distillation": record["distillation"],
         "preservation": record["preservation"],
         "unseen": record["unseen"],
-        "kv": record["kv"],
+        **trained,
         "version": record["version"],
     }

@@ -23,6 +23,7 @@ from .. import __version__
 from ..families.host import Host
 from ..images import save_picture, save_text
 from ..pipelines.errors import GenerationError
+from ..trained import note_trained
 from .batch import Encoding
 from .cache import fingerprint
 from .checkpoints import newest_step
@@ -33,7 +34,7 @@ from .loop import LoopConfig, train
 from .loss import FlowMatching
 from .processes import Processes
 from .run_folder import check_folder, check_same
-from .trainable import Trainable, prepare, run_optimisers, weights_of
+from .trainable import ADAPTER, Trainable, prepare, run_optimisers, weights_of
 from .validation import draw_validation, evaluating
 
 
@@ -96,6 +97,7 @@ def finetune(
     record = _record(host, run, config, accelerator)
     check_same(run.output, record, run.resume)
     trained = prepare(host, config)
+    note_trained(host.transformer, config.dropping.trained(host.kv), None if config.full else ADAPTER)
     if processes.main:
         run.output.mkdir(parents=True, exist_ok=True)
         save_text(json.dumps(record, indent=2) + "\n", run.output / "config.json")
@@ -127,6 +129,7 @@ def _record(host: Host, run: Run, config: TrainConfig, accelerator: Any) -> dict
         "processes": Processes(accelerator).count,
         "mixed_precision": "no" if accelerator is None else accelerator.mixed_precision,
         **asdict(config),
+        "kv": host.kv,
         "version": __version__,
     }
     return json.loads(json.dumps(record))

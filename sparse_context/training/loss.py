@@ -1,21 +1,23 @@
 """The loss: flow matching on the output tokens, with dropped reference tokens."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..families.host import Host
+from ..families.host import Host, Looks
+from ..overview import Overview
 from ..tokens import ReferenceTokens
 from .attention import MatmulAttention
-from .batch import Encoded, Encoding, Prepared, encode, prepare_batch
+from .batch import Encoded, Encoding, Prepared, TokenSet, encode, kept_tokens, prepare_batch, shown_tokens
 from .config import TrainConfig
 from .data import Ahead, Example
 from .dropping import draw_selection
 from .processes import Processes
+from .teaching import looking_loss, wanted_tokens
 
 
 def noise_levels(u: torch.Tensor, scheme: str, shift: float) -> torch.Tensor:
@@ -55,25 +57,29 @@ def flow_matching_loss(
     into: np.ndarray | None = None,
     teacher: torch.Tensor | None = None,
     unseen: float = 1.0,
+    overviews: Mapping[int, Overview] | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others.
+    """Mean squared error of the velocity on the output tokens, with the reference tokens at `index` and no others but
+    those of `overviews`.
 
-    sigma: (B,). noise: as `encoded.target`. into: as in `ReferenceTokens.keep`. The velocity to be met is noise -
-    target; a share `distillation` of the loss meets the dense prediction without the adapter instead. A token counts
-    1 + `focus` * its `encoded.mask` times, and `unseen` times that if it has an `encoded.source` of which nothing is
-    kept. With a `preservation` above 0, which is for an `index` of all tokens, the loss is that times the mean squared
-    distance to the dense prediction without the adapter, in which all tokens count the same. teacher: that prediction,
-    from `dense_answer`, where it is there already.
+    sigma: (B,). noise: as `encoded.target`. into: as in `ReferenceTokens.keep`. overviews: by the number of their
+    reference; `encoded` has them. The velocity to be met is noise - target; a share `distillation` of the loss meets
+    the dense prediction without the adapter instead. A token counts 1 + `focus` * its `encoded.mask` times, and
+    `unseen` times that if it has an `encoded.source` of which nothing is kept, not even an overview. With a
+    `preservation` above 0, which is for an `index` of all tokens, the loss is that times the mean squared distance to
+    the dense prediction without the adapter, in which all tokens count the same. teacher: that prediction, from
+    `dense_answer`, where it is there already.
     """
     if teacher is None and (distillation or preservation):
         teacher = dense_answer(host, encoded, sigma, noise)
-    kept = host.reference_tokens(encoded.references).keep(index, into)
+    tokens = TokenSet(index, into, overviews or {})
+    kept = kept_tokens(host, encoded, tokens)
     velocity = host.velocity(add_noise(host, encoded, sigma, noise), sigma, encoded.text, kept).float()
     if teacher is not None and preservation:
         return preservation * (velocity - teacher).square().mean()
     weights = 1 + focus * encoded.mask
     if unseen < 1:  # else no copy to the device, which would wait for it
-        present = torch.from_numpy(index if into is None else np.flatnonzero(into >= 0)).to(encoded.source.device)
+        present = torch.from_numpy(shown_tokens(encoded, tokens)).to(encoded.source.device)
         seen = (encoded.source < 0) | torch.isin(encoded.source, present)
         weights = weights * torch.where(seen, 1.0, unseen)
     wanted = host.target_tokens(noise - encoded.target).latents
@@ -93,26 +99,24 @@ def without_adapter(transformer: Any) -> Iterator[None]:
         transformer.enable_adapters()
 
 
-Subset = tuple[np.ndarray, np.ndarray | None]  # kept tokens: `index` and `into` of a `Selection`
-
-
 class Drawn(NamedTuple):
     """What is drawn for a batch, ahead of its steps: the batch, a set of tokens each subset, and the noise's seed."""
 
     batch: Prepared
-    subsets: list[Subset]
+    subsets: list[TokenSet]
     seed: int
 
 
 @dataclass(frozen=True)
 class Noised:
     """An encoded batch with its noise, and what the teacher says of it (None where nobody asks). total: its tokens of
-    references."""
+    references. teaches: whether it says where heads are to look."""
 
     number: int
     encoded: Encoded
-    subsets: list[Subset]
+    subsets: list[TokenSet]
     total: int
+    teaches: bool
     sigma: torch.Tensor
     noise: torch.Tensor
     teacher: torch.Tensor | None
@@ -153,21 +157,33 @@ class FlowMatching:
         if self._current is None or self._current.number != number:
             self._current = self._noised(number)
         batch = self._current
-        index, into = batch.subsets[subset]
-        with self._forward():
-            return flow_matching_loss(
+        tokens = batch.subsets[subset]
+        preservation = self._preservation(tokens, batch.total)
+        heads = self.config.heads if batch.teaches and not preservation else []
+        with self._forward(), self.host.watch_heads(heads) if heads else contextlib.nullcontext() as looks:
+            loss = flow_matching_loss(
                 self.host,
                 batch.encoded,
-                index,
+                tokens.index,
                 batch.sigma,
                 batch.noise,
                 self.config.distillation,
                 self.config.focus,
-                self._preservation(index, batch.total),
-                into=into,
+                preservation,
+                into=tokens.into,
                 teacher=batch.teacher,
                 unseen=self.config.unseen,
+                overviews=tokens.overviews,
             )
+            if looks is not None:
+                loss = loss + self.config.teach * self._looking(looks, batch.encoded, tokens)
+        return loss
+
+    def _looking(self, looks: Looks, encoded: Encoded, kept: TokenSet) -> torch.Tensor:
+        """How far the taught heads are from looking where they should, with a set of tokens."""
+        source, grids = encoded.source, encoded.grids
+        count = len(kept.index) + sum(overview.tokens for overview in kept.overviews.values())
+        return looking_loss(looks(source.shape[1], count), source, wanted_tokens(source, grids, kept))
 
     def _draw(self, number: int) -> Drawn:
         """A batch before any encoder saw it, and which tokens it keeps; in a thread or process ahead of the steps."""
@@ -181,26 +197,28 @@ class FlowMatching:
         seeds = [seed, *([*seed, subset] for subset in range(1, config.subsets))]  # the first is as without others
         grids = batch.grids(self.host.token)
         selections = [draw_selection(config.dropping, batch.pictures, grids, seed) for seed in seeds]
-        subsets = [(selection.index, selection.into) for selection in selections]
+        subsets = [TokenSet.of(selection) for selection in selections]
         return Drawn(batch._replace(pictures=[]), subsets, int(rng.integers(2**62)))
 
     def _noised(self, number: int) -> Noised:
         batch, subsets, seed = self._ahead(number)
-        encoded = encode(self.host, batch, self.encoding.latent_cache, self.encoding.text_cache)
+        overviews = {(i, each.factor): None for tokens in subsets for i, each in tokens.overviews.items()}
+        encoded = encode(self.host, batch, self.encoding.latent_cache, self.encoding.text_cache, overviews)
         generator = torch.Generator().manual_seed(seed)
         u = torch.rand(len(encoded.target), generator=generator).clamp(1e-4, 1 - 1e-4)
         sigma = noise_levels(u, self.config.weighting_scheme, self.shift).to(self.device)
         noise = torch.randn(encoded.target.shape, generator=generator).to(self.device)
         total = sum(rows * columns for rows, columns in batch.grids(self.host.token))
         teacher = None
-        if self.config.distillation or any(self._preservation(index, total) for index, _ in subsets):
+        if self.config.distillation or any(self._preservation(tokens, total) for tokens in subsets):
             with self._forward():
                 teacher = dense_answer(self.host, encoded, sigma, noise)
-        return Noised(number, encoded, subsets, total, sigma, noise, teacher)
+        teaches = bool((batch.source >= 0).any())  # here, for it is on the CPU
+        return Noised(number, encoded, subsets, total, teaches, sigma, noise, teacher)
 
-    def _preservation(self, index: np.ndarray, total: int) -> float:
+    def _preservation(self, tokens: TokenSet, total: int) -> float:
         """The config's, for a set that keeps all tokens; others are not held to the dense prediction alone."""
-        return self.config.preservation if len(index) == total else 0.0
+        return self.config.preservation if len(tokens.index) == total else 0.0
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:

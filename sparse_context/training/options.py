@@ -180,7 +180,7 @@ TAKES = {
     str: "a text",
     Path: "a path",
     tuple: "texts, separated by commas",
-    Sequence: "numbers, separated by commas",
+    Sequence: "numbers, separated by commas, or none",
     Mapping: "shares by name, such as random=0.5,blobs=0.5",
 }
 
@@ -196,6 +196,7 @@ def _base(kind: Any) -> tuple[Any, bool]:
 def _wrong(name: str, value: Any, kind: Any) -> ValueError:
     base, optional = _base(kind)
     takes = TAKES[typing.get_origin(base) or base]
+    takes = f"whole {takes}" if base == Sequence[int] else takes
     return ValueError(f"{name} is {value!r}: pass {takes}{', or none' if optional else ''}.")
 
 
@@ -205,13 +206,15 @@ def from_text(name: str, text: str, kind: Any) -> Any:
     origin = typing.get_origin(base) or base
     if optional and text.lower() == "none":
         return None
+    if origin is Sequence and text.lower() == "none":
+        return ()
     try:
         if base is bool:
             return {"true": True, "false": False}[text.lower()]
         if origin is tuple:
             return tuple(part.strip() for part in text.split(","))
         if origin is Sequence:
-            return tuple(float(part) for part in text.split(","))
+            return tuple(typing.get_args(base)[0](part) for part in text.split(","))
         if origin is Mapping:
             pairs = [part.partition("=") for part in text.split(",")]
             shares = {key.strip(): float(share) for key, _, share in pairs}
@@ -238,7 +241,7 @@ def from_json(name: str, value: Any, kind: Any) -> Any:
         return value
     if origin is Path and isinstance(value, str):
         return Path(value)
-    inner = float if origin is Sequence else str
+    inner = typing.get_args(base)[0] if origin is Sequence else str
     if origin in (tuple, Sequence) and isinstance(value, list):
         return tuple(from_json(name, each, inner) for each in value)
     if origin is Mapping and isinstance(value, dict):

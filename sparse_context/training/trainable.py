@@ -12,6 +12,8 @@ from ..families.host import Host
 from .config import TrainConfig
 from .optimisers import drawn_from, make_optimisers
 
+ADAPTER = "default"  # peft's own name of one
+
 
 class Trainable(nn.Module):
     """The weights of a module that are trained, and only those: the same `Parameter`s under their own names.
@@ -29,8 +31,10 @@ class Trainable(nn.Module):
 def prepare(host: Host, config: TrainConfig) -> Trainable:
     """Put a fresh LoRA on the transformer, or open all its weights; what is trained is float32.
 
-    Raises ValueError for layers that the transformer does not have.
+    Raises ValueError for layers that the transformer does not have, and for heads that cannot be taught.
     """
+    if config.teach_heads:
+        host.check_heads(config.heads)
     transformer: Any = host.transformer
     transformer.requires_grad_(False)
     if config.full:
@@ -47,7 +51,7 @@ def prepare(host: Host, config: TrainConfig) -> Trainable:
                 if not name or not any(f".{layer}".endswith(f".{name}") for layer, _ in transformer.named_modules()):
                     raise ValueError(f"it has no {name!r}")
             with drawn_from(config.seed):
-                transformer.add_adapter(lora)
+                transformer.add_adapter(lora, ADAPTER)
         except ValueError as error:
             raise ValueError(
                 f"lora_layers is {', '.join(targets)}, and the transformer takes no LoRA there "

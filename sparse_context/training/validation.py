@@ -31,7 +31,10 @@ SHEET_SIDE = 16_383
 
 
 def draw_validation(host: Host, examples: Sequence[Example], config: TrainConfig) -> Image.Image:
-    """For each example one row: its references, the truth, the dense and the sparse output, from the same noise."""
+    """For each example one row: its references, the truth, the dense and the sparse output, from the same noise.
+
+    The sparse one has an overview where these weights are trained for it, as it has by default at inference.
+    """
     rows = []
     pipe = host.pipe
     engine = Engine(pipe=pipe)
@@ -48,7 +51,11 @@ def draw_validation(host: Host, examples: Sequence[Example], config: TrainConfig
                     height=example.image.height // host.token * host.token,
                     width=example.image.width // host.token * host.token,
                 )
-                outputs.append(label(engine(request).image, "all tokens" if keep == 1 else f"keep {keep:g}"))
+                result = engine(request)
+                overviews = result.selection.overviews.values() if result.selection else ()
+                by = " or ".join(dict.fromkeys(str(overview.factor) for overview in overviews))
+                kept = "all tokens" if keep == 1 else f"keep {keep:g}"
+                outputs.append(label(result.image, f"{kept}, overview by {by}" if by else kept))
             rows.append(side_by_side([*example.references, label(example.image, "truth"), *outputs]))
     finally:
         remove_sparse_context(pipe)

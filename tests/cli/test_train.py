@@ -169,6 +169,24 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
     assert all((other[name] == again[name]).all() for name in again)
 
 
+def test_what_is_trained_for_overviews_is_generated_with_one(monkeypatch, capfd, data, tiny_model, tmp_path):
+    """From one command to the other, which is told nothing of overviews."""
+    out = tmp_path / "run"
+    given = ["--data", data / "good.jsonl", "-m", tiny_model, "--output-dir", out, "--rank", 2, "--max-train-steps", 1]
+    code, _, errors = call(monkeypatch, capfd, *given, "--overview-factors", "2,4", "--set", "dropping.dense=0")
+    assert code == 0, errors
+    assert json.loads((out / "config.json").read_text())["dropping"]["overview_factors"] == [2, 4]
+    line = ["generate", "-m", tiny_model, "--lora", out / LORA_FILE, "--image", data / "a.png", "--prompt", "the cat"]
+    line += ["--keep", 0.2, "--selector", "edges", "--json", "--output", tmp_path / "made.png"]
+    monkeypatch.setattr(sys, "argv", ["sparse-context", *map(str, line)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    said, errors = capfd.readouterr()
+    assert exit.value.code == 0, errors
+    (kept,) = json.loads(said)["selection"]["references"]
+    assert kept["overview"]["factor"] == 4 and kept["overview"]["layout"] == "spread"
+
+
 WATCH = """
 # Python runs this as it starts. It notes what is opened for writing, made or renamed, each under the name that it gets.
 import os, sys
@@ -415,6 +433,8 @@ def test_all_that_is_not_installed_is_named_at_once(monkeypatch, capfd, data, tm
 
 
 BAD = [
+    (["--overview-factors", "2,x"], "overview_factors is '2,x': pass whole numbers, separated by commas, or none."),
+    (["--overview-factors", "1"], "overview_factors is [1]: pass whole numbers from 2 to 16."),
     (["--set", "ema"], "The setting ema has no value: write it as field=value"),
     (["--set", "lerning_rate=1"], "There is no field 'lerning_rate': did you mean learning_rate"),
     (["--rank", "2", "--set", "rank=4"], "rank is 2, and the setting rank=4 differs: leave one of the two out."),

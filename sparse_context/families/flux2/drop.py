@@ -30,6 +30,7 @@ MARK = (0, 1.0)  # of overviews, in the place that this leaves
 def attach(pipe: Any, call: "Call") -> None:
     """Cut the reference tokens that `pipe.prepare_image_latents` returns."""
     pictures = Pictures(MAX_AREA)
+    paints = hasattr(pipe, "prepare_mask_latents")
     stands_for = WeakIdKeyDictionary()  # the latents of a preprocessed tensor -> that tensor
 
     def keep_essentials(prepare_image_latents, images, batch_size, *args, **kwargs):
@@ -57,7 +58,15 @@ def attach(pipe: Any, call: "Call") -> None:
             made = ReferenceTokens(*prepare_image_latents(small, batch_size, *args, **kwargs))
             return place_overviews(made, tokens.ids, grids, overviews)
 
-        kept = call.keep(tokens, grids, picture, encode_overviews=encode_overviews)
+        def enlarge(i, shown, max_pixels):
+            def encode(parts):
+                return prepare_image_latents(parts, batch_size, *args, **kwargs)[0]
+
+            return pictures.enlarge(seen[i][0], shown, grids[i], max_pixels, encode)
+
+        # An inpainting source is blended back into what is made, and so has one size
+        large = None if paints else enlarge
+        kept = call.keep(tokens, grids, picture, encode_overviews=encode_overviews, enlarge=large)
         return kept.latents, kept.ids
 
     def encode_once(encode, image, generator):  # which draws nothing from the generator: it takes the mode
@@ -75,7 +84,7 @@ def attach(pipe: Any, call: "Call") -> None:
     call.replace("image_processor", pictures.watch)
     call.around("prepare_image_latents", keep_essentials)
     call.around("_encode_vae_image", encode_once)
-    if hasattr(pipe, "prepare_mask_latents"):  # inpaint
+    if paints:
         call.around("prepare_latents", remember_pixels)
 
 

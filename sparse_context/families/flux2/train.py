@@ -2,13 +2,18 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from PIL import Image
 
+from ...overview import Overview
+from ...selectors.cells import Grid
 from ...tokens import ReferenceTokens
-from ..host import ATTENTION, Host, Text
+from ..host import ATTENTION, Head, Host, Looks, Text
+from .drop import place_overviews
+from .heads import watched_heads
 from .kv import in_kv_mode
 
 
@@ -29,14 +34,26 @@ class Flux2(Host):
             raise ValueError("KV mode is for klein models: FLUX.2 dev has no pipeline that runs it.")
         if kv and not isinstance(pipe, Flux2KleinKVPipeline):
             pipe = in_kv_mode(pipe)
-        super().__init__(pipe, settings, kv)
-        self.kv = kv or isinstance(pipe, Flux2KleinKVPipeline)
+        super().__init__(pipe, settings, kv or isinstance(pipe, Flux2KleinKVPipeline))
 
     def lora_targets(self) -> list[str]:
         """Those of diffusers' training scripts for FLUX.2: all attention, the single blocks' fused MLPs with it."""
         singles = range(len(self.transformer.single_transformer_blocks))
         fused = ["to_qkv_mlp_proj", *(f"single_transformer_blocks.{i}.attn.to_out" for i in singles)]
         return [*ATTENTION, *fused]
+
+    def check_heads(self, heads: Sequence[Head]) -> None:
+        blocks = self.transformer.single_transformer_blocks
+        count = self.transformer.config.num_attention_heads
+        for block, head in heads:
+            if block >= len(blocks) or head >= count:
+                raise ValueError(
+                    f"teach_heads has {block}.{head}, but the transformer has {len(blocks)} single blocks of {count} "
+                    "heads, which are counted from 0: name others."
+                )
+
+    def watch_heads(self, heads: Sequence[Head]) -> AbstractContextManager[Looks]:
+        return watched_heads(self.transformer, heads, references_first=self.kv)
 
     def pixels(self, picture: Image.Image) -> torch.Tensor:
         width, height = (side // self.token * self.token for side in picture.size)
@@ -61,6 +78,15 @@ class Flux2(Host):
         ids = self.pipe._prepare_image_ids([reference[:1] for reference in latents])
         packed = torch.cat([self.pipe._pack_latents(reference) for reference in latents], dim=1)
         return ReferenceTokens(packed, ids.repeat(len(packed), 1, 1).to(packed.device))
+
+    def overview_tokens(
+        self,
+        latents: Sequence[torch.Tensor],
+        references: ReferenceTokens,
+        grids: Sequence[Grid],
+        overviews: Mapping[int, Overview],
+    ) -> ReferenceTokens:
+        return place_overviews(self.reference_tokens(latents), references.ids, grids, overviews)
 
     def velocity(
         self,

@@ -5,16 +5,27 @@ that prepares them. So a call runs a copy of the blocks with a step behind that 
 a canvas with its own reflection, which scores lowest where a token shows nothing else.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from diffusers.modular_pipelines.flux3.before_denoise import Flux3PrepareImageCondLatentsStep
+from diffusers.modular_pipelines.flux3.encoders import Flux3VaeEncoderStep
+from diffusers.modular_pipelines.flux3.inputs import Flux3ImageCondInputStep
+from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
+from ...overview import Overview, shrink, spread_ids
+from ...selectors.cells import Grid
 from ...tokens import ReferenceTokens
 from ..modular import attach_step
 from ..pictures import mask_of, to_uint8
 
 if TYPE_CHECKING:
     from ...context import Call
+
+LAST = 3  # the axis L, on which references lie at -1, -2 ...
+MARK = (0, 1.0)  # of overviews, on T, where images lie at 0: between two references there is no room for four scales
 
 
 def attach(pipe: Any, call: "Call") -> None:
@@ -41,7 +52,17 @@ def attach(pipe: Any, call: "Call") -> None:
             _, canvas = pipe.image_processor.preprocess(images[0], resize_mode=resize_mode)
             visible = [_overlaps(canvas["reference_crop"], grids[0], pixels[0].shape[-2] // grids[0][0])]
         tokens = ReferenceTokens(state.image_cond_hidden_states, state.image_cond_ids)
-        kept = call.keep(tokens, grids, picture, visible)
+
+        def encode_overviews(overviews: Mapping[int, Overview]) -> ReferenceTokens:
+            small = PipelineState()  # in which they are all the references that there are
+            for name in ("batch_size", "num_images_per_prompt", "dtype"):
+                small.set(name, state.get(name))
+            small.set("condition_images", [shrink(pixels[i], grids[i], each.factor) for i, each in overviews.items()])
+            for step in (Flux3VaeEncoderStep(), Flux3ImageCondInputStep(), Flux3PrepareImageCondLatentsStep()):
+                step(pipe, small)
+            return place_overviews(small.image_cond_hidden_states, tokens.ids, grids, overviews)
+
+        kept = call.keep(tokens, grids, picture, visible, encode_overviews)
         state.set("image_cond_hidden_states", kept.latents)
         state.set("image_cond_ids", kept.ids)
 
@@ -53,3 +74,23 @@ def _overlaps(box: tuple[int, int, int, int], grid: tuple[int, int], side: int) 
     left, top, right, bottom = box
     rows, columns = (side * np.arange(n) for n in grid)
     return ((rows < bottom) & (rows + side > top))[:, None] & ((columns < right) & (columns + side > left))
+
+
+def place_overviews(
+    latents: torch.Tensor, ids: torch.Tensor, grids: Sequence[Grid], overviews: Mapping[int, Overview]
+) -> ReferenceTokens:
+    """The tokens of overviews (B, N, C) at their places. ids: (N, 4) of the whole references.
+
+    Rows and columns are scaled already, by as much as the pipeline's steps were told. So those of a further reference
+    are taken from the top left corner of one that is there, and not made anew.
+    """
+    if {each.layout for each in overviews.values()} == {"spread"}:
+        return ReferenceTokens(latents, spread_ids(ids, grids, overviews, MARK))
+    whole = ids.split([rows * columns for rows, columns in grids])
+    behind = []
+    for place, (i, each) in enumerate(overviews.items(), start=len(grids) + 1):
+        rows, columns = each.grid
+        corner = whole[i].unflatten(0, grids[i])[:rows, :columns].flatten(0, 1).clone()
+        corner[:, LAST] = -place
+        behind.append(corner)
+    return ReferenceTokens(latents, torch.cat(behind))

@@ -1,13 +1,16 @@
 """FLUX.3 as the trainer sees it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
+from ...overview import Overview
+from ...selectors.cells import Grid
 from ...tokens import ReferenceTokens
 from ..host import Host, Text, flat
+from .drop import place_overviews
 
 IMAGE_ROPE_SCALE = 0.5  # FLUX.3's rows and columns in its position ids, as its steps have it by default
 
@@ -61,6 +64,15 @@ class Flux3(Host):
         step = Flux3PrepareImageCondLatentsStep(IMAGE_ROPE_SCALE)
         state = self._run(step, image_cond_latents=list(latents), dtype=latents[0].dtype)
         return ReferenceTokens(state.image_cond_hidden_states, state.image_cond_ids)
+
+    def overview_tokens(
+        self,
+        latents: Sequence[torch.Tensor],
+        references: ReferenceTokens,
+        grids: Sequence[Grid],
+        overviews: Mapping[int, Overview],
+    ) -> ReferenceTokens:
+        return place_overviews(self.reference_tokens(latents).latents, references.ids, grids, overviews)
 
     def velocity(
         self,

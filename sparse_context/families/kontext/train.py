@@ -1,13 +1,16 @@
 """Kontext and LongCat as the trainer sees them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image
 from torch.nn import functional
 
+from ...overview import Overview
+from ...selectors.cells import Grid
 from ...tokens import ReferenceTokens
 from ..host import Host, Text, flat
+from .drop import place_overviews
 
 
 class Kontext(Host):
@@ -48,6 +51,15 @@ class Kontext(Host):
         ids = tokens.ids.clone()
         ids[:, 0] = 1
         return ReferenceTokens(tokens.latents, ids)
+
+    def overview_tokens(
+        self,
+        latents: Sequence[torch.Tensor],
+        references: ReferenceTokens,
+        grids: Sequence[Grid],
+        overviews: Mapping[int, Overview],
+    ) -> ReferenceTokens:
+        return place_overviews(self.reference_tokens(latents), references.ids, grids, overviews)
 
     def velocity(
         self,

@@ -7,10 +7,13 @@ They look at nothing else, so they do for any number of calls at once, whoever m
 alone, and can be compiled with the transformer.
 
 The text encoder sees the pictures as well, as vision tokens in the prompt, and those are left alone: what is dropped
-here still reaches the model that way, coarsely.
+here still reaches the model that way, coarsely. It is asked before there is an overview, which it never sees.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +21,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ...overview import Overview, shrink
+from ...selectors.cells import Grid
 from ...tokens import ReferenceTokens
 from ..pictures import Pictures
 
@@ -26,15 +31,17 @@ if TYPE_CHECKING:
 
 KEY = "sparse_context"  # of the kept tokens in `attention_kwargs`
 
+APART = 4  # frames from a reference to its overview, for each doubling: the models are made for three pictures
+
 Shape = tuple[int, int, int]  # 1, rows and columns
 
 
 class KeptTokens(NamedTuple):
     """What a call keeps of its references.
 
-    rows: the rotary rows of the kept tokens (K,), int64, counted over all tokens of whole references.
+    rows: the rotary rows of the kept tokens (K,), int64, counted over all tokens of `shapes`.
     strip: their shape, (1, 1, K): as a number of its own, so that no graph has to derive it.
-    shapes: of the whole references.
+    shapes: of the whole references, and then those that overviews have their rows of.
     latents: the kept tokens (B, K, C), to take the place of the whole references in `hidden_states`; None where
         they stand there already.
     """
@@ -58,9 +65,26 @@ def attach(pipe: Any, call: "Call") -> None:
         side = 2 * pipe.vae_scale_factor
         grids = [(pixels.shape[2] // side, pixels.shape[3] // side) for pixels in seen]
         tokens = ReferenceTokens(prepared[-1], torch.arange(prepared[-1].shape[1])[:, None])
-        chosen = call.keep(tokens, grids, lambda i, mask: pictures.show(seen[i], mask, i))
+        shapes = [(1, *grid) for grid in grids]
+
+        def encode_overviews(overviews: Mapping[int, Overview]) -> ReferenceTokens:
+            small = [shrink(seen[i], grids[i], each.factor).unsqueeze(2) for i, each in overviews.items()]
+            arguments = inspect.signature(type(pipe).prepare_latents).bind(pipe, *args, **kwargs).arguments
+            del arguments["self"]
+            height, width = small[0].shape[-2:]
+            # Its noise goes to waste, and inpainting also samples what its VAE makes: not with the user's generator
+            others = {"height": height, "width": width, "generator": torch.Generator().manual_seed(0), "latents": None}
+            images = {"images": small} if "images" in arguments else {"image": small[0]}
+            latents = prepare_latents(**{**arguments, **others, **images})[-1]
+            rows, more_shapes = place_overviews(grids, overviews)
+            shapes.extend(more_shapes)
+            return ReferenceTokens(latents, rows[:, None])
+
+        chosen = call.keep(
+            tokens, grids, lambda i, mask: pictures.show(seen[i], mask, i), encode_overviews=encode_overviews
+        )
         rows = chosen.ids[:, 0].to(chosen.latents.device, non_blocking=True)
-        kept = KeptTokens(rows, (1, 1, len(rows)), [(1, *grid) for grid in grids])
+        kept = KeptTokens(rows, (1, 1, len(rows)), shapes)
         if hasattr(pipe, "prepare_mask_latents"):  # inpaint, which blends with the whole source at every step
             kept = kept._replace(latents=chosen.latents)
             return prepared
@@ -78,6 +102,41 @@ def attach(pipe: Any, call: "Call") -> None:
     call.replace("image_processor", pictures.watch)
     call.around("prepare_latents", choose)
     call.replace("_attention_kwargs", hand_over)
+
+
+def place_overviews(grids: Sequence[Grid], overviews: Mapping[int, Overview]) -> tuple[torch.Tensor, list[Shape]]:
+    """The rotary rows of overviews, int64 (N,), one overview after another, and the shapes in which these are counted,
+    behind those of the whole references. grids: of the whole references.
+
+    A row is that of a whole place: so a token that is spread takes the cell nearest to its middle (before it, where two
+    are), at the frame of its reference and `APART` more for each doubling of the factor, which marks the scale. Where
+    there are more references, they lie as far apart as these are many. The frames between hold a token that is not
+    asked for: the place of a shape in their list is its frame. As a further reference an overview has a frame of its
+    own, after all others.
+    """
+    start = sum(rows * columns for rows, columns in grids)
+    if {each.layout for each in overviews.values()} != {"spread"}:
+        count = sum(each.tokens for each in overviews.values())
+        return start + torch.arange(count), [(1, *each.grid) for each in overviews.values()]
+    apart = max(APART, len(grids))
+    frames = {
+        i + apart * round(math.log2(each.factor)): i for i, each in overviews.items()
+    }  # from 0, that of the first
+    shapes = [(1, *grids[frames[n]]) if n in frames else (1, 1, 1) for n in range(len(grids), max(frames) + 1)]
+    starts = dict(enumerate(itertools.accumulate(map(_count, shapes), initial=start), start=len(grids)))
+    places = {i: starts[frame] for frame, i in frames.items()}
+    rows = [places[i] + _middle_cells(grids[i], each) for i, each in overviews.items()]
+    return torch.cat(rows), shapes
+
+
+def _middle_cells(grid: Grid, overview: Overview) -> torch.Tensor:
+    """Flat indices of the cells of a grid that are nearest to the middles of its overview's."""
+    before = (overview.factor - 1) // 2
+    row, column = (
+        (torch.arange(coarse) * overview.factor + before).clamp(max=whole - 1)
+        for coarse, whole in zip(overview.grid, grid, strict=True)
+    )
+    return (row[:, None] * grid[1] + column).flatten()
 
 
 @contextmanager

@@ -7,17 +7,20 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from ...overview import Overview
+from ...selectors.cells import Grid
 from ...tokens import ReferenceTokens
 from ..host import Host, Text, flat
-from .drop import KEY, KeptTokens, taking_kept_tokens
+from .drop import KEY, KeptTokens, place_overviews, taking_kept_tokens
 
 
 class QwenImageEditPlus(Host):
     """Qwen-Image-Edit-Plus (2509, 2511), which scales every picture to about a megapixel.
 
     It has no position ids, only rotary rows that follow from the shapes. So a reference token's id is the number of its
-    row (N, 1), of references in the shapes of the last `reference_tokens`, and an output token's id is the output's
-    shape (N, 3). Its text encoder sees the references, in a smaller size; prompts are padded to a multiple of 512.
+    row (N, 1), in the shapes of the references of the last `reference_tokens`, or with those of the last
+    `overview_tokens` behind them, and an output token's id is the output's shape (N, 3). Its text encoder sees the
+    references, in a smaller size; prompts are padded to a multiple of 512.
     """
 
     text_sees_references = True
@@ -63,6 +66,18 @@ class QwenImageEditPlus(Host):
         self._shapes = [(1, *reference.shape[-2:]) for reference in latents]
         tokens = torch.cat([flat(reference) for reference in latents], dim=1)
         return ReferenceTokens(tokens, torch.arange(tokens.shape[1])[:, None])
+
+    def overview_tokens(
+        self,
+        latents: Sequence[torch.Tensor],
+        references: ReferenceTokens,
+        grids: Sequence[Grid],
+        overviews: Mapping[int, Overview],
+    ) -> ReferenceTokens:
+        rows, shapes = place_overviews(grids, overviews)
+        self._shapes = [*((1, *grid) for grid in grids), *shapes]
+        tokens = torch.cat([flat(overview) for overview in latents], dim=1)
+        return ReferenceTokens(tokens, rows[:, None])
 
     def velocity(
         self,
