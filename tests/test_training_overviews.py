@@ -138,6 +138,8 @@ def test_what_weights_are_trained_for_follows_from_the_sets():
     assert Dropping(overview_factors=(8, 2)).trained(kv=True) == Trained((2, 8), "spread", True, (1 / 64, 1.0))
     settings = {"overview_factors": (8,), "overview_alone": 0.0, "overview_layout": "reference"}
     assert Dropping(**settings).trained() == Trained((8,), "reference", False, (0.05, 1.0))
+    for never in ({"overview_none": 1.0}, {"dense": 1.0}):
+        assert Dropping(**settings | never).trained() == Dropping().trained()
 
 
 # What the transformer sees --------------------------------------------------------------------------------------------

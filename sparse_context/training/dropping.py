@@ -170,9 +170,10 @@ class Dropping:
 
     def trained(self, kv: bool = False) -> Trained:
         """What weights are trained for by this."""
-        alone = [factor**-2 for factor in self.overview_factors if self.overview_alone]
+        factors = tuple(self.overview_factors) if self.dense < 1 and self.overview_none < 1 else ()
+        alone = [factor**-2 for factor in factors if self.overview_alone]
         keep = min([self.keep_min, *alone]), self.keep_max
-        return Trained(tuple(self.overview_factors), self.overview_layout, kv, keep)
+        return Trained(factors, self.overview_layout if factors else "spread", kv, keep)
 
 
 def draw_selection(
