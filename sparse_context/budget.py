@@ -126,12 +126,12 @@ def choose_tokens(
     check_budget(keep, share, floor, coverage, multiple_of, mass, references=len(scores))
     if not len(scores):
         return []
-    sizes = np.array([part.size for part in scores] if sizes is None else sizes)
-    spent = np.zeros_like(sizes) if reserved is None else np.array(reserved, np.int64)
-    if keeps_all(keep, sizes) and not spent.any():
-        return [np.arange(size) for size in sizes]
+    usual = np.array([part.size for part in scores] if sizes is None else sizes)
+    spent = np.zeros_like(usual) if reserved is None else np.array(reserved, np.int64)
+    if keeps_all(keep, usual) and not spent.any():
+        return [np.arange(size) for size in usual]
 
-    size = int(sizes.sum())
+    size = int(usual.sum())
     auto = [
         _auto_count(part, mass) if count is None else count
         for part, count in zip(scores, enough or [None] * len(scores), strict=True)
@@ -141,16 +141,16 @@ def choose_tokens(
         reference = np.repeat(np.arange(len(scores)), [part.size for part in scores])
         order = _floor_first(rank_tokens(scores, coverage), reference, floor, spent)
     else:
-        budgets = own_budgets(keep, sizes, floor, auto)
+        budgets = own_budgets(keep, usual, floor, auto)
         total = int(budgets.sum())
-        alike = np.ones(len(sizes)) if is_count(keep) else budgets  # equal counts: one token each, turn by turn
+        alike = np.ones(len(usual)) if is_count(keep) else budgets  # equal counts: one token each, turn by turn
         floors = np.minimum(floor, np.maximum(budgets - spent, 0)) if spent.any() else floor
-        order = _rank_by_progress(scores, alike, coverage, floors, spent, sizes)
+        order = _rank_by_progress(scores, alike, coverage, floors, spent, usual)
 
     total = _round_to_multiple(total, multiple_of, size)
     if floor and total - spent.sum() < np.count_nonzero(spent == 0):
         raise ValueError(
-            f"keep is {keep!r}, which makes {total} tokens for {len(sizes)} references: keep one each or more, "
+            f"keep is {keep!r}, which makes {total} tokens for {len(usual)} references: keep one each or more, "
             "or let references end up empty with floor=0."
         )
     if total < spent.sum():

@@ -146,7 +146,9 @@ class Call:
         larger: dict[int, Large] = {}
 
         def large(i: int) -> Large | None:
-            found = enlarge and enlarge(i, pictures[i], config.reference_max_pixels)
+            found = None
+            if enlarge is not None and config.reference_max_pixels is not None:
+                found = enlarge(i, pictures[i], config.reference_max_pixels)
             if found is not None:
                 larger[i] = found
             return found

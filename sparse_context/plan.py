@@ -100,8 +100,8 @@ def plan_selection(
     return Plan(grids, grids, tasks, keep, selectors, labels, coverages, overviews, notes)
 
 
-def enlarge_plan(plan: Plan, grids: Mapping[int, Grid | None], pixels: int) -> Plan:
-    """`plan` where the references in `grids`, by number, have these larger ones, or None where they have none.
+def enlarge_plan(plan: Plan, grids: Mapping[int, Grid], pixels: int) -> Plan:
+    """`plan` where the references in `grids`, by number, have these larger ones.
 
     pixels: the config's `reference_max_pixels`. Raises ValueError where no reference has the overview that it needs.
     """

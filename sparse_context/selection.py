@@ -67,7 +67,7 @@ class Kept:
     @property
     def cells(self) -> int | None:
         """How many cells of `grid` a token of the overview covers a side."""
-        return self.overview and self.overview.cells(self.usual or self.grid, self.grid)
+        return None if self.overview is None else self.overview.cells(self.usual or self.grid, self.grid)
 
     @property
     def count(self) -> int:
@@ -154,13 +154,13 @@ class Selection:
             "references": [
                 {
                     "grid": list(kept.usual or kept.grid),
-                    "large_grid": list(kept.grid) if kept.usual else None,
                     "kept": kept.count,
                     "total": kept.total,
                     "selector": kept.selector,
                     "coverage": coverage,
                     "averages": len(kept.averages),
                     "overview": _overview_record(kept),
+                    **({"large_grid": list(kept.grid)} if kept.usual else {}),
                 }
                 for kept, coverage in zip(self.references, self.coverage, strict=True)
             ],
@@ -284,7 +284,7 @@ def _enlarge(
     if large is None:
         raise ValueError(f"reference_max_pixels is {pixels}, but there are no larger pictures here: leave it out.")
     found = {i: large(i) for i, overview in enumerate(plan.overviews) if overview is not None}
-    plan = enlarge_plan(plan, {i: each and each.grid for i, each in found.items()}, pixels)
+    plan = enlarge_plan(plan, {i: each.grid for i, each in found.items() if each is not None}, pixels)
     larger = [found.get(i) for i in range(len(batches))]
     return plan, [batch if each is None else [*each.picture] for batch, each in zip(batches, larger, strict=True)]
 

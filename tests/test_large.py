@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinKVPipeline, Flux2KleinPipeline, Flux2Pipeline
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from PIL import Image
+from test_budget import references, shares
 from test_families import TOLERANCE, distance, embedded_tokens, masked, seen_by_transformer
 from tiny import CASES, TOKEN, build_flux2, cases, embeds, picture, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,8 +26,11 @@ from sparse_context import (
     mask,
     select_tokens,
 )
+from sparse_context.budget import choose_tokens
 from sparse_context.families.pictures import to_uint8
 from sparse_context.large import large_grid, large_ids, large_tokens, tiles
+from sparse_context.pipelines import Request
+from sparse_context.pipelines.engine import _call_of
 from sparse_context.preview import draw_selection
 
 MEGAPIXEL = 1024 * 1024
@@ -352,6 +358,35 @@ def test_auto_takes_no_more_than_the_usual_size_has():
         host.call([reference])
         (kept,) = last_selection(host.pipe).references
         assert kept.count in counts and (kept.psnr > 40) == (kept.count < 256)
+
+
+@pytest.mark.parametrize("pixels", [None, 2 * MEGAPIXEL])
+def test_the_engine_leaves_it_to_the_pipeline_to_scale(pixels):
+    host = Host("klein")
+    request = Request("a cat", [host.picture(1.6)], SparseContextConfig(overview=4, reference_max_pixels=pixels))
+    _, arguments = _call_of(host.pipe, request)
+    (image,) = arguments["image"]
+    assert image.width * image.height == pytest.approx(pixels or MEGAPIXEL, rel=1e-2)
+
+
+@given(references(), shares, st.data())
+def test_as_many_tokens_are_kept_of_larger_pictures(scores, share, data):
+    """And none beyond those that the usual ones have, whatever their budget is."""
+    scales = data.draw(st.lists(st.integers(1, 3), min_size=len(scores), max_size=len(scores)))
+    sizes = [part.size for part in scores]
+    larger = [np.kron(part, np.ones((k, k), np.float32)) for part, k in zip(scores, scales, strict=True)]
+    spent = [data.draw(st.integers(0, size // 4)) for size in sizes]
+    keep = data.draw(st.floats(0.5, 0.95) | st.integers(2 + sum(sizes) // 2, 2 + sum(sizes)))
+    settings = {"share": share, "floor": 0, "reserved": spent, "multiple_of": data.draw(st.integers(1, 9))}
+    try:
+        usual = choose_tokens(scores, keep, **settings)
+    except ValueError:
+        assume(False)
+    chosen = choose_tokens(larger, keep, sizes=sizes, **settings)
+    assert sum(map(len, chosen)) == sum(map(len, usual))
+    if share == "equal":
+        assert [*map(len, chosen)] == [*map(len, usual)]
+    assert all(len(index) == 0 or index[-1] < part.size for index, part in zip(chosen, larger, strict=True))
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

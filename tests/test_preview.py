@@ -81,6 +81,11 @@ def test_a_large_reference_is_scaled_as_the_pipelines_scale_it():
     assert np.array_equal(fit_reference(reference), theirs)
 
 
+@pytest.mark.parametrize(("size", "fitted"), [((3000, 2000), (2449, 1632)), ((1600, 1200), (1600, 1200))])
+def test_a_larger_size_is_taken_where_it_is_asked_for(size, fitted):
+    assert fit_reference(Image.new("RGBA", size), max_area=4_000_000).size == fitted
+
+
 def test_padding_is_white_and_centred_and_no_mask_covers_it():
     pixels = np.asarray(fit_reference(Image.new("RGB", (1024, 64), RED)))
     assert pixels.shape == (128, 1024, 3)

@@ -113,6 +113,10 @@ class TrainConfig:
                     f"{name} takes the weights without the LoRA as its teacher, and a full fine-tuning keeps no such "
                     "copy: leave one of the two out."
                 )
+        self._check_teaching()
+        SparseContextConfig(keep=self.validation_keep)
+
+    def _check_teaching(self) -> None:
         if bool(self.teach) != bool(self.teach_heads):
             raise ValueError(
                 f"teach is {self.teach!r} and teach_heads {', '.join(self.teach_heads) or 'empty'}: pass a weight and "
@@ -121,7 +125,6 @@ class TrainConfig:
         for head in self.teach_heads:
             if not re.fullmatch(r"\d+\.\d+", head, re.ASCII):
                 raise ValueError(f"teach_heads has {head!r}: write block and head, counted from 0, such as 12.3.")
-        SparseContextConfig(keep=self.validation_keep)
 
     @property
     def heads(self) -> list[tuple[int, int]]:

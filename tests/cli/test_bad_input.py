@@ -98,6 +98,8 @@ def test_a_bad_choice(refused, face, options, says):
         "generate --prompt x --image {in}/a.png --mask {in}/corner.png --compare {in}/corner.png": "is also an input",
         "select {in}/a.png {in}/b.png --output {in}/b.png": "b.png is also an input",
         "generate --prompt x --show-tokens no/t.png": "the folder",
+        "generate --prompt x --image {in}/a.png --overview 4 --reference-max-pixels 0": "reference_max_pixels is 0",
+        "generate --prompt x --image {in}/a.png --overview none --reference-max-pixels 9": "only an overview shows",
         "generate --prompt x --compare c.bmp": "end it in .png",
     }.items(),
 )

@@ -321,6 +321,14 @@ def test_options_reach_the_selection(command, inputs, tmp_path, options, expecte
         assert [r[key] for r in told[0]["references"]] == values
 
 
+def test_a_larger_size_reaches_the_selection(command):
+    """The tiny model's references are 64 pixels wide, whatever is asked for."""
+    asked = ["--overview", "4", "--reference-max-pixels", "40000", "--output", "o.png"]
+    code, out, err = command("generate", "-m", "{model}", "--prompt", "x", "--image", "{in}/a.png", *asked)
+    assert code == 0, err
+    assert "reference 1 has its usual size, because it is not larger" in out + err
+
+
 def test_kept_tokens_lie_within_the_masks(generate):
     both = ["--image", "{in}/a.png", "--image", "{in}/b.png"]
     masks = ["--mask", "{in}/corner.png", "--mask", "{in}/other corner.png"]
