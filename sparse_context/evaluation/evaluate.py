@@ -32,10 +32,10 @@ from ..pipelines.errors import GenerationError
 from ..pipelines.hub import one_line
 from ..preview import draw_selection
 from ..result import checkout, write_result
-from ..samples import Sample, name_problem, same_file
+from ..samples import LONGEST_NAME, Sample, name_problem, same_file
 from ..selection import selection_version
 from ..selectors.masks import mask as masks_of
-from .grid import DENSE, LONGEST_NAME, Cell, Maker
+from .grid import DENSE, Cell, Maker
 from .metrics import Metric
 from .report import SHOWN
 from .statistics import summarise
