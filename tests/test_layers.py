@@ -25,7 +25,7 @@ ROOMS = {
     "apply, remove, ask": {"sparsify"},
     "pipelines": {"pipelines"},
     "the embedded model": {"embedded"},
-    "work": {"training", "evaluation", "bench"},
+    "work": {"training", "evaluation", "bench", "batch"},
     "faces": {"cli"},
     "entrance": {"__init__", "__main__"},
 }

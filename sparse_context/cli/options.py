@@ -78,6 +78,8 @@ KV = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Random seed of the image noise.")]
 Steps = Annotated[int | None, typer.Option(help="Denoise steps.", show_default="the model's")]
+Height = Annotated[int | None, typer.Option(help="Output height in pixels.", show_default="the model's")]
+Width = Annotated[int | None, typer.Option(help="Output width in pixels.", show_default="the model's")]
 GuidanceScale = Annotated[
     float | None, typer.Option(help="Strength of classifier-free guidance.", show_default="the model's")
 ]
@@ -237,10 +239,6 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
 
 def hide_loading_bars() -> None:
     """Leave stderr to the bars of the steps and of downloads."""
-    import diffusers.utils.logging
-    import huggingface_hub.utils
-    import transformers.utils.logging
+    from ..pipelines.load import hide_loading_bars
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()  # this one hides the bars of downloads too
-    huggingface_hub.utils.enable_progress_bars()
+    hide_loading_bars()
