@@ -163,6 +163,10 @@ class Engine:
         """
         return self._answer(requests, cancel, progress, preview)
 
+    def check(self, request: Request) -> None:
+        """Raise ValueError for a request that this model does not take, as a call would, without the call."""
+        _call_of(self.pipe(request.config), request)
+
     def warm_up(self, request: Request | None = None) -> None:
         """Load the pipeline and make a short call, for a first one pays for more than itself.
 
