@@ -15,8 +15,8 @@ from starlette.datastructures import UploadFile
 from .errors import ApiError, short
 
 NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
-DEEPEST, LONGEST = 3, 64
-"""Of values: lists and mappings within each other, and their entries."""
+DEEPEST, LONGEST, LARGEST = 3, 64, 2**31 - 1
+"""Of values: lists and mappings within each other, their entries, and whole numbers."""
 
 
 def nest(items: Iterable[tuple[str, str | UploadFile]]) -> dict[str, Any]:
@@ -115,5 +115,7 @@ def _check_plain(name: str, value: Any, depth: int = 0) -> None:
             _check_plain(name, each, depth + 1)
     elif isinstance(value, str) and len(value) > 1000:
         raise ApiError(400, f"{name} has {len(value)} characters: pass fewer.", param=name)
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise ApiError(400, f"{name} is beyond all measure: pass a number up to {LARGEST}.", param=name)
     elif not isinstance(value, (str, int, float, bool, type(None))):
         raise ApiError(400, f"{name} is a file: send it as text.", param=name)

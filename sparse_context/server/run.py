@@ -91,6 +91,21 @@ def run(engine: Engine, settings: Settings, port: int = 8000) -> None:
     server = Server(engine, settings)
     sock = listen(settings.host, port)
     _start_log()
+    behind = uvicorn_of(server)
+
+    def give_up() -> None:
+        behind.should_exit = True
+
+    server.worker.on_failure = give_up
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    log.info("serving %s on http://%s:%d", settings.name, host, sock.getsockname()[1])
+    behind.run(sockets=[sock])
+    if server.worker.failure is not None:
+        raise server.worker.failure
+
+
+def uvicorn_of(server: Server) -> uvicorn.Server:
+    """What serves the application, once it is run on a socket."""
     config = uvicorn.Config(
         wrap(server),
         loop="asyncio",
@@ -102,19 +117,9 @@ def run(engine: Engine, settings: Settings, port: int = 8000) -> None:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=math.ceil(settings.deadline + settings.upload_seconds),
+        timeout_graceful_shutdown=math.ceil(server.settings.deadline + server.settings.upload_seconds),
     )
-    uvicorn_server = uvicorn.Server(config)
-
-    def give_up() -> None:
-        uvicorn_server.should_exit = True
-
-    server.worker.on_failure = give_up
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    log.info("serving %s on http://%s:%d", settings.name, host, sock.getsockname()[1])
-    uvicorn_server.run(sockets=[sock])
-    if server.worker.failure is not None:
-        raise server.worker.failure
+    return uvicorn.Server(config)
 
 
 def _start_log() -> None:

@@ -118,8 +118,8 @@ def read_wanted(values: Mapping[str, Any], settings: Settings, edits: bool, is_f
             guidance_scale=read.get("guidance_scale"),
             negative_prompt=read.get("negative_prompt") or None,
         )
-    except (ValueError, TypeError) as error:
-        raise from_exception(ValueError(str(error)), SUBJECTS) or error from None
+    except ValueError as error:
+        raise from_exception(error, SUBJECTS) or error from None
     return Wanted(
         request,
         tuple(range(first, first + count)),

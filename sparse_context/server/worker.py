@@ -18,6 +18,7 @@ from ..pipelines.steps import Draw
 from .errors import ApiError, from_exception, internal, stopping, too_busy
 from .jobs import Done, Failed, Job, Made
 from .metrics import Metrics
+from .schema import SUBJECTS
 from .settings import Settings
 
 TRIALS = (1, 2, 4)
@@ -208,7 +209,7 @@ class Worker:
                     if not job.ended:
                         self._serve([job])
                 return
-            known = from_exception(error)
+            known = from_exception(error, SUBJECTS)
             if known is None:
                 log.exception("a job failed")
             self._fail(jobs, known or internal())
