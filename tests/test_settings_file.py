@@ -46,6 +46,7 @@ VALUES = {
     "height": 64,
     "width": 96,
     "guidance_scale": 2.5,
+    "negative_prompt": "blur",
 }
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import typer
 
 from ..pipelines.errors import GenerationError
-from . import batch, bench, demo, evaluate, generate, recommend, select, train
+from . import batch, bench, demo, evaluate, generate, recommend, select, serve, train
 
 app = typer.Typer(
     add_completion=False,
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reference-conditioned image generation with a fraction of the reference tokens.",
 )
-for command in (
+COMMANDS = (
     generate.generate,
     select.select,
     recommend.recommend,
@@ -32,7 +32,9 @@ for command in (
     evaluate.evaluate,
     demo.demo,
     bench.bench,
-):
+    serve.serve,
+)
+for command in COMMANDS:
     app.command()(command)
 
 
