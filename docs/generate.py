@@ -26,6 +26,7 @@ PAGES = {
     "samples": ("Samples", ("samples",)),
     "training": ("Training", ("training",)),
     "evaluation": ("Evaluation", ("evaluation",)),
+    "batch": ("Batches", ("batch",)),
     "benchmark": ("Benchmark", ("bench",)),
 }
 """Page -> its title and the modules or folders that it shows."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import NamedTuple, TypeGuard, TypeVar, cast
+from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import numpy as np
 
@@ -327,10 +327,10 @@ def check_budget(
         raise ValueError(f"merge is {merge!r}: pass the share of the budget for averages, from 0 to 1.")
 
 
-def _is_within(value: object, low: float, high: float, above: bool = False) -> bool:
+def _is_within(value: Any, low: float, high: float, above: bool = False) -> bool:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
-    return low <= float(value) <= high and not (above and float(value) == low)
+    return low <= value <= high and not (above and value == low)
 
 
 def _is_count_at(value: object, least: int) -> bool:

@@ -147,8 +147,8 @@ class SparseContextConfig:
                 )
             if all(choice is None for choice in spread_out(self.overview, 1)):
                 raise ValueError(needs_overview(pixels))
-        if not isinstance(self.psnr, numbers.Real) or isinstance(self.psnr, bool) or not 0 < self.psnr < math.inf:
-            raise ValueError(f"psnr is {self.psnr!r}: pass a number of dB above 0, such as 32.")
+        if not isinstance(self.psnr, numbers.Real) or isinstance(self.psnr, bool) or not 0 < self.psnr <= 1000:
+            raise ValueError(f"psnr is {self.psnr!r}: pass a number of dB above 0 and up to 1000, such as 32.")
 
     @property
     def names_overview(self) -> bool:

@@ -50,7 +50,7 @@ class PictureError(ValueError):
     """A picture cannot be read or written. The message is one sentence that names the file and says what to do."""
 
 
-def open_picture(path: str | os.PathLike[str] | bytes) -> Image.Image:
+def open_picture(path: str | os.PathLike[str] | bytes, most_pixels: int = MAX_PIXELS) -> Image.Image:
     """The first frame of a picture file, or of its bytes, upright, in sRGB with 8 bits a channel.
 
     Returns mode RGBA where at least one pixel is transparent to some degree (alpha channel, palette, tRNS), else RGB.
@@ -59,7 +59,7 @@ def open_picture(path: str | os.PathLike[str] | bytes) -> Image.Image:
     value to its largest. A colour profile is converted to sRGB where it can be, else ignored.
 
     Raises `PictureError` for a file that is missing, unreadable, not a picture in one of `READ_FORMATS`, damaged, or
-    larger than `MAX_PIXELS` or `MAX_BYTES`.
+    larger than `most_pixels` or `MAX_BYTES`.
     """
     name = f"a picture of {len(path)} bytes" if isinstance(path, bytes) else _name(path)
     with (
@@ -72,8 +72,8 @@ def open_picture(path: str | os.PathLike[str] | bytes) -> Image.Image:
         try:
             with Image.open(file, formats=formats) as image:
                 width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise PictureError(_too_large(name, f"{width}x{height} pixels"))
+                if width * height > most_pixels:
+                    raise PictureError(_too_large(name, f"{width}x{height} pixels", most_pixels))
                 return _upright_8bit(image)
         except PictureError:
             raise
@@ -83,7 +83,7 @@ def open_picture(path: str | os.PathLike[str] | bytes) -> Image.Image:
                 f"give one of {', '.join(formats)}"
             ) from None
         except Image.DecompressionBombError:
-            raise PictureError(_too_large(name, "as its header says")) from None
+            raise PictureError(_too_large(name, "as its header says", most_pixels)) from None
         except MemoryError:
             raise PictureError(f"{name} does not fit into memory; scale it down first") from None
         except Exception as error:
@@ -93,13 +93,15 @@ def open_picture(path: str | os.PathLike[str] | bytes) -> Image.Image:
             ) from error
 
 
-def open_mask(path: str | os.PathLike[str] | bytes, size: tuple[int, int]) -> Image.Image:
+def open_mask(
+    path: str | os.PathLike[str] | bytes, size: tuple[int, int], most_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """A mask as mode L, 255 where to keep: the file's alpha if anything in it is transparent, else its luminance.
 
     `size` is the `(width, height)`, in pixels, of the picture it belongs to, as `open_picture` returned it. Raises
     `PictureError` as `open_picture` does, and for a mask of another size.
     """
-    mask = open_picture(path)
+    mask = open_picture(path, most_pixels)
     if mask.size != tuple(size):
         name = "in the data" if isinstance(path, bytes) else _name(path)
         raise PictureError(
@@ -364,8 +366,8 @@ def _target(path: str | os.PathLike[str], name: str) -> str:
         raise PictureError(f"{name} cannot be written ({_reason(error)}); choose another name") from error
 
 
-def _too_large(name: str, what: str) -> str:
-    limits = f"{MAX_PIXELS // 10**6} megapixels and {MAX_BYTES // 2**20} MiB"
+def _too_large(name: str, what: str, most_pixels: int = MAX_PIXELS) -> str:
+    limits = f"{most_pixels / 10**6:g} megapixels and {MAX_BYTES // 2**20} MiB"
     return f"{name} is too large ({what}): at most {limits} are read; scale it down first"
 
 

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DIFFUSERS = "pip install 'sparse-context[diffusers]'"
+SERVER = "pip install 'sparse-context[server]'"
 
 INSTALL: dict[str, str] = {
     "torch": "pip install torch",
     "cv2": "pip install opencv-python-headless",
+    **dict.fromkeys(("fastapi", "prometheus_client", "python_multipart", "starlette", "uvicorn"), SERVER),
     **dict.fromkeys(("accelerate", "diffusers", "filelock", "peft", "tqdm", "transformers", "typer"), DIFFUSERS),
 }
 """By the name that is imported, the command that brings it."""

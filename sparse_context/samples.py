@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Any, TypedDict, Unpack
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack
 
 from PIL import Image
 
@@ -51,6 +51,8 @@ DEVICES = {
 
 ILLEGAL = r'[/\\\x00-\x1f<>:"|?*]'
 """Characters that a file's name has not, on one system or another."""
+
+LONGEST_NAME = 200  # bytes: file systems have 255, and a file that is being written has a longer one
 
 Picture = Path | bytes
 """A picture that is not opened yet: a file, or the bytes of one."""
@@ -271,13 +273,18 @@ Rows = Sequence[tuple[str, Sample | list[str]]]
 
 @dataclass(frozen=True)
 class RowRules:
-    """What the rows of a source have to hold. The fields are those of `SourceOptions`; folder: that of the manifest or
-    data set, which paths are relative to; None for a data set that is in no folder."""
+    """What the rows of a source have to hold. The fields are those of `SourceOptions`, and:
+
+    folder: that of the manifest or data set, which paths are relative to; None for a data set that is in no folder.
+    needs_references: whether a row without references is an error. others: keys that are known beside the fields.
+    """
 
     columns: Mapping[str, str]
     needs_image: bool
     most_references: int | None
     folder: Path | None
+    needs_references: bool = True
+    others: tuple[str, ...] = ()
 
     def column(self, field: str) -> str:
         """The source's name of a field."""
@@ -300,7 +307,7 @@ def _open_source(
     folder = path.parent if path.is_file() else path if path.is_dir() else None
     rules = RowRules(columns or {}, needs_image, most_references, folder)
     if path.is_file():
-        rows: Rows = _read_lines(path, rules)
+        rows: Rows = read_lines(path, partial(make_sample, rules=rules))
     elif needs_datasets(source):
         rows = _Table(str(source), split, config, rules)
     else:
@@ -316,31 +323,43 @@ def _open_source(
 # JSONL ----------------------------------------------------------------------------------------------------------------
 
 
-def _read_lines(path: Path, rules: RowRules) -> list[tuple[str, Sample | list[str]]]:
+class Named(Protocol):
+    """What has a name that no other row of a manifest has."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=Named)
+
+
+def read_lines(path: Path, make: Callable[[object, str, str], Row | list[str]]) -> list[tuple[str, Row | list[str]]]:
+    """The lines of a JSONL file that hold something: where each is, and what `make(value, where, name)` makes of it or
+    everything that is wrong with it. name: for one that has none. Raises `ManifestError` for a file that is no text."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"The manifest {path} cannot be read as text ({error}): pass JSONL in UTF-8.") from error
-    rows: list[tuple[str, Sample | list[str]]] = []
+    rows: list[tuple[str, Row | list[str]]] = []
     names: dict[str, tuple[int, str]] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"line {number}"
         try:
-            row = json.loads(line, object_pairs_hook=_once_each)
+            value = json.loads(line, object_pairs_hook=_once_each)
         except ManifestError as error:
-            sample: Sample | list[str] = [f"{where} {error}"]
+            row: Row | list[str] = [f"{where} {error}"]
         except (ValueError, RecursionError) as error:
-            sample = [f"{where} is no JSON ({error})."]
+            row = [f"{where} is no JSON ({error})."]
         else:
-            sample = _make_sample(row, where, f"{number:06}", rules)
-        if isinstance(sample, Sample):
-            first, name = names.setdefault(file_key(sample.name), (number, sample.name))
+            row = make(value, where, f"{number:06}")
+        if not isinstance(row, list):
+            first, name = names.setdefault(file_key(row.name), (number, row.name))
             if first != number:
-                other = "" if name == sample.name else f", which is {name!r} on Windows or macOS,"
-                sample = [f"{where} has the name {sample.name!r}{other} of line {first}: give each its own."]
-        rows.append((where, sample))
+                other = "" if name == row.name else f", which is {name!r} on Windows or macOS,"
+                row = [f"{where} has the name {row.name!r}{other} of line {first}: give each its own."]
+        rows.append((where, row))
     return rows
 
 
@@ -354,7 +373,7 @@ def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return entries
 
 
-def _make_sample(row: object, where: str, name: str, rules: RowRules) -> Sample | list[str]:
+def make_sample(row: object, where: str, name: str, rules: RowRules) -> Sample | list[str]:
     """A sample from a row of any source, or everything that is wrong with the row. name: where the row has none."""
     if not isinstance(row, Mapping):
         return [f"{where} is no JSON object: write one as {{...}}, on a line of its own."]
@@ -393,7 +412,7 @@ def _as_list(entry: object) -> list[object]:
 
 def _misspelt_keys(row: Mapping[str, object], where: str, rules: RowRules) -> Iterator[str]:
     """Keys of a file's row that look like a field which the row has not."""
-    columns = [rules.column(field) for field in FIELDS]
+    columns = [*(rules.column(field) for field in FIELDS), *rules.others]
     for key in row if rules.folder is not None else ():
         near = difflib.get_close_matches(str(key).lower(), columns, n=1, cutoff=0.8)
         if key not in columns and near and row.get(near[0]) is None:
@@ -404,7 +423,7 @@ def _missing_values(
     value: Mapping[str, object], references: list[object], masks: list[object], where: str, rules: RowRules
 ) -> Iterator[str]:
     """What a row has too few or too many of."""
-    if not references:
+    if not references and rules.needs_references:
         yield f"{where} has no {rules.column('references')!r}: list at least one picture."
     if masks and len(masks) != len(references):
         yield f"{where} has {len(masks)} reference masks for {len(references)} references: write as many."
@@ -533,4 +552,4 @@ class _Table(Sequence):
     def __getitem__(self, i):
         i = range(len(self))[i]
         where = f"row {i + 1}"
-        return where, _make_sample(self._table[i], where, f"{i + 1:06}", self._rules)
+        return where, make_sample(self._table[i], where, f"{i + 1:06}", self._rules)

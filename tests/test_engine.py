@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tiny import picture
 from whole import save_whole
 
-from sparse_context import SparseContextConfig
+from sparse_context import ReferenceCache, SparseContextConfig
 from sparse_context.pipelines import Cancelled, Engine, ModelSpec, Request
 from sparse_context.pipelines.load import load
 
@@ -167,6 +168,69 @@ def test_who_waits_for_a_turn_can_leave(engine):
         assert first.result(60).selection.kept > 0
 
 
+# Several at once, and previews ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv", [False, True])
+def test_requests_about_the_same_references_are_answered_by_one_call(spec, kv):
+    engine, forwards = Engine(replace(spec, kv=kv), bar=False), []
+    request = ask(seed=3)
+    requests = [request, replace(request, prompt="the room", seed=8), replace(request, seed=9)]
+    alone = [engine(each) for each in requests]
+    handle = engine.pipe().transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    answers = engine.together(requests)
+    handle.remove()
+    assert len(forwards) == 3
+    assert len({pixels(answer).tobytes() for answer in answers}) == 3
+    for one, other in zip(alone, answers, strict=True):
+        assert np.abs(pixels(one).astype(int) - pixels(other)).max() <= 1
+        assert np.array_equal(one.selection.index, other.selection.index)
+
+
+def test_what_cannot_be_answered_together_is_refused(engine, modular):
+    with pytest.raises(ValueError, match="^Requests that are answered together may differ in prompt and seed alone"):
+        engine.together([ask(0.2), ask(0.3)])
+    with pytest.raises(ValueError, match="^There are 2 requests, and Flux2KleinModularPipeline answers one at a time"):
+        modular.together([ask(), ask(seed=1)])
+
+
+@pytest.mark.parametrize("kv", [False, True])
+@pytest.mark.parametrize("references", [0, 2])
+def test_the_last_preview_is_the_picture_and_previews_change_nothing(spec, references, kv):
+    engine, drawn = Engine(replace(spec, kv=kv), bar=False), []
+    request = ask(references=references)
+    generation = engine(request, preview=lambda step, steps, draw: drawn.append((step, steps, draw())))
+    assert np.array_equal(pixels(generation), pixels(engine(request)))
+    assert [(step, steps, len(pictures)) for step, steps, pictures in drawn] == [(1, 3, 1), (2, 3, 1), (3, 3, 1)]
+    differences = [np.abs(np.asarray(pictures[0]).astype(int) - pixels(generation)) for *_, pictures in drawn]
+    assert differences[-1].max() <= 1 < differences[0].max()
+    assert "decode" not in vars(engine.pipe().vae)
+
+
+def test_the_size_of_a_preview_is_that_of_the_picture(engine):
+    drawn = []
+    wide = replace(ask(references=1), width=96, height=32)
+    together = engine.together(
+        [wide, replace(wide, seed=1)], preview=lambda step, steps, draw: drawn.append([each.size for each in draw()])
+    )
+    assert drawn == [[(96, 32)] * 2] * 3 and [each.image.size for each in together] == [(96, 32)] * 2
+
+
+def test_a_pipeline_that_cannot_decode_has_no_previews(modular):
+    told = []
+    modular(ask(), preview=lambda *_: told.append(1))
+    assert told == []
+
+
+def test_a_cache_of_the_engine_remembers_references(spec):
+    cache = ReferenceCache()
+    engine = Engine(spec, bar=False, cache=cache)
+    first = engine(ask())
+    assert (cache.hits, cache.misses) == (0, 4)
+    assert np.array_equal(pixels(first), pixels(engine(ask())))
+    assert (cache.hits, cache.misses) == (4, 4)
+
+
 # Warm-up and comparing ------------------------------------------------------------------------------------------------
 
 
@@ -276,3 +340,14 @@ def test_a_package_that_is_not_there_is_named(spec, tmp_path, monkeypatch, name,
     says = f"^quantization is '{name}', which needs {package}: pip install 'sparse-context.quantization.'.$"
     with pytest.raises(ValueError, match=says):
         quantized(spec, name).pipe()
+
+
+def test_an_engine_with_a_cache_encodes_a_reference_once_and_makes_the_same(engine, spec):
+    cached = Engine(spec, bar=False, cache=ReferenceCache())
+    plain = pixels(engine(ask()))
+    encoded = []
+    handle = cached.pipe().vae.encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
+    first, second = pixels(cached(ask())), pixels(cached(ask()))
+    handle.remove()
+    assert len(encoded) == 2 and cached.cache.hits == 4 == cached.cache.misses  # latents and scores of two references
+    assert np.array_equal(plain, first) and np.array_equal(plain, second)

@@ -309,6 +309,10 @@ def assert_same_selection(first, second):
         ({"height": 60}, "^height is 60: this model needs a multiple of 8, such as 64.$"),
         ({"width": -8}, "^width is -8: pass a number above 0.$"),
         ({"guidance_scale": 2.0}, "^guidance_scale is 2.0, but this distilled model takes none: leave it out.$"),
+        (
+            {"negative_prompt": "dark"},
+            "^negative_prompt is 'dark', but this distilled model takes none: leave it out.$",
+        ),
         ({"guidance_scale": float("nan")}, "^guidance_scale is nan: pass a number of 0 or more.$"),
     ],
 )

@@ -227,3 +227,14 @@ def test_group_offloading_of_a_modular_pipeline_changes_nothing(folders):
     plain = Engine(pipe=loaded(folder))(Request("the cat", [picture(96, 64)])).image
     offloaded = load(ModelSpec(str(folder), dtype="float32", device="cpu", cpu_offload="group"))
     assert np.array_equal(plain, Engine(pipe=offloaded)(Request("the cat", [picture(96, 64)])).image)
+
+
+def test_a_negative_prompt_reaches_a_pipeline_with_guidance(folders):
+    engine = Engine(ModelSpec(str(folders("LongCatImageEditPipeline")), dtype="float32", device="cpu"), bar=False)
+
+    def made(**more):
+        request = Request("make the cat blue", [picture(96, 64)], steps=1, guidance_scale=4.0, **more)
+        return np.asarray(engine(request).image)
+
+    assert not np.array_equal(made(negative_prompt="make the cat red 0123"), made())
+    assert np.array_equal(made(negative_prompt=""), made())

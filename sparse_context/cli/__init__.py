@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import typer
 
 from ..pipelines.errors import GenerationError
-from . import bench, demo, evaluate, generate, select, train
+from . import batch, bench, demo, evaluate, generate, recommend, select, serve, train
 
 app = typer.Typer(
     add_completion=False,
@@ -23,7 +23,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reference-conditioned image generation with a fraction of the reference tokens.",
 )
-for command in (generate.generate, select.select, train.train, evaluate.evaluate, demo.demo, bench.bench):
+COMMANDS = (
+    generate.generate,
+    select.select,
+    recommend.recommend,
+    batch.batch,
+    train.train,
+    evaluate.evaluate,
+    demo.demo,
+    bench.bench,
+    serve.serve,
+)
+for command in COMMANDS:
     app.command()(command)
 
 

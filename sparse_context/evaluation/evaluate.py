@@ -32,10 +32,10 @@ from ..pipelines.errors import GenerationError
 from ..pipelines.hub import one_line
 from ..preview import draw_selection
 from ..result import checkout, write_result
-from ..samples import Sample, name_problem, same_file
+from ..samples import LONGEST_NAME, Sample, name_problem, same_file
 from ..selection import selection_version
 from ..selectors.masks import mask as masks_of
-from .grid import DENSE, LONGEST_NAME, Cell, Maker
+from .grid import DENSE, Cell, Maker
 from .metrics import Metric
 from .report import SHOWN
 from .statistics import summarise
@@ -64,12 +64,13 @@ def evaluate(
     *,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
+    bar: bool = True,
 ) -> dict[str, Any]:
     """Run every cell over the samples and return the result that is also written to `folder`/result.json.
 
     make: see `maker`; a cell may have its own. cells: see `grid`; the first is `DENSE`. metrics: see
     `metrics.find_metrics`. about: what else the figures depend on (model, adapter, `fingerprint` of their weights,
-    steps ...), for the record.
+    steps ...), for the record. bar: whether progress is shown.
 
     A cell whose file is there is not run again. Raises ValueError where that file is of other settings, and, before
     anything is made, where a sample lacks what a setting needs or has a picture that cannot be read.
@@ -99,10 +100,10 @@ def evaluate(
         masked = [counts[n] for n, cell in cells.items() if done[n] is None and _asks_for_masks(cell.config)]
         _check(samples[: counts[DENSE]], max(masked, default=0))
     remaining = sum(counts[name] for name, rows in done.items() if rows is None)
-    with tqdm(total=remaining, unit="output", desc="evaluate", disable=not remaining) as bar:
+    with tqdm(total=remaining, unit="output", desc="evaluate", disable=not (remaining and bar)) as shown:
         for name, cell in cells.items():
             if done[name] is None:
-                bar.set_postfix_str(name)
+                shown.set_postfix_str(name)
                 rows, how = [], cell.make or make
                 for i, sample in enumerate(samples[: counts[name]]):
                     try:
@@ -112,7 +113,7 @@ def evaluate(
                     except (ValueError, GenerationError) as error:
                         kind = GenerationError if isinstance(error, GenerationError) else ValueError
                         raise kind(f"Sample {sample.name}, setting {name}: {error}") from error
-                    bar.update()
+                    shown.update()
                 figures = {"samples": rows}
                 write_result(folder / "cells" / f"{name}.json", f"evaluation of {name}", configs[name], figures)
                 done[name] = rows

@@ -19,9 +19,6 @@ DENSE = "dense"
 """The name of the setting that keeps all tokens. Every evaluation has it."""
 
 
-LONGEST_NAME = 200  # bytes: file systems have 255, and a file that is being written has a longer one
-
-
 Maker = Callable[[Sample, SparseContextConfig, int], Generation]
 """(sample, config, seed) -> what a model makes of it: how any pipeline is evaluated."""
 

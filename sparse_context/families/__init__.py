@@ -1,7 +1,8 @@
 """What is known of each kind of pipeline: a folder a family, found by the pipeline's class name in one table.
 
     drop.py     `attach(pipe, call)`: where reference tokens enter, and are cut
-    call.py     `arguments(...)` (call.py here): how a call hands over its images; modular pipelines share modular.py's
+    call.py     `arguments(...)` (call.py here): how a call hands over its images; modular pipelines share modular.py's;
+                `decode(...)`: pictures of latents; optional
     train.py    a `Host` (host.py), by which the trainer encodes and predicts; optional
     bench.py    `SHAPES` (shape.py): the sizes of real models, by the names of the benchmark; optional, without torch
 
@@ -33,6 +34,7 @@ class Family:
     paints: whether it paints into its first picture, where a mask says so.
     guidance: its argument for the strength of classifier-free guidance.
     kv: whether references go through its model once a call, and their keys and values are kept.
+    batch: whether one call answers several prompts about the same references, each from noise of its own.
     narrow: whether it refuses pictures with a side under 64 pixels or of a shape beyond 8:1.
     """
 
@@ -45,6 +47,7 @@ class Family:
     paints: bool = False
     guidance: str = "guidance_scale"
     kv: bool = False
+    batch: bool = False
     narrow: bool = False
 
 
@@ -57,8 +60,8 @@ _qwen = partial(Family, "qwen", fewest=1, guidance="true_cfg_scale")
 
 FAMILIES: Mapping[str, Family] = {
     "Flux2Pipeline": _flux2(host="Flux2"),
-    "Flux2KleinPipeline": _flux2(host="Flux2"),
-    "Flux2KleinKVPipeline": _flux2(host="Flux2", kv=True),
+    "Flux2KleinPipeline": _flux2(host="Flux2", batch=True),
+    "Flux2KleinKVPipeline": _flux2(host="Flux2", kv=True, batch=True),
     "Flux2KleinInpaintPipeline": _flux2(fewest=1, paints=True),
     "Flux2ModularPipeline": _flux2_modular(),
     "Flux2KleinModularPipeline": _flux2_modular(),

@@ -1,12 +1,14 @@
-"""How a call hands its images to a pipeline: `arguments` of the family's call.py, or what all modular ones share."""
+"""How a call hands its images to a pipeline: `arguments` of the family's call.py, or what all modular ones share;
+and how pictures are made of its latents, where a family says so."""
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from PIL import Image
 
-from . import family_of
+from . import Family, family_of
 
 
 def call_arguments(
@@ -18,6 +20,18 @@ def call_arguments(
     were asked for, or None. An argument that is None is to be left out. Raises TypeError as `family_of` does.
     """
     family = family_of(pipe)
-    module = "modular" if family.modular else f"{family.folder}.call"
-    arguments: Callable[..., dict[str, Any]] = import_module(f".{module}", __package__).arguments
+    arguments: Callable[..., dict[str, Any]] = _module(family).arguments
     return arguments(pipe, images, mask, height, width)
+
+
+def find_decode(pipe: Any) -> Callable[..., list[Image.Image]] | None:
+    """What makes pictures of a pipeline's latents in the middle of a call, `(pipe, latents, arguments of the call)`.
+
+    None where its family has nothing of the kind, or paints into a picture. Raises TypeError as `family_of` does.
+    """
+    family = family_of(pipe)
+    return None if family.paints else getattr(_module(family), "decode", None)
+
+
+def _module(family: Family) -> ModuleType:
+    return import_module(".modular" if family.modular else f".{family.folder}.call", __package__)

@@ -2,18 +2,18 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
 
+from ..cache import ReferenceCache
 from ..config import SparseContextConfig
-from ..families import family_of
-from ..families.call import call_arguments
+from ..families import Family, family_of
+from ..families.call import call_arguments, find_decode
 from ..preview import MAX_AREA, fit_reference, label, reference_mask, side_by_side
 from ..selection import Selection
 from ..sparsify import apply_sparse_context, last_selection
@@ -25,23 +25,11 @@ from .load import load
 from .lora_file import NO_LORA
 from .settings import Fit, call_inputs, call_settings, check_images, fit_masks, reference_sides
 from .spec import ModelSpec, Request
-from .timing import Times, timed, watching
+from .steps import Cancel, Preview, Progress, Stop, stepwise, turn
+from .timing import Times, timed
 
 WARM_UP_STEPS = 2
 """Denoise steps of a warm-up: in KV mode the second is of another kind than the first."""
-
-PATIENCE = 0.05
-"""Seconds between two looks at whether a request that waits for its turn was cancelled."""
-
-Cancel = threading.Event | Callable[[], bool]
-"""Asked before each denoise step: an event that is set, or a function that returns True, cancels the call."""
-
-Progress = Callable[[int, int], Any]
-"""Called after each denoise step with (step, steps), the first being 1. It must not call its engine, which is busy."""
-
-
-class _Stop(BaseException):
-    """Leaves a call from inside of it. No Exception, for modular pipelines log those with their whole traceback."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +84,26 @@ class Engine:
     dropped tokens, so requests that keep all of them are answered by a second pipeline, without it.
     """
 
-    def __init__(self, spec: ModelSpec | None = None, *, pipe: Any = None, bar: bool = True) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec | None = None,
+        *,
+        pipe: Any = None,
+        bar: bool = True,
+        cache: ReferenceCache | None = None,
+    ) -> None:
         """An engine that loads what `spec` says (None: the embedded model), or one around a pipeline that is there.
 
-        bar: whether the pipeline's own progress bar of the steps is shown. Raises TypeError where both a spec and a
-        pipeline are passed, and for a pipeline that is not supported.
+        bar: whether the pipeline's own progress bar of the steps is shown. cache: remembers references that come again
+        (`apply_sparse_context`). Raises TypeError where both a spec and a pipeline are passed, and for a pipeline that
+        is not supported.
         """
         if spec is not None and pipe is not None:
             raise TypeError("An Engine takes a ModelSpec or a pipeline, not both.")
         if pipe is not None:
             family_of(pipe)
         self.spec = spec or ModelSpec()
+        self.cache = cache
         self._pipes: dict[ModelSpec, Any] = {}
         self._wrapped = pipe
         self._bar = {} if bar else {"disable": True}
@@ -129,7 +126,12 @@ class Engine:
             return self._pipes[spec]
 
     def __call__(
-        self, request: Request, *, cancel: Cancel | None = None, progress: Progress | None = None
+        self,
+        request: Request,
+        *,
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
+        preview: Preview | None = None,
     ) -> Generation:
         """Answer a request. Its config stays applied to the pipeline afterwards.
 
@@ -138,8 +140,32 @@ class Engine:
 
         Raises ValueError for a request that this model does not take, GenerationError for whatever else the pipeline
         raises, and Cancelled where `cancel` says so, before a step or while others are served.
+
+        `preview` is called by pipelines whose family can decode latents (`families.call.find_decode`), and never by
+        others.
         """
-        return self._answer(request, cancel, progress)
+        return self._answer([request], cancel, progress, preview)[0]
+
+    def together(
+        self,
+        requests: Sequence[Request],
+        *,
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
+        preview: Preview | None = None,
+    ) -> list[Generation]:
+        """Answer requests that differ in their prompts and seeds alone by one call, for pipelines that can do that
+        (`Family.batch`).
+
+        The pictures are those of single calls but for rounding. Their references are encoded and chosen from once, and
+        all have the selection and the times of the one call. Raises what a call raises, and ValueError for other
+        requests.
+        """
+        return self._answer(requests, cancel, progress, preview)
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError for a request that this model does not take, as a call would, without the call."""
+        _call_of(self.pipe(request.config), request)
 
     def warm_up(self, request: Request | None = None) -> None:
         """Load the pipeline and make a short call, for a first one pays for more than itself.
@@ -151,7 +177,7 @@ class Engine:
             grey = Image.new("RGB", (512, 512), (128, 128, 128))
             mask = Image.new("L", grey.size, 255) if family_of(self.pipe()).paints else None
             request = Request("grey", [grey], inpaint=mask)
-        self._answer(replace(request, steps=WARM_UP_STEPS), disable=True)
+        self._answer([replace(request, steps=WARM_UP_STEPS)], disable=True)
 
     def compare(
         self, request: Request, *, cancel: Cancel | None = None, progress: Progress | None = None
@@ -162,7 +188,7 @@ class Engine:
         """
         dense = replace(request, config=SparseContextConfig(keep=1.0))
         for each in (request, dense):
-            self._answer(replace(each, steps=WARM_UP_STEPS), cancel, disable=True)
+            self._answer([replace(each, steps=WARM_UP_STEPS)], cancel, disable=True)
 
         def half(answered: int) -> Progress | None:
             if progress is None:
@@ -170,25 +196,37 @@ class Engine:
             return lambda step, steps: progress(answered * steps + step, 2 * steps)
 
         return Comparison(
-            sparse=self._answer(request, cancel, half(0), desc="kept tokens"),
-            dense=self._answer(dense, cancel, half(1), desc="all tokens"),
+            sparse=self._answer([request], cancel, half(0), desc="kept tokens")[0],
+            dense=self._answer([dense], cancel, half(1), desc="all tokens")[0],
         )
 
     def _answer(
-        self, request: Request, cancel: Cancel | None = None, progress: Progress | None = None, **bar: Any
-    ) -> Generation:
-        """A call, with these settings of the pipeline's progress bar."""
+        self,
+        requests: Sequence[Request],
+        cancel: Cancel | None = None,
+        progress: Progress | None = None,
+        preview: Preview | None = None,
+        **bar: Any,
+    ) -> list[Generation]:
+        """A call that answers requests of one kind, with these settings of the pipeline's progress bar."""
+        request = requests[0]
         pipe = self.pipe(request.config)
-        config, arguments = _call_of(pipe, request)
         family, name = family_of(pipe), type(pipe).__name__
-        generator = torch.Generator().manual_seed(request.seed)
+        _check_together(requests, family, name)
+        config, arguments = _call_of(pipe, request)
+        prompts = [each.prompt for each in requests]
+        generators = [torch.Generator().manual_seed(each.seed) for each in requests]
+        asked = (prompts, generators) if len(requests) > 1 else (prompts[0], generators[0])
+        decode = find_decode(pipe)
+        decoded = None if decode is None else partial(decode, pipe, inputs=arguments)
         try:
-            with _turn(pipe, cancel), _bar(pipe, **bar | self._bar), _guided(pipe, request.guidance_scale):
-                apply_sparse_context(pipe, config)
-                with _stepwise(pipe, cancel, progress), timed(pipe) as times:
-                    output = pipe(prompt=request.prompt, generator=generator, **arguments)
-                return Generation((output if family.modular else output.images)[0], last_selection(pipe), times)
-        except _Stop:
+            with turn(pipe, cancel), _bar(pipe, **bar | self._bar), _guided(pipe, request.guidance_scale):
+                apply_sparse_context(pipe, config, cache=self.cache)
+                with stepwise(pipe, cancel, progress, preview, decoded), timed(pipe) as times:
+                    output = pipe(prompt=asked[0], generator=asked[1], **arguments)
+                images = output if family.modular else output.images
+                return [Generation(image, last_selection(pipe), times) for image in images[: len(requests)]]
+        except Stop:
             raise Cancelled("The call was cancelled.") from None
         except ValueError:
             raise
@@ -204,6 +242,15 @@ class Engine:
 def _keeps_all(config: SparseContextConfig) -> bool:
     """Whether the embedded model would keep all tokens of any references with its adapter."""
     return config.keeps_all() and config.keeps_all(read_record(adapter_record(ADAPTERS["plain"])))
+
+
+def _check_together(requests: Sequence[Request], family: Family, name: str) -> None:
+    """Raise ValueError where one call cannot answer these requests."""
+    if len(requests) > 1 and not family.batch:
+        raise ValueError(f"There are {len(requests)} requests, and {name} answers one at a time: call it for each.")
+    first = replace(requests[0], prompt="", seed=0)
+    if any(replace(other, prompt="", seed=0) != first for other in requests[1:]):
+        raise ValueError("Requests that are answered together may differ in prompt and seed alone: call for each.")
 
 
 def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str, Any]]:
@@ -226,6 +273,9 @@ def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str
     if request.guidance_scale is not None and (distilled or not (has_guider or family.guidance in inputs)):
         what = "this distilled model" if distilled else name
         raise ValueError(f"guidance_scale is {request.guidance_scale}, but {what} takes none: leave it out.")
+    if request.negative_prompt is not None and (distilled or "negative_prompt" not in inputs):
+        what = "this distilled model" if distilled else name
+        raise ValueError(f"negative_prompt is {request.negative_prompt!r}, but {what} takes none: leave it out.")
     for i, reference in enumerate(references):
         reference_mask(config.selector, i, reference)  # raises for a mask of another size
     if mask is not None and mask.size != references[0].size:
@@ -241,6 +291,7 @@ def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str
         "num_inference_steps": request.steps,
         "height": request.height,
         "width": request.width,
+        "negative_prompt": request.negative_prompt,
         family.guidance: 1.0 if distilled else request.guidance_scale,  # 1 is what a distilled model is run with anyhow
     }
     arguments = settings | {dial: value for dial, value in chosen.items() if value is not None}
@@ -258,52 +309,6 @@ def _guided(pipe: Any, scale: float | None) -> contextlib.AbstractContextManager
     from ..families.modular import guidance
 
     return guidance(pipe, scale)
-
-
-_locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
-_adding_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def _turn(pipe: Any, cancel: Cancel | None) -> Iterator[None]:
-    """Wait until no other call of this pipeline is under way. Leaves by `_Stop` where `cancel` says so meanwhile."""
-    with _adding_lock:
-        lock = _locks.setdefault(pipe, threading.Lock())
-    while not lock.acquire(timeout=-1 if cancel is None else PATIENCE):
-        if cancel is not None and _is_cancelled(cancel):
-            raise _Stop
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _is_cancelled(cancel: Cancel) -> bool:
-    return cancel.is_set() if isinstance(cancel, threading.Event) else bool(cancel())
-
-
-@contextlib.contextmanager
-def _stepwise(pipe: Any, cancel: Cancel | None, progress: Progress | None) -> Iterator[None]:
-    """Ask `cancel` before each denoise step of the call inside, and tell `progress` after it."""
-    if cancel is None and progress is None:
-        yield
-        return
-    if cancel is not None and _is_cancelled(cancel):
-        raise _Stop
-    step, scheduler = 0, pipe.scheduler
-
-    @contextlib.contextmanager
-    def watched() -> Iterator[None]:
-        nonlocal step
-        if cancel is not None and _is_cancelled(cancel):
-            raise _Stop
-        yield
-        step += 1
-        if progress is not None:  # inpainting may begin in the middle of the schedule
-            progress(step, len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0))
-
-    with watching(scheduler, "step", watched):
-        yield
 
 
 @contextlib.contextmanager

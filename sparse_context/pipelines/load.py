@@ -178,3 +178,14 @@ def find_device(name: str | None) -> torch.device:
     if (device.index or 0) >= count:
         raise ValueError(f"device is {name!r}, but this machine has {count} of that kind: pass cpu, or leave it out.")
     return device
+
+
+def hide_loading_bars() -> None:
+    """Leave stderr to the bars of the steps and of downloads."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # this one hides the bars of downloads too
+    huggingface_hub.utils.enable_progress_bars()

@@ -38,12 +38,17 @@ def check_call(
             raise ValueError(f"{dial} is {value}: pass a number above 0.")
         if value is not None and value > most:
             raise ValueError(f"{dial} is {value}: pass {most} at most.")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError(f"The prompt {prompt!r} contains bytes that are not text: write it in UTF-8.")
+    check_text("prompt", prompt)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}: pass a number from 0 to {2**63 - 1}.")
     if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
         raise ValueError(f"guidance_scale is {guidance_scale}: pass a number of 0 or more.")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError for a text with bytes in it that are none."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"The {name} {text!r} contains bytes that are not text: write it in UTF-8.")
 
 
 def most_references(model: str | None) -> int | None:

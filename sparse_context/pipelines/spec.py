@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..config import SparseContextConfig
 from .lora_file import check_lora_scale
-from .settings import check_call
+from .settings import check_call, check_text
 
 DTYPE_NAMES = ("float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
 OFFLOADS = ("model", "group")
@@ -69,6 +69,7 @@ class Request:
 
     prompt: what to make of the references. references: RGB or RGBA images, in order. config: which of their tokens to
     keep. seed: of the image noise. steps, height, width (pixels), guidance_scale: None takes the model's.
+    negative_prompt: what to stay away from, for a model with guidance.
     inpaint: for a pipeline that paints into its first reference, a mask (mode L) of its size, white where to paint.
     """
 
@@ -80,8 +81,10 @@ class Request:
     height: int | None = None
     width: int | None = None
     guidance_scale: float | None = None
+    negative_prompt: str | None = None
     inpaint: Image.Image | None = None
 
     def __post_init__(self) -> None:
         check_call(self.prompt, self.seed, self.steps, self.height, self.width, self.guidance_scale)
+        check_text("negative_prompt", self.negative_prompt or "")
         object.__setattr__(self, "references", tuple(self.references))

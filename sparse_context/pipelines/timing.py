@@ -44,18 +44,21 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+Watcher = Callable[..., AbstractContextManager]
+
+
 class _Watched:
     """A method in whose calls others look on: they come and go in any order, as calls of several threads do."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self.method = method
-        self.watchers: list[Callable[[], AbstractContextManager]] = []
+        self.watchers: list[Watcher] = []
         self.put_back: Callable[[], None] = lambda: None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             for watcher in tuple(self.watchers):
-                stack.enter_context(watcher())
+                stack.enter_context(watcher(*args, **kwargs))
             return self.method(*args, **kwargs)
 
 
@@ -63,8 +66,9 @@ _changing = threading.Lock()
 
 
 @contextmanager
-def watching(owner: Any, name: str, watcher: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Enter `watcher()` around the calls of a method of this instance; the last who leaves puts it back as it was."""
+def watching(owner: Any, name: str, watcher: Watcher) -> Iterator[None]:
+    """Enter `watcher(...)`, with what the call is given, around the calls of a method of this instance; the last who
+    leaves puts it back as it was."""
     with _changing:
         was_set, previous = name in vars(owner), vars(owner).get(name)
         watched = previous if isinstance(previous, _Watched) else _Watched(getattr(owner, name))
@@ -107,7 +111,7 @@ def timed(pipe: Any, peaks: dict[str, int] | None = None) -> Iterator[Times]:
 
     def charge(owner: Any, name: str, phase: str, stack: ExitStack) -> None:
         @contextmanager
-        def charged() -> Iterator[None]:
+        def charged(*_: Any, **__: Any) -> Iterator[None]:
             if phase == "decode" and denoise_started and not times.denoise:
                 times.denoise = end_phase("denoise") - denoise_started[0]
             start = start_phase()

@@ -14,7 +14,7 @@ from ..layers import explain_missing_packages
 from .cells import Grid, Selector
 from .classical import detail, edges, random, uniform
 from .contrast import contrast
-from .masks import Mask, as_array
+from .masks import Mask, as_array, mask
 from .residual import Residual, residual
 from .subject import saliency, subject
 
@@ -104,6 +104,30 @@ def map_masks(selectors: SelectorsLike, change: MaskChange) -> SelectorsLike:
     if each is not None:
         return [None if selector is None else _map_masks(selector, at_reference(i)) for i, selector in enumerate(each)]
     return None if selectors is None else _map_masks(cast("SelectorLike", selectors), change)
+
+
+def use_masks(selectors: SelectorsLike, masks: Sequence[object]) -> SelectorsLike:
+    """`selectors` with a user's masks, one for each reference (`masks.mask`), in the place of the name "mask".
+
+    No selector at all stands for "mask" alone. Raises ValueError where another one does not use them.
+    """
+
+    def put(selector: SelectorLike | None, user_mask: Mask) -> SelectorLike:
+        if selector is None or selector == "mask":
+            return user_mask
+        if isinstance(selector, Mapping) and "mask" in selector:
+            return {user_mask if part == "mask" else part: weight for part, weight in selector.items()}
+        raise ValueError(
+            f"There are masks of what to keep, but selector is {selector!r}, which does not use them: name mask there, "
+            "or leave one of the two out."
+        )
+
+    each = _one_each(selectors)
+    if each is None:
+        return put(cast("SelectorLike | None", selectors), mask(masks))
+    if len(each) != len(masks):
+        raise ValueError(f"There are {len(masks)} masks for {len(each)} selectors: pass one of each per reference.")
+    return [put(selector, mask([own])) for selector, own in zip(each, masks, strict=True)]
 
 
 def _map_masks(selector: SelectorLike, change: MaskChange) -> SelectorLike:

@@ -1,0 +1,1 @@
+"""Many requests from a file of jobs, by several processes or machines."""
