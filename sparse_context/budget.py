@@ -328,9 +328,8 @@ def check_budget(
 
 
 def _is_within(value: Any, low: float, high: float, above: bool = False) -> bool:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return False
-    return low <= value <= high and not (above and value == low)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and bool(low <= value <= high) and not (above and value == low)
 
 
 def _is_count_at(value: object, least: int) -> bool:
