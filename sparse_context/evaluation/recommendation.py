@@ -118,8 +118,8 @@ class Recommendation:
         return "\n".join([*lines, f"recommended: keep {config.keep:g}, task {config.task}{overview}", str(self.won)])
 
 
-def name_overview(overview: int | str | None) -> str:
-    return "none" if overview is None else f"by {overview}" if isinstance(overview, int) else overview
+def name_overview(overview: object) -> str:
+    return "none" if overview is None else f"by {overview}" if isinstance(overview, int) else str(overview)
 
 
 def draw_sheet(ways: Sequence[Way], samples: Sequence[Sample], folder: Path) -> Image.Image:

@@ -90,7 +90,7 @@ def stepwise(
         steps = len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
         if progress is not None:
             progress(step, steps)
-        if preview is not None:
+        if preview is not None and decode is not None:
             preview(step, steps, partial(_draw, scheduler, decode, *inputs[:3]))
 
     with watching(scheduler, "step", watched):

@@ -103,7 +103,7 @@ def page(settings: Settings) -> dict[str, Any]:
     """The page of a server with these settings."""
     binary = {"type": "string", "format": "binary"}
     edit_fields = known_fields(settings, edits=True)
-    files = {
+    files: dict[str, dict[str, Any]] = {
         "image": {"description": "References.", "anyOf": [binary, {"type": "array", "minItems": 1, "items": binary}]},
         "mask": {"description": "For models that paint: transparent, or white, where to paint.", **binary},
         "reference_masks": {
