@@ -175,8 +175,15 @@ class Search:
     def _cell(self, keep: float, task: str, overview: int | str | None) -> tuple[str, Cell]:
         """A setting and its name."""
         config = self.settings.request.config
-        others: dict[str, Any] = {key: getattr(config, key) for key in ("overview_layout", "share", "floor", "multiple_of")}
-        ways: dict[str, Any] = {"tasks": [task], "coverages": [config.coverage], "merges": [config.merge], "overviews": [overview]}
+        others: dict[str, Any] = {
+            key: getattr(config, key) for key in ("overview_layout", "share", "floor", "multiple_of")
+        }
+        ways: dict[str, Any] = {
+            "tasks": [task],
+            "coverages": [config.coverage],
+            "merges": [config.merge],
+            "overviews": [overview],
+        }
         (found,) = (
             (name, cell) for name, cell in grid([keep], [config.selector], **ways, **others).items() if name != DENSE
         )
