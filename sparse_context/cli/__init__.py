@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import typer
 
 from ..pipelines.errors import GenerationError
+from . import app as app_command
 from . import bench, demo, evaluate, generate, select, train
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reference-conditioned image generation with a fraction of the reference tokens.",
 )
-for command in (generate.generate, select.select, train.train, evaluate.evaluate, demo.demo, bench.bench):
+for command in (generate.generate, select.select, train.train, evaluate.evaluate, demo.demo, bench.bench, app_command.app):
     app.command()(command)
 
 
