@@ -323,7 +323,7 @@ def check_budget(
 def _is_within(value: object, low: float, high: float, above: bool = False) -> bool:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
-    return low <= float(value) <= high and not (above and float(value) == low)
+    return low <= value <= high and not (above and value == low)
 
 
 def _is_count_at(value: object, least: int) -> bool:

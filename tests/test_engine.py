@@ -9,7 +9,7 @@ import torch
 from tiny import picture
 from whole import save_whole
 
-from sparse_context import SparseContextConfig
+from sparse_context import ReferenceCache, SparseContextConfig
 from sparse_context.pipelines import Cancelled, Engine, ModelSpec, Request
 from sparse_context.pipelines.load import load
 
@@ -276,3 +276,14 @@ def test_a_package_that_is_not_there_is_named(spec, tmp_path, monkeypatch, name,
     says = f"^quantization is '{name}', which needs {package}: pip install 'sparse-context.quantization.'.$"
     with pytest.raises(ValueError, match=says):
         quantized(spec, name).pipe()
+
+
+def test_an_engine_with_a_cache_encodes_a_reference_once_and_makes_the_same(engine, spec):
+    cached = Engine(spec, bar=False, cache=ReferenceCache())
+    plain = pixels(engine(ask()))
+    encoded = []
+    handle = cached.pipe().vae.encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
+    first, second = pixels(cached(ask())), pixels(cached(ask()))
+    handle.remove()
+    assert len(encoded) == 2 and cached.cache.hits == 4 == cached.cache.misses  # latents and scores of two references
+    assert np.array_equal(plain, first) and np.array_equal(plain, second)

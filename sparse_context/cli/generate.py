@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,10 @@ from . import options
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="Text that says what to make of the references.")],
+    context: typer.Context,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text that says what to make of the references.", show_default="from --settings")
+    ] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="Reference image. Repeat it to give several, in order.")
     ] = None,
@@ -46,6 +50,7 @@ def generate(
     device: options.Device = None,
     cpu_offload: options.CpuOffload = None,
     quantization: options.Quantization = None,
+    settings: options.SettingsFile = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Generate an image from references and a prompt, with a fraction of the reference tokens."""
@@ -60,39 +65,19 @@ def generate(
         raise ValueError("--show-tokens draws on the references, but there are none: pass --image.")
     if inpaint is not None and not references:
         raise ValueError("--inpaint says where to paint in the first reference, but there is none: pass --image.")
-    config = options.selection_config(
-        keep,
-        selector,
-        mask,
-        references,
-        overview,
-        overview_layout=overview_layout,
-        task=task,
-        coverage=coverage,
-        merge=merge,
-        share=share,
-        floor=floor,
-    )
+    chosen = options.settings_of(context, settings, references, mask)
+    if prompt is None and not chosen.request.prompt:
+        raise ValueError("Missing option '--prompt': say what to make of the references.")
 
     options.hide_loading_bars()
     from ..pipelines.engine import Engine
     from ..pipelines.settings import check_references
-    from ..pipelines.spec import ModelSpec, Request
     from ..preview import draw_selection
 
-    request = Request(
-        prompt,
-        references,
-        config,
-        seed=seed,
-        steps=steps,
-        height=height,
-        width=width,
-        guidance_scale=guidance_scale,
-        inpaint=None if inpaint is None else open_mask(inpaint, references[0].size),
-    )
-    check_references(model, len(references), inpaint is not None)
-    engine = Engine(ModelSpec(model, dtype, device, cpu_offload, lora, lora_scale, kv, quantization))
+    painted = None if inpaint is None else open_mask(inpaint, references[0].size)
+    request = replace(chosen.request, references=references, inpaint=painted)
+    check_references(chosen.spec.model, len(references), inpaint is not None)
+    engine = Engine(chosen.spec)
     comparison = None if compare is None else engine.compare(request)
     result = engine(request) if comparison is None else comparison.sparse
 

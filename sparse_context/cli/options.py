@@ -1,6 +1,7 @@
 """Options that several commands share, and what their texts come to."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..config import SparseContextConfig
+    from ..pipelines.settings_file import Settings
+
+TEXTS = ("keep", "selector", "overview")
+"""Options that are read from texts, one for all references or one for each."""
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or hub id.", show_default="the embedded model")
@@ -89,6 +94,10 @@ Quantization = Annotated[
         show_default="none",
     ),
 ]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option("--settings", help="JSON file of settings, as recommend writes it. Options that you give go before."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 ConfigName = Annotated[str | None, typer.Option(help="Configuration of a data set that has several.")]
 Split = Annotated[str, typer.Option(help="Split of a data set.")]
@@ -97,42 +106,80 @@ CondImageColumn = Annotated[str, typer.Option(help="Column of the reference, or 
 CaptionColumn = Annotated[str, typer.Option(help="Column of the prompt.")]
 
 
+def settings_of(
+    context: typer.Context,
+    file: Path | None,
+    references: "Sequence[Image.Image] | None" = None,
+    mask: Sequence[Path] | None = None,
+) -> "Settings":
+    """What the options of a command say, over what a file of settings says, over the defaults.
+
+    An option counts where its parameter has the name of a setting. references: those of the call; None: they are not
+    known yet. mask: what is to be kept of each. Raises ValueError for values that do not fit.
+    """
+    from ..pipelines.settings_file import CALL_KEYS, CONFIG_KEYS, MODEL_KEYS, Settings, read_settings
+
+    given = {name: context.params[name] for name in context.params if _is_given(context, name)}
+    base = Settings() if file is None else read_settings(file)
+
+    def among(keys: Sequence[str]) -> dict[str, Any]:
+        return {name: given[name] for name in keys if name in given}
+
+    config = selection_config(
+        mask=mask, references=references, base=base.request.config, **dict.fromkeys(TEXTS) | among(CONFIG_KEYS)
+    )
+    return Settings(replace(base.spec, **among(MODEL_KEYS)), replace(base.request, config=config, **among(CALL_KEYS)))
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def selection_config(
     keep: Sequence[str] | None,
     selector: Sequence[str] | None,
     mask: Sequence[Path] | None,
-    references: Sequence["Image.Image"],
+    references: "Sequence[Image.Image] | None",
     overview: Sequence[str] | None = None,
+    base: "SparseContextConfig | None" = None,
     **settings: Any,
 ) -> "SparseContextConfig":
-    """What to keep of these references. settings: other fields of the config, such as task.
+    """What to keep of these references; None: they are not known yet. base: what holds where nothing is said; None: the
+    defaults. settings: other fields of the config, such as task.
 
     Raises ValueError for values that do not fit, and PictureError for a mask that cannot be used.
     """
     from ..config import SparseContextConfig
     from ..images import open_mask
     from ..selectors.masks import mask as masks_of
+    from ..selectors.registry import each_selector
 
     for option, values in (("--keep", keep), ("--selector", selector), ("--overview", overview)):
-        if values and len(values) not in (1, len(references)):
+        if values and references is not None and len(values) not in (1, len(references)):
             raise ValueError(
                 f"{option} has {len(values)} values for {len(references)} references: give one, or as many."
             )
-    keeps = [read_keep(text) for text in keep or ["0.2"]]
-    selectors = [read_selector(text) for text in selector or ["auto"]]
-    overviews = [read_overview(text) for text in overview or ["trained"]]
+    base = base or SparseContextConfig()
+    if keep:
+        settings["keep"] = _one_or_all([read_keep(text) for text in keep])
+    if overview:
+        settings["overview"] = _one_or_all([read_overview(text) for text in overview])
+    selectors = [read_selector(text) for text in selector] if selector else each_selector(base.selector, 1)
     if mask:
-        if len(mask) != len(references):
-            raise ValueError(f"There are {len(mask)} masks for {len(references)} references: pass one --mask for each.")
-        masks = [open_mask(path, r.size) for path, r in zip(mask, references, strict=True)]
+        count = len(references or ())
+        if len(mask) != count:
+            raise ValueError(f"There are {len(mask)} masks for {count} references: pass one --mask for each.")
+        masks = [open_mask(path, r.size) for path, r in zip(mask, references or (), strict=True)]
         groups = [masks] if len(selectors) == 1 else [[each] for each in masks]
+        if len(groups) != len(selectors):
+            raise ValueError(f"There are {len(selectors)} selectors for {count} references: give one, or as many.")
         selectors = [_with_masks(s, masks_of(group)) for s, group in zip(selectors, groups, strict=True)]
-    return SparseContextConfig(
-        keep=keeps[0] if len(keeps) == 1 else keeps,
-        selector=selectors[0] if len(selectors) == 1 else selectors,
-        overview=overviews[0] if len(overviews) == 1 else overviews,
-        **settings,
-    )
+    return replace(base, selector=_one_or_all(selectors), **settings)
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    return values[0] if len(values) == 1 else values
 
 
 def _with_masks(selector: Any, user_mask: Any) -> Any:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from PIL import Image
 
+from ..cache import ReferenceCache
 from ..config import SparseContextConfig
 from ..families import family_of
 from ..families.call import call_arguments
@@ -103,17 +104,26 @@ class Engine:
     dropped tokens, so requests that keep all of them are answered by a second pipeline, without it.
     """
 
-    def __init__(self, spec: ModelSpec | None = None, *, pipe: Any = None, bar: bool = True) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec | None = None,
+        *,
+        pipe: Any = None,
+        bar: bool = True,
+        cache: ReferenceCache | None = None,
+    ) -> None:
         """An engine that loads what `spec` says (None: the embedded model), or one around a pipeline that is there.
 
-        bar: whether the pipeline's own progress bar of the steps is shown. Raises TypeError where both a spec and a
-        pipeline are passed, and for a pipeline that is not supported.
+        bar: whether the pipeline's own progress bar of the steps is shown. cache: remembers references that come again
+        (`apply_sparse_context`). Raises TypeError where both a spec and a pipeline are passed, and for a pipeline that
+        is not supported.
         """
         if spec is not None and pipe is not None:
             raise TypeError("An Engine takes a ModelSpec or a pipeline, not both.")
         if pipe is not None:
             family_of(pipe)
         self.spec = spec or ModelSpec()
+        self.cache = cache
         self._pipes: dict[ModelSpec, Any] = {}
         self._wrapped = pipe
         self._bar = {} if bar else {"disable": True}
@@ -212,7 +222,7 @@ class Engine:
         generator = torch.Generator().manual_seed(request.seed)
         try:
             with _turn(pipe, cancel), _bar(pipe, **bar | self._bar), _guided(pipe, request.guidance_scale):
-                apply_sparse_context(pipe, config)
+                apply_sparse_context(pipe, config, cache=self.cache)
                 peak = Peak(pipe._execution_device) if memory else None
                 with _stepwise(pipe, cancel, progress), timed(pipe) as times:
                     output = pipe(prompt=request.prompt, generator=generator, **arguments)

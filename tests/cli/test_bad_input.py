@@ -122,3 +122,18 @@ def test_names_of_python_are_printed_as_options_but_not_within_paths(capsys):
         _fail("lora_scale is 2: set cpu_offload, not 'lora_scale' in a/lora_scale.png or lora_scale.")
     said = "--lora-scale is 2: set --cpu-offload, not 'lora_scale' in a/lora_scale.png or --lora-scale."
     assert capsys.readouterr().err == f"sparse-context: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    {
+        '{"keep": 2.5}': "settings.json: keep is 2.5: pass a ratio above 0",
+        '{"kep": 2}': "settings.json: 'kep' is no setting here. Did you mean 'keep'?",
+        "{": "settings.json cannot be read",
+        '{"selector": ["edges", "edges"]}': "There are 2 selectors for 1 references: give one, or as many.",
+    }.items(),
+)
+def test_bad_settings_of_a_file(refused, tmp_path, text, says):
+    (tmp_path / "settings.json").write_text(text)
+    given = ["--image", "{in}/a.png", "--mask", "{in}/corner.png", "--prompt", "x", "--settings", "settings.json"]
+    assert says in refused("generate", "-m", "{model}", *given)

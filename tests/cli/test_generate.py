@@ -467,3 +467,24 @@ def test_the_command_takes_it_as_python_does(command, tiny_model, tmp_path, kv):
     made = pixels("out.png").astype(int)
     direct = np.asarray(Engine(pipe=pipe)(Request("the cat", [colourful(0)])).image).astype(int)
     assert np.abs(made - direct).max() <= 1
+
+
+# Settings from a file -------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_a_file_hold_where_no_option_is_given(command, generate, tmp_path, tiny_model):
+    settings = {"model": str(tiny_model), "keep": 16, "selector": "edges", "seed": 5, "steps": 1, "prompt": "the cat"}
+    (tmp_path / "settings.json").write_text(json.dumps(settings | {"multiple_of": 4}))
+    both = ["--image", "{in}/a.png", "--settings", "settings.json"]
+    code, out, err = command("generate", *both, "--json", "--output", "file.png")
+    assert code == 0, err
+    kept = json.loads(out)["selection"]
+    assert (kept["kept"], kept["references"][0]["selector"]) == (16, "edges")
+    options = ["--image", "{in}/a.png", "--keep", "16", "--selector", "edges", "--seed", "5", "--steps", "1"]
+    generate(*options, "--output", "options.png")
+    assert np.array_equal(pixels(tmp_path / "file.png"), pixels(tmp_path / "options.png"))
+    # options go before: also one that says what is the default
+    kept = generate(*both, "--keep", "8", "--selector", "auto", "--seed", "0", "--output", "over.png")["selection"]
+    assert (kept["kept"], kept["references"][0]["selector"]) == (8, "0.5 edges + 0.5 saliency")
+    generate("--image", "{in}/a.png", "--keep", "8", "--steps", "1", "--output", "plain.png")
+    assert np.array_equal(pixels(tmp_path / "over.png"), pixels(tmp_path / "plain.png"))
