@@ -16,6 +16,7 @@ DIFFUSERS = "pip install 'sparse-context[diffusers]'"
 INSTALL: dict[str, str] = {
     "torch": "pip install torch",
     "cv2": "pip install opencv-python-headless",
+    "gradio": "pip install 'sparse-context[app]'",
     **dict.fromkeys(("accelerate", "diffusers", "filelock", "peft", "tqdm", "transformers", "typer"), DIFFUSERS),
 }
 """By the name that is imported, the command that brings it."""

@@ -11,7 +11,7 @@ import pytest
 from hatchling.builders.wheel import WheelBuilder
 
 import sparse_context
-from sparse_context.layers import INSTALL
+from sparse_context.layers import DIFFUSERS, INSTALL
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sparse_context"
@@ -26,7 +26,7 @@ ROOMS = {
     "pipelines": {"pipelines"},
     "the embedded model": {"embedded"},
     "work": {"training", "evaluation", "bench"},
-    "faces": {"cli"},
+    "faces": {"cli", "app"},
     "entrance": {"__init__", "__main__"},
 }
 """Every module below sparse_context is in one room, by the first part of its name. It may import from its own room and
@@ -187,7 +187,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 
-SECOND_LAYER = sorted(set(INSTALL) - {"torch", "cv2"})
+SECOND_LAYER = sorted(name for name, command in INSTALL.items() if command == DIFFUSERS)
 
 
 def run_without(packages, code):

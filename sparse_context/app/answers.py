@@ -124,7 +124,7 @@ def sweep(
         dense = held.get(key) or (yield from run(dense_request, "all tokens"))
         remember(held, key, dense)
         made += 1
-        base = f"<figure class=base>{drawing.cell(dense, dense, 'all tokens')}<figcaption>all tokens</figcaption></figure>"
+        base = drawing.base(dense)
         for i, line in enumerate(asked):
             for j, request in enumerate(line):
                 what = f"{columns[j]}, {rows[i]}"

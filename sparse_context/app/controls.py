@@ -37,6 +37,7 @@ CHOICES: Mapping[str, Sequence[Any]] = {
 }
 """Of fields that are chosen from a list; of `overview`, any other factor can be typed."""
 
+LABELS = {"psnr": "PSNR"}
 HELP = {
     "overview": "A small copy of each reference beside the kept tokens.",
     "overview_layout": "Where its tokens lie.",
@@ -48,6 +49,13 @@ HELP = {
     "mass": "Share of the scores that auto keeps.",
     "psnr": "What auto reaches with an overview, in dB.",
 }
+
+
+Fresh = tuple[float, bool, str, str, str]
+"""What the controls of a card say, in their order: keep, auto, task, selector, phrase."""
+
+
+WIDTH = 5
 
 
 @dataclass(eq=False)
@@ -70,42 +78,61 @@ class Slot:
         return [self.keep, self.auto, self.task, self.selector, self.phrase]
 
 
-FRESH = (0.2, False, "auto", "auto", "")
-"""What the controls of a slot say for a reference that was just added, in their order."""
+def fresh(config: SparseContextConfig, i: int) -> Fresh:
+    """What the card of reference `i`, from 0, says at first, where `config` is what the app was started with."""
+
+    def own(value: Any) -> Any:
+        return (value[i] if i < len(value) else value[-1]) if isinstance(value, (list, tuple)) else value
+
+    keep, selector = own(config.keep), own(config.selector)
+    ratio = keep if isinstance(keep, float) or keep == 1 else 0.2
+    text = "auto" if selector is None else blend_text(selector) if isinstance(selector, Mapping) else selector
+    return ratio, keep == "auto", own(config.task), text, ""
 
 
-def make_slot(number: int) -> Slot:
-    """The controls of reference `number`, from 0, which is not there yet."""
+def blend_text(weights: Mapping[str, float]) -> str:
+    """A blend as the command line has it."""
+    return ",".join(f"{name}={weight!r}" for name, weight in weights.items())
+
+
+def make_slot(number: int, said: Fresh) -> Slot:
+    """The controls of reference `number`, from 0, which is not there yet. said: their values."""
     with gr.Column(visible=False, min_width=200, elem_classes="card", elem_id=f"reference-{number + 1}") as card:
         overlay = gr.HTML(elem_classes="drawn")
-        keep = gr.Slider(0.01, 1, FRESH[0], step=0.01, label="Keep", elem_classes="keep")
-        auto = gr.Checkbox(FRESH[1], label="Keep as many as it takes (auto)")
+        keep = gr.Slider(0.01, 1, said[0], step=0.01, label="Keep", elem_classes="keep")
+        auto = gr.Checkbox(said[1], label="Keep as many as it takes (auto)")
         with gr.Row(elem_classes="pair"):
-            task = gr.Dropdown(list(TASKS), value=FRESH[2], label="Task", min_width=80, filterable=False)
+            task = gr.Dropdown(list(TASKS), value=said[2], label="Task", min_width=80, filterable=False)
             selector = gr.Dropdown(
                 ["auto", *SELECTORS, *PHRASE_SELECTORS],
-                value=FRESH[3],
+                value=said[3],
                 label="Selector",
                 min_width=80,
                 allow_custom_value=True,
             )
-        phrase = gr.Textbox(FRESH[4], label="Phrase", placeholder="the red car", visible=bool(PHRASE_SELECTORS))
+        phrase = gr.Textbox(said[4], label="Phrase", placeholder="the red car", visible=bool(PHRASE_SELECTORS))
         with gr.Row(elem_classes="pair"):
             paint = gr.Button("Paint mask", size="sm", min_width=60)
             remove = gr.Button("Remove", size="sm", min_width=60)
     return Slot(card, overlay, keep, auto, task, selector, phrase, paint, remove)
 
 
-def make_field(field: Any, hint: Any) -> gr.components.Component:
-    """A control for a field of a record, by its name and type."""
+def make_field(field: Any, hint: Any, default: Any) -> gr.components.Component:
+    """A control for a field of a record, by its name and type, that says `default` at first."""
     kinds = set(getattr(hint, "__args__", (hint,)))
-    default = None if field.default is MISSING else field.default
-    said = {"label": field.name.replace("_", " ").capitalize(), "info": HELP.get(field.name), "min_width": 120}
+    said = {
+        "label": LABELS.get(field.name, field.name.replace("_", " ").capitalize()),
+        "info": HELP.get(field.name),
+        "min_width": 120,
+    }
     if field.name in CHOICES:
         optional = type(None) in kinds and "none" not in CHOICES[field.name]
         choices = [*([("default", "")] if optional else []), *CHOICES[field.name]]
         return gr.Dropdown(
-            choices, value="" if default is None else default, allow_custom_value=field.name == "overview", **said
+            choices,
+            value=("" if optional else "none") if default is None else str(default),
+            allow_custom_value=field.name == "overview",
+            **said,
         )
     if kinds <= {int, float}:
         return gr.Number(default, precision=None if float in kinds else 0, step=1 if kinds == {int} else 0.05, **said)
@@ -115,36 +142,58 @@ def make_field(field: Any, hint: Any) -> gr.components.Component:
 class Controls:
     """All controls that say what the scene is. They are made where this is made, within a page."""
 
-    def __init__(self, models: Sequence[str]) -> None:
-        self._hints = {**get_type_hints(SparseContextConfig)}, {**get_type_hints(Request)}
+    def __init__(self, models: Sequence[str], start: Request) -> None:
+        """models: their names. start: what the controls say at first; it has no references."""
+        self.models, self.start = models, start
         self.slots: list[Slot] = []
         self.config: list[gr.components.Component] = []
         self.call: list[gr.components.Component] = []
-        self.models = models
 
     def make_slots(self) -> None:
         """The cards of all references."""
         with gr.Row(elem_classes="cards"):
-            self.slots = [make_slot(i) for i in range(SLOTS)]
+            self.slots = [make_slot(i, self.fresh(i)) for i in range(SLOTS)]
+
+    def fresh(self, i: int) -> Fresh:
+        """What the card of reference `i`, from 0, says at first."""
+        return fresh(self.start.config, i)
 
     def make_prompt(self) -> None:
         """The prompt, the model, and what is most often changed of a call."""
-        self.prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
+        config_hints, call_hints, start = get_type_hints(SparseContextConfig), get_type_hints(Request), self.start
+        keep = start.config.keep
+        counts = isinstance(keep, int) and keep != 1
+        call = {each.name: (each, call_hints[each.name], getattr(start, each.name)) for each in OF_CALL}
+        self.prompt = gr.Textbox(start.prompt, label="Prompt", lines=2, elem_id="prompt")
         with gr.Row(elem_classes="pair"):
             self.model = gr.Dropdown(
                 list(self.models), value=self.models[0], label="Model", min_width=160, visible=len(self.models) > 1
             )
-            first = [make_field(each, self._hints[1][each.name]) for each in OF_CALL if each.name in FIRST]
+            first = [make_field(*parts) for name, parts in call.items() if name in FIRST]
         with gr.Accordion("Budget and more", open=False):
             with gr.Row(elem_classes="pair"):
-                self.budget = gr.Radio([OWN, SAME], value=OWN, label="Budget", min_width=200)
+                self.budget = gr.Radio([OWN, SAME], value=SAME if counts else OWN, label="Budget", min_width=200)
                 self.keep = gr.Textbox(
-                    "0.2", label="Keep of all", info="A ratio, a count or auto.", min_width=120, visible=False
+                    str(keep) if counts else "0.2",
+                    label="Keep of all",
+                    info="A ratio, a count or auto.",
+                    min_width=120,
+                    visible=counts,
                 )
             with gr.Row(elem_classes="fields"):
-                self.config = [make_field(each, self._hints[0][each.name]) for each in OF_CONFIG]
-                rest = [make_field(each, self._hints[1][each.name]) for each in OF_CALL if each.name not in FIRST]
+                self.config = [
+                    make_field(each, config_hints[each.name], getattr(start.config, each.name)) for each in OF_CONFIG
+                ]
+                rest = [make_field(*parts) for name, parts in call.items() if name not in FIRST]
         self.call = first + rest
+
+    @property
+    def triggers(self) -> list[Any]:
+        """The events that say that the scene is another one: at once for what is moved or chosen, and for what is
+        written, once the control is left or a line ends."""
+        at_once = [each.input for each in self.inputs if each is not self.prompt]
+        texts = [each for each in self.inputs if isinstance(each, gr.Textbox)]
+        return at_once + [event for each in texts for event in (each.blur, each.submit)]
 
     @property
     def inputs(self) -> list[gr.components.Component]:
@@ -161,9 +210,8 @@ class Controls:
         in_order = sorted(OF_CALL, key=lambda each: each.name not in FIRST)
         call = read_fields(in_order, rest[len(self.config) :][: len(self.call)])
         cards = rest[len(self.config) + len(self.call) :]
-        each = len(FRESH)
         references = [
-            read_reference(loaded.name, loaded.picture, loaded.painted, cards[i * each : (i + 1) * each])
+            read_reference(loaded.name, loaded.picture, loaded.painted, cards[i * WIDTH : (i + 1) * WIDTH])
             for i, loaded in enumerate(session.pictures)
         ]
         shared = None if budget == OWN else read_keep(str(keep).strip())
@@ -171,9 +219,11 @@ class Controls:
 
 
 def read_reference(name: str, picture: Any, painted: Any, values: Sequence[Any]) -> Reference:
-    """What the controls of a slot ask of a picture, in the order of `FRESH`."""
+    """What the controls of a slot ask of a picture, in the order of `Fresh`."""
     keep, auto, task, selector, phrase = values
-    return Reference(name, picture, "auto" if auto else keep, task, read_selector(selector or "auto"), phrase or "", painted)
+    return Reference(
+        name, picture, "auto" if auto else keep, task, read_selector(selector or "auto"), phrase or "", painted
+    )
 
 
 def read_fields(records: Sequence[Any], values: Sequence[Any]) -> dict[str, Any]:
@@ -196,4 +246,3 @@ def read_text(text: str) -> Any:
         except ValueError:
             continue
     return None if text == "none" else text
-

@@ -1,4 +1,4 @@
-"""What the page shows, as HTML. Every picture is inside of it: no file is left on disk, and nothing is asked for later."""
+"""What the page shows, as HTML. Every picture is inside of it, so no file is left on disk."""
 
 import base64
 import io
@@ -12,7 +12,6 @@ from PIL import Image
 from ..pipelines.engine import Generation
 from ..preview import draw_kept
 from ..selection import Kept, Selection
-from .scene import Scene
 
 CARD = 448  # pixels of the longer side of an overlay: twice what a card takes on a screen
 CELL = 384  # of a picture in a grid
@@ -23,6 +22,11 @@ def data_uri(picture: Image.Image, format: str = "PNG") -> str:
     file = io.BytesIO()
     picture.save(file, format, **({"quality": 88, "subsampling": 0} if format == "JPEG" else {}))
     return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def text_uri(text: str) -> str:
+    """A text file of JSON as an address that holds it."""
+    return f"data:application/json;base64,{base64.b64encode(text.encode()).decode('ascii')}"
 
 
 def card(number: int, name: str, kept: Kept) -> str:
@@ -94,7 +98,7 @@ def comparison(dense: Generation, sparse: Generation) -> str:
 
 
 def _download(source: str) -> str:
-    return f'<a class="download" download="sparse-context.png" href="{source}">Download the picture (PNG)</a>'
+    return links([("Download the picture (PNG)", "sparse-context.png", source)])
 
 
 def figures(sparse: Generation, dense: Generation | None) -> str:
@@ -102,14 +106,21 @@ def figures(sparse: Generation, dense: Generation | None) -> str:
     selection = sparse.selection
     rows = [] if dense is None else [_row("all tokens", dense, selection.total if selection else None)]
     rows.append(_row("kept tokens" if selection else "no references", sparse, selection.kept if selection else None))
-    speedup = "" if dense is None else f"<p class=speedup><b>{dense.times.total / sparse.times.total:.2f}x</b> as fast</p>"
+    speedup = (
+        "" if dense is None else f"<p class=speedup><b>{dense.times.total / sparse.times.total:.2f}x</b> as fast</p>"
+    )
     head = "".join(f"<th scope=col>{name}</th>" for name in ("", "seconds", "denoising", "tokens", "memory"))
     return f"{speedup}<table class=figures><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _row(name: str, generation: Generation, tokens: int | None) -> str:
     memory = "" if generation.memory is None else f"{generation.memory / 2**20:,.0f} MiB"
-    cells = (f"{generation.times.total:.2f}", f"{generation.times.denoise:.2f}", "" if tokens is None else tokens, memory)
+    cells = (
+        f"{generation.times.total:.2f}",
+        f"{generation.times.denoise:.2f}",
+        "" if tokens is None else tokens,
+        memory,
+    )
     return f"<tr><th scope=row>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
@@ -118,7 +129,9 @@ def grid(columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[s
     head = "".join(f"<th scope=col>{escape(name)}</th>" for name in ("", *columns))
     body = ""
     for name, line in zip(rows, cells, strict=True):
-        body += f"<tr><th scope=row>{escape(name)}</th>" + "".join(f"<td>{shown or ''}</td>" for shown in line) + "</tr>"
+        body += (
+            f"<tr><th scope=row>{escape(name)}</th>" + "".join(f"<td>{shown or ''}</td>" for shown in line) + "</tr>"
+        )
     return f"<div class=grid tabindex=0><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
@@ -134,11 +147,19 @@ def cell(generation: Generation, dense: Generation, said: str) -> str:
     )
 
 
+def base(dense: Generation) -> str:
+    """The picture that those of a grid are compared with."""
+    return f"<figure class=base><figcaption>all tokens</figcaption>{cell(dense, dense, 'all tokens')}</figure>"
+
+
 def _psnr(one: Image.Image, other: Image.Image) -> str:
     error = float(np.mean((np.asarray(one, np.float32) - np.asarray(other, np.float32)) ** 2))
     return "the same picture" if error == 0 else f"{10 * np.log10(255**2 / error):.1f} dB to all tokens"
 
 
-def settings(scene: Scene) -> str:
-    """Links to the settings of the scene, and to the masks that are painted on its references."""
-    return ""
+def links(files: Sequence[tuple[str, str, str]]) -> str:
+    """Links that save files: of each what it says, the file's name, and the address that holds it."""
+    return "".join(
+        f'<a class="download" download="{escape(name, True)}" href="{source}">{escape(said)}</a>'
+        for said, name, source in files
+    )

@@ -1,26 +1,27 @@
 """The page: its controls in their places, and what happens when they are used."""
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ..cache import ReferenceCache
 from ..embedded.demo import KEEP as KEEP_OF_TASK
 from ..embedded.demo import read_examples
 from ..pipelines.engine import Engine
-from ..pipelines.spec import ModelSpec
+from ..pipelines.spec import ModelSpec, Request
 from ..selectors.registry import SELECTORS
 from . import answers, copies, drawing
-from .controls import FRESH, OWN, SLOTS, Controls, read_keep, read_selector
-from .references import COLOURS, from_canvas, load_files, to_canvas
+from .controls import OWN, SLOTS, WIDTH, Controls, read_keep, read_selector
+from .references import COLOURS, OPACITY, from_canvas, load_files, take_paths, take_uploads_only, to_canvas
 from .scene import Scene
 from .sessions import Loaded, Session, Sessions
 from .words import in_words, sentence, warn
 
+BRUSHES: list[Any] = [(f"rgb{colour}", OPACITY) for colour in COLOURS.values()]
 SCORES = 64 * 2**20  # bytes of scores that are remembered, so that a dial that moves is answered at once
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every event: the page is no API, and shows in its own way that it works."""
@@ -29,8 +30,9 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 class Page:
     """The page, the models that may be chosen on it, and the sessions of those who have it open."""
 
-    def __init__(self, specs: Mapping[str, ModelSpec]) -> None:
-        self.specs = specs
+    def __init__(self, specs: Mapping[str, ModelSpec], start: Request) -> None:
+        """specs: by the names on the page. start: what the controls say at first; it has no references."""
+        self.specs, self.start = specs, start
         self.engines = {name: Engine(spec, bar=False) for name, spec in specs.items()}
         self.sessions = Sessions()
         self.cache = ReferenceCache(SCORES)
@@ -52,11 +54,14 @@ class Page:
                         self._lay_sweep()
                     with gr.Tab("Copy"):
                         self._lay_copy()
+            take_uploads_only(self.files)
+            take_uploads_only(self.editor)
+            take_paths(self.files)
             self._wire(blocks)
         return blocks
 
     def _lay_scene(self) -> None:
-        self.controls = Controls(list(self.specs))
+        self.controls = Controls(list(self.specs), self.start)
         self.files = gr.File(
             label="References: drop pictures here",
             file_count="multiple",
@@ -68,6 +73,7 @@ class Page:
             self.gallery = gr.Gallery(
                 [(example["truth"], example["name"]) for example in self.examples],
                 columns=5,
+                height="auto",
                 object_fit="contain",
                 allow_preview=False,
                 interactive=False,
@@ -87,7 +93,7 @@ class Page:
                 transforms=(),
                 show_label=False,
                 height=420,
-                brush=gr.Brush(colors=[f"rgb{c}" for c in COLOURS.values()], color_mode="fixed", default_size=40),
+                brush=gr.Brush(colors=BRUSHES, color_mode="fixed", default_size=40),
                 eraser=gr.Eraser(default_size=40),
                 buttons=[],
                 elem_id="editor",
@@ -119,8 +125,12 @@ class Page:
         self.swept = [gr.HTML(elem_id="sweep-status"), gr.HTML(elem_id="sweep-result")]
 
     def _lay_copy(self) -> None:
-        self.python = gr.Code(language="python", label="As Python", interactive=False, wrap_lines=True, elem_id="python")
-        self.command = gr.Code(language="shell", label="As a command", interactive=False, wrap_lines=True, elem_id="command")
+        self.python = gr.Code(
+            language="python", label="As Python", interactive=False, wrap_lines=True, elem_id="python"
+        )
+        self.command = gr.Code(
+            language="shell", label="As a command", interactive=False, wrap_lines=True, elem_id="command"
+        )
         self.settings = gr.HTML(elem_id="settings")
 
     # Events ----------------------------------------------------------------------------------------------------------
@@ -132,7 +142,7 @@ class Page:
         shown = [self.summary, *drawn, self.python, self.command, self.settings]
         redraw: dict[str, Any] = {"fn": self.redraw, "inputs": controls.inputs, "outputs": shown, **QUIET}
         gr.on(
-            [each.input for each in controls.inputs],
+            controls.triggers,
             **redraw,
             trigger_mode="always_last",
             concurrency_limit=4,
@@ -141,12 +151,14 @@ class Page:
         self.files.upload(self.add, [self.files, *values], [self.files, *pictures], **QUIET).then(**redraw)
         self.gallery.select(self.take_example, None, [controls.prompt, *pictures], **QUIET).then(**redraw)
         for i, slot in enumerate(controls.slots):
-            slot.remove.click(partial(self.remove, i), values, pictures, **QUIET).then(**redraw)
-            slot.paint.click(partial(self.paint, i), None, [self.painter, self.painted, self.editor], **QUIET)
+            slot.remove.click(_of_slot(self.remove, i), values, pictures, **QUIET).then(**redraw)
+            slot.paint.click(_of_slot(self.paint, i), None, [self.painter, self.painted, self.editor], **QUIET)
         self.editor.change(self.take_paint, [self.editor], None, trigger_mode="always_last", **QUIET).then(**redraw)
         self.clear.click(self.clear_paint, None, [self.editor], **QUIET).then(**redraw)
         self.done.click(lambda: gr.update(visible=False), None, [self.painter], **QUIET)
-        controls.budget.input(self.show_budget, [controls.budget], [controls.keep, *(s.keep for s in controls.slots)], **QUIET)
+        controls.budget.input(
+            self.show_budget, [controls.budget], [controls.keep, *(s.keep for s in controls.slots)], **QUIET
+        )
 
         work: dict[str, Any] = {**QUIET, "concurrency_id": "model", "concurrency_limit": 1}
         self.generate.click(self.make, [self.compare, *controls.inputs], self.answer, **work)
@@ -161,22 +173,34 @@ class Page:
         return session, self.controls.scene(session, self.specs, values)
 
     def redraw(self, request: gr.Request, *values: Any) -> list[Any]:
-        """The kept tokens over each reference, and the scene as text. What does not fit is said where the counts are."""
+        """The kept tokens over each reference, and the scene as text. What does not fit is said above them."""
         nothing = [gr.skip()] * (SLOTS + 3)
         try:
             session, scene = self._scene(request, values)
-            config = scene.selection_config()
-            texts = [copies.to_python(scene), copies.to_command(scene), drawing.settings(scene)]
+            scene.selection_config()  # which says what does not fit, before anything is written of it
+            texts = [copies.to_python(scene), copies.to_command(scene), self._files(session, scene)]
             if not scene.references:
                 return ["", *[""] * SLOTS, *texts]
             selection = self.engines[values[1]].select(scene.request(), self.cache.score)
         except Exception as error:
             return [drawing.problem(sentence(error)), *nothing]
         cards = [
-            drawing.card(i + 1, reference.name, kept)
+            drawing.card(i + 1, Path(reference.name).name, kept)
             for i, (reference, kept) in enumerate(zip(scene.references, selection.references, strict=True))
         ]
         return [drawing.summary(selection), *cards, *[""] * (SLOTS - len(cards)), *texts]
+
+    def _files(self, session: Session, scene: Scene) -> str:
+        """Links to the settings, and to the masks that are painted."""
+        try:
+            settings = drawing.text_uri(copies.to_json(scene))
+        except ValueError:  # a selector of a phrase, which no file can hold
+            return ""
+        files = [("Download the settings (JSON)", copies.SETTINGS_FILE, settings)]
+        for i, loaded in enumerate(session.pictures, start=1):
+            if loaded.mask_file:
+                files.append((f"Download the mask of image {i} (PNG)", copies.mask_name(loaded.name), loaded.mask_file))
+        return drawing.links(files)
 
     @in_words
     def add(self, request: gr.Request, files: list[str] | None, *values: Any) -> list[Any]:
@@ -196,8 +220,8 @@ class Page:
         """Reference `i` goes, and those after it move up."""
         session = self.sessions.of(request.session_hash)
         session.show(session.pictures[:i] + session.pictures[i + 1 :])
-        width = len(FRESH)
-        return self._pictures(session, (*values[: i * width], *values[(i + 1) * width :], *FRESH))
+        others = (*values[: i * WIDTH], *values[(i + 1) * WIDTH :])
+        return self._pictures(session, (*others, *self.controls.fresh(SLOTS - 1)))
 
     @in_words
     def take_example(self, request: gr.Request, event: gr.SelectData) -> list[Any]:
@@ -206,7 +230,8 @@ class Page:
         paths = [str(path) for path in example["files"]]
         session.show([Loaded(path, picture) for path, picture in zip(paths, example["references"], strict=True)])
         values = [value for task in example["tasks"] for value in (KEEP_OF_TASK[task], False, task, "auto", "")]
-        values += FRESH * (SLOTS - len(paths))
+        for i in range(len(paths), SLOTS):
+            values += self.controls.fresh(i)
         return [example["prompt"], *self._pictures(session, values)]
 
     def _pictures(self, session: Session, values: Any) -> list[Any]:
@@ -220,7 +245,11 @@ class Page:
         """Open the painter for reference `i`."""
         session = self.sessions.of(request.session_hash)
         loaded = session.painting = session.pictures[i]
-        said = f"<p>Image {i + 1}, <b>{escape(Path(loaded.name).name)}</b>: <i class=keep>keep here</i>, <i class=drop>drop here</i></p>"
+        name = escape(Path(loaded.name).name)
+        said = (
+            f"<p>Image {i + 1}, <b>{name}</b>: paint <i class=keep>green</i> what to keep and <i class=drop>red</i> what "
+            "to drop. The palette beside the picture changes the colour.</p>"
+        )
         return [gr.update(visible=True), said, to_canvas(loaded)]
 
     @in_words
@@ -228,7 +257,8 @@ class Page:
         """What was painted becomes the reference's mask."""
         loaded = self.sessions.of(request.session_hash).painting
         if loaded is not None and value and value.get("background") is not None:
-            loaded.painted = from_canvas(value, loaded.picture.size)
+            loaded.painted = painted = from_canvas(value, loaded.picture.size)
+            loaded.mask_file = "" if painted is None else drawing.data_uri(Image.fromarray(painted))
 
     @in_words
     def clear_paint(self, request: gr.Request) -> Any:
@@ -236,7 +266,7 @@ class Page:
         loaded = self.sessions.of(request.session_hash).painting
         if loaded is None:
             return gr.skip()
-        loaded.painted = None
+        loaded.painted, loaded.mask_file = None, ""
         return to_canvas(loaded)
 
     def show_budget(self, budget: str) -> list[Any]:
@@ -266,3 +296,12 @@ class Page:
     def close(self, request: gr.Request) -> None:
         """Forget the page."""
         self.sessions.close(request.session_hash)
+
+
+def _of_slot(handler: Callable, i: int) -> Callable:
+    """`handler` for slot `i`. (Gradio finds out what to pass by a function's own signature, which a partial hides.)"""
+
+    def handle(request: gr.Request, *values: Any) -> Any:
+        return handler(i, request, *values)
+
+    return handle

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import gradio as gr
 import numpy as np
+from gradio_client.utils import is_http_url_like
 from PIL import Image
 
 from ..images import PictureError, open_picture
@@ -17,7 +19,33 @@ from .sessions import Loaded
 CANVAS = 768  # pixels of the longer side of what is painted on
 COLOURS = {KEEP: (46, 160, 90), DROP: (214, 62, 62)}
 """Of the two brushes, by what they paint."""
+OPACITY = 0.6  # of a stroke, so that the picture is seen through it
 LEAST_PAINT = 96  # of 255: a stroke's soft edge that covers less is none
+
+
+def take_uploads_only(control: Any) -> None:
+    """Let a page put nothing into a control but what it uploads. (Gradio would fetch an address that stands there.)
+
+    The instance is changed, for Gradio writes a file beside the source of every class below its own. It is to get
+    values alone, and no `gr.update`, which would make another instance.
+    """
+    move = control.async_move_resource_to_block_cache
+
+    async def move_what_was_uploaded(path: Any) -> str | None:
+        if is_http_url_like(str(path)):
+            raise ValueError("A picture is uploaded as a file: addresses are not fetched.")
+        return await move(path)
+
+    control.async_move_resource_to_block_cache = move_what_was_uploaded
+
+
+def take_paths(files: gr.File) -> None:
+    """Let a field for files hand over where they lie. (Its own way leaves an empty file behind for each.)"""
+
+    def paths(payload: Any) -> list[str]:
+        return [] if payload is None else [file.path for file in payload.root]
+
+    files.preprocess = paths  # type: ignore[method-assign,assignment]
 
 
 def load_files(paths: Sequence[str]) -> tuple[list[Loaded], list[str]]:
@@ -44,7 +72,7 @@ def to_canvas(loaded: Loaded) -> dict[str, Any]:
     if loaded.painted is not None:
         painted = cv2.resize(loaded.painted, background.size, interpolation=cv2.INTER_NEAREST)
         for value, colour in COLOURS.items():
-            layer[painted == value] = (*colour, 255)
+            layer[painted == value] = (*colour, round(255 * OPACITY))
     over = Image.fromarray(layer)
     composite = Image.alpha_composite(background.convert("RGBA"), over)
     return {"background": background, "layers": [over], "composite": composite}

@@ -49,8 +49,8 @@ class Reference:
 class Scene:
     """References, a prompt, a model, and how to call it.
 
-    keep: one budget for all references; None: each has its own. config: further fields of `SparseContextConfig`, such as
-    coverage. call: further fields of `Request`, such as seed. What is left out there has its default.
+    keep: one budget for all references; None: each has its own. config: further fields of `SparseContextConfig`, such
+    as coverage. call: further fields of `Request`, such as seed. What is left out there has its default.
     """
 
     references: Sequence[Reference] = ()
@@ -86,7 +86,9 @@ class Scene:
             selector = selector_of_phrase(selector, reference.phrase)
         if reference.painted is None:
             return selector
-        return {mask([part]) if part is reference.painted else part: weight for part, weight in self.blend_of(reference)}
+        return {
+            mask([part]) if part is reference.painted else part: weight for part, weight in self.blend_of(reference)
+        }
 
     def blend_of(self, reference: Reference) -> list[tuple[Any, float]]:
         """The parts of the selector of a painted reference, and their weights; the mask stands for itself."""

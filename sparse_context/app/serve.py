@@ -1,6 +1,8 @@
 """The address of the page, the folder of what is uploaded, and the end."""
 
+import contextlib
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -8,19 +10,19 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-from ..pipelines.spec import ModelSpec
+from ..pipelines.spec import ModelSpec, Request
 
 STYLE = Path(__file__).with_name("style.css")
 MOST_BYTES = "64mb"  # of one file that is uploaded
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def serve(specs: Mapping[str, ModelSpec], host: str, port: int, ended: threading.Event | None = None) -> None:
-    """Load the first model, and answer at http://host:port until `ended` is set, or until Ctrl+C.
+def serve(specs: Mapping[str, ModelSpec], start: Request, host: str, port: int) -> None:
+    """Load the first model, and answer at http://host:port until Ctrl+C or a request to terminate.
 
-    specs: the models that may be chosen, by their names on the page. Nothing is asked of another host, uploads are
-    deleted once they are read, and their folder at the end. Raises ValueError, in one sentence, for an address that
-    cannot be had, and what loading raises.
+    specs: the models that may be chosen, by their names on the page. start: what the page says at first, without
+    references. Nothing is asked of another host; uploads are deleted once they are read, and their folder at the end.
+    Raises ValueError, in one sentence, for an address that cannot be had, and what loading raises.
     """
     check_address(host, port)
     with tempfile.TemporaryDirectory(prefix="sparse-context-") as folder:
@@ -28,16 +30,26 @@ def serve(specs: Mapping[str, ModelSpec], host: str, port: int, ended: threading
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder)
         from .page import Page
 
-        page = Page(specs)
+        page = Page(specs, start)
         next(iter(page.engines.values())).warm_up()
         launch(page, host, port)
         print(f"Open http://{host}:{port} (Ctrl+C ends it)", flush=True)
         if host not in LOOPBACK:
             print("Whoever reaches this machine can use the app: keep it in a closed network.", flush=True)
         try:
-            (ended or threading.Event()).wait()
+            wait_for_the_end()
         finally:
+            page.sessions.close_all()
             page.blocks.close(verbose=False)
+
+
+def wait_for_the_end() -> None:
+    """Until Ctrl+C, or SIGTERM where there is one."""
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    with contextlib.suppress(KeyboardInterrupt):
+        while not ended.wait(1):  # Windows looks for Ctrl+C between waits
+            pass
 
 
 def launch(page, host: str, port: int) -> None:

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -23,11 +24,15 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False)
 class Loaded:
-    """A picture that a page has loaded. painted: as in `scene.Reference`."""
+    """A picture that a page has loaded.
+
+    painted: as in `scene.Reference`. mask_file: the same as an address that holds it, so that it is packed once.
+    """
 
     name: str
     picture: Image.Image
     painted: np.ndarray | None = None
+    mask_file: str = ""
 
 
 @dataclass(eq=False)
@@ -58,7 +63,6 @@ class Session:
         return self.cancel
 
 
-
 def remember(dense: OrderedDict[tuple, Generation], key: tuple, generation: Generation) -> None:
     """Hold a picture with all tokens in `Session.dense`, and forget the one that was used longest ago."""
     dense[key] = generation
@@ -86,6 +90,11 @@ class Sessions:
                 self._open.popitem(last=False)[1].cancel.set()
             return session
 
+    def close_all(self) -> None:
+        """Forget all pages."""
+        for page in list(self._open):
+            self.close(page)
+
     def close(self, page: str | None) -> None:
         """Forget a page, and end what it has begun within a step."""
         with self._lock:
@@ -94,10 +103,13 @@ class Sessions:
             session.cancel.set()
 
 
-def stepwise(work: Callable[[Progress], Result], cancel: threading.Event) -> Iterator[tuple[int, int] | Result]:
-    """Run `work(progress)` in a thread of its own: yields (step, steps) as it goes on, and its result at the end.
+_worker = ThreadPoolExecutor(1, "sparse-context")  # one thread for all, so that memory is that of the calls alone
 
-    Whoever stops listening sets `cancel`. Raises what `work` raises.
+
+def stepwise(work: Callable[[Progress], Result], cancel: threading.Event) -> Iterator[tuple[int, int] | Result]:
+    """Run `work(progress)` in the thread for models: yields (step, steps) as it goes on, and its result at the end.
+
+    Whoever stops listening sets `cancel`, and waits until the work has ended. Raises what `work` raises.
     """
     told: queue.Queue = queue.Queue()
     finished = False
@@ -108,8 +120,7 @@ def stepwise(work: Callable[[Progress], Result], cancel: threading.Event) -> Ite
         except BaseException as error:
             told.put(("failed", error))
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    running = _worker.submit(run)
     try:
         while True:
             kind, value = told.get()
@@ -122,4 +133,4 @@ def stepwise(work: Callable[[Progress], Result], cancel: threading.Event) -> Ite
     finally:
         if not finished:
             cancel.set()
-        thread.join()
+        running.result()

@@ -24,7 +24,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reference-conditioned image generation with a fraction of the reference tokens.",
 )
-for command in (generate.generate, select.select, train.train, evaluate.evaluate, demo.demo, bench.bench, app_command.app):
+for command in (
+    generate.generate,
+    select.select,
+    train.train,
+    evaluate.evaluate,
+    demo.demo,
+    bench.bench,
+    app_command.app,
+):
     app.command()(command)
 
 

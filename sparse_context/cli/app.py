@@ -8,7 +8,8 @@ from . import options
 
 
 def app(
-    model: Annotated[
+    context: typer.Context,
+    models: Annotated[
         list[str] | None,
         typer.Option(
             "--model",
@@ -19,6 +20,7 @@ def app(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 7860,
+    settings: options.SettingsFile = None,
     lora: options.Lora = None,
     lora_scale: options.LoraScale = 1.0,
     kv: options.KV = False,
@@ -27,13 +29,16 @@ def app(
     cpu_offload: options.CpuOffload = None,
     quantization: options.Quantization = None,
 ) -> None:
-    """Open a page in the browser: references with their kept tokens, and dense beside sparse."""
-    from ..app.serve import serve
-    from ..pipelines.spec import ModelSpec
+    """Open a page for the browser: references with their kept tokens drawn over them, and dense beside sparse."""
+    from dataclasses import replace
 
-    specs = {
-        name or "the embedded model": ModelSpec(name, dtype, device, cpu_offload, lora, lora_scale, kv, quantization)
-        for name in model or [None]
-    }
+    chosen = options.settings_of(context, settings)
+    if models and len(models) > 1 and chosen.spec.lora not in (None, "none"):
+        raise ValueError(
+            f"The LoRA {chosen.spec.lora} is for one model, and there are {len(models)}: name one --model."
+        )
+    names = models or [chosen.spec.model]
     options.hide_loading_bars()
-    serve(specs, host, port)
+    from ..app.serve import serve
+
+    serve({name or "embedded": replace(chosen.spec, model=name) for name in names}, chosen.request, host, port)

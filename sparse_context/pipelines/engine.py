@@ -166,8 +166,8 @@ class Engine:
     def select(self, request: Request, score: Score = score_tokens) -> Selection:
         """What a call would keep of the references, without the call: nothing is generated, and nobody is waited for.
 
-        score: as `select_tokens` takes it, such as that of a cache. Raises ValueError for a request that this model does
-        not take.
+        score: as `select_tokens` takes it, such as that of a cache. Raises ValueError for a request that this model
+        does not take.
         """
         pipe = self.pipe()
         config, _, images = _call_of(pipe, request)
