@@ -110,7 +110,8 @@ def figures(sparse: Generation, dense: Generation | None) -> str:
         "" if dense is None else f"<p class=speedup><b>{dense.times.total / sparse.times.total:.2f}x</b> as fast</p>"
     )
     head = "".join(f"<th scope=col>{name}</th>" for name in ("", "seconds", "denoising", "tokens", "memory"))
-    return f"{speedup}<table class=figures><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    table = f"<table class=figures><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"{speedup}<div class=wide>{table}</div>"
 
 
 def _row(name: str, generation: Generation, tokens: int | None) -> str:
@@ -132,7 +133,7 @@ def grid(columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[s
         body += (
             f"<tr><th scope=row>{escape(name)}</th>" + "".join(f"<td>{shown or ''}</td>" for shown in line) + "</tr>"
         )
-    return f"<div class=grid tabindex=0><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<div class='wide grid' tabindex=0><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def cell(generation: Generation, dense: Generation, said: str) -> str:

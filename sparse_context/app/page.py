@@ -22,6 +22,7 @@ from .sessions import Loaded, Session, Sessions
 from .words import in_words, sentence, warn
 
 BRUSHES: list[Any] = [(f"rgb{colour}", OPACITY) for colour in COLOURS.values()]
+WAITING = 16  # pages at most whose pictures are made, one after the other
 SCORES = 64 * 2**20  # bytes of scores that are remembered, so that a dial that moves is answered at once
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every event: the page is no API, and shows in its own way that it works."""
@@ -66,7 +67,7 @@ class Page:
             label="References: drop pictures here",
             file_count="multiple",
             file_types=["image"],
-            height=120,
+            height=140,
             elem_id="files",
         )
         with gr.Accordion("Examples", open=False):
@@ -105,8 +106,8 @@ class Page:
 
     def _lay_generate(self) -> None:
         with gr.Row(elem_classes="pair"):
-            self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
-            self.stop = gr.Button("Stop", elem_id="stop")
+            self.generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+            self.stop = gr.Button("Stop", min_width=120, elem_id="stop")
         self.compare = gr.Checkbox(True, label="Compare with all tokens")
         self.answer = [gr.HTML(elem_id="status"), gr.HTML(elem_id="result"), gr.HTML(elem_id="figures")]
 
@@ -120,8 +121,8 @@ class Page:
             label="Selectors",
         )
         with gr.Row(elem_classes="pair"):
-            self.run_sweep = gr.Button("Run the sweep", variant="primary", elem_id="sweep")
-            self.stop_sweep = gr.Button("Stop", elem_id="stop-sweep")
+            self.run_sweep = gr.Button("Run the sweep", variant="primary", min_width=120, elem_id="sweep")
+            self.stop_sweep = gr.Button("Stop", min_width=120, elem_id="stop-sweep")
         self.swept = [gr.HTML(elem_id="sweep-status"), gr.HTML(elem_id="sweep-result")]
 
     def _lay_copy(self) -> None:
@@ -160,7 +161,7 @@ class Page:
             self.show_budget, [controls.budget], [controls.keep, *(s.keep for s in controls.slots)], **QUIET
         )
 
-        work: dict[str, Any] = {**QUIET, "concurrency_id": "model", "concurrency_limit": 1}
+        work: dict[str, Any] = {**QUIET, "concurrency_id": "model", "concurrency_limit": WAITING}
         self.generate.click(self.make, [self.compare, *controls.inputs], self.answer, **work)
         self.run_sweep.click(self.sweep, [self.keeps, self.selectors, *controls.inputs], self.swept, **work)
         for button in (self.stop, self.stop_sweep):
@@ -247,8 +248,8 @@ class Page:
         loaded = session.painting = session.pictures[i]
         name = escape(Path(loaded.name).name)
         said = (
-            f"<p>Image {i + 1}, <b>{name}</b>: paint <i class=keep>green</i> what to keep and <i class=drop>red</i> what "
-            "to drop. The palette beside the picture changes the colour.</p>"
+            f"<p>Image {i + 1}, <b>{name}</b>: paint <i class=keep>green</i> what to keep, and <i class=drop>red</i> "
+            "what to drop. The palette beside the picture changes the colour.</p>"
         )
         return [gr.update(visible=True), said, to_canvas(loaded)]
 
@@ -277,7 +278,7 @@ class Page:
     def make(self, request: gr.Request, compare: bool, *values: Any) -> Iterator[list[Any]]:
         """The picture, dense beside sparse."""
         session, scene = self._scene(request, values)
-        for answer in answers.answer(self.engines[values[1]], scene, session, compare):
+        for answer in answers.answer(self.engines[values[1]], scene, session, compare, self.cache.score):
             yield [answer.status, *(gr.skip() if part is None else part for part in (answer.result, answer.figures))]
 
     @in_words
@@ -286,7 +287,7 @@ class Page:
         session, scene = self._scene(request, values)
         ratios = [read_keep(text.strip()) for text in keeps.split(",") if text.strip()]
         chosen = [read_selector(text) for text in selectors]
-        for answer in answers.sweep(self.engines[values[1]], scene, session, ratios, chosen):
+        for answer in answers.sweep(self.engines[values[1]], scene, session, ratios, chosen, self.cache.score):
             yield [answer.status, gr.skip() if answer.result is None else answer.result]
 
     def cancel(self, request: gr.Request) -> None:

@@ -7,14 +7,15 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
-from ..pipelines.engine import Generation, Progress
+from ..pipelines.engine import PATIENCE, Generation, Progress
+from ..pipelines.errors import Cancelled
 
 MOST_SESSIONS = 32
 MOST_DENSE = 4  # pictures with all tokens that a page may come back to
@@ -40,13 +41,13 @@ class Session:
     """What is held of one page.
 
     painting: the picture that its brush is for. dense: pictures with all tokens, by what they depend on beside the
-    references. warm: the kinds of calls that were made before.
+    references. memory: the least that a call of each kind took, in bytes; None where it cannot be told.
     """
 
     pictures: list[Loaded] = field(default_factory=list)
     painting: Loaded | None = None
     dense: OrderedDict[tuple, Generation] = field(default_factory=OrderedDict)
-    warm: set[tuple] = field(default_factory=set)
+    memory: dict[tuple, int | None] = field(default_factory=dict)
     cancel: threading.Event = field(default_factory=threading.Event)
 
     def show(self, pictures: Sequence[Loaded]) -> None:
@@ -109,28 +110,29 @@ _worker = ThreadPoolExecutor(1, "sparse-context")  # one thread for all, so that
 def stepwise(work: Callable[[Progress], Result], cancel: threading.Event) -> Iterator[tuple[int, int] | Result]:
     """Run `work(progress)` in the thread for models: yields (step, steps) as it goes on, and its result at the end.
 
-    Whoever stops listening sets `cancel`, and waits until the work has ended. Raises what `work` raises.
+    Whoever stops listening sets `cancel`, and waits until the work has ended. Raises what `work` raises, and Cancelled
+    where `cancel` is set before its turn.
     """
     told: queue.Queue = queue.Queue()
-    finished = False
 
-    def run() -> None:
-        try:
-            told.put(("done", work(lambda step, steps: told.put(("step", (step, steps))))))
-        except BaseException as error:
-            told.put(("failed", error))
+    def run() -> Result:
+        return work(lambda step, steps: told.put((step, steps)))
 
     running = _worker.submit(run)
+    running.add_done_callback(lambda _: told.put(None))
     try:
         while True:
-            kind, value = told.get()
-            finished = kind != "step"
-            if kind == "failed":
-                raise value
-            yield value
-            if finished:
+            try:
+                step = told.get(timeout=PATIENCE)
+            except queue.Empty:
+                if cancel.is_set() and running.cancel():
+                    raise Cancelled("The call was cancelled.") from None
+                continue
+            if step is None:
+                yield running.result()
                 return
+            yield step
     finally:
-        if not finished:
+        if not running.done():
             cancel.set()
-        running.result()
+            wait([running])
