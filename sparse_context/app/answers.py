@@ -20,11 +20,12 @@ STOPPED = "Stopped."
 
 @dataclass(frozen=True)
 class Answer:
-    """What is to be shown, as HTML; None leaves what is there."""
+    """What is to be shown, as HTML; None leaves what is there. is_step: it says no more than how far the work is."""
 
     status: str = ""
     result: str | None = None
     figures: str | None = None
+    is_step: bool = False
 
 
 Answers = Iterator[Answer]
@@ -46,7 +47,7 @@ class Work:
 
         def told(step: int, steps: int) -> Answer:
             text = f"{what}: step {step} of {steps}" if step else f"{what} ..."
-            return Answer(drawing.progress(done + step / steps, of, text))
+            return Answer(drawing.progress(done + step / steps, of, text), is_step=True)
 
         yield told(0, 1)
         made = None

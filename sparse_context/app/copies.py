@@ -66,7 +66,7 @@ def _config_settings(scene: Scene) -> dict[str, str]:
         settings.setdefault("coverage", "0.0")
     if scene.keep is not None or not references:
         return _order({"keep": repr(0.2 if scene.keep is None else scene.keep)} | _of_references(scene) | settings)
-    return _order({"keep": repr(one_or_all([each.keep for each in references]))} | _of_references(scene) | settings)
+    return _order({"keep": repr(scene.own_keeps)} | _of_references(scene) | settings)
 
 
 def _of_references(scene: Scene) -> dict[str, str]:
@@ -132,7 +132,7 @@ def _config_options(scene: Scene) -> dict[str, Any]:
     references, said = scene.references, dict(scene.config)
     if any(each.painted is not None for each in references):
         said.setdefault("coverage", 0.0)
-    keep = one_or_all([each.keep for each in references]) if scene.keep is None and references else scene.keep
+    keep = scene.own_keeps if scene.keep is None and references else scene.keep
     task = one_or_all([each.task for each in references]) if references else "auto"
     selector = one_or_all([_selector_option(scene, each) for each in references]) if references else "auto"
     ours = {"keep": keep, "task": task, "selector": selector}

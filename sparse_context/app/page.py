@@ -1,5 +1,6 @@
 """The page: its controls in their places, and what happens when they are used."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from pathlib import Path
@@ -16,13 +17,23 @@ from ..pipelines.spec import ModelSpec, Request
 from ..selectors.registry import SELECTORS
 from . import answers, copies, drawing
 from .controls import OWN, SLOTS, WIDTH, Controls, read_keep, read_selector
-from .references import COLOURS, OPACITY, from_canvas, load_files, take_paths, take_uploads_only, to_canvas
+from .references import (
+    COLOURS,
+    OPACITY,
+    from_canvas,
+    load_files,
+    take_paths,
+    take_uploads_only,
+    to_canvas,
+)
 from .scene import Scene
 from .sessions import Loaded, Session, Sessions
 from .words import in_words, sentence, warn
 
 BRUSHES: list[Any] = [(f"rgb{colour}", OPACITY) for colour in COLOURS.values()]
 WAITING = 16  # pages at most whose pictures are made, one after the other
+LEFT_FOR = (30, 60)  # seconds: how often files are looked for that the painter has left, and how old they are then
+PACE = 0.2  # seconds between two steps that are shown
 SCORES = 64 * 2**20  # bytes of scores that are remembered, so that a dial that moves is answered at once
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every event: the page is no API, and shows in its own way that it works."""
@@ -43,7 +54,7 @@ class Page:
     # Layout ----------------------------------------------------------------------------------------------------------
 
     def _build(self) -> gr.Blocks:
-        with gr.Blocks(title="Sparse Context", fill_width=True, delete_cache=(60, 600)) as blocks:
+        with gr.Blocks(title="Sparse Context", fill_width=True, delete_cache=LEFT_FOR) as blocks:
             gr.HTML("<h1>Sparse Context</h1><p>Keep only the reference tokens that matter.</p>", elem_classes="head")
             with gr.Row(elem_classes="sides"):
                 with gr.Column(scale=5, min_width=320):
@@ -278,7 +289,7 @@ class Page:
     def make(self, request: gr.Request, compare: bool, *values: Any) -> Iterator[list[Any]]:
         """The picture, dense beside sparse."""
         session, scene = self._scene(request, values)
-        for answer in answers.answer(self.engines[values[1]], scene, session, compare, self.cache.score):
+        for answer in paced(answers.answer(self.engines[values[1]], scene, session, compare, self.cache.score)):
             yield [answer.status, *(gr.skip() if part is None else part for part in (answer.result, answer.figures))]
 
     @in_words
@@ -287,7 +298,7 @@ class Page:
         session, scene = self._scene(request, values)
         ratios = [read_keep(text.strip()) for text in keeps.split(",") if text.strip()]
         chosen = [read_selector(text) for text in selectors]
-        for answer in answers.sweep(self.engines[values[1]], scene, session, ratios, chosen, self.cache.score):
+        for answer in paced(answers.sweep(self.engines[values[1]], scene, session, ratios, chosen, self.cache.score)):
             yield [answer.status, gr.skip() if answer.result is None else answer.result]
 
     def cancel(self, request: gr.Request) -> None:
@@ -297,6 +308,17 @@ class Page:
     def close(self, request: gr.Request) -> None:
         """Forget the page."""
         self.sessions.close(request.session_hash)
+
+
+def paced(answered: answers.Answers) -> answers.Answers:
+    """Without steps that follow another one too fast for a page to draw them, so that it never lags behind."""
+    last = 0.0
+    for each in answered:
+        now = time.monotonic()
+        if each.is_step and now - last < PACE:
+            continue
+        last = now
+        yield each
 
 
 def _of_slot(handler: Callable, i: int) -> Callable:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from ..budget import is_count
 from ..config import SparseContextConfig, task_defaults
 from ..pipelines.spec import ModelSpec, Request
 from ..selectors.cells import Selector
@@ -69,11 +70,17 @@ class Scene:
             settings.setdefault("coverage", 0.0)  # tokens that are spread evenly would lie where nothing is to be kept
         selectors = [self._selector(each) for each in self.references]
         return SparseContextConfig(
-            keep=one_or_all([each.keep for each in self.references]) if self.keep is None else self.keep,
+            keep=self.own_keeps if self.keep is None else self.keep,
             task=one_or_all([each.task for each in self.references]),
             selector=one_or_all(selectors),
             **settings,
         )
+
+    @property
+    def own_keeps(self) -> Any:
+        """The keeps of the references; one where all have the same ratio, but a single count would be one for all."""
+        keeps = [each.keep for each in self.references]
+        return keeps if any(is_count(keep) for keep in keeps) else one_or_all(keeps)
 
     def request(self) -> Request:
         """The request. Raises ValueError that names what does not fit."""
