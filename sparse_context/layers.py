@@ -18,6 +18,7 @@ INSTALL: dict[str, str] = {
     "torch": "pip install torch",
     "cv2": "pip install opencv-python-headless",
     **dict.fromkeys(("fastapi", "prometheus_client", "python_multipart", "starlette", "uvicorn"), SERVER),
+    "gradio": "pip install 'sparse-context[app]'",
     **dict.fromkeys(("accelerate", "diffusers", "filelock", "peft", "tqdm", "transformers", "typer"), DIFFUSERS),
 }
 """By the name that is imported, the command that brings it."""

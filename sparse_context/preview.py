@@ -9,9 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .config import SparseContextConfig
 from .overview import enlarge, shrink_picture
-from .selection import Kept, Selection, select_tokens
+from .selection import Kept, Score, Selection, score_tokens, select_tokens
 from .selectors.cells import rgb_pixels, whole_cells
 from .selectors.registry import SelectorsLike, user_mask
+from .trained import Trained
 
 MAX_AREA = 1024 * 1024  # the FLUX.2 pipelines scale a larger reference down to this many pixels, and preprocess it then
 MAX_ASPECT = 8  # they refuse anything wider or taller
@@ -137,10 +138,17 @@ def draw_selection(selection: Selection, height: int = 384) -> Image.Image:
     return side_by_side(drawn)
 
 
-def select_pictures(pictures: Sequence[Image.Image], config: SparseContextConfig, token: int = 16) -> Selection:
+def select_pictures(
+    pictures: Sequence[Image.Image],
+    config: SparseContextConfig,
+    token: int = 16,
+    trained: Trained | None = None,
+    score: Score = score_tokens,
+) -> Selection:
     """What would be kept of pictures (RGB or RGBA) by a model whose tokens are `token` pixels wide, without that model.
 
-    The pictures go through `fit_reference` and are cropped to whole tokens, as the FLUX.2 pipelines do.
+    The pictures go through `fit_reference` and are cropped to whole tokens, as the FLUX.2 pipelines do. `trained` and
+    `score` are those of `select_tokens`.
     """
     seen, grids = [], []
     for i, picture in enumerate(pictures):
@@ -158,7 +166,7 @@ def select_pictures(pictures: Sequence[Image.Image], config: SparseContextConfig
         left, top = (picture.width - columns * token) // 2, (picture.height - rows * token) // 2
         seen.append(np.asarray(picture.crop((left, top, left + columns * token, top + rows * token))))
         grids.append((rows, columns))
-    return select_tokens(seen, grids, config)
+    return select_tokens(seen, grids, config, score=score, trained=trained)
 
 
 def label(picture: Image.Image, text: str) -> Image.Image:

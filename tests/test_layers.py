@@ -37,7 +37,7 @@ ROOMS = {
     "pipelines": {"pipelines"},
     "the embedded model": {"embedded"},
     "work": {"training", "evaluation", "bench", "batch"},
-    "faces": {"cli", "server"},
+    "faces": {"cli", "app", "server"},
     "entrance": {"__init__", "__main__"},
 }
 """Every module below sparse_context is in one room, by the first part of its name. It may import from its own room and

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import typer
 
 from ..pipelines.errors import GenerationError
+from . import app as app_command
 from . import batch, bench, demo, evaluate, generate, recommend, select, serve, train
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ COMMANDS = (
     evaluate.evaluate,
     demo.demo,
     bench.bench,
+    app_command.app,
     serve.serve,
 )
 for command in COMMANDS:

@@ -25,7 +25,7 @@ def batch(
     model: options.Model = None,
     keep: options.Keep = None,
     selector: options.Selector = None,
-    task: options.Task = "auto",
+    task: options.Task = None,
     overview: options.Overview = None,
     overview_layout: options.OverviewLayout = None,
     coverage: options.Coverage = None,

@@ -22,7 +22,7 @@ def generate(
     model: options.Model = None,
     keep: options.Keep = None,
     selector: options.Selector = None,
-    task: options.Task = "auto",
+    task: options.Task = None,
     mask: options.Mask = None,
     overview: options.Overview = None,
     overview_layout: options.OverviewLayout = None,

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from ..config import SparseContextConfig
     from ..pipelines.settings_file import Settings
 
-TEXTS = ("keep", "selector", "overview")
+TEXTS = ("keep", "selector", "overview", "task")
 """Options that are read from texts, one for all references or one for each."""
+
+NO_MASK = Path("none")
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or hub id.", show_default="the embedded model")
@@ -34,7 +36,12 @@ Selector = Annotated[
     ),
 ]
 Task = Annotated[
-    str, typer.Option(help="edit, global, subject or auto. Sets the selector and coverage that you leave out.")
+    list[str] | None,
+    typer.Option(
+        help="edit, global, subject or auto. Sets the selector and coverage that you leave out. Repeat it to give one "
+        "per reference.",
+        show_default="auto",
+    ),
 ]
 Overview = Annotated[
     list[str] | None,
@@ -61,7 +68,10 @@ ReferenceMaxPixels = Annotated[
 ]
 Mask = Annotated[
     list[Path] | None,
-    typer.Option(help="Image of the reference's size, white where to keep. Give one per reference, in order."),
+    typer.Option(
+        help="Image of the reference's size, white where to keep. Give one per reference, in order; the word none for "
+        "a reference without."
+    ),
 ]
 Coverage = Annotated[
     float | None, typer.Option(help="Share of the kept tokens to spread evenly, 0 to 1.", show_default="by task")
@@ -152,11 +162,12 @@ def selection_config(
     mask: Sequence[Path] | None,
     references: "Sequence[Image.Image] | None",
     overview: Sequence[str] | None = None,
+    task: Sequence[str] | None = None,
     base: "SparseContextConfig | None" = None,
     **settings: Any,
 ) -> "SparseContextConfig":
     """What to keep of these references; None: they are not known yet. base: what holds where nothing is said; None: the
-    defaults. settings: other fields of the config, such as task.
+    defaults. settings: other fields of the config, such as coverage.
 
     Raises ValueError for values that do not fit, and PictureError for a mask that cannot be used.
     """
@@ -165,7 +176,7 @@ def selection_config(
     from ..selectors.masks import mask as masks_of
     from ..selectors.registry import each_selector
 
-    for option, values in (("--keep", keep), ("--selector", selector), ("--overview", overview)):
+    for option, values in (("--keep", keep), ("--selector", selector), ("--overview", overview), ("--task", task)):
         if values and references is not None and len(values) not in (1, len(references)):
             raise ValueError(
                 f"{option} has {len(values)} values for {len(references)} references: give one, or as many."
@@ -175,16 +186,26 @@ def selection_config(
         settings["keep"] = _one_or_all([read_keep(text) for text in keep])
     if overview:
         settings["overview"] = _one_or_all([read_overview(text) for text in overview])
+    if task:
+        settings["task"] = _one_or_all([*task])
     selectors = [read_selector(text) for text in selector] if selector else each_selector(base.selector, 1)
     if mask:
         count = len(references or ())
         if len(mask) != count:
             raise ValueError(f"There are {len(mask)} masks for {count} references: pass one --mask for each.")
-        masks = [open_mask(path, r.size) for path, r in zip(mask, references or (), strict=True)]
+        masks = [
+            None if path == NO_MASK else open_mask(path, reference.size)
+            for path, reference in zip(mask, references or (), strict=True)
+        ]
+        if None in masks and len(selectors) == 1:
+            selectors = selectors * count
         groups = [masks] if len(selectors) == 1 else [[each] for each in masks]
         if len(groups) != len(selectors):
             raise ValueError(f"There are {len(selectors)} selectors for {count} references: give one, or as many.")
-        selectors = [_with_masks(s, masks_of(group)) for s, group in zip(selectors, groups, strict=True)]
+        selectors = [
+            selector if group == [None] else _with_masks(selector, masks_of(group))
+            for selector, group in zip(selectors, groups, strict=True)
+        ]
     return replace(base, selector=_one_or_all(selectors), **settings)
 
 

@@ -13,7 +13,7 @@ def select(
     images: Annotated[list[Path], typer.Argument(help="Reference images.")],
     keep: options.Keep = None,
     selector: options.Selector = None,
-    task: options.Task = "auto",
+    task: options.Task = None,
     mask: options.Mask = None,
     overview: options.Overview = None,
     overview_layout: options.OverviewLayout = None,

@@ -23,7 +23,7 @@ def serve(
     selector: Annotated[
         str | None, typer.Option(help="Selector where a client names none, or a blend.", show_default="auto")
     ] = None,
-    task: options.Task = "auto",
+    task: Annotated[str, typer.Option(help="Task where a client names none.")] = "auto",
     overview: Annotated[
         str, typer.Option(help="Overview where a client says nothing: a factor, auto, trained, none.")
     ] = ("trained"),

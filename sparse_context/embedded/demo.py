@@ -33,15 +33,16 @@ SIDE = 192  # of the pictures on a sheet, in pixels
 
 
 def read_examples(folder: Path = EXAMPLES) -> list[dict]:
-    """The shipped scenes: a list of {"name", "task", "tasks", "prompt", "references": [PIL], "truth": PIL}.
+    """The shipped scenes: a list of {"name", "task", "tasks", "prompt", "files", "references": [PIL], "truth": PIL}.
 
-    "tasks" has one of "edit", "global" and "subject" for each reference: a background that stays where it is counts as
-    an edit.
+    "files" has the paths of the references. "tasks" has one of "edit", "global" and "subject" for each reference: a
+    background that stays where it is counts as an edit.
     """
     listing = json.loads((folder / "scenes.json").read_text(encoding="utf-8"))
     return [
         {
             **entry,
+            "files": [folder / file for file in entry["references"]],
             "references": [open_picture(folder / file) for file in entry["references"]],
             "truth": open_picture(folder / entry["truth"]),
         }

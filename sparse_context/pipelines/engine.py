@@ -14,15 +14,16 @@ from ..cache import ReferenceCache
 from ..config import SparseContextConfig
 from ..families import Family, family_of
 from ..families.call import call_arguments, find_decode
-from ..preview import MAX_AREA, fit_reference, label, reference_mask, side_by_side
-from ..selection import Selection
+from ..preview import MAX_AREA, fit_reference, label, reference_mask, select_pictures, side_by_side
+from ..selection import Score, Selection, score_tokens
 from ..sparsify import apply_sparse_context, last_selection
-from ..trained import read_record
+from ..trained import read_record, trained_for
 from .embedded import ADAPTERS, adapter_record
 from .errors import Cancelled, GenerationError
 from .hub import one_line
 from .load import load
 from .lora_file import NO_LORA
+from .memory import Peak
 from .settings import Fit, call_inputs, call_settings, check_images, fit_masks, reference_sides
 from .spec import ModelSpec, Request
 from .steps import Cancel, Preview, Progress, Stop, stepwise, turn
@@ -34,16 +35,22 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class Generation:
-    """One call: the image, what was kept of the references (None without any), and where the time went."""
+    """One call: the image, what was kept of the references (None without any), and where the time went.
+
+    memory: the most bytes that it took at once beyond what was held before (`memory.Peak`). None where nobody asked, or
+    where it cannot be told.
+    """
 
     image: Image.Image
     selection: Selection | None
     times: Times
+    memory: int | None = None
 
     def to_dict(self) -> dict:
-        """The report, for JSON: size, what was kept, seconds of each phase."""
+        """The report, for JSON: size, what was kept, seconds of each phase, and bytes where they were asked for."""
         kept = None if self.selection is None else self.selection.to_dict()
-        return {"size": list(self.image.size), "selection": kept, "seconds": asdict(self.times)}
+        memory = {} if self.memory is None else {"memory": self.memory}
+        return {"size": list(self.image.size), "selection": kept, "seconds": asdict(self.times), **memory}
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,9 @@ class Engine:
         cancel: Cancel | None = None,
         progress: Progress | None = None,
         preview: Preview | None = None,
+        memory: bool = False,
     ) -> Generation:
-        """Answer a request. Its config stays applied to the pipeline afterwards.
+        """Answer a request. Its config stays applied to the pipeline afterwards. memory: measure that too.
 
         A model with call settings of its own (`call_settings`) is called by them where the request says nothing else;
         references, and the masks in the config with them, are scaled to the size that it was trained on.
@@ -144,7 +152,7 @@ class Engine:
         `preview` is called by pipelines whose family can decode latents (`families.call.find_decode`), and never by
         others.
         """
-        return self._answer([request], cancel, progress, preview)[0]
+        return self._answer([request], cancel, progress, preview, memory)[0]
 
     def together(
         self,
@@ -167,6 +175,17 @@ class Engine:
         """Raise ValueError for a request that this model does not take, as a call would, without the call."""
         _call_of(self.pipe(request.config), request)
 
+    def select(self, request: Request, score: Score = score_tokens) -> Selection:
+        """What a call would keep of the references, without the call: nothing is generated, and nobody is waited for.
+
+        score: as `select_tokens` takes it, such as that of a cache. Raises ValueError for a request that this model
+        does not take.
+        """
+        pipe = self.pipe()
+        config, _, images = _call_of(pipe, request)
+        trained = trained_for(getattr(pipe, "transformer", None), family_of(pipe).kv)
+        return select_pictures(images, config, 2 * pipe.vae_scale_factor, trained, score)
+
     def warm_up(self, request: Request | None = None) -> None:
         """Load the pipeline and make a short call, for a first one pays for more than itself.
 
@@ -186,7 +205,7 @@ class Engine:
 
         `progress` counts the steps of both answers as one.
         """
-        dense = replace(request, config=SparseContextConfig(keep=1.0))
+        dense = all_tokens(request)
         for each in (request, dense):
             self._answer([replace(each, steps=WARM_UP_STEPS)], cancel, disable=True)
 
@@ -206,6 +225,7 @@ class Engine:
         cancel: Cancel | None = None,
         progress: Progress | None = None,
         preview: Preview | None = None,
+        memory: bool = False,
         **bar: Any,
     ) -> list[Generation]:
         """A call that answers requests of one kind, with these settings of the pipeline's progress bar."""
@@ -213,7 +233,7 @@ class Engine:
         pipe = self.pipe(request.config)
         family, name = family_of(pipe), type(pipe).__name__
         _check_together(requests, family, name)
-        config, arguments = _call_of(pipe, request)
+        config, arguments, _ = _call_of(pipe, request)
         prompts = [each.prompt for each in requests]
         generators = [torch.Generator().manual_seed(each.seed) for each in requests]
         asked = (prompts, generators) if len(requests) > 1 else (prompts[0], generators[0])
@@ -222,10 +242,12 @@ class Engine:
         try:
             with turn(pipe, cancel), _bar(pipe, **bar | self._bar), _guided(pipe, request.guidance_scale):
                 apply_sparse_context(pipe, config, cache=self.cache)
+                peak = Peak(pipe._execution_device) if memory else None
                 with stepwise(pipe, cancel, progress, preview, decoded), timed(pipe) as times:
                     output = pipe(prompt=asked[0], generator=asked[1], **arguments)
-                images = output if family.modular else output.images
-                return [Generation(image, last_selection(pipe), times) for image in images[: len(requests)]]
+                images = (output if family.modular else output.images)[: len(requests)]
+                taken = None if peak is None else peak.read()
+                return [Generation(image, last_selection(pipe), times, taken) for image in images]
         except Stop:
             raise Cancelled("The call was cancelled.") from None
         except ValueError:
@@ -237,6 +259,11 @@ class Engine:
             ) from error
         except Exception as error:
             raise GenerationError(f"{name} failed: {one_line(error)}.") from error
+
+
+def all_tokens(request: Request) -> Request:
+    """The same request with all tokens of its references, which its tasks still scale."""
+    return replace(request, config=SparseContextConfig(keep=1.0, task=request.config.task))
 
 
 def _keeps_all(config: SparseContextConfig) -> bool:
@@ -253,8 +280,9 @@ def _check_together(requests: Sequence[Request], family: Family, name: str) -> N
         raise ValueError("Requests that are answered together may differ in prompt and seed alone: call for each.")
 
 
-def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str, Any]]:
-    """What to apply to the pipeline, and the arguments of its call but for the prompt and the generator.
+def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str, Any], list[Image.Image]]:
+    """What to apply to the pipeline, the arguments of its call but for the prompt and the generator, and the references
+    as they are handed over.
 
     Nothing of the pipeline is changed. Raises ValueError for what it does not take.
     """
@@ -299,7 +327,7 @@ def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str
     fitted_mask = None if mask is None else fits[0](mask)
     arguments |= call_arguments(pipe, images, fitted_mask, request.height, request.width)
     arguments = {dial: value for dial, value in arguments.items() if value is not None}
-    return replace(config, selector=fit_masks(config.selector, fits)), arguments
+    return replace(config, selector=fit_masks(config.selector, fits)), arguments, images
 
 
 def _guided(pipe: Any, scale: float | None) -> contextlib.AbstractContextManager[None]:

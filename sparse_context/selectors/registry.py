@@ -40,6 +40,10 @@ SELECTORS: dict[str, Selector] = {
     "mask": Mask(),
 }
 
+PHRASE_SELECTORS: dict[str, Callable[[str], Selector]] = {}
+"""By name, functions from a phrase, such as "the red car", to a selector of what it names. None is a part of the
+package: whoever has a model for it adds it here."""
+
 
 def parts_of(selector: SelectorLike) -> Sequence[tuple[str | Selector, float]]:
     """The selectors that a blend or a mapping averages, with their weights; none of any other selector."""

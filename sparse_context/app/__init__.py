@@ -1,0 +1,10 @@
+"""The web app: references in, the kept tokens drawn over them at once, then dense beside sparse.
+
+    scene.py      what is on the screen, and what it comes to as a request
+    sessions.py   what the server holds of each open page, and the work that the page has begun
+    drawing.py    overlays, the comparison and the grid as HTML, with every picture inside of it
+    page.py       the controls; references.py, answers.py and sweep.py say what happens when they are used
+    serve.py      the address, the folder of uploads, and the end
+
+Only `page.py` and what it uses import Gradio, and only when the app starts.
+"""

@@ -1,0 +1,330 @@
+"""The page: its controls in their places, and what happens when they are used."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ..cache import ReferenceCache
+from ..embedded.demo import KEEP as KEEP_OF_TASK
+from ..embedded.demo import read_examples
+from ..pipelines.engine import Engine
+from ..pipelines.spec import ModelSpec, Request
+from ..selectors.registry import SELECTORS
+from . import answers, copies, drawing
+from .controls import OWN, SLOTS, WIDTH, Controls, read_keep, read_selector
+from .references import (
+    COLOURS,
+    OPACITY,
+    from_canvas,
+    load_files,
+    take_paths,
+    take_uploads_only,
+    to_canvas,
+)
+from .scene import Scene
+from .sessions import Loaded, Session, Sessions
+from .words import in_words, sentence, warn
+
+BRUSHES: list[Any] = [(f"rgb{colour}", OPACITY) for colour in COLOURS.values()]
+WAITING = 16  # pages at most whose pictures are made, one after the other
+LEFT_FOR = (30, 60)  # seconds: how often files are looked for that the painter has left, and how old they are then
+PACE = 0.2  # seconds between two steps that are shown
+SCORES = 64 * 2**20  # bytes of scores that are remembered, so that a dial that moves is answered at once
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+"""Of every event: the page is no API, and shows in its own way that it works."""
+
+
+class Page:
+    """The page, the models that may be chosen on it, and the sessions of those who have it open."""
+
+    def __init__(self, specs: Mapping[str, ModelSpec], start: Request) -> None:
+        """specs: by the names on the page. start: what the controls say at first; it has no references."""
+        self.specs, self.start = specs, start
+        self.engines = {name: Engine(spec, bar=False) for name, spec in specs.items()}
+        self.sessions = Sessions()
+        self.cache = ReferenceCache(SCORES)
+        self.examples = read_examples()
+        self.blocks = self._build()
+
+    # Layout ----------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> gr.Blocks:
+        with gr.Blocks(title="Sparse Context", fill_width=True, delete_cache=LEFT_FOR) as blocks:
+            gr.HTML("<h1>Sparse Context</h1><p>Keep only the reference tokens that matter.</p>", elem_classes="head")
+            with gr.Row(elem_classes="sides"):
+                with gr.Column(scale=5, min_width=320):
+                    self._lay_scene()
+                with gr.Column(scale=6, min_width=320), gr.Tabs():
+                    with gr.Tab("Generate"):
+                        self._lay_generate()
+                    with gr.Tab("Sweep"):
+                        self._lay_sweep()
+                    with gr.Tab("Copy"):
+                        self._lay_copy()
+            take_uploads_only(self.files)
+            take_uploads_only(self.editor)
+            take_paths(self.files)
+            self._wire(blocks)
+        return blocks
+
+    def _lay_scene(self) -> None:
+        self.controls = Controls(list(self.specs), self.start)
+        self.files = gr.File(
+            label="References: drop pictures here",
+            file_count="multiple",
+            file_types=["image"],
+            height=140,
+            elem_id="files",
+        )
+        with gr.Accordion("Examples", open=False):
+            self.gallery = gr.Gallery(
+                [(example["truth"], example["name"]) for example in self.examples],
+                columns=5,
+                height="auto",
+                object_fit="contain",
+                allow_preview=False,
+                interactive=False,
+                show_label=False,
+                elem_id="examples",
+                buttons=[],
+            )
+        self.summary = gr.HTML(elem_id="summary")
+        self.controls.make_slots()
+        with gr.Column(visible=False, elem_id="painter") as self.painter:
+            self.painted = gr.HTML()
+            self.editor = gr.ImageEditor(
+                type="pil",
+                format="png",
+                layers=False,
+                sources=(),
+                transforms=(),
+                show_label=False,
+                height=420,
+                brush=gr.Brush(colors=BRUSHES, color_mode="fixed", default_size=40),
+                eraser=gr.Eraser(default_size=40),
+                buttons=[],
+                elem_id="editor",
+            )
+            with gr.Row(elem_classes="pair"):
+                self.clear = gr.Button("Clear the mask", size="sm")
+                self.done = gr.Button("Done", size="sm")
+        self.controls.make_prompt()
+
+    def _lay_generate(self) -> None:
+        with gr.Row(elem_classes="pair"):
+            self.generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+            self.stop = gr.Button("Stop", min_width=120, elem_id="stop")
+        self.compare = gr.Checkbox(True, label="Compare with all tokens")
+        self.answer = [gr.HTML(elem_id="status"), gr.HTML(elem_id="result"), gr.HTML(elem_id="figures")]
+
+    def _lay_sweep(self) -> None:
+        self.keeps = gr.Textbox("0.1, 0.2, 0.5", label="Keeps", info="For all references: ratios, counts or auto.")
+        self.selectors = gr.Dropdown(
+            ["auto", *(name for name in SELECTORS if name != "mask")],
+            value=["auto", "uniform"],
+            multiselect=True,
+            allow_custom_value=True,
+            label="Selectors",
+        )
+        with gr.Row(elem_classes="pair"):
+            self.run_sweep = gr.Button("Run the sweep", variant="primary", min_width=120, elem_id="sweep")
+            self.stop_sweep = gr.Button("Stop", min_width=120, elem_id="stop-sweep")
+        self.swept = [gr.HTML(elem_id="sweep-status"), gr.HTML(elem_id="sweep-result")]
+
+    def _lay_copy(self) -> None:
+        self.python = gr.Code(
+            language="python", label="As Python", interactive=False, wrap_lines=True, elem_id="python"
+        )
+        self.command = gr.Code(
+            language="shell", label="As a command", interactive=False, wrap_lines=True, elem_id="command"
+        )
+        self.settings = gr.HTML(elem_id="settings")
+
+    # Events ----------------------------------------------------------------------------------------------------------
+
+    def _wire(self, blocks: gr.Blocks) -> None:
+        controls, cards = self.controls, [slot.card for slot in self.controls.slots]
+        values = [value for slot in controls.slots for value in slot.values]
+        drawn = [slot.overlay for slot in controls.slots]
+        shown = [self.summary, *drawn, self.python, self.command, self.settings]
+        redraw: dict[str, Any] = {"fn": self.redraw, "inputs": controls.inputs, "outputs": shown, **QUIET}
+        gr.on(
+            controls.triggers,
+            **redraw,
+            trigger_mode="always_last",
+            concurrency_limit=4,
+        )
+        pictures = [*cards, *values, self.painter]
+        self.files.upload(self.add, [self.files, *values], [self.files, *pictures], **QUIET).then(**redraw)
+        self.gallery.select(self.take_example, None, [controls.prompt, *pictures], **QUIET).then(**redraw)
+        for i, slot in enumerate(controls.slots):
+            slot.remove.click(_of_slot(self.remove, i), values, pictures, **QUIET).then(**redraw)
+            slot.paint.click(_of_slot(self.paint, i), None, [self.painter, self.painted, self.editor], **QUIET)
+        self.editor.change(self.take_paint, [self.editor], None, trigger_mode="always_last", **QUIET).then(**redraw)
+        self.clear.click(self.clear_paint, None, [self.editor], **QUIET).then(**redraw)
+        self.done.click(lambda: gr.update(visible=False), None, [self.painter], **QUIET)
+        controls.budget.input(
+            self.show_budget, [controls.budget], [controls.keep, *(s.keep for s in controls.slots)], **QUIET
+        )
+
+        work: dict[str, Any] = {**QUIET, "concurrency_id": "model", "concurrency_limit": WAITING}
+        self.generate.click(self.make, [self.compare, *controls.inputs], self.answer, **work)
+        self.run_sweep.click(self.sweep, [self.keeps, self.selectors, *controls.inputs], self.swept, **work)
+        for button in (self.stop, self.stop_sweep):
+            button.click(self.cancel, None, None, queue=False, **QUIET)
+        blocks.load(**redraw)
+        blocks.unload(self.close)
+
+    def _scene(self, request: gr.Request, values: tuple) -> tuple[Session, Scene]:
+        session = self.sessions.of(request.session_hash)
+        return session, self.controls.scene(session, self.specs, values)
+
+    def redraw(self, request: gr.Request, *values: Any) -> list[Any]:
+        """The kept tokens over each reference, and the scene as text. What does not fit is said above them."""
+        nothing = [gr.skip()] * (SLOTS + 3)
+        try:
+            session, scene = self._scene(request, values)
+            scene.selection_config()  # which says what does not fit, before anything is written of it
+            texts = [copies.to_python(scene), copies.to_command(scene), self._files(session, scene)]
+            if not scene.references:
+                return ["", *[""] * SLOTS, *texts]
+            selection = self.engines[values[1]].select(scene.request(), self.cache.score)
+        except Exception as error:
+            return [drawing.problem(sentence(error)), *nothing]
+        cards = [
+            drawing.card(i + 1, Path(reference.name).name, kept)
+            for i, (reference, kept) in enumerate(zip(scene.references, selection.references, strict=True))
+        ]
+        return [drawing.summary(selection), *cards, *[""] * (SLOTS - len(cards)), *texts]
+
+    def _files(self, session: Session, scene: Scene) -> str:
+        """Links to the settings, and to the masks that are painted."""
+        try:
+            settings = drawing.text_uri(copies.to_json(scene))
+        except ValueError:  # a selector of a phrase, which no file can hold
+            return ""
+        files = [("Download the settings (JSON)", copies.SETTINGS_FILE, settings)]
+        for i, loaded in enumerate(session.pictures, start=1):
+            if loaded.mask_file:
+                files.append((f"Download the mask of image {i} (PNG)", copies.mask_name(loaded.name), loaded.mask_file))
+        return drawing.links(files)
+
+    @in_words
+    def add(self, request: gr.Request, files: list[str] | None, *values: Any) -> list[Any]:
+        """Pictures that were uploaded, after those that are there."""
+        session = self.sessions.of(request.session_hash)
+        loaded, problems = load_files(files or [])
+        room = SLOTS - len(session.pictures)
+        if len(loaded) > room:
+            problems.append(f"There are more than {SLOTS} references: the last {len(loaded) - room} are left out.")
+        for problem in problems:
+            warn(problem)
+        session.show([*session.pictures, *loaded[:room]])
+        return [None, *self._pictures(session, values)]
+
+    @in_words
+    def remove(self, i: int, request: gr.Request, *values: Any) -> list[Any]:
+        """Reference `i` goes, and those after it move up."""
+        session = self.sessions.of(request.session_hash)
+        session.show(session.pictures[:i] + session.pictures[i + 1 :])
+        others = (*values[: i * WIDTH], *values[(i + 1) * WIDTH :])
+        return self._pictures(session, (*others, *self.controls.fresh(SLOTS - 1)))
+
+    @in_words
+    def take_example(self, request: gr.Request, event: gr.SelectData) -> list[Any]:
+        """An example's pictures, prompt and tasks in place of what is there."""
+        session, example = self.sessions.of(request.session_hash), self.examples[event.index]
+        paths = [str(path) for path in example["files"]]
+        session.show([Loaded(path, picture) for path, picture in zip(paths, example["references"], strict=True)])
+        values = [value for task in example["tasks"] for value in (KEEP_OF_TASK[task], False, task, "auto", "")]
+        for i in range(len(paths), SLOTS):
+            values += self.controls.fresh(i)
+        return [example["prompt"], *self._pictures(session, values)]
+
+    def _pictures(self, session: Session, values: Any) -> list[Any]:
+        """Which cards are shown, what their controls say, and the painter, which is closed."""
+        cards = [gr.update(visible=i < len(session.pictures)) for i in range(SLOTS)]
+        session.painting = None
+        return [*cards, *values, gr.update(visible=False)]
+
+    @in_words
+    def paint(self, i: int, request: gr.Request) -> list[Any]:
+        """Open the painter for reference `i`."""
+        session = self.sessions.of(request.session_hash)
+        loaded = session.painting = session.pictures[i]
+        name = escape(Path(loaded.name).name)
+        said = (
+            f"<p>Image {i + 1}, <b>{name}</b>: paint <i class=keep>green</i> what to keep, and <i class=drop>red</i> "
+            "what to drop. The palette beside the picture changes the colour.</p>"
+        )
+        return [gr.update(visible=True), said, to_canvas(loaded)]
+
+    @in_words
+    def take_paint(self, request: gr.Request, value: dict | None) -> None:
+        """What was painted becomes the reference's mask."""
+        loaded = self.sessions.of(request.session_hash).painting
+        if loaded is not None and value and value.get("background") is not None:
+            loaded.painted = painted = from_canvas(value, loaded.picture.size)
+            loaded.mask_file = "" if painted is None else drawing.data_uri(Image.fromarray(painted))
+
+    @in_words
+    def clear_paint(self, request: gr.Request) -> Any:
+        """Nothing is painted any more."""
+        loaded = self.sessions.of(request.session_hash).painting
+        if loaded is None:
+            return gr.skip()
+        loaded.painted, loaded.mask_file = None, ""
+        return to_canvas(loaded)
+
+    def show_budget(self, budget: str) -> list[Any]:
+        """One keep for all references, or one on each card."""
+        return [gr.update(visible=budget != OWN), *[gr.update(visible=budget == OWN)] * SLOTS]
+
+    @in_words
+    def make(self, request: gr.Request, compare: bool, *values: Any) -> Iterator[list[Any]]:
+        """The picture, dense beside sparse."""
+        session, scene = self._scene(request, values)
+        for answer in paced(answers.answer(self.engines[values[1]], scene, session, compare, self.cache.score)):
+            yield [answer.status, *(gr.skip() if part is None else part for part in (answer.result, answer.figures))]
+
+    @in_words
+    def sweep(self, request: gr.Request, keeps: str, selectors: list[str], *values: Any) -> Iterator[list[Any]]:
+        """The scene over several keeps and selectors."""
+        session, scene = self._scene(request, values)
+        ratios = [read_keep(text.strip()) for text in keeps.split(",") if text.strip()]
+        chosen = [read_selector(text) for text in selectors]
+        for answer in paced(answers.sweep(self.engines[values[1]], scene, session, ratios, chosen, self.cache.score)):
+            yield [answer.status, gr.skip() if answer.result is None else answer.result]
+
+    def cancel(self, request: gr.Request) -> None:
+        """Stop what the page has begun, within a step."""
+        self.sessions.of(request.session_hash).cancel.set()
+
+    def close(self, request: gr.Request) -> None:
+        """Forget the page."""
+        self.sessions.close(request.session_hash)
+
+
+def paced(answered: answers.Answers) -> answers.Answers:
+    """Without steps that follow another one too fast for a page to draw them, so that it never lags behind."""
+    last = 0.0
+    for each in answered:
+        now = time.monotonic()
+        if each.is_step and now - last < PACE:
+            continue
+        last = now
+        yield each
+
+
+def _of_slot(handler: Callable, i: int) -> Callable:
+    """`handler` for slot `i`. (Gradio finds out what to pass by a function's own signature, which a partial hides.)"""
+
+    def handle(request: gr.Request, *values: Any) -> Any:
+        return handler(i, request, *values)
+
+    return handle

@@ -1,0 +1,125 @@
+"""A scene: what is on the screen, as plain records, and what it comes to as a config and a request.
+
+Nothing here knows of a browser.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from ..budget import is_count
+from ..config import SparseContextConfig, task_defaults
+from ..pipelines.spec import ModelSpec, Request
+from ..selectors.cells import Selector
+from ..selectors.masks import mask
+from ..selectors.registry import PHRASE_SELECTORS, SelectorLike
+
+Value = TypeVar("Value")
+
+DROP, NEITHER, KEEP = 0, 128, 255
+"""What a painted mask holds for each pixel."""
+
+PAINT_WEIGHT = 2.0
+"""Of a painted mask beside a selector of weight 1: what is painted to be kept then goes before all that is not painted,
+and that before what is painted to be dropped, whatever the selector says; it decides among equals."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """One reference, and what is asked of it.
+
+    name: of the user's file. picture: RGB or RGBA. keep: a ratio, a count or "auto". task: of `config.TASKS`. selector:
+    a name, a blend, or None: the task decides. phrase: for a selector of `PHRASE_SELECTORS`. painted: uint8 (H, W) of
+    the picture's size, with `KEEP`, `NEITHER` or `DROP` for each pixel; None where nothing is painted.
+    """
+
+    name: str
+    picture: Image.Image
+    keep: float | str = 0.2
+    task: str = "auto"
+    selector: str | Mapping[str, float] | None = None
+    phrase: str = ""
+    painted: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """References, a prompt, a model, and how to call it.
+
+    keep: one budget for all references; None: each has its own. config: further fields of `SparseContextConfig`, such
+    as coverage. call: further fields of `Request`, such as seed. What is left out there has its default.
+    """
+
+    references: Sequence[Reference] = ()
+    prompt: str = ""
+    spec: ModelSpec = field(default_factory=ModelSpec)
+    keep: float | str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    def selection_config(self) -> SparseContextConfig:
+        """What to keep of the references. Raises ValueError that names what does not fit."""
+        settings = dict(self.config)
+        if not self.references:
+            return SparseContextConfig(**settings | ({} if self.keep is None else {"keep": self.keep}))
+        if any(each.painted is not None for each in self.references):
+            settings.setdefault("coverage", 0.0)  # tokens that are spread evenly would lie where nothing is to be kept
+        selectors = [self._selector(each) for each in self.references]
+        return SparseContextConfig(
+            keep=self.own_keeps if self.keep is None else self.keep,
+            task=one_or_all([each.task for each in self.references]),
+            selector=one_or_all(selectors),
+            **settings,
+        )
+
+    @property
+    def own_keeps(self) -> Any:
+        """The keeps of the references; one where all have the same ratio, but a single count would be one for all."""
+        keeps = [each.keep for each in self.references]
+        return keeps if any(is_count(keep) for keep in keeps) else one_or_all(keeps)
+
+    def request(self) -> Request:
+        """The request. Raises ValueError that names what does not fit."""
+        pictures = [each.picture for each in self.references]
+        return Request(self.prompt, pictures, self.selection_config(), **self.call)
+
+    def _selector(self, reference: Reference) -> SelectorLike | None:
+        selector: Any = reference.selector
+        if isinstance(selector, str) and selector in PHRASE_SELECTORS:
+            selector = selector_of_phrase(selector, reference.phrase)
+        if reference.painted is None:
+            return selector
+        return {
+            mask([part]) if part is reference.painted else part: weight for part, weight in self.blend_of(reference)
+        }
+
+    def blend_of(self, reference: Reference) -> list[tuple[Any, float]]:
+        """The parts of the selector of a painted reference, and their weights; the mask stands for itself."""
+        selector: Any = reference.selector
+        if selector == "mask":
+            return [(reference.painted, 1.0)]
+        if isinstance(selector, str) and selector in PHRASE_SELECTORS:
+            selector = selector_of_phrase(selector, reference.phrase)
+        if selector is None:
+            overview = self.config.get("overview", "trained") not in ("trained", None)
+            selector, _ = task_defaults(reference.task, len(self.references), overview)
+        others = dict(selector) if isinstance(selector, Mapping) else {selector: 1.0}
+        total = sum(others.values())
+        return [(reference.painted, PAINT_WEIGHT), *((part, weight / total) for part, weight in others.items())]
+
+
+def one_or_all(values: Sequence[Value]) -> Value | list[Value]:
+    """One value where all are the same, else all of them."""
+    return values[0] if all(each is values[0] or each == values[0] for each in values) else list(values)
+
+
+@lru_cache(maxsize=64)
+def selector_of_phrase(name: str, phrase: str) -> Selector:
+    """A selector of `PHRASE_SELECTORS`, made once for each phrase. Raises ValueError for an empty phrase."""
+    if not phrase.strip():
+        raise ValueError(f"The selector {name!r} looks for what a phrase names: write one, such as the red car.")
+    return PHRASE_SELECTORS[name](phrase)

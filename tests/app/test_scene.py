@@ -1,0 +1,182 @@
+"""What is on the screen, and what it comes to: a config, a request, Python, a command, and a file of settings."""
+
+import shlex
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cli.shared import pixels
+from PIL import Image
+from tiny import picture
+
+from sparse_context import select_tokens
+from sparse_context.app import copies
+from sparse_context.app.scene import DROP, KEEP, NEITHER, Reference, Scene
+from sparse_context.pipelines.settings_file import read_settings
+from sparse_context.selectors.registry import PHRASE_SELECTORS
+
+
+def kept(scene):
+    """The kept tokens of each reference of 64 x 64 pixels, bool (8, 8)."""
+    images = [np.asarray(each.picture) for each in scene.references]
+    images = [
+        image if each.painted is None else np.dstack([image, each.painted])
+        for image, each in zip(images, scene.references, strict=True)
+    ]
+    return [each.mask for each in select_tokens(images, [(8, 8)] * len(images), scene.selection_config()).references]
+
+
+def painted(keep=None, drop=None):
+    mask = np.full((64, 64), NEITHER, np.uint8)
+    for value, tokens in ((KEEP, keep), (DROP, drop)):
+        if tokens is not None:
+            rows, columns = tokens
+            mask[rows[0] * 8 : rows[1] * 8, columns[0] * 8 : columns[1] * 8] = value
+    return mask
+
+
+# The config ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_all_references_have_in_common_is_said_once(cat, room):
+    config = Scene([cat, room]).selection_config()
+    assert (config.keep, config.task, config.selector, config.coverage) == (0.2, "auto", None, None)
+    config = Scene([cat, replace(room, keep=0.5, task="edit", selector="edges")]).selection_config()
+    assert (config.keep, config.task, config.selector) == ([0.2, 0.5], ["auto", "edit"], [None, "edges"])
+
+
+def test_one_budget_for_all_goes_before_their_own(cat, room):
+    config = Scene(
+        [cat, replace(room, keep=0.5)], keep=40, config={"share": "joint", "coverage": 0.3}
+    ).selection_config()
+    assert (config.keep, config.share, config.coverage) == (40, "joint", 0.3)
+
+
+def test_a_scene_without_references_is_a_request():
+    request = Scene(prompt="the cat", call={"seed": 3, "steps": 2}).request()
+    assert (request.prompt, request.references, request.seed, request.steps) == ("the cat", (), 3, 2)
+
+
+@pytest.mark.parametrize("selector", [None, "uniform", {"edges": 1.0, "random": 3.0}])
+@pytest.mark.parametrize("task", ["edit", "subject"])
+def test_what_is_painted_goes_before_what_the_selector_says(cat, selector, task):
+    mask = painted(keep=((0, 2), (0, 4)), drop=((4, 8), (0, 8)))
+    scene = Scene([replace(cat, keep=0.25, task=task, selector=selector, painted=mask)])
+    (mask_of,) = kept(scene)
+    assert mask_of[:2, :4].all()
+    assert not mask_of[4:].any()
+    assert mask_of.sum() == 16
+    (mask_of,) = kept(Scene([replace(cat, keep=0.75, task=task, selector=selector, painted=mask)]))
+    assert mask_of[:4].all() and mask_of[4:].sum() == 16  # a budget is exact: what is to be dropped comes last
+
+
+def test_a_mask_alone_is_a_selector(cat, room):
+    scene = Scene(
+        [replace(cat, selector="mask", painted=painted(keep=((6, 8), (6, 8))), keep=4), replace(room, keep=4)]
+    )
+    first, second = kept(scene)
+    assert first[6:, 6:].all()
+    assert second.sum() == 4
+    assert scene.selection_config().coverage == 0.0
+
+
+def colour(phrase):
+    """A selector of what has the colour that a phrase begins with."""
+    channel = ("red", "green", "blue").index(phrase.split()[0])
+
+    def score(image, grid, generator):
+        from sparse_context.selectors.cells import cell_means
+
+        rgb = image[..., :3].astype(np.float32)
+        return np.clip(cell_means(rgb[..., channel] - rgb.mean(-1), grid) / 255, 0, 1)
+
+    return score
+
+
+def test_a_phrase_is_bound_to_a_selector_that_takes_one(cat, monkeypatch):
+    monkeypatch.setitem(PHRASE_SELECTORS, "colour", colour)
+    drawn = Image.fromarray(np.full((64, 64, 3), 90, np.uint8))
+    drawn.paste((200, 20, 20), (0, 0, 16, 16))
+    drawn.paste((20, 20, 200), (48, 48, 64, 64))
+    red = replace(cat, picture=drawn, selector="colour", phrase="red car", keep=4)
+    first, second = kept(Scene([red, replace(red, phrase="blue car")]))
+    assert first[:2, :2].all() and second[6:, 6:].all()
+    with pytest.raises(ValueError, match="^The selector 'colour' looks for what a phrase names: write one, such as"):
+        Scene([replace(red, phrase=" ")]).selection_config()
+    assert "PHRASE_SELECTORS['colour']('red car')" in copies.to_python(Scene([red]))
+    assert copies.to_command(Scene([red])) == "# The command line takes no phrases: copy the scene as Python.\n"
+
+
+# Python, the command, and the file -----------------------------------------------------------------------------------
+
+
+def scenes(spec):
+    cat, room = Reference("cat.png", picture(64, 64, 0)), Reference("my room's.png", picture(96, 64, 1))
+    mask = np.full((64, 96), NEITHER, np.uint8)
+    mask[:32], mask[32:, 48:] = KEEP, DROP
+    return {
+        "plain": Scene([cat], 'the cat\'s "hat"', spec),
+        "none": Scene((), "the cat", spec),
+        "own": Scene(
+            [replace(cat, task="edit", keep="auto"), replace(room, selector={"edges": 0.3, "random": 0.6}, keep=0.5)],
+            "the cat",
+            spec,
+            call={"seed": 7, "steps": 1},
+        ),
+        "painted": Scene([replace(cat, task="subject"), replace(room, task="edit", painted=mask)], "the cat", spec),
+        "painted, by a file": Scene(
+            [replace(cat, task="subject"), replace(room, task="edit", painted=mask)],
+            "cat",
+            spec,
+            config={"multiple_of": 8},
+        ),
+        "budget": Scene([cat, room], "the cat", spec, 40, {"share": "joint", "overview": 4, "multiple_of": 8}),
+    }
+
+
+@pytest.fixture(params=["plain", "none", "own", "painted", "painted, by a file", "budget"])
+def scene(request, spec, tmp_path, monkeypatch):
+    """A scene, in a folder with its files as they are downloaded."""
+    scene = scenes(spec)[request.param]
+    monkeypatch.chdir(tmp_path)
+    for each in scene.references:
+        each.picture.save(each.name)
+        if each.painted is not None:
+            Image.fromarray(each.painted).save(copies.mask_name(each.name))
+    (tmp_path / copies.SETTINGS_FILE).write_text(copies.to_json(scene), encoding="utf-8")
+    return scene
+
+
+def test_the_same_as_python(scene, engine):
+    names = {}
+    exec(copies.to_python(scene), names)
+    expected = engine(scene.request())
+    assert np.array_equal(pixels("out.png"), np.asarray(expected.image))
+    assert names["generation"].selection is None or np.array_equal(
+        names["generation"].selection.index, expected.selection.index
+    )
+
+
+def test_the_same_as_a_command(scene, engine, monkeypatch):
+    from sparse_context.cli import main
+
+    command = copies.to_command(scene).replace("\\\n", "")
+    monkeypatch.setattr("sys.argv", shlex.split(command))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert np.array_equal(pixels("out.png"), np.asarray(engine(scene.request()).image))
+
+
+def test_the_same_as_a_file_of_settings(scene, tmp_path):
+    settings, request = read_settings(tmp_path / copies.SETTINGS_FILE), scene.request()
+    assert settings.spec == scene.spec
+    if all(each.painted is None for each in scene.references):
+        assert replace(settings.request, references=request.references) == request
+
+
+def test_what_is_there_by_default_is_not_written(cat):
+    assert "selector" not in copies.to_python(Scene([cat])) and "task" not in copies.to_python(Scene([cat]))
+    assert copies.to_command(Scene([cat], "a hat")) == (
+        "sparse-context generate --image cat.png \\\n    --prompt 'a hat' \\\n    --keep 0.2\n"
+    )
