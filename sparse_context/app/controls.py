@@ -191,7 +191,8 @@ class Controls:
     def triggers(self) -> list[Any]:
         """The events that say that the scene is another one: at once for what is moved or chosen, and for what is
         written, once the control is left or a line ends."""
-        at_once = [each.input for each in self.inputs if each is not self.prompt]
+        every: list[Any] = self.inputs  # whose events gradio adds to each class by itself
+        at_once = [each.input for each in every if each is not self.prompt]
         texts = [each for each in self.inputs if isinstance(each, gr.Textbox)]
         return at_once + [event for each in texts for event in (each.blur, each.submit)]
 

@@ -45,7 +45,7 @@ def take_paths(files: gr.File) -> None:
     def paths(payload: Any) -> list[str]:
         return [] if payload is None else [file.path for file in payload.root]
 
-    files.preprocess = paths  # type: ignore[method-assign,assignment]
+    files.preprocess = paths  # type: ignore[method-assign]
 
 
 def load_files(paths: Sequence[str]) -> tuple[list[Loaded], list[str]]:
