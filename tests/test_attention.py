@@ -17,8 +17,8 @@ def draw(queries=24, keys=40, dtype=torch.bfloat16):
 @pytest.fixture
 def taken(monkeypatch):
     """The calls that went through the matrix products."""
-    calls, apply = [], attention._Attention.apply
-    monkeypatch.setattr(attention._Attention, "apply", lambda *given: calls.append(given) or apply(*given))
+    calls, attend = [], attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda *given: calls.append(given) or attend(*given))
     return calls
 
 
@@ -48,7 +48,7 @@ def test_heads_that_lie_apart_in_memory_are_taken_too(taken):
             dropout_p=0.0,
         )
     assert len(taken) == 1
-    assert torch.equal(out, attention._Attention.apply(*draw()))
+    assert torch.equal(out, attention.attend(*draw()))
 
 
 def test_everything_else_goes_where_it_went_before(taken, monkeypatch):
@@ -60,7 +60,6 @@ def test_everything_else_goes_where_it_went_before(taken, monkeypatch):
         lambda: scaled_dot_product_attention(*given, is_causal=True),
         lambda: scaled_dot_product_attention(*given, scale=0.5),
         lambda: scaled_dot_product_attention(*draw(dtype=torch.float32)),
-        lambda: torch.no_grad()(scaled_dot_product_attention)(*given),
     ]
     for call in calls:
         before = call()
@@ -74,6 +73,27 @@ def test_everything_else_goes_where_it_went_before(taken, monkeypatch):
     with MatmulAttention():
         scaled_dot_product_attention(*given)
     assert len(taken) == 1
+
+
+def test_without_gradients_the_weights_of_one_sample_are_held(taken, monkeypatch):
+    given = draw()
+    monkeypatch.setattr(attention, "LARGEST", 2 * 2 * 24 * 40)
+    with MatmulAttention():
+        kept = scaled_dot_product_attention(*given)
+        with torch.no_grad():
+            out = scaled_dot_product_attention(*given)
+    assert len(taken) == 1 and not out.requires_grad  # with gradients three samples are too many
+    assert torch.equal(out, attention.attend(*given).detach()) and (out - kept).abs().max() < 0.02
+    assert [attention._attend(*given, keep)[1].shape[0] for keep in (True, False)] == [3, 1]
+
+
+def test_the_operators_are_what_torch_needs_of_them():
+    given = [tensor.contiguous() for tensor in draw()]
+    for keep in (True, False):
+        torch.library.opcheck(attention._attend, (*(tensor.detach() for tensor in given), keep))
+    weights = attention._attend(*given, True)[1]
+    backward = (given[0], *given, weights)
+    torch.library.opcheck(attention._attend_backward, tuple(tensor.detach() for tensor in backward))
 
 
 def test_it_ends_with_its_block(taken):
