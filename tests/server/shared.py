@@ -32,13 +32,17 @@ class Service:
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.uvicorn = uvicorn_of(self.server)
+        self._clients = []
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self.thread.start()
         wait_for(lambda: self.worker.ready or self.worker.failure)
 
     def client(self, kind=openai.OpenAI, **options):
         options = {"max_retries": 0, "api_key": "none", "timeout": PATIENCE, **options}
-        return kind(base_url=f"{self.url}/v1", **options)
+        client = kind(base_url=f"{self.url}/v1", **options)
+        if kind is openai.OpenAI:
+            self._clients.append(client)
+        return client
 
     def get(self, path, headers=None, method="GET", body=None):
         """Status, headers and body of a plain request."""
@@ -53,6 +57,8 @@ class Service:
         return self.metrics._registry.get_sample_value(f"sparse_context_{name}", labels) or 0.0
 
     def stop(self):
+        for client in self._clients:
+            client.close()
         self.uvicorn.should_exit = True
         self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
