@@ -64,7 +64,7 @@ class Job:
         record = json.dumps([settings, pictures, self.inpaint is not None], sort_keys=True)
         return hashlib.sha256(record.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
-    def open(self) -> Request:
+    def read(self) -> Request:
         """The request, with its pictures. Raises PictureError, and ValueError for masks that do not fit."""
         references = self.sample.open_references()
         config = self.settings.request.config

@@ -48,7 +48,7 @@ class Runner:
             if (finished := self.folder.finished(job)) is not None:
                 return finished
             pictures = [digest or "" for digest in digests(job)]
-            generation = self.engine(job.open(), cancel=cancel)
+            generation = self.engine(job.read(), cancel=cancel)
         except Cancelled:
             raise
         except Exception as error:  # whatever is wrong with one job, the others are made

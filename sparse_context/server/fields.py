@@ -41,16 +41,16 @@ def nest(items: Iterable[tuple[str, str | UploadFile]]) -> dict[str, Any]:
 
 def _joined(entries: Mapping[str | int, Any], kind: str) -> Any:
     if kind == "mapping":
-        return {name: read_text(value) for name, value in entries.items()}
+        return {name: from_text(value) for name, value in entries.items()}
     if kind == "one" and len(entries) == 1:
         return next(iter(entries.values()))
     return [value for _, value in sorted(entries.items())]
 
 
-def read_text(value: Any) -> Any:
+def from_text(value: Any) -> Any:
     """What a text of a form says: a number, true, a list as JSON has them, or else the text itself. Files stay."""
     if isinstance(value, list):
-        return [read_text(each) for each in value]
+        return [from_text(each) for each in value]
     if not isinstance(value, str):
         return value
     try:

@@ -53,7 +53,7 @@ Event = Partial | Done | Failed
 class Job:
     """Pictures of one prompt, one for each seed.
 
-    open: reads the pictures that were sent, and makes the request of them, with the first seed. It is called in the
+    read: reads the pictures that were sent, and makes the request of them, with the first seed. It is called in the
     worker's thread, and raises what `Request` and `open_picture` raise. close: called once when it will not be opened
     any more.
     key: equal for the same request sent again. alike: equal for requests that differ in prompt and seeds alone.
@@ -63,7 +63,7 @@ class Job:
 
     def __init__(
         self,
-        open: Callable[[], Request],
+        read: Callable[[], Request],
         prompt: str,
         seeds: Sequence[int],
         key: str,
@@ -71,7 +71,7 @@ class Job:
         partials: int = 0,
         close: Callable[[], None] = lambda: None,
     ) -> None:
-        self.open = open
+        self.read = read
         self.close = close
         self.prompt = prompt
         self.seeds = tuple(seeds)

@@ -9,7 +9,7 @@ from typing import Any
 from ..config import SparseContextConfig
 from ..pipelines.spec import Request
 from .errors import ApiError, from_exception
-from .fields import check, read_text
+from .fields import check, from_text
 from .schema import SUBJECTS, check_names, config_fields, known_fields
 from .settings import Settings
 
@@ -79,7 +79,7 @@ def read_wanted(values: Mapping[str, Any], settings: Settings, edits: bool, is_f
     read: dict[str, Any] = {}
     for name, value in values.items():
         if is_form and (name in config or known[name].get("type") != "string"):
-            value = read_text(value)
+            value = from_text(value)
         if value is None and name not in config:  # as JSON clients write what they do not mean
             continue
         if isinstance(value, str) and (name, value) in SENTENCES:

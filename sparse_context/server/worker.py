@@ -192,7 +192,7 @@ class Worker:
         for job in jobs:
             self.metrics.queue_seconds.observe(start - job.submitted)
         try:
-            request = jobs[0].open()
+            request = jobs[0].read()
             self.metrics.phase_seconds.labels("open").observe(time.monotonic() - start)
             wanted = [(job, seed) for job in jobs for seed in job.seeds]
             made: dict[Job, list[Made]] = {job: [] for job in jobs}

@@ -33,9 +33,9 @@ def test_a_job_has_its_own_settings_over_those_of_all(tmp_path):
     assert [job.settings.request.config.keep for job in jobs] == [0.3, 0.5, 0.3, 0.3]
     assert [job.settings.request.seed for job in jobs] == [9, 1, 9, 9]
     assert [job.settings.request.steps for job in jobs] == [4] * 4 and jobs[0].settings.spec.model == "m"
-    assert [job.open().prompt for job in jobs] == ["the cat", "the cat", "the dog", "a room"]
-    assert [len(job.open().references) for job in jobs] == [2, 1, 2, 0]
-    assert jobs[2].open().config.selector == {"edges": 1, "uniform": 1}
+    assert [job.read().prompt for job in jobs] == ["the cat", "the cat", "the dog", "a room"]
+    assert [len(job.read().references) for job in jobs] == [2, 1, 2, 0]
+    assert jobs[2].read().config.selector == {"edges": 1, "uniform": 1}
 
 
 @pytest.mark.parametrize(
@@ -55,21 +55,21 @@ def test_keys_of_manifests_that_mean_nothing_here_are_taken_and_others_are_named
 def test_masks_of_references_are_for_the_selector_mask(tmp_path):
     Image.fromarray(np.eye(64, dtype=np.uint8) * 255).save(tmp_path / "m.png")
     row = {"references": ["a.png", "b.png"], "reference_masks": ["m.png", None], "prompt": "x"}
-    assert one(tmp_path, row | {"selector": "edges"}).open().config.selector == "edges"
+    assert one(tmp_path, row | {"selector": "edges"}).read().config.selector == "edges"
     for selector in ("mask", {"mask": 1, "edges": 1}):
-        config = one(tmp_path, row | {"selector": selector}).open().config
+        config = one(tmp_path, row | {"selector": selector}).read().config
         assert user_mask(config.selector, 0).sum() == 64 * 255 and user_mask(config.selector, 1) is None
-    config = one(tmp_path, row | {"selector": ["mask", "edges"]}).open().config
+    config = one(tmp_path, row | {"selector": ["mask", "edges"]}).read().config
     assert user_mask(config.selector, 0).sum() == 64 * 255 and config.selector[1] == "edges"
 
 
 def test_a_mask_to_paint_in_is_opened_in_the_size_of_the_first_reference(tmp_path):
     Image.new("L", (64, 64), 255).save(tmp_path / "m.png")
     row = {"references": ["a.png"], "inpaint": "m.png", "prompt": "x"}
-    assert one(tmp_path, row).open().inpaint.size == (64, 64)
+    assert one(tmp_path, row).read().inpaint.size == (64, 64)
     Image.new("L", (32, 64), 255).save(tmp_path / "m.png")
     with pytest.raises(ValueError, match="resize the mask to the picture"):
-        one(tmp_path, row).open()
+        one(tmp_path, row).read()
 
 
 BAD = {

@@ -29,7 +29,7 @@ def test_a_job_is_made_as_an_engine_makes_its_request(runner, base, tmp_path):
     engine = Engine(pipe=runner.engine.pipe(), bar=False)
     for job in jobs:
         record = runner(job)
-        generation = engine(job.open())
+        generation = engine(job.read())
         assert np.array_equal(open_picture(tmp_path / "out" / record["output"]), generation.image)
         assert record == json.loads(runner.folder.record(job.name).read_text())
         assert record["status"] == "done" and record["weights"] == runner.weights

@@ -191,7 +191,7 @@ def test_an_interrupted_command_ends_quietly_with_whole_pictures(tmp_path, tiny_
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all of them
     said, err = run.communicate(timeout=300)
     assert run.returncode == 130 and said == b"" and b"Traceback" not in err
-    assert not any(map(is_alive, workers))
+    until(lambda: not any(map(is_alive, workers)))
     assert set(times_of(out)) == {"one.png", "one.json"}
     with Image.open(out / "one.png") as picture:
         picture.load()
