@@ -11,10 +11,10 @@ from typing import Any, get_type_hints
 import gradio as gr
 
 from ..budget import SHARES
-from ..cli.options import read_keep, read_selector
 from ..config import TASKS, SparseContextConfig
 from ..overview import LAYOUTS
 from ..pipelines.spec import ModelSpec, Request
+from ..pipelines.texts import read_keep, read_selector
 from ..selectors.registry import PHRASE_SELECTORS, SELECTORS
 from .scene import Reference, Scene
 from .sessions import Session

@@ -1,6 +1,5 @@
 """What is on the screen as Python, as a command, and as a file of settings."""
 
-import inspect
 import json
 import shlex
 from collections.abc import Mapping
@@ -8,13 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..cli.generate import generate
 from ..pipelines.settings_file import Settings
 from ..selectors.registry import PHRASE_SELECTORS
 from .controls import blend_text
 from .scene import Reference, Scene, one_or_all
 
 SETTINGS_FILE = "sparse-context.json"
+WITHOUT_OPTION = {"mass", "multiple_of", "negative_prompt", "psnr"}  # what `generate` takes from a file alone
 
 
 def mask_name(name: str) -> str:
@@ -118,7 +117,7 @@ def to_command(scene: Scene) -> str:
     masks = masks if any(each.painted is not None for each in references) else []
     settings = {**_config_options(scene), **scene.call, **spec_settings(scene)}
     options: list[tuple[str, ...]] = []
-    if settings.keys() <= set(inspect.signature(generate).parameters):
+    if settings.keys().isdisjoint(WITHOUT_OPTION):
         options = [("--prompt", scene.prompt)] + [
             part for name, value in settings.items() for part in _option(name, value)
         ]

@@ -14,9 +14,10 @@ from ..embedded.demo import KEEP as KEEP_OF_TASK
 from ..embedded.demo import read_examples
 from ..pipelines.engine import Engine
 from ..pipelines.spec import ModelSpec, Request
+from ..pipelines.texts import read_keep, read_selector
 from ..selectors.registry import SELECTORS
 from . import answers, copies, drawing
-from .controls import OWN, SLOTS, WIDTH, Controls, read_keep, read_selector
+from .controls import OWN, SLOTS, WIDTH, Controls
 from .references import (
     COLOURS,
     OPACITY,

@@ -33,7 +33,7 @@ class MatmulAttention(TorchFunctionMode):
 
 
 def taken(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
-    """Queries, keys and values of a call of `scaled_dot_product_attention`; None for one that `attend` does not take."""
+    """Queries, keys and values of a call of `scaled_dot_product_attention`; None where `attend` does not take them."""
     names = ("query", "key", "value")
     given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
     others = [value for name, value in kwargs.items() if name not in names]  # a mask, dropout ...

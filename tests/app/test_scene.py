@@ -1,5 +1,6 @@
 """What is on the screen, and what it comes to: a config, a request, Python, a command, and a file of settings."""
 
+import inspect
 import shlex
 from dataclasses import replace
 
@@ -12,7 +13,8 @@ from tiny import picture
 from sparse_context import select_tokens
 from sparse_context.app import copies
 from sparse_context.app.scene import DROP, KEEP, NEITHER, Reference, Scene
-from sparse_context.pipelines.settings_file import read_settings
+from sparse_context.cli.generate import generate
+from sparse_context.pipelines.settings_file import ALL_KEYS, read_settings
 from sparse_context.selectors.registry import PHRASE_SELECTORS
 
 
@@ -180,3 +182,7 @@ def test_what_is_there_by_default_is_not_written(cat):
     assert copies.to_command(Scene([cat], "a hat")) == (
         "sparse-context generate --image cat.png \\\n    --prompt 'a hat' \\\n    --keep 0.2\n"
     )
+
+
+def test_what_the_command_has_no_option_for_is_known():
+    assert copies.WITHOUT_OPTION == set(ALL_KEYS) - set(inspect.signature(generate).parameters)
