@@ -62,13 +62,13 @@ def running_app(folder: Path, *arguments: object) -> Iterator[str]:
         *arguments,
     ]
     environment = {**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         app = subprocess.Popen([*map(str, command)], stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
         end = time.monotonic() + PATIENCE
-        while "Open http" not in log.read_text():
+        while "Open http" not in log.read_text(encoding="utf-8"):
             if app.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"The app does not start: {log.read_text()}")
+                raise RuntimeError(f"The app does not start: {log.read_text(encoding='utf-8')}")
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:

@@ -231,7 +231,7 @@ def read_fields(records: Sequence[Any], values: Sequence[Any]) -> dict[str, Any]
     """What is said other than by default, by the name of the field."""
     said = {}
     for field, value in zip(records, values, strict=True):
-        read = read_text(value) if isinstance(value, str) else value
+        read = from_text(value) if isinstance(value, str) else value
         default = None if field.default is MISSING else field.default
         if value in ("", None) or read == default:
             continue
@@ -239,7 +239,7 @@ def read_fields(records: Sequence[Any], values: Sequence[Any]) -> dict[str, Any]
     return said
 
 
-def read_text(text: str) -> Any:
+def from_text(text: str) -> Any:
     """A number, None for "none", or the text itself."""
     for number in (int, float):
         try:
