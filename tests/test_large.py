@@ -364,7 +364,7 @@ def test_auto_takes_no_more_than_the_usual_size_has():
 def test_the_engine_leaves_it_to_the_pipeline_to_scale(pixels):
     host = Host("klein")
     request = Request("a cat", [host.picture(1.6)], SparseContextConfig(overview=4, reference_max_pixels=pixels))
-    _, arguments = _call_of(host.pipe, request)
+    _, arguments, _ = _call_of(host.pipe, request)
     (image,) = arguments["image"]
     assert image.width * image.height == pytest.approx(pixels or MEGAPIXEL, rel=1e-2)
 

@@ -456,7 +456,8 @@ import sparse_context
 for name in sparse_context.__all__:
     getattr(sparse_context, name)
 for module in pkgutil.walk_packages(sparse_context.__path__, "sparse_context."):
-    if not module.name.endswith("__main__"):
+    # Gradio draws as it is imported, in the process of the app alone
+    if not module.name.endswith("__main__") and not module.name.startswith("sparse_context.app."):
         importlib.import_module(module.name)
     if states() != before:
         sys.exit(module.name)

@@ -40,6 +40,7 @@ VALUES = {
     "merge": 0.0,
     "mass": 0.5,
     "psnr": 30.0,
+    "reference_max_pixels": 2_000_000,
     "prompt": "the cat, кот",
     "seed": 7,
     "steps": 4,
@@ -108,7 +109,7 @@ def test_a_function_cannot_be_written(selector):
     [
         ({"kep": 0.1}, "'kep' is no setting here. Did you mean 'keep'?"),
         ({"qqq": 1}, "'qqq' is no setting here. Leave it out."),
-        ({"references": []}, "'references' is no setting here. Leave it out."),
+        ({"references": []}, "'references' is no setting here."),
         ({"config": {}}, "'config' is no setting here. Leave it out."),
         ({"keep": "lots"}, "keep is 'lots': pass a ratio above 0"),
         ({"keep": 10**400, "floor": -(10**400)}, "floor is -1000"),

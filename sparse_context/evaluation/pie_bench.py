@@ -77,7 +77,15 @@ def _sample(key: str, entry: Any, folder: Path, listing: Path) -> PieSample:
         raise ValueError(f"{listing}, entry {key}, is not as in PIE-Bench: {what}.") from error
     file = io.BytesIO()
     Image.fromarray(mask).save(file, "png")
-    return PieSample(key, prompt, (image,), None, None, (file.getvalue(),), kind, caption, source_caption)
+    return PieSample(
+        key,
+        prompt,
+        (image,),
+        reference_masks=(file.getvalue(),),
+        task=kind,
+        caption=caption,
+        source_caption=source_caption,
+    )
 
 
 def decode_mask(runs: Any, side: int = SIDE) -> np.ndarray:
