@@ -30,7 +30,9 @@ REFERENCES = {"FluxKontextPipeline": 1, "QwenImageEditPlusPipeline": 2, "Flux3Mo
 PICTURES = [picture(128, 64, 1), picture(64, 80, 2)]
 
 
-OPEN = pytest.mark.xfail(reason="open: behind other files in one process FLUX.3 differs by 0.01; alone it is exact")
+OPEN = pytest.mark.xfail(
+    strict=False, reason="open: behind other files in one process FLUX.3 differs by 0.01; alone it is exact"
+)
 
 
 @pytest.fixture(

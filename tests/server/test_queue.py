@@ -251,7 +251,9 @@ def test_requests_about_the_same_references_are_made_by_one_call(service, shared
         assert np.abs(difference).max() <= 1
 
 
-@pytest.mark.xfail(reason="known defect: the request that breaks a common call is answered as if it had not")
+@pytest.mark.xfail(
+    strict=False, reason="known defect: the request that breaks a common call is answered as if it had not"
+)
 def test_what_one_of_them_breaks_does_not_hurt_the_other(service, shared_pipe, pool, monkeypatch):
     encode = shared_pipe.encode_prompt
 
@@ -295,7 +297,9 @@ def test_a_trial_at_the_start_chooses_how_many_are_made_together(serve):
 # How it ends ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="known defect: a connection that waits for its answer is cut when the server stops")
+@pytest.mark.xfail(
+    strict=False, reason="known defect: a connection that waits for its answer is cut when the server stops"
+)
 def test_what_was_begun_is_finished_when_the_server_stops(make_engine, shared_pipe, pool):
     from server.shared import Service
 
