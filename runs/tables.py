@@ -40,6 +40,7 @@ RUNS = (
     "time_parts",
     "time_selection",
     "time_training",
+    "training_speed",
 )
 """The scripts that have tables."""
 
