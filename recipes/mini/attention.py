@@ -59,7 +59,7 @@ class CompiledParallelAttention:
         query, key, value, mixed = _compiled_split()(
             projected, attn.norm_q.weight, attn.norm_k.weight, *rotary, attn.heads, attn.head_dim
         )
-        small = 2 * query.shape[:3].numel() * query.shape[2] <= LARGEST
+        small = query.dtype == torch.bfloat16 and 2 * query.shape[:3].numel() * query.shape[2] <= LARGEST
         attention = attend if small else scaled_dot_product_attention
         attended = attention(query, key, value).transpose(1, 2).flatten(2)
         return attn.to_out(torch.cat([attended, mixed], -1))

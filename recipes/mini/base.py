@@ -37,7 +37,7 @@ from .model import (
     make_tokenizer,
     make_transformer,
 )
-from .run_folder import check_config, default_device, save_config, save_whole, to_unit
+from .run_folder import autocast, check_config, default_device, save_config, save_whole, to_unit
 from .scenes import EDITS, FAR, REFERENCE, SIZE, TASKS, TOKEN, Scene, draw_scene, make_scene
 from .vae import load_vae
 
@@ -208,7 +208,7 @@ def train_base(
     def encoded(number: int) -> tuple[Batch, list[torch.Tensor]]:
         """A batch, what of it the steps need on the device, and the latents of its pictures."""
         batch = batches(number)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             latents = [
                 encode_pictures(vae, to_unit(pictures.to(device, non_blocking=True))).float()
                 for pictures in batch.pictures
@@ -219,7 +219,7 @@ def train_base(
     def loss(step: int) -> torch.Tensor:
         batch, (target, *references) = encoded(batch_number(step, config.repeats))
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             text = encode_text(modules["text_encoder"], batch.ids, batch.attends)
             with attention():
                 return flow_matching_loss(
@@ -311,7 +311,7 @@ def sample_sheet(pipe, assets: Assets, per_task: int = 2) -> Image.Image:
 
 def generate(pipe, scene: Scene, seed: int = 0, steps: int = 8) -> np.ndarray:
     """The pipeline's answer to a scene, uint8 (128, 128, 3)."""
-    with torch.autocast(pipe.device.type, torch.bfloat16):
+    with autocast(pipe.device):
         return np.asarray(
             pipe(
                 image=[Image.fromarray(r) for r in scene.references],

@@ -37,6 +37,7 @@ from sparse_context.training.data import Ahead
 from sparse_context.training.loop import LoopConfig, train
 from sparse_context.training.loss import noise_levels
 from sparse_context.training.optimisers import drawn_from, make_optimisers
+from sparse_context.training.precision import has_fast_bfloat16
 
 from . import teaching
 from .attention import speed_up
@@ -66,7 +67,7 @@ from .overview_sets import (
     reference_tokens,
 )
 from .overview_start import START, load_start, save_start
-from .run_folder import check_config, default_device, save_config, to_unit
+from .run_folder import autocast, check_config, default_device, save_config, to_unit
 from .teaching import watched_heads
 
 
@@ -92,7 +93,7 @@ class Forward(NamedTuple):
 def encode(vae: nn.Module, text_encoder: nn.Module, batch: Batch) -> Encoded:
     """Pictures and prompts of a batch through the frozen encoders."""
     device = vae.device
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device):
         pictures = [to_unit(same.to(device)).contiguous(memory_format=torch.channels_last) for same in batch.pictures]
         latents = [encode_pictures(vae, same).float() for same in pictures]
         text = encode_text(text_encoder, batch.ids.to(device), batch.attends.to(device))
@@ -153,7 +154,7 @@ class OverviewLoss:
         heads = self._taught_heads(step, reads) if tokens.factor else []
         student = self.reader if reads else self.student
         watched = [FIRST - 1, FIRST + NEW - 1] + [number + NEW for number in self.behind] * (not reads)
-        with torch.autocast(noisy.device.type, torch.bfloat16):
+        with autocast(noisy.device):
             wanted = self._ask_teacher(encoded, tokens, sigma, noisy, output_ids, reads)
             with torch.no_grad():
                 references, ids = reference_tokens(self.vae, encoded.pictures[1:], encoded.latents[1:], tokens)
@@ -255,8 +256,9 @@ def train_overview(
         student = grown(dropper)
     student.to(device)
     pipe.vae.to(memory_format=torch.channels_last)
-    for part in (base, dropper, pipe.text_encoder):  # autocast would cast frozen weights in every step
-        part.to(torch.bfloat16)
+    if has_fast_bfloat16(device):
+        for part in (base, dropper, pipe.text_encoder):  # autocast would cast frozen weights in every step
+            part.to(torch.bfloat16)
     for part in (pipe.vae, pipe.text_encoder, base, dropper, student):
         part.eval().requires_grad_(False)
     student.single_transformer_blocks[FIRST:].requires_grad_(True)

@@ -27,7 +27,7 @@ from .loss import encode_text, position_ids, text_ids, tokenise
 from .model import encode_pictures
 from .overview_blocks import grown
 from .overview_sets import TokenSet, composite, reference_tokens
-from .run_folder import to_tensor
+from .run_folder import autocast, to_tensor
 from .scenes import TOKEN, Scene, make_scene
 
 STEPS = 8
@@ -85,7 +85,7 @@ def make_pictures(pipe: Any, transformers: dict[str, Any], gate: Gate, scenes: S
     )
     picture = to_tensor([scene.references[0] for scene in scenes]).contiguous(memory_format=torch.channels_last)
     ids, attends = tokenise(pipe.tokenizer, [scene.prompt for scene in scenes])
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu"):
         text = encode_text(pipe.text_encoder, ids, attends)
         latents, parts, places = encode_pictures(vae, picture).float(), [], []
         for i, scene in enumerate(scenes):  # each with tokens of its own

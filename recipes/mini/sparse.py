@@ -33,6 +33,7 @@ from sparse_context.training.dropping import MIX, Dropping
 from sparse_context.training.files import writing
 from sparse_context.training.finetune import Limits, Run, Watch, finetune
 from sparse_context.training.lora import extract_lora, save_lora
+from sparse_context.training.precision import has_fast_bfloat16
 from sparse_context.training.trainable import prepare
 
 from .base import BaseConfig, batch_scenes
@@ -160,7 +161,7 @@ def train_sparse(
         raise ValueError("A LoRA to start from is of the package's own weights: leave the model out.")
     everything = load_assets(folder / "assets.safetensors")
     device = default_device()
-    accelerator = Accelerator(mixed_precision="bf16", cpu=device.type == "cpu")
+    accelerator = Accelerator(mixed_precision="bf16" if has_fast_bfloat16(device) else "no", cpu=device.type == "cpu")
     if start is not None and accelerator.is_main_process and not has_begun(folder / name):
         start_adapter(folder / name, start, config)
     accelerator.wait_for_everyone()

@@ -19,7 +19,7 @@ from sparse_context.training.optimisers import drawn_from
 
 from .data import Assets, load_assets
 from .model import make_vae
-from .run_folder import check_config, default_device, save_config, save_whole, to_tensor, to_unit
+from .run_folder import autocast, check_config, default_device, save_config, save_whole, to_tensor, to_unit
 from .scenes import SIZE, draw_scene, make_scene
 
 
@@ -79,7 +79,7 @@ def train_vae(
     def loss(step: int) -> torch.Tensor:
         pictures = to_unit(crops(step).to(device, non_blocking=True))
         noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             posterior = vae.encode(pictures).latent_dist
             latents = posterior.mean + 0.06 * torch.randn(posterior.mean.shape, generator=noise).to(device)
             decoded = vae.decode(latents).sample.float()
@@ -163,7 +163,7 @@ def train_decoder(
     def loss(step: int) -> torch.Tensor:
         pictures = to_unit(crops(step).to(device, non_blocking=True))
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             with torch.no_grad():
                 latents = vae.encode(pictures).latent_dist.mode()
             noise = torch.randn(latents.shape, generator=generator).to(device)
