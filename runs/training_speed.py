@@ -1,14 +1,20 @@
-"""A training step of the embedded model as it was and as it is, against what bf16 matrix products reach.
+"""A training step of the embedded model as it was and as it is, against what matrix products reach; and a sparse one
+against a dense one.
 
-    python runs/training_speed.py [--before COMMIT] [--turns 5] [--kinds KIND ...] [--output FILE]
+    python runs/training_speed.py [--turns 5] [--kinds KIND ...] [--assets FILE] [--output FILE]
     OMP_NUM_THREADS=1 python runs/training_speed.py --processor-time    # on a busy machine
 
-Each way of taking a step is a process of its own: the code of an older commit, today's, and today's with compiled
-blocks. All run `finetune`, as `sparse-context train` does, on the same batches of the demo's scenes with one reference,
-and take their steps in turns with each other and with plain products, so that a machine that slows down does so for all
-of them. The first turn is the warm-up; with compiled blocks it is where they are compiled. Floating point operations
-are those of all matrix products and convolutions of a step, counted by torch in the older code. The peak is what a
-product of two large bf16 matrices reaches in the same run.
+Each way of taking a step is a process of its own (training_steps.py): the code of an older commit, today's as
+`sparse-context train` runs it, and today's with compiled blocks. All are fed the same batches, and take their steps in
+turns with each other and with plain products, so that a machine that slows down does so for all of them. The first turn
+is the warm-up. The type is bfloat16 where the CPU has instructions for it, else float32.
+
+The peak is what a product of two large matrices reaches in the same turn. Operations are those of all matrix products
+and convolutions of a step, counted by torch. A step's phases are the encoders' forwards, the optimisers, and all else,
+which is the transformer and the loss.
+
+A kind's figures are written when they are there, and those of kinds that were not asked for stay as they are, as long
+as they were measured with the same settings.
 """
 
 import argparse
@@ -18,10 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,123 +33,31 @@ from typing import Any
 import torch
 from tables import draw, read, speedup, table
 from tqdm import tqdm
+from training_steps import CLOCKS, KEEP, KINDS
 
-from recipes.mini.sparse import FULL, LORA
 from sparse_context.bench.figures import Spread
-from sparse_context.embedded.demo import read_examples
-from sparse_context.families import find_host
-from sparse_context.pipelines.load import load
-from sparse_context.pipelines.lora_file import NO_LORA
-from sparse_context.pipelines.settings import call_settings
-from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import checkout, write_result
-from sparse_context.training.config import TrainConfig
-from sparse_context.training.data import Example
-from sparse_context.training.finetune import Run, Watch, finetune
+from sparse_context.training.precision import has_fast_bfloat16
 
 ROOT = Path(__file__).resolve().parents[1]
-BEFORE = "5885f7f921e2cd1afc4138c543c94e0d5c479885"
+BEFORE = "80f9de9e6ca4f14a3b938394e516f9c576b62e44"
 WAYS = ("before", "now", "compiled")
-BATCH = 8
-KINDS = {
-    "LoRA": TrainConfig(rank=64, lora_alpha=64),
-    "LoRA, teacher and three sets a batch": replace(LORA, gradient_accumulation_steps=1),
-    "all weights, Muon": replace(FULL, subsets=1, gradient_accumulation_steps=1),
-}
+SPARSE = ("dense", "sparse")
+RACES = [kind for kind in KINDS if kind not in SPARSE]
+LEAST = 2.0  # times that a sparse step is to be faster than a dense one
 LARGE = 2048
-TOKENS = 32 + 256 + 128  # a prompt, an output and half of a reference
+TOKENS = 4 * (32 + 256 + 128)  # of four samples: a prompt, an output and half of a reference
 PRODUCTS = {
     "large": ((LARGE, LARGE), (LARGE, LARGE)),
-    "into a block": ((BATCH * TOKENS, 256), (256, 2304)),
-    "out of a block": ((BATCH * TOKENS, 1024), (1024, 256)),
-    "gradient of weights": ((2304, BATCH * TOKENS), (BATCH * TOKENS, 256)),
-    "attention scores": ((4, TOKENS, 64), (4, 64, TOKENS)),
+    "into a block": ((TOKENS, 256), (256, 2304)),
+    "out of a block": ((TOKENS, 1024), (1024, 256)),
+    "gradient of weights": ((2304, TOKENS), (TOKENS, 256)),
 }
-"""Products of bf16 matrices by their shapes: a large one, and those that the embedded model's blocks consist of."""
+"""Products of matrices by their shapes: a large one, and those that the embedded model's blocks consist of."""
+PHASES = ("step", "encoders", "transformer", "optimiser")
 
-
-# One way, in a process of its own -------------------------------------------------------------------------------------
-
-
-def batches(number: int) -> list[Example]:
-    """Scenes of the demo with one reference."""
-    scenes = [scene for scene in read_examples() if len(scene["references"]) == 1]
-    taken = [scenes[(BATCH * number + i) % len(scenes)] for i in range(BATCH)]
-    side = taken[0]["references"][0].size
-    return [
-        Example(scene["prompt"], (scene["references"][0].resize(side),), scene["truth"], (None,)) for scene in taken
-    ]
-
-
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-
-
-def work(way: str, kind: str, steps: int, clock: str) -> None:
-    """Take steps, each when a line comes in; a line goes out with its seconds, or with all operations for "count"."""
-    from accelerate import Accelerator
-
-    config = replace(KINDS[kind], max_train_steps=steps, checkpointing_steps=steps, validation_steps=0)
-    if way in ("now", "compiled"):
-        from sparse_context.training.memory import keep_freed_memory
-
-        keep_freed_memory()
-    if way == "compiled":
-        config = replace(config, compile=True)
-    pipe = load(ModelSpec(dtype="float32", device="cpu", lora=NO_LORA))
-    host = find_host(pipe, call_settings(pipe))
-    counter, now = flop_counter(), CLOCKS[clock]
-    wait_for_turn()
-    began = now()
-
-    def log(step: int, record: dict[str, float]) -> None:
-        nonlocal began
-        figure = counter.get_total_flops() if way == "count" else now() - began
-        print(json.dumps(figure), flush=True)
-        if step < steps:
-            wait_for_turn()
-        began = now()
-
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        if way == "count":
-            stack.enter_context(counter)
-        finetune(
-            host,
-            batches,
-            Run(Path(folder) / "run", "embedded", "demo"),
-            config,
-            accelerator=Accelerator(mixed_precision="bf16", cpu=True),
-            watch=Watch(log=log, log_every=1),
-        )
-
-
-def wait_for_turn() -> None:
-    """End the process where the one that asks for steps is gone."""
-    if not sys.stdin.readline():
-        sys.exit(1)
-
-
-Shape = tuple[int, ...]
-
-
-def flop_counter() -> Any:
-    """torch's own, which does not know the fused attention of CPUs."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def forward(query: Shape, key: Shape, *rest: Any, **named: Any) -> int:
-        return 4 * prod(query) * key[2]
-
-    def backward(gradient: Shape, query: Shape, key: Shape, *rest: Any, **named: Any) -> int:
-        return 10 * prod(query) * key[2]
-
-    fused = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=fused)
-
-
-# All of them, in turns ------------------------------------------------------------------------------------------------
+Step = dict[str, float]
+"""What a step takes, whole and by phase: seconds or operations."""
 
 
 @contextmanager
@@ -161,98 +73,144 @@ def worktree(commit: str) -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", str(place)], check=True)
 
 
-class Worker:
+@contextmanager
+def worker(way: str, kind: str, settings: argparse.Namespace, code: Path) -> Iterator[subprocess.Popen]:
     """A process that takes steps one way. With code of another folder, that goes before what is installed."""
-
-    def __init__(self, way: str, kind: str, steps: int, clock: str, code: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", way, kind, str(steps), clock],
-            env=os.environ | {"PYTHONPATH": str(code)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def step(self) -> float:
-        """The figure of the next step."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            try:
-                return float(line)
-            except ValueError:
-                continue  # somebody else's line
-        raise RuntimeError(f"{self.process.args} ended with code {self.process.wait()}.")
+    command = [sys.executable, str(ROOT / "runs" / "training_steps.py"), way, kind, settings.clock]
+    process = subprocess.Popen(
+        [*command, str(settings.assets), *(["--bfloat16"] if settings.bfloat16 else [])],
+        env=os.environ | {"PYTHONPATH": str(code)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()  # it trains until then
 
 
-def products(clock: str, turns: int = 3) -> dict[str, float]:
-    """Operations a second of each of `PRODUCTS`, the best of some turns."""
-    rates, now = {}, CLOCKS[clock]
+def next_step(process: subprocess.Popen) -> Step:
+    """What the next step of a worker takes."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith("{"):  # others are somebody else's
+            found = {"encoders": 0.0, "optimiser": 0.0, **json.loads(line)}
+            return found | {"transformer": found["step"] - found["encoders"] - found["optimiser"]}
+    raise RuntimeError(f"{process.args} ended with code {process.wait()}.")
+
+
+def products(settings: argparse.Namespace, times: int = 3) -> dict[str, float]:
+    """Operations a second of each of `PRODUCTS`, over some of them after a first."""
+    rates, now = {}, CLOCKS[settings.clock]
+    dtype = torch.bfloat16 if settings.bfloat16 else torch.float32
     for name, (left, right) in PRODUCTS.items():
-        one, other = torch.randn(left).bfloat16(), torch.randn(right).bfloat16()
-        out = torch.empty(*left[:-1], right[-1], dtype=torch.bfloat16)
-        seconds = []
-        for _ in range(turns + 1):
-            start = now()
+        one, other = torch.randn(left).to(dtype), torch.randn(right).to(dtype)
+        out = torch.empty(*left[:-1], right[-1], dtype=dtype)
+        torch.matmul(one, other, out=out)
+        start = now()
+        for _ in range(times):
             torch.matmul(one, other, out=out)
-            seconds.append(now() - start)
-        rates[name] = 2 * out.numel() * left[-1] / min(seconds[1:])
+        rates[name] = times * 2 * out.numel() * left[-1] / (now() - start)
     return rates
 
 
-def measure(kind: str, turns: int, clock: str, before: Path) -> dict[str, Any]:
+def race(
+    runners: Mapping[str, tuple[str, str]], settings: argparse.Namespace, before: Path, label: str
+) -> tuple[dict[str, list[Step]], list[dict[str, float]]]:
+    """Steps of each runner, taken in turns, and what products reached in each turn. runners: name -> way and kind."""
+    with ExitStack() as stack:
+        processes = {
+            name: stack.enter_context(worker(way, kind, settings, before if way == "before" else ROOT))
+            for name, (way, kind) in runners.items()
+        }
+        steps: dict[str, list[Step]] = {name: [] for name in runners}
+        peaks = []
+        for turn in tqdm(range(settings.turns + 1), desc=label, unit="turn"):
+            peaks.append(products(settings))
+            for name, process in processes.items():
+                step = next_step(process)
+                if turn:
+                    steps[name].append(step)
+    return steps, peaks[1:]
+
+
+def measure(kind: str, settings: argparse.Namespace, before: Path) -> dict[str, Any]:
     """The figures of one kind of training."""
-    steps = turns + 1
-    counting = Worker("count", kind, steps, clock, before)
-    totals = [counting.step() for _ in range(steps)]
-    counting.process.wait()
-    operations = [after - earlier for after, earlier in zip(totals, [0, *totals[:-1]], strict=True)][1:]
-    workers = {way: Worker(way, kind, steps, clock, before if way == "before" else ROOT) for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    peaks = []
-    for _ in tqdm(range(steps), desc=kind, unit="turn"):
-        peaks.append(products(clock))
-        for way, worker in workers.items():
-            seconds[way].append(worker.step())
-    for worker in workers.values():
-        worker.process.wait()
-    first = {way: round(each.pop(0), 2) for way, each in seconds.items()}
-    peak = {name: median(turn[name] for turn in peaks) for name in PRODUCTS}
+    with worker("count", kind, settings, ROOT) as counting:
+        operations = [next_step(counting) for _ in range(settings.turns + 1)][1:]
+    ways = [way for way in WAYS if way in settings.ways]
+    steps, peaks = race({way: (way, kind) for way in ways}, settings, before, kind)
     return {
-        "seconds": {way: [round(second, 4) for second in each] for way, each in seconds.items()},
-        "first_step": first,
-        "gflop": [round(each / 1e9, 1) for each in operations],
-        "gflops_of_products": {name: round(rate / 1e9, 1) for name, rate in peak.items()},
+        "seconds": {
+            way: {phase: [round(step[phase], 4) for step in each] for phase in PHASES} for way, each in steps.items()
+        },
+        "gflop": {phase: [round(each[phase] / 1e9, 1) for each in operations] for phase in PHASES},
+        "gflops_of_products": {name: round(median(turn[name] for turn in peaks) / 1e9, 1) for name in PRODUCTS},
         "share_of_peak": {
-            way: round(median(o / s for o, s in zip(operations, each, strict=True)) / peak["large"], 3)
-            for way, each in seconds.items()
+            way: {
+                phase: round(
+                    median(o[phase] / s[phase] / p["large"] for o, s, p in zip(operations, each, peaks, strict=True)), 3
+                )
+                for phase in PHASES
+                if all(step[phase] for step in each)
+            }
+            for way, each in steps.items()
         },
-        "speedup": {
-            way: spread([b / s for b, s in zip(seconds["before"], each, strict=True)])
-            for way, each in seconds.items()
-            if way != "before"
+        "share_of_step": {
+            way: {phase: round(median(step[phase] / step["step"] for step in each), 3) for phase in PHASES[1:]}
+            for way, each in steps.items()
         },
+        "speedup": {way: faster(steps["before"], steps[way]) for way in ways if way != "before"},
     }
 
 
-def spread(ratios: list[float]) -> dict[str, float]:
-    return {"median": round(median(ratios), 3), "min": round(min(ratios), 3), "max": round(max(ratios), 3)}
+def measure_sparse(settings: argparse.Namespace, before: Path) -> dict[str, Any]:
+    """A step with dropped references against one with all of them."""
+    steps, _ = race({kind: ("now", kind) for kind in SPARSE}, settings, before, "sparse")
+    ratio = faster(*steps.values())
+    return {
+        "seconds": {kind: [round(step["step"], 4) for step in each] for kind, each in steps.items()},
+        "speedup": ratio,
+        "reached": {f"{LEAST}x": ratio["median"] >= LEAST},
+    }
+
+
+def faster(slow: list[Step], fast: list[Step]) -> dict[str, float]:
+    """How many times faster steps are than others, turn by turn."""
+    ratios = sorted(one["step"] / other["step"] for one, other in zip(slow, fast, strict=True))
+    return {"median": round(median(ratios), 3), "min": round(ratios[0], 3), "max": round(ratios[-1], 3)}
 
 
 def training_share() -> str:
-    """How much faster a step is than it was, and its share of what bf16 products reach."""
+    """How much faster a step is than it was, its share of what products reach, and where its time goes."""
     rows = []
-    for kind, figures in read("training_share")["figures"].items():
-        share = [f"{figures['share_of_peak'][way]:.0%}" for way in WAYS]
-        faster = [speedup(Spread(**figures["speedup"][way])) for way in WAYS[1:]]
-        rows.append([kind, share[0], share[1], faster[0], share[2], faster[1]])
-    return table(["training", "before", "now", "speed-up", "compiled", "speed-up"], rows)
+    for kind, figures in read("training_speed")["figures"].items():
+        if kind in SPARSE:
+            continue
+        for way, share in figures["share_of_peak"].items():
+            ratio = speedup(Spread(**figures["speedup"][way])) if way in figures["speedup"] else ""
+            peak = [f"{share[phase]:.0%}" for phase in PHASES[:3]]
+            time = [f"{figures['share_of_step'][way][phase]:.0%}" for phase in PHASES[1:]]
+            rows.append([kind, way, ratio, *peak, *time])
+    shares = [f"of the peak: {phase}" for phase in PHASES[:3]] + [f"of the time: {phase}" for phase in PHASES[1:]]
+    return table(["training", "code", "speed-up", *shares], rows)
+
+
+def training_speed() -> str:
+    """How many times faster a sparse step of fine-tuning is than a dense one."""
+    figures = read("training_speed")["figures"]["sparse"]
+    cells = [str(KINDS["sparse"].references), f"{KEEP:g}", speedup(Spread(**figures["speedup"]))]
+    return table(["references", "keep", "speed-up of a step"], [cells])
 
 
 TABLES = {
     "training_share": training_share,
+    "training_speed": training_speed,
 }
 
 
@@ -260,33 +218,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A training step as it was and as it is, against the peak.")
     parser.add_argument("--before", default=BEFORE, help="the older commit")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "training_share.json")
+    parser.add_argument("--kinds", nargs="+", choices=[*RACES, "sparse"], default=[*RACES, "sparse"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside the older code")
+    parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "training_speed.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     parser.add_argument("--processor-time", action="store_true", help="instead of seconds; with OMP_NUM_THREADS=1")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        way, kind, steps, clock = arguments.worker
-        return work(way, kind, int(steps), clock)
+    settings = parser.parse_args()
     checkout()  # of the code that runs, whatever is committed meanwhile
-    if arguments.table:
+    if settings.table:
         return draw(TABLES)
-    clock = "processor" if arguments.processor_time else "wall"
-    with worktree(arguments.before) as before:
-        figures = {kind: measure(kind, arguments.turns, clock, before) for kind in arguments.kinds}
+    settings.clock = "processor" if settings.processor_time else "wall"
+    settings.bfloat16 = has_fast_bfloat16("cpu")
+    settings.ways = {"before", *settings.ways}
     about = {
-        "before": arguments.before,
-        "batch": BATCH,
-        "references": 1,
-        "dtype": "bfloat16",
-        "turns": arguments.turns,
-        "clock": clock,
+        "before": settings.before,
+        "keep": KEEP,
+        "batch": {kind: KINDS[kind].batch for kind in KINDS},
+        "dtype": "bfloat16" if settings.bfloat16 else "float32",
+        "turns": settings.turns,
+        "clock": settings.clock,
         "threads": torch.get_num_threads(),
     }
-    write_result(arguments.output, "training_share", about, figures)
+    figures: dict[str, Any] = {}
+    if settings.output.is_file():
+        earlier = json.loads(settings.output.read_text(encoding="utf-8"))
+        if earlier["config"] == about and earlier["commit"] == checkout()["commit"]:
+            figures = earlier["figures"]
+    with worktree(settings.before) as before:
+        for kind in settings.kinds:
+            began = time.perf_counter()
+            measured = measure_sparse(settings, before) if kind == "sparse" else measure(kind, settings, before)
+            figures[kind] = measured
+            write_result(settings.output, "training_speed", about, figures)
+            print(f"{kind}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
     draw(TABLES)
-    print(training_share())
 
 
 if __name__ == "__main__":

@@ -169,8 +169,9 @@ def text_encoders(pipe: Any) -> nn.ModuleList:
 
 
 def is_wide(encoder: nn.Module) -> bool:
-    """Whether mixed precision is for this encoder: its weights are float32. Others are narrow already."""
-    return next(encoder.parameters()).dtype == torch.float32
+    """Whether mixed precision is for this encoder: its weights are float32. Others are narrow already, or have none."""
+    weight = next(encoder.parameters(), None)
+    return weight is not None and weight.dtype == torch.float32
 
 
 def encode(

@@ -35,7 +35,8 @@ class TrainConfig:
     weights' average, of which the result is made (0: of the last weights). A step is `gradient_accumulation_steps`
     batches, with all their subsets.
 
-    `compile`: run the transformer's blocks compiled, which takes a minute or more first (compiled.py). Not with `teach`.
+    `compile`: run the transformer's blocks compiled, which takes a minute or more first (compiled.py); not with
+    `teach`.
     """
 
     rank: int = 4

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -102,6 +103,8 @@ def finetune(
     if processes.main:
         run.output.mkdir(parents=True, exist_ok=True)
         save_text(json.dumps(record, indent=2) + "\n", run.output / "config.json")
+    if host.transformer.device.type == "cpu":
+        _lay_out_channels_last(host.pipe.vae)
     autocast = contextlib.nullcontext if accelerator is None else accelerator.autocast
     with _fast(host.transformer, config, record["mixed_precision"]):
         average = train(
@@ -119,6 +122,13 @@ def finetune(
         with weights_of(average, trained):
             save_result(host, result, record | {"steps": newest_step(run.output)}, config)
     return result
+
+
+def _lay_out_channels_last(vae: nn.Module) -> None:
+    """Give convolutions the layout in which a CPU computes them: else it lays out their inputs anew each time."""
+    for layer in vae.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from .data import Batches, check_workers, open_example
 from .files import alone
 from .finetune import Run, Watch, finetune
 from .options import RunConfig
+from .precision import has_fast_bfloat16
 from .run_folder import check_folder
 
 
@@ -96,6 +97,13 @@ def launch(
                 print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
             pipe = load(replace(spec, device=str(accelerator.device)))
             host = find_host(pipe, call_settings(pipe), config.kv)
+            narrow = accelerator.mixed_precision == "bf16" or host.transformer.dtype == torch.bfloat16
+            if accelerator.is_main_process and narrow and not has_fast_bfloat16(accelerator.device):
+                print(
+                    "This CPU has no instructions for bfloat16, so a step takes many times as long as in float32: pass "
+                    "mixed_precision=no and dtype=float32.",
+                    file=sys.stderr,
+                )
             if accelerator.is_main_process and config.kv and not getattr(pipe.config, "is_distilled", True):
                 print(
                     f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "

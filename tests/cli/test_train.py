@@ -21,6 +21,7 @@ from sparse_context.training.batch import text_encoders
 from sparse_context.training.cache import fingerprint
 from sparse_context.training.card import LORA_FILE
 from sparse_context.training.files import alone
+from sparse_context.training.precision import has_fast_bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -570,6 +571,8 @@ def test_one_cache_serves_runs_whose_encoders_compute_alike(
             given += ["--set", setting]
         code, _, errors = call(monkeypatch, capfd, *given, "--output-dir", tmp_path / precision)
         assert code == 0, errors
+        slow = (precision == "bf16" or dtype == "bfloat16") and not has_fast_bfloat16("cpu")
+        assert ("This CPU has no instructions for bfloat16" in errors) is slow
     assert [len(list((tmp_path / "cache" / name).iterdir())) for name in ("latents", "text")] == [kinds, kinds]
 
 
