@@ -39,7 +39,8 @@ RUNS = (
     "time_klein_training",
     "time_parts",
     "time_selection",
-    "time_training",
+    "training_curves",
+    "training_speed",
 )
 """The scripts that have tables."""
 

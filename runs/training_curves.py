@@ -1,11 +1,11 @@
 """The curves of training runs on one picture: the loss, and the gates that a run was measured at, in dB.
 
-    python runs/training_curves.py RUN_FOLDER... [--output training_curves.webp]
+    python runs/training_curves.py                                      # of results/overview_runs, for the documents
+    python runs/training_curves.py RUN_FOLDER... --output FILE.webp     # of other runs
 
 A run's folder holds `log.jsonl`, with a record every so many steps (`training/loop.py`). It may hold `gates.jsonl`,
 with a record {"step": ..., "psnr": {gate: {group: dB}}} of each time that it was measured. What was measured once, such
-as the model before training, is a dashed line. Beside the picture lies a table of where each run is. Runs may go on
-meanwhile.
+as the model before training, is a dashed line. A table says where each run is. Runs may go on meanwhile.
 """
 
 import argparse
@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tables import table
+from tables import RESULTS, table
+from tables import draw as draw_tables
 
 from sparse_context.evaluation.plots import check_matplotlib
-from sparse_context.images import save_picture, save_text
+from sparse_context.images import save_picture
 
+RUNS = RESULTS / "overview_runs"
+PICTURE = RESULTS.parent / "docs" / "images" / "training-curves.webp"
 COLUMNS = 3  # of panels
 SMOOTHED = 10  # records, over which the loss is averaged
 LINES = ("-", "--", ":", "-.")  # by run, in panels that show several
@@ -130,16 +133,34 @@ def course_table(runs: Sequence[Course]) -> str:
     return "\n\n".join(parts)
 
 
+def training_curves() -> str:
+    """Where the runs of results/ are."""
+    return course_table(published_runs())
+
+
+def published_runs() -> list[Course]:
+    return [read_run(log.parent) for log in sorted(RUNS.glob("*/log.jsonl"))]
+
+
+TABLES = {
+    "training_curves": training_curves,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The curves of training runs, and where each is.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
-    parser.add_argument("--output", type=Path, default=Path("training_curves.webp"), help="the picture, .webp or .png")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="RUN_FOLDER", help="default: those of results/")
+    parser.add_argument("--output", type=Path, default=PICTURE, help="the picture, .webp or .png")
+    parser.add_argument("--table", action="store_true", help="only draw the table of results/ again")
     arguments = parser.parse_args()
-    runs = [read_run(folder) for folder in arguments.folders]
-    save_picture(draw(runs), arguments.output)
-    text = course_table(runs)
-    save_text(text + "\n", arguments.output.with_suffix(".md"))
-    print(text)
+    if arguments.folders and arguments.output == PICTURE:
+        parser.error("name an --output for runs other than those of results/")
+    if not arguments.table:
+        runs = [read_run(folder) for folder in arguments.folders] or published_runs()
+        save_picture(draw(runs), arguments.output)
+        print(course_table(runs))
+    if not arguments.folders:
+        draw_tables(TABLES)
 
 
 if __name__ == "__main__":

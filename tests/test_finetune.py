@@ -1,5 +1,6 @@
 """Fine-tuning: the loss, LoRA through plain diffusers, KV mode, caches, and what a run writes."""
 
+import contextlib
 import errno
 import json
 import os
@@ -12,7 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, Flux2Pipeline
+from peft import helpers
+from peft.tuners.lora.layer import LoraLayer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -962,6 +966,69 @@ def test_processes_make_ahead_what_a_thread_makes():
     assert os.getpid() not in {process for process, _ in found}
     with pytest.raises(ManifestError, match="^the ninth is missing$"):
         ahead(9)
+
+
+def narrow():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_encoders_of_float32_weights_run_in_mixed_precision_where_it_is_asked_for_and_others_never():
+    host = klein()
+    batch = prepare_batch(host, batches(0), ["a", "b"])
+    plain, mixed = encode(host, batch), encode(host, batch, autocast=narrow)
+    for whole, rounded in (
+        (plain.target, mixed.target),
+        (plain.references[1], mixed.references[1]),
+        (plain.text["prompt_embeds"], mixed.text["prompt_embeds"].float()),
+    ):
+        assert 0 < (rounded - whole).norm() < 0.05 * whole.norm()
+    with narrow():
+        assert torch.equal(mixed.target, host.encode_pictures(batch.target).float())
+    for part in (host.pipe.vae, host.pipe.text_encoder):
+        part.to(torch.bfloat16)
+    whole, again = encode(host, batch), encode(host, batch, autocast=narrow)
+    assert torch.equal(whole.target, again.target)
+    assert torch.equal(whole.text["prompt_embeds"], again.text["prompt_embeds"])
+
+
+def test_a_run_in_mixed_precision_encodes_in_it():
+    host = klein()
+    prepare(host, TrainConfig(**SMALL))
+    loss = FlowMatching(host, batches, TrainConfig(**SMALL), autocast=narrow)
+    wanted = encode(host, prepare_batch(host, batches(0), ["", ""]), autocast=narrow)
+    assert torch.equal(loss._noised(0).encoded.target, wanted.target)
+
+
+@pytest.fixture
+def accelerator():
+    """Mixed precision on a CPU. One process has one state of it."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of norms in autocast
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_in_mixed_precision_an_adapter_casts_nothing_and_learns_the_same(
+    checkpointing, accelerator, monkeypatch, tmp_path
+):
+    """What peft makes wide, autocast makes narrow at once: the way there and back changes no bit."""
+    config = TrainConfig(gradient_checkpointing=checkpointing, **SMALL)
+    wide, cast = [], LoraLayer._cast_input_dtype
+    monkeypatch.setattr(
+        LoraLayer, "_cast_input_dtype", lambda *given: wide.append(cast(*given).dtype is torch.float32) or cast(*given)
+    )
+    host = klein()
+    one = finetune(host, batches, Run(tmp_path / "one", "tiny", "x"), config, accelerator=accelerator)
+    assert wide and not any(wide)
+    assert all(layer.cast_input_dtype_enabled for layer in host.transformer.modules() if isinstance(layer, LoraLayer))
+    monkeypatch.setattr(helpers, "disable_input_dtype_casting", lambda *given: contextlib.nullcontext())
+    other = finetune(klein(), batches, Run(tmp_path / "other", "tiny", "x"), config, accelerator=accelerator)
+    assert any(wide)
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_losses_are_the_same_whoever_prepares():

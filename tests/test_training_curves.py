@@ -60,10 +60,18 @@ def test_the_command_draws_a_panel_for_the_loss_and_each_group(run, tmp_path, mo
             (run / "gates.jsonl").unlink()
         monkeypatch.setattr(sys, "argv", ["curves", str(run), "--output", str(tmp_path / "curves.webp")])
         training_curves.main()
-        text = (tmp_path / "curves.md").read_text()
-        assert text == capsys.readouterr().out and ("student" in text) is gates
+        assert ("student" in capsys.readouterr().out) is gates
         sizes.append(open_picture(tmp_path / "curves.webp").width)
     assert abs(sizes[0] - 3 * sizes[1]) <= 2
+
+
+def test_other_runs_do_not_replace_the_picture_of_the_documents(run, monkeypatch, capsys):
+    before = training_curves.PICTURE.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["curves", str(run)])
+    with pytest.raises(SystemExit):
+        training_curves.main()
+    assert "name an --output" in capsys.readouterr().err
+    assert training_curves.PICTURE.read_bytes() == before
 
 
 def test_a_folder_without_a_log_is_named(tmp_path):

@@ -407,6 +407,10 @@ def test_a_batch_that_is_held_to_the_dense_answer_is_not_taught():
         ({"teach_heads": ("1.0",)}, "teach is 0.0 and teach_heads 1.0: pass a weight and heads"),
         ({"teach": -1.0, "teach_heads": ("1.0",)}, "teach is -1.0"),
         ({"teach": 0.1, "teach_heads": ("1",)}, "teach_heads has '1': write block and head, counted from 0"),
+        (
+            {"teach": 0.1, "teach_heads": ("1.0",), "compile": True},
+            "compiled blocks do not show where their heads look: leave one of the two out",
+        ),
     ],
 )
 def test_settings_of_teaching_out_of_range_are_named(changes, message):

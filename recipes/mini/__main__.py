@@ -12,6 +12,7 @@ import typer
 import sparse_context
 from sparse_context.embedded.demo import EXAMPLES
 from sparse_context.pipelines.embedded import WEIGHTS
+from sparse_context.training.memory import keep_freed_memory
 
 PACKAGE = Path(sparse_context.__file__).parent
 
@@ -271,6 +272,7 @@ def examples(folder: Folder = Path("checkpoints"), destination: Path = EXAMPLES)
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         app()
     except (ValueError, RuntimeError, OSError, ImportError) as error:

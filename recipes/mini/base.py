@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.training.attention import MatmulAttention
 from sparse_context.training.cache import fingerprint
 from sparse_context.training.checkpoints import newest_step, start_from
+from sparse_context.training.compiled import compiled_blocks
 from sparse_context.training.data import Ahead
 from sparse_context.training.loop import LoopConfig, train
 from sparse_context.training.optimisers import drawn_from, make_optimisers
@@ -169,27 +169,6 @@ def prompt_corpus(assets: Assets) -> list[str]:
     return [make_scene(assets, task, seed).prompt for task in TASKS for seed in range(400)]
 
 
-def compiled_blocks(transformer) -> Callable[[], contextlib.AbstractContextManager]:
-    """A context within which the transformer's blocks run compiled, for all shapes; they are compiled at first use.
-
-    Outside of it they are what they were, so that a copy of the transformer runs its own weights.
-    """
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    made = [torch.compile(block.forward, dynamic=True) for block in blocks]
-
-    @contextlib.contextmanager
-    def within() -> Iterator[None]:
-        for block, forward in zip(blocks, made, strict=True):
-            block.forward = forward
-        try:
-            yield
-        finally:
-            for block in blocks:
-                del block.forward
-
-    return within
-
-
 def train_base(
     folder: Path,
     config: BaseConfig = BaseConfig(),
@@ -203,7 +182,7 @@ def train_base(
     """Train transformer and text encoder together on all reference tokens; the VAE has to be there already.
 
     `workers` processes compose the scenes ahead of the steps; with 0 a thread does. `seconds` trains by the clock
-    (`loop.train`). `compiled`: by `compiled_blocks`, for a GPU; it takes a minute or more first. What was restored goes
+    (`loop.train`). `compiled`: by `compiled_blocks`, which takes a minute or more first. What was restored goes
     on without the easy part, and with other scenes than before. Raises ValueError where a run of another config is in
     the folder.
     """
@@ -223,7 +202,7 @@ def train_base(
     modules.to(device)
     of_batches = replace(config, steps=max(1, config.steps // config.repeats))  # whose steps its shares are of
     batches = Ahead(partial(make_batch, assets, of_batches, tokenizer), workers)
-    fast = compiled_blocks(modules["transformer"]) if compiled else contextlib.nullcontext
+    attention = MatmulAttention if device.type == "cpu" and not compiled else contextlib.nullcontext
 
     @lru_cache(maxsize=IN_TURN if config.repeats > 1 else 1)
     def encoded(number: int) -> tuple[Batch, list[torch.Tensor]]:
@@ -242,7 +221,7 @@ def train_base(
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         with autocast(device):
             text = encode_text(modules["text_encoder"], batch.ids, batch.attends)
-            with MatmulAttention() if device.type == "cpu" else contextlib.nullcontext(), fast():
+            with attention():
                 return flow_matching_loss(
                     modules["transformer"],
                     text,
@@ -263,22 +242,23 @@ def train_base(
 
     save_config(folder / "base", config)
     save_text(fingerprint(vae.encoder) + "\n", folder / "base" / LATENTS)
-    train(
-        modules,
-        optimisers,
-        loss,
-        folder / "base",
-        LoopConfig(
-            steps=config.steps,
-            warmup=config.warmup,
-            save_every=save_every,
-            ema=config.ema,
-            show_every=show_every,
-            stop_after=stop_after,
-            seconds=seconds,
-        ),
-        show=show,
-    )
+    with compiled_blocks(modules["transformer"]) if compiled else contextlib.nullcontext():
+        train(
+            modules,
+            optimisers,
+            loss,
+            folder / "base",
+            LoopConfig(
+                steps=config.steps,
+                warmup=config.warmup,
+                save_every=save_every,
+                ema=config.ema,
+                show_every=show_every,
+                stop_after=stop_after,
+                seconds=seconds,
+            ),
+            show=show,
+        )
 
 
 LATENTS = "latents.txt"

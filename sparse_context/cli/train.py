@@ -97,7 +97,9 @@ def train(
 
     options.hide_loading_bars()
     from ..training.launch import launch
+    from ..training.memory import keep_freed_memory
 
+    keep_freed_memory()
     result = launch(settings.model, settings.data, output_dir, settings.config, settings.run, resume=resume)
     if result is not None:
         print(f"wrote {result}")

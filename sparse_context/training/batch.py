@@ -1,8 +1,9 @@
 """A batch on its way to the transformer: prepared ahead on the CPU, then encoded."""
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -157,33 +158,59 @@ def shown_tokens(encoded: Encoded, kept: TokenSet) -> np.ndarray:
     return np.unique(np.concatenate([sharp, *covered]))
 
 
+Autocast = Callable[[], contextlib.AbstractContextManager]
+"""What makes the context of mixed precision; `contextlib.nullcontext` where there is none."""
+
+
+def text_encoders(pipe: Any) -> nn.ModuleList:
+    """All that a pipeline reads prompts with, as one module: FLUX.1 has two."""
+    parts = (pipe.components.get(name) for name in ("text_encoder", "text_encoder_2"))
+    return nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+
+
+def is_wide(encoder: nn.Module) -> bool:
+    """Whether mixed precision is for this encoder: its weights are float32. Others are narrow already, or have none."""
+    weight = next(encoder.parameters(), None)
+    return weight is not None and weight.dtype == torch.float32
+
+
 def encode(
     host: Host,
     batch: Prepared,
     latent_cache: Cache | None = None,
     text_cache: Cache | None = None,
     overviews: Collection[tuple[int, int]] = (),
+    autocast: Autocast = contextlib.nullcontext,
 ) -> Encoded:
     """Encode a batch, on the device of the transformer. With a cache, one by one, else all at once.
 
-    overviews: those to encode as well, by the number of their reference and their factor.
+    overviews: those to encode as well, by the number of their reference and their factor. autocast: around each
+    encoder whose weights are float32.
     """
     device = next(host.transformer.parameters()).device
 
+    def encode_pictures(pixels: torch.Tensor) -> torch.Tensor:
+        with autocast() if is_wide(host.pipe.vae) else contextlib.nullcontext():
+            return host.encode_pictures(pixels)
+
+    def encode_text(prompts: Sequence[str], seen: Sequence[tuple[Image.Image, ...]]) -> Text:
+        with autocast() if is_wide(text_encoders(host.pipe)) else contextlib.nullcontext():
+            return host.encode_text(prompts, seen)
+
     def latents(pixels: torch.Tensor) -> torch.Tensor:
         if latent_cache is None:
-            return host.encode_pictures(pixels).to(device).float()
+            return encode_pictures(pixels).to(device).float()
         encoded = [
             latent_cache.get(
                 repr(tuple(sample.shape)).encode() + sample.numpy().tobytes(),
-                lambda sample=sample: {"latents": host.encode_pictures(sample)},  # type: ignore[misc]
+                lambda sample=sample: {"latents": encode_pictures(sample)},  # type: ignore[misc]
             )["latents"]
             for sample in pixels.split(1)
         ]
         return torch.cat(encoded).to(device).float()
 
     if text_cache is None:
-        text = host.encode_text(batch.prompts, batch.seen)
+        text = encode_text(batch.prompts, batch.seen)
     else:
         parts = []
         for prompt, pictures in zip(batch.prompts, batch.seen, strict=True):
@@ -191,7 +218,7 @@ def encode(
             key = "\0".join([prompt, *map(str, (p.size for p in seen))]).encode()
             key += b"".join(picture.tobytes() for picture in seen)
             parts.append(
-                text_cache.get(key, lambda p=prompt, s=seen: host.encode_text([p], [s]))  # type: ignore[misc]
+                text_cache.get(key, lambda p=prompt, s=seen: encode_text([p], [s]))  # type: ignore[misc]
             )
         text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     grids = batch.grids(host.token)

@@ -34,6 +34,9 @@ class TrainConfig:
     transformer's blocks and AdamW on the rest; `lr_scheduler` is a name of `SCHEDULES`; `ema` is the decay of the
     weights' average, of which the result is made (0: of the last weights). A step is `gradient_accumulation_steps`
     batches, with all their subsets.
+
+    `compile`: run the transformer's blocks compiled, which takes a minute or more first (compiled.py); not with
+    `teach`.
     """
 
     rank: int = 4
@@ -62,6 +65,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     ema: float = 0.0
     gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -125,6 +129,11 @@ class TrainConfig:
         for head in self.teach_heads:
             if not re.fullmatch(r"\d+\.\d+", head, re.ASCII):
                 raise ValueError(f"teach_heads has {head!r}: write block and head, counted from 0, such as 12.3.")
+        if self.compile and self.teach_heads:
+            raise ValueError(
+                "compile is True and teach_heads has entries, but compiled blocks do not show where their heads look: "
+                "leave one of the two out."
+            )
 
     @property
     def heads(self) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from ..pipelines.lora_file import NO_LORA
 from ..pipelines.settings import call_settings, most_references
 from ..pipelines.spec import ModelSpec
 from ..samples import check_pictures, needs_datasets, read_samples
-from .batch import Encoding
+from .batch import Encoding, is_wide, text_encoders
 from .cache import Cache
 from .card import EMBEDDED
 from .checkpoints import has_begun
@@ -29,6 +29,7 @@ from .data import Batches, check_workers, open_example
 from .files import alone
 from .finetune import Run, Watch, finetune
 from .options import RunConfig
+from .precision import has_fast_bfloat16
 from .run_folder import check_folder
 
 
@@ -85,13 +86,24 @@ def launch(
         for tracker in trackers():
             tracker.writer.add_image("validation", np.asarray(picture), step, dataformats="HWC")
 
-    folder = run.cache_dir or output / "cache"
+    def cache(name: str, encoder: nn.Module, settings: Mapping[str, Any] | None = None) -> Cache:
+        narrow = accelerator.mixed_precision != "no" and is_wide(encoder)
+        precision = {"mixed_precision": accelerator.mixed_precision} if narrow else {}
+        return Cache((run.cache_dir or output / "cache") / name, encoder, {**(settings or {}), **precision})
+
     try:
         with alone(output) if accelerator.is_main_process else contextlib.nullcontext():
             if accelerator.is_main_process and resume and not has_begun(output):
                 print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
             pipe = load(replace(spec, device=str(accelerator.device)))
             host = find_host(pipe, call_settings(pipe), config.kv)
+            narrow = accelerator.mixed_precision == "bf16" or host.transformer.dtype == torch.bfloat16
+            if accelerator.is_main_process and narrow and not has_fast_bfloat16(accelerator.device):
+                print(
+                    "This CPU has no instructions for bfloat16, so a step takes many times as long as in float32: pass "
+                    "mixed_precision=no and dtype=float32.",
+                    file=sys.stderr,
+                )
             if accelerator.is_main_process and config.kv and not getattr(pipe.config, "is_distilled", True):
                 print(
                     f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "
@@ -118,10 +130,8 @@ def launch(
                 accelerator=accelerator,
                 encoding=Encoding(
                     workers=run.dataloader_num_workers,
-                    latent_cache=Cache(folder / "latents", host.pipe.vae) if run.cache_latents else None,
-                    text_cache=Cache(folder / "text", text_encoders(pipe), call_settings(host.pipe))
-                    if run.cache_text
-                    else None,
+                    latent_cache=cache("latents", host.pipe.vae) if run.cache_latents else None,
+                    text_cache=cache("text", text_encoders(pipe), call_settings(host.pipe)) if run.cache_text else None,
                 ),
                 watch=Watch(validation=shown, log=log, log_picture=log_picture),
             )
@@ -149,9 +159,3 @@ def _check_installed(report_to: str | None, *sources: str | None) -> None:
             f"{', and '.join(missing)}: pip install 'sparse-context[train]', or leave report_to out and "
             "pass a JSONL manifest."
         )
-
-
-def text_encoders(pipe: Any) -> nn.ModuleList:
-    """All that a pipeline reads prompts with, as one module: FLUX.1 has two."""
-    parts = (pipe.components.get(name) for name in ("text_encoder", "text_encoder_2"))
-    return nn.ModuleList(part for part in parts if isinstance(part, nn.Module))

@@ -12,7 +12,7 @@ from ..families.host import Host, Looks
 from ..overview import Overview
 from ..tokens import ReferenceTokens
 from .attention import MatmulAttention
-from .batch import Encoded, Encoding, Prepared, TokenSet, encode, kept_tokens, prepare_batch, shown_tokens
+from .batch import Autocast, Encoded, Encoding, Prepared, TokenSet, encode, kept_tokens, prepare_batch, shown_tokens
 from .config import TrainConfig
 from .data import Ahead, Example
 from .dropping import draw_selection
@@ -140,15 +140,16 @@ class FlowMatching:
         *,
         processes: Processes | None = None,
         encoding: Encoding | None = None,
-        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        autocast: Autocast = contextlib.nullcontext,
     ) -> None:
-        """processes: one without it. encoding: caches and workers, none without it. autocast: around each forward."""
+        """processes: one without it. encoding: caches and workers, none without it. autocast: around each forward,
+        and around encoders whose weights are float32."""
         self.host, self.batches, self.config, self.autocast = host, batches, config, autocast
         self.processes = processes or Processes()
         self.encoding = encoding or Encoding()
         self.device = next(host.transformer.parameters()).device
         self.shift = host.shift if config.shift is None else config.shift
-        self.fused_attention = config.gradient_checkpointing or self.device.type != "cpu"
+        self.fused_attention = config.gradient_checkpointing or config.compile or self.device.type != "cpu"
         self._ahead = Ahead(self._draw, self.encoding.workers)
         self._current: Noised | None = None
 
@@ -203,7 +204,8 @@ class FlowMatching:
     def _noised(self, number: int) -> Noised:
         batch, subsets, seed = self._ahead(number)
         overviews = {(i, each.factor): None for tokens in subsets for i, each in tokens.overviews.items()}
-        encoded = encode(self.host, batch, self.encoding.latent_cache, self.encoding.text_cache, overviews)
+        latent_cache, text_cache = self.encoding.latent_cache, self.encoding.text_cache
+        encoded = encode(self.host, batch, latent_cache, text_cache, overviews, self.autocast)
         generator = torch.Generator().manual_seed(seed)
         u = torch.rand(len(encoded.target), generator=generator).clamp(1e-4, 1 - 1e-4)
         sigma = noise_levels(u, self.config.weighting_scheme, self.shift).to(self.device)

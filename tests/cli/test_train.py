@@ -17,10 +17,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from sparse_context.cli import main
 from sparse_context.images import open_picture
+from sparse_context.training.batch import text_encoders
 from sparse_context.training.cache import fingerprint
 from sparse_context.training.card import LORA_FILE
 from sparse_context.training.files import alone
-from sparse_context.training.launch import text_encoders
+from sparse_context.training.precision import has_fast_bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -547,6 +548,32 @@ def test_cached_prompts_belong_to_the_weights_of_every_text_encoder(encoder):
     with torch.no_grad():
         next(getattr(pipe, encoder).parameters()).add_(1.0)
     assert fingerprint(text_encoders(pipe)) != before
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of norms in autocast
+@pytest.mark.parametrize(("dtype", "kinds"), [("float32", 2), ("bfloat16", 1)])
+def test_one_cache_serves_runs_whose_encoders_compute_alike(
+    monkeypatch, capfd, data, tiny_model, tmp_path, dtype, kinds
+):
+    """Mixed precision is for encoders of float32 weights; others make the same with and without it."""
+    from accelerate.state import AcceleratorState
+
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        given = ["-m", tiny_model, "--data", data / "good.jsonl", "--max-train-steps", 1, "--resolution", 64]
+        for setting in (
+            f"mixed_precision={precision}",
+            f"dtype={dtype}",
+            f"cache_dir={tmp_path / 'cache'}",
+            "cache_latents=true",
+            "cache_text=true",
+        ):
+            given += ["--set", setting]
+        code, _, errors = call(monkeypatch, capfd, *given, "--output-dir", tmp_path / precision)
+        assert code == 0, errors
+        slow = (precision == "bf16" or dtype == "bfloat16") and not has_fast_bfloat16("cpu")
+        assert ("This CPU has no instructions for bfloat16" in errors) is slow
+    assert [len(list((tmp_path / "cache" / name).iterdir())) for name in ("latents", "text")] == [kinds, kinds]
 
 
 def test_memory_that_runs_out_is_one_sentence(monkeypatch, capfd, data, tiny_model, tmp_path):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from recipes.mini import base
 from recipes.mini import export as exporting
 from recipes.mini.__main__ import app
-from recipes.mini.base import BaseConfig, batch_number, batch_scenes, compiled_blocks, restore, train_base
+from recipes.mini.base import BaseConfig, batch_number, batch_scenes, restore, train_base
 from recipes.mini.data import (
     Assets,
 )
@@ -30,26 +30,6 @@ from sparse_context.training.checkpoints import load_average
 def read_sheet(folder):
     with Image.open(folder / "sheet-0000002.png") as file:
         return np.asarray(file)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of torch's compiler, by itself
-def test_compiled_blocks_are_swapped_in_and_out(pipe):
-    block, still = pipe.transformer.single_transformer_blocks[0], torch.ones(1, 3, 256)
-    rotary = torch.ones(3, 64), torch.zeros(3, 64)
-
-    def run(of):
-        with torch.no_grad():
-            return of(
-                hidden_states=still, encoder_hidden_states=None, temb_mod=torch.ones(1, 768), image_rotary_emb=rotary
-            )
-
-    alone, within, plain = run(block), compiled_blocks(pipe.transformer), block.forward
-    with torch.compiler.set_stance("force_eager"), within():
-        assert block.forward != plain and torch.equal(run(block), alone)
-    assert block.forward == plain and "forward" not in vars(block)
-    other = copy.deepcopy(block).requires_grad_(False)
-    other.attn.to_out.weight.zero_()
-    assert torch.equal(run(other), still) and torch.equal(run(block), alone)
 
 
 def test_repeated_batches_come_in_turns():
