@@ -1,13 +1,16 @@
 """The pictures of the README and of docs/, from results and from what the demo and the runs draw. Nothing is measured.
 
     sparse-context demo --output demo
-    python runs/pictures.py [--demo demo/demo.png] [--coverage checkpoints/coverage.webp]
+    python runs/pictures.py [--demo demo/demo.png] [--coverage checkpoints/coverage.webp] \\
+        [--recommend recommendation/sheet.png] [--batch out]
 
 A picture whose file is not named is left as it is. Each is WebP of at most 150 KB, since every version of it stays in
 the history. The charts need `pip install 'sparse-context[plots]'`.
 """
 
 import argparse
+import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from tables import SCORES, read, score_of
 
 from sparse_context import SparseContextConfig, draw_kept, select_tokens
 from sparse_context.embedded.demo import EXAMPLES, read_examples
+from sparse_context.preview import column, label, side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -197,10 +201,27 @@ def curves() -> Image.Image:
     return chart(figure)
 
 
+def batch(folder: Path) -> Image.Image:
+    """What became of the jobs of a batch: their pictures, or why there is none."""
+    tiles = []
+    for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        tile = Image.new("RGB", (TILE, TILE), (238, 238, 238))
+        if record["status"] == "done":
+            tile = Image.open(folder / record["output"]).convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS)
+        else:
+            text = "\n".join(textwrap.wrap(record["reason"], 26))
+            ImageDraw.Draw(tile).text((10, 10), text, fill=(160, 30, 30), font=ImageFont.load_default(13))
+        tiles.append(label(tile, f"{record['name']}: {record['status']}"))
+    return column([side_by_side(tiles[i : i + 4]) for i in range(0, len(tiles), 4)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The pictures of the documents.")
     parser.add_argument("--demo", type=Path, help="the sheet of all scenes that the demo writes")
     parser.add_argument("--coverage", type=Path, help="coverage.webp of runs/coverage.py")
+    parser.add_argument("--recommend", type=Path, help="sheet.png of the command recommend")
+    parser.add_argument("--batch", type=Path, help="output folder of the command batch")
     arguments = parser.parse_args()
 
     IMAGES.mkdir(parents=True, exist_ok=True)
@@ -214,6 +235,10 @@ def main() -> None:
         save(scaled(stacked(rows), 1000), "failures")
     if arguments.coverage:
         save(Image.open(arguments.coverage), "coverage")
+    if arguments.recommend:
+        save(Image.open(arguments.recommend), "recommend")
+    if arguments.batch:
+        save(batch(arguments.batch), "batch")
 
 
 if __name__ == "__main__":

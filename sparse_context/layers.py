@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DIFFUSERS = "pip install 'sparse-context[diffusers]'"
+RAY = "pip install 'sparse-context[ray]'"
 SERVER = "pip install 'sparse-context[server]'"
 
 INSTALL: dict[str, str] = {
     "torch": "pip install torch",
     "cv2": "pip install opencv-python-headless",
+    "ray": RAY,
     **dict.fromkeys(("fastapi", "prometheus_client", "python_multipart", "starlette", "uvicorn"), SERVER),
     "gradio": "pip install 'sparse-context[app]'",
     **dict.fromkeys(("accelerate", "diffusers", "filelock", "peft", "tqdm", "transformers", "typer"), DIFFUSERS),

@@ -24,6 +24,7 @@ from ..samples import Picture
 from .jobs import Job
 
 DONE, FAILED = "done", "failed"
+TRIES = ".tries"
 _PART = re.compile(r"\.[0-9a-f]{16}\.part")  # what `images` is writing, or was when its process was killed
 
 Record = dict[str, Any]
@@ -74,10 +75,10 @@ class Folder:
             lock.release()
 
     def _sweep(self) -> None:
-        """Remove what processes that were killed have left half written."""
+        """Remove what processes that were killed have left: files half written, and counts of tries."""
         for folder in (self.path, self.path / "records"):
             for entry in os.scandir(folder):
-                if _PART.fullmatch(entry.name):
+                if _PART.fullmatch(entry.name) or (folder.name == "records" and entry.name.endswith(TRIES)):
                     with contextlib.suppress(OSError):
                         os.unlink(entry)
 
@@ -88,6 +89,20 @@ class Folder:
         except (OSError, ValueError):
             return None
         return record if isinstance(record, dict) else None
+
+    def begin(self, job: Job) -> int:
+        """Note that a job is begun; returns how often it was, since `opened` or `end`. For where whoever makes it may
+        die, and nobody else counts."""
+        with open(self._tries(job), "ab") as file:
+            file.write(b".")
+            return file.tell()
+
+    def end(self, job: Job) -> None:
+        """Forget how often a job was begun."""
+        self._tries(job).unlink(missing_ok=True)
+
+    def _tries(self, job: Job) -> Path:
+        return self.path / "records" / f"{job.name}{TRIES}"
 
     def finished(self, job: Job) -> Record | None:
         """The record of a job that is done, or None where it is still to be made.

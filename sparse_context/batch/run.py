@@ -56,19 +56,33 @@ class Maker(Protocol):
 
 
 def run_batch(
-    jobs: Sequence[Job | BadLine], spec: ModelSpec, output: Path, *, suffix: str = ".png", workers: int | None = None
+    jobs: Sequence[Job | BadLine],
+    spec: ModelSpec,
+    output: Path,
+    *,
+    suffix: str = ".png",
+    workers: int | None = None,
+    ray_gpus: float | None = None,
 ) -> Summary:
     """Make the jobs into `output` (see folder.py), with a progress bar, and say what became of them.
 
     jobs: see `jobs.read_jobs`. suffix: of the pictures. workers: processes with a pipeline each; None: one for each
-    CUDA device, or one.
+    CUDA device, or one. ray_gpus: have Ray run the workers, with so many GPUs for each (on_ray.py); None: no Ray.
 
     Raises ValueError, before anything is made, where an output would be written over an input or over a file that is
     not the batch's, or was made of another job or by other weights; and what `workers.Pool.run` raises.
     """
     specs, folder = specs_of(spec, workers), Folder(output, suffix)
+    count = len(specs)
+    threads = threads_of(count)
     with folder.opened():
-        return make_missing(jobs, folder, Pool(specs, folder, threads_of(len(specs))))
+        if ray_gpus is None:
+            return make_missing(jobs, folder, Pool(specs, folder, threads))
+        from .cluster import connected
+        from .on_ray import RayPool
+
+        with connected(cpus=count * threads):
+            return make_missing(jobs, folder, RayPool(spec, folder, threads, count, ray_gpus))
 
 
 def make_missing(jobs: Sequence[Job | BadLine], folder: Folder, maker: Maker) -> Summary:

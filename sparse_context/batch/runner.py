@@ -58,6 +58,7 @@ class Runner:
 
 def threads_of(workers: int) -> int:
     """Threads for each of so many workers on this machine: what OMP_NUM_THREADS says, or their share of the cores."""
+    import torch
+
     said = os.environ.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(said) if said.isdigit() and int(said) > 0 else max(1, cores // workers)
+    return int(said) if said.isdigit() and int(said) > 0 else max(1, torch.get_num_threads() // workers)

@@ -45,6 +45,8 @@ def batch(
     cpu_offload: options.CpuOffload = None,
     quantization: options.Quantization = None,
     settings: options.SettingsFile = None,
+    ray: options.Ray = False,
+    gpus: options.Gpus = 0.0,
     as_json: options.AsJson = False,
 ) -> int:
     """Make a picture of every job in a file. A job's own settings go before these options. Exit code 1: some failed."""
@@ -63,7 +65,7 @@ def batch(
     check_references(chosen.spec.model, len(least.sample.references), least.inpaint is not None)
     from ..batch.run import run_batch
 
-    summary = run_batch(read, chosen.spec, output, suffix=f".{format}", workers=workers)
+    summary = run_batch(read, chosen.spec, output, suffix=f".{format}", workers=workers, ray_gpus=gpus if ray else None)
     if as_json:
         print(json.dumps(summary.to_dict(), indent=2))
         return 1 if summary.failed else 0

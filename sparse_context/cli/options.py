@@ -120,6 +120,13 @@ SettingsFile = Annotated[
     Path | None,
     typer.Option("--settings", help="JSON file of settings, as recommend writes it. Options that you give go before."),
 ]
+Ray = Annotated[
+    bool,
+    typer.Option(
+        "--ray", help="Use Ray: the cluster that RAY_ADDRESS names, else one that is started on this machine."
+    ),
+]
+Gpus = Annotated[float, typer.Option(help="With --ray: GPUs for each process; 0.5 shares one between two.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 ConfigName = Annotated[str | None, typer.Option(help="Configuration of a data set that has several.")]
 Split = Annotated[str, typer.Option(help="Split of a data set.")]

@@ -6,27 +6,27 @@ from typing import Annotated
 
 import typer
 
+from ..server import KEY_VARIABLE
 from . import options
 
-KEY_VARIABLE = "SPARSE_CONTEXT_API_KEY"
+CALL = ("steps", "height", "width", "guidance_scale", "negative_prompt")
+"""Of a request: what a file of settings may say for clients that do not. Prompts and seeds are the clients' own."""
 
 
 def serve(
+    context: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on. Another than loopback needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any that is free.")] = 8000,
     model: options.Model = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="The model's id for clients.", show_default="its folder's or hub name")
     ] = None,
-    keep: Annotated[str, typer.Option(help="Budget where a client names none: ratio, count or auto.")] = "0.2",
+    keep: options.Keep = None,
     keep_high: Annotated[str, typer.Option(help="Budget where a client asks for input_fidelity high.")] = "0.5",
-    selector: Annotated[
-        str | None, typer.Option(help="Selector where a client names none, or a blend.", show_default="auto")
-    ] = None,
-    task: Annotated[str, typer.Option(help="Task where a client names none.")] = "auto",
-    overview: Annotated[
-        str, typer.Option(help="Overview where a client says nothing: a factor, auto, trained, none.")
-    ] = ("trained"),
+    selector: options.Selector = None,
+    task: options.Task = None,
+    overview: options.Overview = None,
+    overview_layout: options.OverviewLayout = None,
     coverage: options.Coverage = None,
     steps: options.Steps = None,
     api_key_file: Annotated[
@@ -51,18 +51,30 @@ def serve(
     device: options.Device = None,
     cpu_offload: options.CpuOffload = None,
     quantization: options.Quantization = None,
+    settings: options.SettingsFile = None,
+    ray: options.Ray = False,
+    replicas: Annotated[
+        int, typer.Option(help="With --ray: processes with the model loaded, one call at a time each.")
+    ] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="With --ray: as many replicas under load.", show_default="as many as --replicas")
+    ] = None,
+    gpus: options.Gpus = 0.0,
+    ray_config: Annotated[
+        Path | None, typer.Option(help="With --ray: write a Serve config file for a cluster, and serve nothing.")
+    ] = None,
 ) -> None:
-    """Serve a model over HTTP: POST /v1/images/edits as the official openai client calls it."""
-    from ..pipelines.spec import ModelSpec
+    """Serve a model over HTTP: POST /v1/images/edits as the official openai client calls it. What to keep, and the
+    steps, are for clients that do not say."""
     from ..server.settings import Settings
 
-    settings = Settings(
-        name=served_model_name or _name(model),
-        config=options.selection_config(
-            [keep], None if selector is None else [selector], None, [], [overview], task=task, coverage=coverage
-        ),
+    chosen = options.settings_of(context, settings)
+    call = {name: getattr(chosen.request, name) for name in CALL}
+    bounds = Settings(
+        name=served_model_name or _name(chosen.spec.model),
+        config=chosen.request.config,
         keep_high=options.read_keep(keep_high),
-        steps=steps,
+        call={name: value for name, value in call.items() if value is not None},
         api_key=_key(api_key_file),
         host=host,
         body=max_body * 2**20,
@@ -73,14 +85,25 @@ def serve(
         deadline=deadline,
         batch=_batch(batch),
     )
-    spec = ModelSpec(model, dtype, device, cpu_offload, lora, lora_scale, kv, quantization)
 
     options.hide_loading_bars()
+    if ray or ray_config is not None:
+        from ..batch.runner import threads_of
+        from ..layers import require
+        from ..server import on_ray
+
+        require("ray")
+        fleet = on_ray.Replicas(replicas, max_replicas, threads_of(max_replicas or replicas), gpus, cache)
+        if ray_config is None:
+            return on_ray.run(chosen.spec, bounds, port, fleet)
+        on_ray.write_config(ray_config, chosen.spec, bounds, port, fleet)
+        print(f"wrote {ray_config}: serve deploy {ray_config}")
+        return
     from ..cache import ReferenceCache
     from ..pipelines.engine import Engine
     from ..server.run import run
 
-    run(Engine(spec, bar=False, cache=ReferenceCache(cache * 2**20) if cache else None), settings, port)
+    run(Engine(chosen.spec, bar=False, cache=ReferenceCache(cache * 2**20) if cache else None), bounds, port)
 
 
 def _name(model: str | None) -> str:

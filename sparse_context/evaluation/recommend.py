@@ -31,7 +31,6 @@ from .tolerance import Tolerance
 
 KEEPS = (0.75, 0.5, 0.35, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05)
 TASKS = ("edit", "global", "subject")
-ALL = SparseContextConfig(keep=1.0)
 TURNS = 2  # of dense and the recommended one, to measure what is won
 
 
@@ -63,7 +62,8 @@ def recommend(
     factors: Sequence[int | str | None] = [None, *_factors(engine)] if overviews is None else overviews
     most = len(samples) * (1 + len(keeps) * len(tasks) * len(factors)) + 2 * TURNS
     say(f"at most {most} calls of the model, on {len(samples)} scene{'s' * (len(samples) > 1)}")
-    search = Search(settings, engine, samples, tolerance, folder, most)
+    dense = SparseContextConfig(keep=1.0, task=tasks[0] if len(tasks) == 1 else "auto")
+    search = Search(settings, engine, samples, tolerance, folder, dense, most)
     with search.bar:
         seconds = search.dense()
         say(f"a call with all tokens takes {seconds:.1f} s, so it is {_duration(seconds * search.bar.total)} at most")
@@ -80,7 +80,7 @@ def recommend(
         won = None if best is None else search.measure(best)
     found = Recommendation(ways, best, won)
     write_settings(replace(settings, request=_recommended(settings.request, best)), folder / "settings.json")
-    save_picture(draw_sheet(ways, search.samples, folder), folder / "sheet.png")
+    save_picture(draw_sheet(found, search.samples, folder), folder / "sheet.png")
     write_result(folder / "recommendation.json", "recommendation", search.about | asdict(tolerance), found.to_dict())
     return found
 
@@ -114,8 +114,10 @@ class Search:
         samples: Sequence[Sample],
         tolerance: Tolerance,
         folder: Path,
+        dense: SparseContextConfig,
         most: int,
     ) -> None:
+        self._dense = dense
         self.settings, self.engine, self.tolerance, self.folder = settings, engine, tolerance, folder
         self.samples = [replace(sample, image=None, mask=None) for sample in samples]  # dense is the truth here
         self.bar = tqdm(total=most, desc="recommend", unit="call")
@@ -138,7 +140,7 @@ class Search:
     def dense(self) -> float:
         """Make what all are compared with; seconds of a call."""
         if not self._is_there(DENSE):
-            self.engine.warm_up(self._request(self.samples[0], ALL, self.settings.request.seed))
+            self.engine.warm_up(self._request(self.samples[0], self._dense, self.settings.request.seed))
         self._run({})
         return median(row["seconds"] for row in self._rows(DENSE))
 
@@ -159,7 +161,7 @@ class Search:
         seconds: dict[str, list[float]] = {DENSE: [], best.name: []}
         memory: dict[str, list[int | None]] = {DENSE: [], best.name: []}
         for _ in range(TURNS):
-            for name, config in ((DENSE, ALL), (best.name, best.config)):
+            for name, config in ((DENSE, self._dense), (best.name, best.config)):
                 peak = Peak(self.engine.pipe(config)._execution_device)
                 seconds[name].append(self._call(self.samples[0], config, self.settings.request.seed).times.total)
                 memory[name].append(peak.read())
@@ -197,7 +199,7 @@ class Search:
         if all(self._is_there(name) for name in cells or (DENSE,)):
             self.skip(1)
         seed = self.settings.request.seed
-        cells = {DENSE: Cell(ALL), **cells}
+        cells = {DENSE: Cell(self._dense), **cells}
         evaluate(self._call, self.samples, cells, self._metrics, self.folder, seed=seed, about=self.about, bar=False)
 
     def _request(self, sample: Sample, config: SparseContextConfig, seed: int) -> Request:

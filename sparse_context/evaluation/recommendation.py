@@ -122,19 +122,20 @@ def name_overview(overview: object) -> str:
     return "none" if overview is None else f"by {overview}" if isinstance(overview, int) else str(overview)
 
 
-def draw_sheet(ways: Sequence[Way], samples: Sequence[Sample], folder: Path) -> Image.Image:
+def draw_sheet(found: Recommendation, samples: Sequence[Sample], folder: Path) -> Image.Image:
     """The sheet of a search in `folder`: of the first samples the picture with all tokens; and of each way its tokens,
     its best picture, and the first one that is not within the tolerance."""
     blocks = []
     for sample in samples[:SHOWN_SAMPLES]:
         rows = [label(_picture(folder / DENSE / f"{sample.name}.png"), "all tokens")]
-        for way in ways:
+        for way in found.ways:
             shown = way.tried[-2:] if way.best else way.tried[:1]
             parts = [_picture(folder / "shown" / shown[0].name / "tokens" / f"{sample.name}.png")]
             for each in shown:
                 picture = _picture(folder / "shown" / each.name / f"{sample.name}.png")
                 parts.append(label(picture, f"keep {each.config.keep:g}: {'within' if each.holds else 'not within'}"))
-            rows.append(label(side_by_side(parts), f"task {way.task}, overview {name_overview(way.overview)}"))
+            chosen = "recommended: " if found.best is not None and way.best is found.best else ""
+            rows.append(label(side_by_side(parts), f"{chosen}task {way.task}, overview {name_overview(way.overview)}"))
         blocks.append(label(column(rows), sample.prompt))
     return side_by_side(blocks, gap=24)
 

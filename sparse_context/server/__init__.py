@@ -10,4 +10,7 @@ worker.py     the thread that makes things, and the queue before it
 replies.py    JSON and event streams
 metrics.py    what Prometheus reads
 app.py        the routes; run.py puts them behind a port
+on_ray.py     the same front, with replicas of the pipeline that Ray keeps alive
 """
+
+KEY_VARIABLE = "SPARSE_CONTEXT_API_KEY"  # of the environment

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..pipelines.engine import Engine
 from ..pipelines.settings import most_references
-from .errors import ApiError, from_exception, sentence, short, too_busy, too_late
+from .errors import ApiError, from_exception, internal, sentence, short, too_busy, too_late
 from .fields import nest, read_json
 from .guard import Guard
 from .jobs import Done, Job
@@ -39,16 +39,17 @@ TEXT_BYTES = 256 * 1024
 class Server:
     """What the routes need: a worker for one engine, the settings, and the figures.
 
-    Raises ValueError for a model that is not there or not supported.
+    make_worker: what serves jobs, of the engine, the settings and the figures. Raises ValueError for a model that is
+    not there or not supported.
     """
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: Settings, make_worker: Callable[..., Worker] = Worker) -> None:
         self.engine = engine
         self.settings = settings
         self.metrics = Metrics()
         if engine.cache is not None:
             self.metrics.watch_cache(engine.cache)
-        self.worker = Worker(engine, settings, self.metrics)
+        self.worker = make_worker(engine, settings, self.metrics)
         self.most_references = most_references(engine.spec.model)
         self.started = int(time.time())
         self._uploads = 0
@@ -71,7 +72,7 @@ class Server:
             await form.close()
             raise
         if submitted is not job:
-            await form.close()
+            job.close()  # at once: until somebody listens to it, the other one may be dropped
         return await self._answer(request, submitted, wanted, "image_edit")
 
     async def generations(self, request: Request) -> Response:
@@ -113,8 +114,7 @@ class Server:
         def look() -> str:
             digest = uploads.digest()
             uploads.check()
-            if self.worker.ready:
-                self.engine.check(uploads.add_to(wanted.request))
+            self.worker.check(uploads.add_to(wanted.request))
             return digest
 
         async with self._opening:
@@ -278,9 +278,8 @@ def wrap(server: Server) -> Guard:
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False)
     app.openapi = lambda: page(server.settings)  # type: ignore[method-assign]
-    app.add_exception_handler(ApiError, _refuse)
-    app.add_exception_handler(HTTPException, _refuse)
-    app.add_exception_handler(ClientDisconnect, _refuse)
+    for kind in (ApiError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _refuse)
     for path, handler, method in (
         ("/v1/images/edits", server.edits, "POST"),
         ("/v1/images/generations", server.generations, "POST"),
@@ -300,7 +299,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
         return error.response()
     if isinstance(error, ClientDisconnect):
         return Response(status_code=LEFT)
-    assert isinstance(error, HTTPException)
+    if not isinstance(error, HTTPException):  # a defect, which goes on to the guard's log
+        return internal().response()
     if error.status_code == 404:
         return ApiError(404, f"There is no {request.url.path[:200]!r} here: see /openapi.json.").response()
     if error.status_code == 405:

@@ -33,9 +33,10 @@ def nest(items: Iterable[tuple[str, str | UploadFile]]) -> dict[str, Any]:
         top, key = match[1], match[2]
         entries = found.setdefault(top, {})
         kind = "one" if key is None else "list" if key == "" or key.isdigit() else "mapping"
-        if kinds.setdefault(top, kind) != kind or (key and key in entries):
+        place = int(key) if key and key.isdigit() else key or len(entries)
+        if kinds.setdefault(top, kind) != kind or place in entries:
             raise ApiError(400, f"{short(top)} was sent in two ways: send it once.", param=top)
-        entries[int(key) if key and key.isdigit() else key or len(entries)] = value
+        entries[place] = value
     return {name: _joined(entries, kinds[name]) for name, entries in found.items()}
 
 

@@ -96,10 +96,7 @@ class Job:
 
     def wants_partial(self, step: int, steps: int) -> bool:
         """Whether a picture is to be told after this step: they are spread evenly, and the last step has the answer."""
-        if step >= steps:
-            return False
-        reached, before = (done * (self.partials + 1) // steps for done in (step, step - 1))
-        return reached > before
+        return wants_partial(self.partials, step, steps)
 
     def cancel(self, reason: str) -> None:
         """Nobody wants it any more. What is under way stops before its next step."""
@@ -114,7 +111,10 @@ class Job:
                     listener.put(event)
 
     def tell_partial(self, image: Image.Image) -> None:
-        self.tell(Partial(sum(isinstance(event, Partial) for event in self._events), image))
+        """Tell a picture on the way. One too many is not told: its call was made again from the start."""
+        index = sum(isinstance(event, Partial) for event in self._events)
+        if index < self.partials:
+            self.tell(Partial(index, image))
 
     def listen(self) -> "Listener":
         """Wait for it, from an event loop, until `leave`."""
@@ -129,6 +129,14 @@ class Job:
         with self._lock:
             if listener in self._listeners:
                 self._listeners.remove(listener)
+
+
+def wants_partial(partials: int, step: int, steps: int) -> bool:
+    """Whether one of so many pictures on the way is that after this step."""
+    if step >= steps:
+        return False
+    reached, before = (done * (partials + 1) // steps for done in (step, step - 1))
+    return reached > before
 
 
 class Listener:

@@ -54,6 +54,9 @@ class Metrics:
             f"{name}joined_requests", "Requests answered by a job that was there: a client's retries.",
             registry=registry,
         )  # fmt: skip
+        self.retried = Counter(
+            f"{name}retried_calls", "Calls made again because their replica had died (Ray).", registry=registry
+        )
         self.batch = Histogram(f"{name}batch_pictures", "Pictures of a call.", buckets=PICTURES, registry=registry)
         self.batch_jobs = Histogram(
             f"{name}batch_jobs", "Jobs that a call served together.", buckets=PICTURES, registry=registry

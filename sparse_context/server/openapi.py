@@ -68,6 +68,15 @@ PICTURES: Schema = {
     },
 }
 
+EVENT: Schema = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"type": "string", "description": "What data is: a picture on the way, the answer, or error."},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
+
 MODEL: Schema = {
     "type": "object",
     "required": ["id", "object", "created", "owned_by"],
@@ -113,7 +122,7 @@ def page(settings: Settings) -> dict[str, Any]:
         },
     }
     assert set(files) == set(FILES)
-    makes = {"application/json": {"schema": PICTURES}, "text/event-stream": {"schema": {"type": "string"}}}
+    makes = {"application/json": {"schema": PICTURES}, "text/event-stream": {"schema": EVENT}}
     spec: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "Sparse Context", "version": __version__},

@@ -6,6 +6,7 @@ import logging
 import math
 import socket
 import sys
+from collections.abc import Callable
 
 import h11
 import uvicorn
@@ -15,6 +16,7 @@ from ..pipelines.engine import Engine
 from .app import Server, wrap
 from .errors import ApiError
 from .settings import Settings
+from .worker import Worker
 
 HEAD_SECONDS = 20.0
 """For so long the head of a request may take, and a connection on which none comes."""
@@ -81,14 +83,14 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"{host}:{port} cannot be listened on ({reason}): choose another --host or --port.") from None
 
 
-def run(engine: Engine, settings: Settings, port: int = 8000) -> None:
+def run(engine: Engine, settings: Settings, port: int = 8000, make_worker: Callable[..., Worker] = Worker) -> None:
     """Serve until a signal says to stop; what was begun by then is finished, within its deadline.
 
-    Raises ValueError for a port that is taken, and what loading the pipeline raises.
+    make_worker: see `Server`. Raises ValueError for a port that is taken, and what loading the pipeline raises.
     """
     import python_multipart  # noqa: F401  # by which forms are read: better to miss it now
 
-    server = Server(engine, settings)
+    server = Server(engine, settings, make_worker)
     sock = listen(settings.host, port)
     _start_log()
     behind = uvicorn_of(server)

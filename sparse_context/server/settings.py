@@ -1,7 +1,9 @@
 """What the operator of a server decides."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from ..config import SparseContextConfig
 
@@ -13,7 +15,7 @@ class Settings:
     """Bounds, defaults and access of one server. Raises ValueError that names what is out of range.
 
     name: the model, as clients call it. config: what to keep where a client does not say; keep_high: the budget where
-    it asks for input_fidelity "high". steps: where it names none; None: the model's.
+    it asks for input_fidelity "high". call: fields of `Request` where it says nothing, such as steps.
     api_key: what clients must present; None asks for none, which is for loopback alone.
 
     body: bytes of a request. references, pixels: how many pictures one may bring, and of how many pixels each. prompt:
@@ -26,7 +28,7 @@ class Settings:
     name: str
     config: SparseContextConfig = field(default_factory=SparseContextConfig)
     keep_high: float | str = 0.5
-    steps: int | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
     api_key: str | None = None
     host: str = "127.0.0.1"
     body: int = 64 * 2**20
@@ -45,6 +47,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         SparseContextConfig(keep=self.keep_high)
+        for each in fields(self.config):
+            value = getattr(self.config, each.name)
+            if isinstance(value, (list, tuple)):
+                raise ValueError(f"{each.name} is {value!r}: pass one value, for clients send any number of images.")
         for name in (
             "body", "references", "pixels", "prompt", "pictures", "output_pixels", "most_steps", "queue", "uploads"
         ):  # fmt: skip

@@ -74,17 +74,17 @@ def read_wanted(values: Mapping[str, Any], settings: Settings, edits: bool, is_f
     edits: whether it is about references. is_form: whether its numbers are texts. Raises `ApiError` that names the
     field.
     """
-    known, config = known_fields(settings, edits), config_fields() if edits else {}
+    known, of_config = known_fields(settings, edits), config_fields() if edits else {}
     check_names(values, known)
     read: dict[str, Any] = {}
     for name, value in values.items():
-        if is_form and (name in config or known[name].get("type") != "string"):
+        if is_form and (name in of_config or known[name].get("type") != "string"):
             value = from_text(value)
-        if value is None and name not in config:  # as JSON clients write what they do not mean
+        if value is None and name not in of_config:  # as JSON clients write what they do not mean
             continue
         if isinstance(value, str) and (name, value) in SENTENCES:
             raise ApiError(400, SENTENCES[name, value], param=name)
-        read[name] = check(name, value, {} if name in config else known[name])
+        read[name] = check(name, value, {} if name in of_config else known[name])
     _check_model(read.get("model"), settings)
     if "prompt" not in read:
         raise ApiError(400, "There is no prompt: say what to make.", param="prompt", code="missing_field")
@@ -105,19 +105,16 @@ def read_wanted(values: Mapping[str, Any], settings: Settings, edits: bool, is_f
     first = secrets.randbelow(2**31) if seed is None else seed
     if first + count > 2**63:
         raise ApiError(400, f"seed is {first} and n {count}: each picture takes the next seed, so pass a smaller one.")
-    width, height = _size(default("size"), settings)
     try:
-        request = Request(
-            read["prompt"],
-            (),
-            read_config(read, settings) if edits else settings.config,
-            seed=first,
-            steps=read.get("num_inference_steps", settings.steps),
-            height=height,
-            width=width,
-            guidance_scale=read.get("guidance_scale"),
-            negative_prompt=read.get("negative_prompt") or None,
-        )
+        told = {
+            "steps": read.get("num_inference_steps"),
+            "guidance_scale": read.get("guidance_scale"),
+            "negative_prompt": read.get("negative_prompt"),
+            **_size(default("size"), settings),
+        }
+        call = {**settings.call, **{name: value for name, value in told.items() if value is not None}}
+        config = read_config(read, settings) if edits else settings.config
+        request = Request(read["prompt"], (), config, seed=first, **call)
     except ValueError as error:
         raise from_exception(error, SUBJECTS) or error from None
     return Wanted(
@@ -158,11 +155,11 @@ def _check_model(model: str | None, settings: Settings) -> None:
         )
 
 
-def _size(text: str, settings: Settings) -> tuple[int | None, int | None]:
-    """Width and height in pixels, None for the model's own."""
+def _size(text: str, settings: Settings) -> dict[str, int]:
+    """Width and height in pixels; nothing of "auto", which is the server's or the model's."""
     if text == "auto":
-        return None, None
+        return {}
     width, height = map(int, text.split("x"))
     if width * height > settings.output_pixels:
         raise ApiError(400, f"size is {text}: pass {settings.output_pixels} pixels at most.", param="size")
-    return width, height
+    return {"width": width, "height": height}

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from PIL import Image
 
@@ -14,7 +15,7 @@ from ..families import family_of
 from ..pipelines.engine import WARM_UP_STEPS, Engine, Generation
 from ..pipelines.errors import Cancelled, GenerationError
 from ..pipelines.spec import Request
-from ..pipelines.steps import Draw
+from ..pipelines.steps import Draw, Preview
 from .errors import ApiError, from_exception, internal, stopping, too_busy
 from .jobs import Done, Failed, Job, Made
 from .metrics import Metrics
@@ -33,11 +34,17 @@ class Worker:
     """Loads the engine's pipeline in its own thread, then serves jobs in the order in which they came.
 
     Jobs that differ in prompt and seeds alone are served by one call, as long as that holds no more than `batch`
-    pictures. on_failure: called where the pipeline does not load; `failure` is then what was raised.
+    pictures. on_failure: called where the pipeline does not load; `failure` is then what was raised. threads: how many
+    calls are made at a time, where those that make them allow more than one (on_ray.py).
     """
 
     def __init__(
-        self, engine: Engine, settings: Settings, metrics: Metrics, on_failure: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        settings: Settings,
+        metrics: Metrics,
+        on_failure: Callable[[], None] = lambda: None,
+        threads: int = 1,
     ) -> None:
         self.engine = engine
         self.settings = settings
@@ -50,9 +57,10 @@ class Worker:
         self._stopping = False
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
-        self._known: dict[str, Job] = {}  # by key: those that wait or run, and those that a retry may ask for
+        self._known: list[Job] = []  # those that wait or run, and those that a retry may ask for
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="sparse-context worker", daemon=True)
+        self._threads = [threading.Thread(target=self._run, name="sparse-context worker", daemon=True)]
+        self._threads += [threading.Thread(target=self._work, daemon=True) for _ in range(threads - 1)]
 
     @property
     def is_stopping(self) -> bool:
@@ -61,7 +69,7 @@ class Worker:
     # What the event loop calls --------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._thread.start()
+        self._threads[0].start()
 
     def stop(self, seconds: float = 10.0) -> None:
         """Cancel what is left, and wait so long for the thread to end."""
@@ -74,8 +82,14 @@ class Worker:
                 job.close()
             self._waiting.clear()
             self._changed.notify_all()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(seconds)
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(seconds)
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError for a request that the pipeline does not take, as far as that is known before its turn."""
+        if self.ready:
+            self.engine.check(request)
 
     def check_room(self) -> None:
         """Raise `ApiError` where a job would be refused: before its body is read."""
@@ -83,18 +97,19 @@ class Worker:
             self._check_room()
 
     def submit(self, job: Job, join: bool) -> Job:
-        """Queue a job, and return it; or where the same one is there and may be joined, that one.
+        """Queue a job, and return it; or where the same one is there and may be joined, that one: the oldest, and
+        before all others one whose client has left, for it is the client's own.
 
         The worker closes the job that it returns. Raises `ApiError` for a full queue.
         """
         with self._changed:
-            known = self._known.get(job.key)
-            if known is not None and join and known.cancelled is None:
+            same = [each for each in self._known if each.key == job.key and each.cancelled is None]
+            if join and same:
                 self.metrics.joined.inc()
-                return known
+                return min(same, key=lambda each: not each.is_alone)
             self._check_room()
             self._waiting.append(job)
-            self._known[job.key] = job
+            self._known.append(job)
             self.metrics.waiting.set(len(self._waiting))
             self._changed.notify_all()
         return job
@@ -104,8 +119,8 @@ class Worker:
         with self._changed:
             if not job.is_alone:
                 return
-            if self._known.get(job.key) is job:
-                del self._known[job.key]
+            if job in self._known:
+                self._known.remove(job)
             if not job.ended and job.cancelled is None:
                 job.cancel(reason)
                 self.metrics.cancelled.labels(reason).inc()
@@ -119,7 +134,7 @@ class Worker:
             raise stopping()
         if len(self._waiting) >= self.settings.queue:
             self.metrics.refused.inc()
-            raise too_busy(self._pace * sum(len(job.seeds) for job in self._waiting) / 2)
+            raise too_busy(self._pace * sum(len(job.seeds) for job in self._waiting) / 2 / len(self._threads))
 
     # What the thread does -------------------------------------------------------------------------------------------
 
@@ -131,6 +146,11 @@ class Worker:
                 self.failure = error
             self.stop()
             return self.on_failure()
+        for thread in self._threads[1:]:
+            thread.start()
+        self._work()
+
+    def _work(self) -> None:
         while jobs := self._next():
             try:
                 self._serve(jobs)
@@ -181,9 +201,9 @@ class Worker:
                     self._waiting.remove(job)
                     jobs.append(job)
                     pictures += len(job.seeds)
-            self._running = jobs
+            self._running += jobs
             self.metrics.waiting.set(len(self._waiting))
-            self.metrics.running.set(len(jobs))
+            self.metrics.running.set(len(self._running))
         return jobs
 
     def _serve(self, jobs: Sequence[Job]) -> None:
@@ -226,25 +246,29 @@ class Worker:
                 wanted[i][0].tell_partial(pictures[i])
 
         start = time.perf_counter()
-        generations = self.engine.together(
+        generations = self._make(
             [replace(request, prompt=job.prompt, seed=seed) for job, seed in wanted],
-            cancel=lambda: all(map(_is_gone, wanted)),
-            preview=preview if any(job.partials for job, _ in wanted) else None,
+            [job.partials for job, _ in wanted],
+            lambda: all(map(_is_gone, wanted)),
+            preview,
         )
         self._pace += 0.3 * ((time.perf_counter() - start) / len(wanted) - self._pace)
         self.metrics.count_call(generations, len({id(job) for job, _ in wanted}))
         for (job, seed), generation in zip(wanted, generations, strict=True):
             made[job].append(Made(generation, seed, len(wanted)))
 
+    def _make(
+        self, requests: Sequence[Request], partials: Sequence[int], cancel: Callable[[], bool], preview: Preview
+    ) -> list[Generation]:
+        """Answer requests by one call. partials: how many pictures on the way each one wants of `preview`."""
+        return self.engine.together(requests, cancel=cancel, preview=preview if any(partials) else None)
+
     def _done(self, request: Request, job: Job, made: Sequence[Made], start: float) -> Done:
-        pipe = self.engine.pipe(request.config)
-        tokenizer = getattr(pipe, "tokenizer", None)
-        return Done(
-            tuple(made),
-            start - job.submitted,
-            0 if tokenizer is None else len(tokenizer(job.prompt)["input_ids"]),
-            _output_tokens(pipe, made[0].generation),
-        )
+        return Done(tuple(made), start - job.submitted, *self._count(request, job.prompt, made[0].generation))
+
+    def _count(self, request: Request, prompt: str, generation: Generation) -> tuple[int, int]:
+        """Tokens of a prompt and of a picture that was made of it."""
+        return count_tokens(self.engine.pipe(request.config), prompt, generation)
 
     def _fail(self, jobs: Sequence[Job], error: ApiError) -> None:
         for job in jobs:
@@ -255,18 +279,20 @@ class Worker:
     def _finish(self, jobs: Sequence[Job]) -> None:
         """Forget jobs, but those whose client left and may ask again."""
         with self._changed:
-            self._running = []
-            self.metrics.running.set(0)
+            self._running = [job for job in self._running if job not in jobs]
+            self.metrics.running.set(len(self._running))
             for job in jobs:
                 job.close()
-                if self._known.get(job.key) is job and not (job.is_alone and job.ended and job.cancelled is None):
-                    del self._known[job.key]
+                if job in self._known and not (job.is_alone and job.ended and job.cancelled is None):
+                    self._known.remove(job)
 
 
 def _is_gone(pair: tuple[Job, int]) -> bool:
     return pair[0].cancelled is not None
 
 
-def _output_tokens(pipe: object, generation: Generation) -> int:
-    token = 2 * pipe.vae_scale_factor  # type: ignore[attr-defined]
-    return (generation.image.width // token) * (generation.image.height // token)
+def count_tokens(pipe: Any, prompt: str, generation: Generation) -> tuple[int, int]:
+    """Tokens of a prompt (0 where the pipeline does not tell) and of a picture that was made of it."""
+    tokenizer, token = getattr(pipe, "tokenizer", None), 2 * pipe.vae_scale_factor
+    text = 0 if tokenizer is None else len(tokenizer(prompt)["input_ids"])
+    return text, (generation.image.width // token) * (generation.image.height // token)

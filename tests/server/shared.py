@@ -57,11 +57,11 @@ class Service:
         return self.metrics._registry.get_sample_value(f"sparse_context_{name}", labels) or 0.0
 
     def stop(self):
-        for client in self._clients:
-            client.close()
         self.uvicorn.should_exit = True
         self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
+        for client in self._clients:  # not before: they may be waiting for an answer
+            client.close()
 
 
 def wait_for(condition, seconds=PATIENCE):
