@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tables import draw, read, table
+from tables import draw, machine, read, table
 
 from sparse_context.batch.jobs import Job, read_jobs
 from sparse_context.batch.run import run_batch
@@ -66,12 +66,9 @@ def largest_difference(first: Path, other: Path, jobs: list[Job]) -> int:
 
 
 def batch() -> str:
-    figures = read("batch")["figures"]
-    rows = [
-        [name, f"{way['jobs']}", f"{way['pictures_a_minute']:.1f}", f"{way['speedup']:.1f}x"]
-        for name, way in figures.items()
-    ]
-    return table(["way", "jobs", "pictures a minute", "against one by one"], rows)
+    result = read("batch")
+    rows = [[name, f"{way['jobs']}", f"{way['speedup']:.2f}x"] for name, way in result["figures"].items()]
+    return f"{table(['way', 'jobs', 'images per minute, against one engine'], rows)}\n\n{machine(result)}"
 
 
 TABLES = {"batch": batch}

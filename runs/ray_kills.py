@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tables import draw, read, table
+from tables import draw, machine, read, table
 
 from sparse_context.embedded.demo import EXAMPLES
 from sparse_context.images import open_picture
@@ -212,7 +212,8 @@ def kill_an_actor(arguments: argparse.Namespace, options: list[str], place: Path
 
 
 def ray_kills() -> str:
-    figures = read("ray_kills")["figures"]
+    result = read("ray_kills")
+    figures = result["figures"]
     replica, actor = figures["replica"], figures["actor"]
     rows = [
         [
@@ -228,7 +229,7 @@ def ray_kills() -> str:
             f"{actor['ray']['retries']}",
         ],
     ]
-    return table(["killed", "of", "came to", "made again"], rows)
+    return f"{table(['killed', 'of', 'came to', 'made again'], rows)}\n\n{machine(result)}"
 
 
 TABLES = {"ray_kills": ray_kills}

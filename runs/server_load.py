@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import ImageEnhance
 from served import error_of, scene, served, settled, written
-from tables import draw, read, table
+from tables import draw, machine, read, table
 
 from sparse_context.result import checkout, write_result
 
@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def server_load() -> str:
     """Answers by status, and the server's memory before, at one request, and after."""
-    figures = read("server_load")["figures"]
+    result = read("server_load")
+    figures = result["figures"]
     rows = [
         [
             str(figures["requests"]),
@@ -46,7 +47,7 @@ def server_load() -> str:
         "afterwards",
         "of one request",
     ]
-    return table(head, rows)
+    return f"{table(head, rows)}\n\n{machine(result)}"
 
 
 TABLES = {"server_load": server_load}

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from served import PATIENCE, Served, error_of, multipart, scene, served, settled, written
-from tables import draw, read, table
+from tables import draw, machine, read, table
 
 from sparse_context.result import checkout, write_result
 
@@ -35,7 +35,8 @@ STEPS = "4"
 
 def server_soak() -> str:
     """Requests by what became of them, memory, and what was left."""
-    figures = read("server_soak")["figures"]
+    result = read("server_soak")
+    figures = result["figures"]
     statuses = Counter()
     for status, count in figures["statuses"].items():
         statuses["left" if status == "left" else f"{status[0]}xx"] += count
@@ -60,7 +61,7 @@ def server_soak() -> str:
         f"{memory['last'] / memory['second']:.3f}",
         str(len(figures["left_over"])),
     ]
-    return table(head, [row])
+    return f"{table(head, [row])}\n\n{machine(result)}"
 
 
 TABLES = {"server_soak": server_soak}

@@ -22,6 +22,7 @@ RUNS = (
     "ablations",
     "auto_budget",
     "base_quality",
+    "batch",
     "bench_klein_9b_blocks",
     "bench_mini",
     "check_gpu",
@@ -35,6 +36,7 @@ RUNS = (
     "overview",
     "overview_lora",
     "peers",
+    "ray_kills",
     "saliency",
     "server_load",
     "server_soak",
@@ -62,6 +64,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def machine(result: Mapping) -> str:
+    """The machine that a result was measured on, as a sentence below its table."""
+    hardware = result["hardware"]
+    return f"Measured on {hardware['cores']} cores of {hardware['cpu']}."
 
 
 def score_of(settings: Mapping[str, dict], name: str, of: str) -> dict:

@@ -5,7 +5,6 @@ worker of one machine does. An actor that dies is started again by Ray, and gets
 it counts in the folder how often it began.
 """
 
-import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,16 +34,15 @@ class RayPool:
         rows = ray.data.from_items([{"number": i} for i in range(len(jobs))], override_num_blocks=len(jobs)).map(
             Actor,
             fn_constructor_args=(jobs, self._spec, self._folder, self._threads, weights),
-            compute=ray.data.ActorPoolStrategy(size=self._actors, max_tasks_in_flight_per_actor=1),
+            compute=ray.data.ActorPoolStrategy(size=min(self._actors, len(jobs)), max_tasks_in_flight_per_actor=1),
             num_cpus=self._threads,
             num_gpus=self._gpus,
         )
-        with contextlib.closing(rows.iter_rows()) as made:
-            for row in made:
-                if row["refused"]:
-                    raise ValueError(row["refused"])
-                self.retries += row["again"]
-                yield json.loads(row["record"])
+        for row in rows.iter_rows():  # actors that are left over end with the connection
+            if row["refused"]:
+                raise ValueError(row["refused"])
+            self.retries += row["again"]
+            yield json.loads(row["record"])
 
 
 class Actor:

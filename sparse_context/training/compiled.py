@@ -25,8 +25,8 @@ def compiled_blocks(transformer: nn.Module) -> Iterator[None]:
     `MatmulAttention` has it, which is not to be active around it. Raises ValueError where no compiler is installed.
     """
     _check_compiler(next(transformer.parameters()).device)
-    # How diffusers declares them, for its own `compile_repeated_blocks`
-    blocks = [block for block in transformer.modules() if type(block).__name__ in transformer._repeated_blocks]
+    kinds: Any = transformer._repeated_blocks  # as diffusers declares them, for its own `compile_repeated_blocks`
+    blocks = [block for block in transformer.modules() if type(block).__name__ in kinds]
     forwards = {kind: _training_forward(kind) for kind in {type(block) for block in blocks}}
     for block in blocks:
         block.forward = MethodType(forwards[type(block)], block)  # a method, which a copy has of its own

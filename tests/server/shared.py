@@ -17,7 +17,7 @@ from sparse_context.server.app import Server
 from sparse_context.server.run import listen, uvicorn_of
 from sparse_context.server.settings import Settings
 
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds after which a test has failed: a busy machine is no error."""
 
 
