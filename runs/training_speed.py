@@ -84,6 +84,7 @@ def worker(way: str, kind: str, settings: argparse.Namespace, code: Path) -> Ite
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        encoding="utf-8",
     )
     with process:
         try:
