@@ -1,5 +1,6 @@
 """What the tests of the app share: a tiny model, pictures, and the app behind a browser."""
 
+import asyncio
 import os
 import warnings
 
@@ -33,10 +34,22 @@ def room():
     return Reference("room 2.png", colourful(1))
 
 
+@pytest.fixture
+def loop():
+    """An event loop for what makes controls of Gradio, which takes the thread's, or makes one and never closes it."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield loop
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium or Chrome; `make test` and CI install it where they can. (Of one module, for Playwright leaves no room
-    for another event loop in its thread.)"""
+    """Chromium or Chrome; `make test` and CI install it where they can.
+
+    For one module, because Playwright leaves no room for another event loop in its thread.
+    """
     program = find_browser()
     if program is None:
         pytest.skip("no Chromium or Chrome is installed: apt-get install chromium")

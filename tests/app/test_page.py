@@ -83,7 +83,7 @@ def test_overlays_follow_what_is_asked_of_each_reference(page):
     choose(page, 1, "Task", "edit")
     page.wait_for_function("document.querySelector('#reference-1 .by').innerText.includes('edges')")
     assert page.inner_text("#summary .summary") == "29 of 128 tokens kept (23%)"
-    page.locator("#reference-1").get_by_label("auto").check()
+    page.locator("#reference-1").get_by_role("checkbox").check()
     page.wait_for_function("!document.querySelector('#summary .summary').innerText.startsWith('29 ')")
 
 
@@ -249,6 +249,7 @@ def test_what_a_model_does_not_take_is_said_in_the_library_s_words(page):
 def test_more_pictures_than_the_page_has_room_for(page):
     upload(page, **{f"p{i}": png(i) for i in range(12)})
     assert "There are more than 10 references: the last 2 are left out." in toast(page)
+    page.wait_for_selector("#reference-10 .overlay img")
     assert page.locator(".card:visible").count() == 10
 
 
