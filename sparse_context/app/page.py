@@ -33,7 +33,7 @@ from .words import in_words, sentence, warn
 
 BRUSHES: list[Any] = [(f"rgb{colour}", OPACITY) for colour in COLOURS.values()]
 WAITING = 16  # pages at most whose pictures are made, one after the other
-LEFT_FOR = (30, 60)  # seconds: how often files are looked for that the painter has left, and how old they are then
+LEFT_FOR = (60, 600)  # seconds: how often files of the painter are looked for to be deleted, and how old they are then
 PACE = 0.2  # seconds between two steps that are shown
 SCORES = 64 * 2**20  # bytes of scores that are remembered, so that a dial that moves is answered at once
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -56,7 +56,10 @@ class Page:
 
     def _build(self) -> gr.Blocks:
         with gr.Blocks(title="Sparse Context", fill_width=True, delete_cache=LEFT_FOR) as blocks:
-            gr.HTML("<h1>Sparse Context</h1><p>Keep only the reference tokens that matter.</p>", elem_classes="head")
+            gr.HTML(
+                "<h1>Sparse Context</h1><p>Drop images, see which of their tokens are kept, and generate with only those.</p>",
+                elem_classes="head",
+            )
             with gr.Row(elem_classes="sides"):
                 with gr.Column(scale=5, min_width=320):
                     self._lay_scene()
@@ -76,7 +79,7 @@ class Page:
     def _lay_scene(self) -> None:
         self.controls = Controls(list(self.specs), self.start)
         self.files = gr.File(
-            label="References: drop pictures here",
+            label="References: drop images here",
             file_count="multiple",
             file_types=["image"],
             height=140,
@@ -112,7 +115,7 @@ class Page:
                 elem_id="editor",
             )
             with gr.Row(elem_classes="pair"):
-                self.clear = gr.Button("Clear the mask", size="sm")
+                self.clear = gr.Button("Clear mask", size="sm")
                 self.done = gr.Button("Done", size="sm")
         self.controls.make_prompt()
 
@@ -124,7 +127,11 @@ class Page:
         self.answer = [gr.HTML(elem_id="status"), gr.HTML(elem_id="result"), gr.HTML(elem_id="figures")]
 
     def _lay_sweep(self) -> None:
-        self.keeps = gr.Textbox("0.1, 0.2, 0.5", label="Keeps", info="For all references: ratios, counts or auto.")
+        self.keeps = gr.Textbox(
+            "0.1, 0.2, 0.5",
+            label="Keeps",
+            info="Ratios, counts or auto, separated by commas. Each applies to all references.",
+        )
         self.selectors = gr.Dropdown(
             ["auto", *(name for name in SELECTORS if name != "mask")],
             value=["auto", "uniform"],
@@ -133,7 +140,7 @@ class Page:
             label="Selectors",
         )
         with gr.Row(elem_classes="pair"):
-            self.run_sweep = gr.Button("Run the sweep", variant="primary", min_width=120, elem_id="sweep")
+            self.run_sweep = gr.Button("Run sweep", variant="primary", min_width=120, elem_id="sweep")
             self.stop_sweep = gr.Button("Stop", min_width=120, elem_id="stop-sweep")
         self.swept = [gr.HTML(elem_id="sweep-status"), gr.HTML(elem_id="sweep-result")]
 
@@ -209,10 +216,10 @@ class Page:
             settings = drawing.text_uri(copies.to_json(scene))
         except ValueError:  # a selector of a phrase, which no file can hold
             return ""
-        files = [("Download the settings (JSON)", copies.SETTINGS_FILE, settings)]
+        files = [("Download settings (JSON)", copies.SETTINGS_FILE, settings)]
         for i, loaded in enumerate(session.pictures, start=1):
             if loaded.mask_file:
-                files.append((f"Download the mask of image {i} (PNG)", copies.mask_name(loaded.name), loaded.mask_file))
+                files.append((f"Download mask of image {i} (PNG)", copies.mask_name(loaded.name), loaded.mask_file))
         return drawing.links(files)
 
     @in_words
@@ -260,8 +267,8 @@ class Page:
         loaded = session.painting = session.pictures[i]
         name = escape(Path(loaded.name).name)
         said = (
-            f"<p>Image {i + 1}, <b>{name}</b>: paint <i class=keep>green</i> what to keep, and <i class=drop>red</i> "
-            "what to drop. The palette beside the picture changes the colour.</p>"
+            f"<p>Image {i + 1}, <b>{name}</b>: paint what to keep <i class=keep>green</i> and what to drop "
+            "<i class=drop>red</i>. Change the colour in the palette beside the image.</p>"
         )
         return [gr.update(visible=True), said, to_canvas(loaded)]
 

@@ -34,14 +34,13 @@ def room():
     return Reference("room 2.png", colourful(1))
 
 
-@pytest.fixture
-def loop():
-    """An event loop for what makes controls of Gradio, which takes the thread's, or makes one and never closes it."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    yield loop
-    asyncio.set_event_loop(None)
-    loop.close()
+def in_a_loop(make, *args):
+    """`make(*args)` while an event loop runs: without one, Gradio makes some for its pages and never closes them."""
+
+    async def made():
+        return make(*args)
+
+    return asyncio.run(made())
 
 
 @pytest.fixture(scope="module")

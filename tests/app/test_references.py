@@ -1,8 +1,11 @@
 """Files that are uploaded, and what is painted on pictures."""
 
+import asyncio
+
 import gradio as gr
 import numpy as np
 import pytest
+from app.conftest import in_a_loop
 from cli.conftest import png_header
 from PIL import Image
 from tiny import picture
@@ -88,10 +91,10 @@ def test_transparent_parts_are_white_below_the_brush():
     assert to_canvas(Loaded("cat.png", cut_out))["background"].getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_page_cannot_name_an_address_in_place_of_a_file(loop):
-    files = gr.File(file_count="multiple")
+def test_a_page_cannot_name_an_address_in_place_of_a_file():
+    files = in_a_loop(gr.File)
     take_uploads_only(files)
     take_paths(files)
-    with pytest.raises(ValueError, match="^A picture is uploaded as a file: addresses are not fetched.$"):
-        loop.run_until_complete(files.async_move_resource_to_block_cache("http://127.0.0.1:9/cat.png"))
+    with pytest.raises(ValueError, match="^Upload an image as a file: addresses are not fetched.$"):
+        asyncio.run(files.async_move_resource_to_block_cache("http://127.0.0.1:9/cat.png"))
     assert files.preprocess(None) == []

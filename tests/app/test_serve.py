@@ -9,11 +9,12 @@ from dataclasses import fields
 
 import gradio as gr
 import pytest
+from app.conftest import in_a_loop
 from app_browser import free_port, running_app
 from test_layers import run_without
 
 from sparse_context.app.controls import Controls, fresh, read_fields
-from sparse_context.app.serve import check_address
+from sparse_context.app.serve import listen
 from sparse_context.app.sessions import Session
 from sparse_context.cli import main
 from sparse_context.config import SparseContextConfig
@@ -37,17 +38,18 @@ def test_an_address_that_cannot_be_had_is_said_at_once(monkeypatch, capsys):
         taken.listen()
         port = taken.getsockname()[1]
         said = refused(monkeypatch, capsys, "--port", port)
-    assert said == f"The address 127.0.0.1:{port} cannot be had (Address already in use): name another host or port."
+    assert said == f"The app cannot use 127.0.0.1:{port} (Address already in use): pass another --host or --port."
     assert refused(monkeypatch, capsys, "--port", 0) == "port is 0: pass a number from 1 to 65535."
     assert refused(monkeypatch, capsys, "--port", 70000) == "port is 70000: pass a number from 1 to 65535."
     said = refused(monkeypatch, capsys, "--host", "203.0.113.7")  # of no machine: RFC 5737
-    assert said.startswith("The address 203.0.113.7:7860 cannot be had (")
+    assert said.startswith("The app cannot use 203.0.113.7:7860 (")
 
 
-def test_a_free_address_stays_free():
+def test_an_address_is_free_again_at_once():
     port = free_port()
-    check_address("127.0.0.1", port)
-    check_address("127.0.0.1", port)
+    for _ in range(2):
+        with listen("127.0.0.1", port) as sock:
+            assert sock.getsockname() == ("127.0.0.1", port)
 
 
 def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path, tiny_model):
@@ -118,7 +120,7 @@ def test_cards_say_what_the_settings_say(config, cards):
     assert [fresh(config, i) for i in range(2)] == cards
 
 
-def test_what_the_settings_say_is_what_the_page_makes_of_it(loop, tmp_path):
+def test_what_the_settings_say_is_what_the_page_makes_of_it(tmp_path):
     """From a file to the controls, and from their values to a request."""
     config = SparseContextConfig(
         keep=40, share="joint", coverage=0.25, overview=None, overview_layout="spread", multiple_of=8, psnr=30.0
@@ -126,14 +128,14 @@ def test_what_the_settings_say_is_what_the_page_makes_of_it(loop, tmp_path):
     start = Request("the cat", (), config, seed=3, steps=2, height=64)
     write_settings(Settings(request=start), tmp_path / "settings.json")
     assert "multiple_of" in json.loads((tmp_path / "settings.json").read_text())
-    controls, spec = make_controls(start), Settings().spec
+    controls, spec = in_a_loop(make_controls, start), Settings().spec
     scene = controls.scene(Session(), {"model": spec}, [control.value for control in controls.inputs])
     assert scene.request() == start
 
 
-def test_every_field_has_a_control(loop):
+def test_every_field_has_a_control():
     """So that a new one of a config or a request is on the page without a line of code."""
-    labels = {control.label.lower().replace(" ", "_") for control in make_controls(Request("")).inputs}
+    labels = {control.label.lower().replace(" ", "_") for control in in_a_loop(make_controls, Request("")).inputs}
     names = {each.name for record in (SparseContextConfig, Request) for each in fields(record)}
     assert names - labels == {"references", "config", "inpaint"}
 
