@@ -5,11 +5,11 @@ import asyncio
 import gradio as gr
 import numpy as np
 import pytest
-from app.conftest import in_a_loop
 from cli.conftest import png_header
 from PIL import Image
 from tiny import picture
 
+from app.conftest import in_a_loop
 from sparse_context.app.references import (
     CANVAS,
     from_canvas,

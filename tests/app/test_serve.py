@@ -9,10 +9,10 @@ from dataclasses import fields
 
 import gradio as gr
 import pytest
-from app.conftest import in_a_loop
 from app_browser import free_port, running_app
 from test_layers import run_without
 
+from app.conftest import in_a_loop
 from sparse_context.app.controls import Controls, fresh, read_fields
 from sparse_context.app.serve import listen
 from sparse_context.app.sessions import Session
