@@ -3,7 +3,8 @@
     scene.py      what is on the screen, and what it comes to as a request
     sessions.py   what the server holds of each open page, and the work that the page has begun
     drawing.py    overlays, the comparison and the grid as HTML, with every picture inside of it
-    page.py       the controls; references.py, answers.py and sweep.py say what happens when they are used
+    layout.py     the page; controls.py makes those of its controls that say what the scene is
+    page.py       what happens when they are used; references.py and answers.py do it
     serve.py      the address, the folder of uploads, and the end
 
 Only `page.py` and what it uses import Gradio, and only when the app starts.

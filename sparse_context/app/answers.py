@@ -63,7 +63,7 @@ class Work:
     def warm_up(self, request: Request) -> Answers:
         """A short call, where there was none of this kind before: of this model, and as many tokens."""
         if self._kind(request) not in self.memory:
-            yield from self.call(replace(request, steps=WARM_UP_STEPS), "Warming up, so that times can be compared")
+            yield from self.call(replace(request, steps=WARM_UP_STEPS), "Warming up, so that the times are comparable")
 
     def _kind(self, request: Request) -> tuple:
         kept = self.engine.select(request, self.score).kept if request.references else 0
@@ -123,11 +123,11 @@ def sweep(
     """
     pictures = len(keeps) * len(selectors)
     if not pictures:
-        raise ValueError("The sweep is empty: write at least one keep, and choose a selector.")
+        raise ValueError("The sweep is empty: enter at least one keep and choose a selector.")
     if pictures > MOST_CELLS:
-        raise ValueError(f"The sweep has {pictures} pictures: ask for {MOST_CELLS} at most.")
+        raise ValueError(f"The sweep has {pictures} images: ask for {MOST_CELLS} at most.")
     if not scene.references:
-        raise ValueError("There are no references, of which a sweep keeps more or less: add a picture first.")
+        raise ValueError("A sweep varies what is kept of references, and there are none: add an image first.")
     requests = [[_setting(scene, keep, selector).request() for keep in keeps] for selector in selectors]
     columns = [f"keep {keep}" for keep in keeps]
     rows = ["auto" if selector is None else str(selector) for selector in selectors]
@@ -137,7 +137,7 @@ def sweep(
     made, count = 0, pictures + 1
     try:
         dense = work.dense.get(key) or (
-            yield from work.call(dense_request, f"Picture 1 of {count}, all tokens", 0, count)
+            yield from work.call(dense_request, f"Image 1 of {count}, all tokens", 0, count)
         )
         remember(work.dense, key, dense)
         made = 1
@@ -145,14 +145,14 @@ def sweep(
         for i, line in enumerate(requests):
             for j, request in enumerate(line):
                 setting = f"{columns[j]}, {rows[i]}"
-                one = yield from work.call(request, f"Picture {made + 1} of {count}, {setting}", made, count)
+                one = yield from work.call(request, f"Image {made + 1} of {count}, {setting}", made, count)
                 cells[i][j] = drawing.cell(one, dense, setting)
                 made += 1
                 shown = drawing.base(dense) + drawing.grid(columns, rows, cells)
-                yield Answer(drawing.progress(made, count, f"{made} of {count} pictures"), shown)
-        yield Answer(f"{count} pictures.")
+                yield Answer(drawing.progress(made, count, f"{made} of {count} images"), shown)
+        yield Answer(f"{count} images.")
     except Cancelled:
-        yield Answer(f"{STOPPED} {made} of {count} pictures were made.")
+        yield Answer(f"{STOPPED} {made} of {count} images were made.")
     except Exception:
         yield Answer()
         raise

@@ -22,8 +22,8 @@ from .sessions import Session
 SLOTS = 10
 """References on the page at most: as many as FLUX.2 and FLUX.3 take."""
 
-OWN = "each its own"
-SAME = "one for all"
+OWN = "per reference"
+SAME = "shared"
 
 OF_CONFIG = tuple(each for each in fields(SparseContextConfig) if each.name not in ("keep", "selector", "task", "seed"))
 OF_CALL = tuple(each for each in fields(Request) if each.name not in ("prompt", "references", "config", "inpaint"))
@@ -39,15 +39,15 @@ CHOICES: Mapping[str, Sequence[Any]] = {
 
 LABELS = {"psnr": "PSNR"}
 HELP = {
-    "overview": "A small copy of each reference beside the kept tokens.",
-    "overview_layout": "Where its tokens lie.",
-    "coverage": "Share that is spread evenly, 0 to 1.",
-    "share": "How references share one budget.",
-    "floor": "Fewest tokens of a reference.",
-    "multiple_of": "Round the total up to a multiple.",
-    "merge": "Share that are averages of the rest, 0 to 1.",
-    "mass": "Share of the scores that auto keeps.",
-    "psnr": "What auto reaches with an overview, in dB.",
+    "overview": "A small copy of each reference, beside the kept tokens.",
+    "overview_layout": "Where the overview's tokens are placed.",
+    "coverage": "Share of the kept tokens to spread evenly, 0 to 1.",
+    "share": "How references divide a shared budget.",
+    "floor": "Fewest tokens per reference.",
+    "multiple_of": "Round the total up to a multiple of this.",
+    "merge": "Share of the kept tokens to replace by averages of the others, 0 to 1.",
+    "mass": "Share of the total score that auto keeps, 0 to 1.",
+    "psnr": "PSNR that auto aims for with an overview, in dB.",
 }
 
 
@@ -100,13 +100,14 @@ def make_slot(number: int, said: Fresh) -> Slot:
     with gr.Column(visible=False, min_width=200, elem_classes="card", elem_id=f"reference-{number + 1}") as card:
         overlay = gr.HTML(elem_classes="drawn")
         keep = gr.Slider(0.01, 1, said[0], step=0.01, label="Keep", elem_classes="keep")
-        auto = gr.Checkbox(said[1], label="Keep as many as it takes (auto)")
+        auto = gr.Checkbox(said[1], label="Choose keep automatically")
         with gr.Row(elem_classes="pair"):
-            task = gr.Dropdown(list(TASKS), value=said[2], label="Task", min_width=80, filterable=False)
+            task = gr.Dropdown(list(TASKS), value=said[2], label="Task", scale=2, min_width=80, filterable=False)
             selector = gr.Dropdown(
                 ["auto", *SELECTORS, *PHRASE_SELECTORS],
                 value=said[3],
                 label="Selector",
+                scale=3,
                 min_width=80,
                 allow_custom_value=True,
             )
@@ -170,13 +171,13 @@ class Controls:
                 list(self.models), value=self.models[0], label="Model", min_width=160, visible=len(self.models) > 1
             )
             first = [make_field(*parts) for name, parts in call.items() if name in FIRST]
-        with gr.Accordion("Budget and more", open=False):
+        with gr.Accordion("More settings", open=False):
             with gr.Row(elem_classes="pair"):
                 self.budget = gr.Radio([OWN, SAME], value=SAME if counts else OWN, label="Budget", min_width=200)
                 self.keep = gr.Textbox(
                     str(keep) if counts else "0.2",
-                    label="Keep of all",
-                    info="A ratio, a count or auto.",
+                    label="Shared keep",
+                    info="A ratio (0.2), a count (400) or auto.",
                     min_width=120,
                     visible=counts,
                 )

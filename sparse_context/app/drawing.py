@@ -88,17 +88,17 @@ def comparison(dense: Generation, sparse: Generation) -> str:
     move = "this.parentElement.style.setProperty('--split', this.value + '%')"
     return (
         f'<figure class="result"><div class="compare" style="--split: 50%; aspect-ratio: {width} / {height}">'
-        f'<img src="{left}" alt="The picture with all tokens">'
-        f'<img class="upper" src="{right}" alt="The picture with the kept tokens">'
+        f'<img src="{left}" alt="The image made with all tokens">'
+        f'<img class="upper" src="{right}" alt="The image made with the kept tokens">'
         '<span class="tag left">all tokens</span><span class="tag right">kept tokens</span><span class="line"></span>'
         f'<input type="range" min="0" max="100" value="50" oninput="{move}" '
-        'aria-label="How much of the picture with all tokens is shown, from the left, in percent"></div>'
+        'aria-label="Percentage of the image with all tokens that is shown, from the left"></div>'
         f"{_download(right)}</figure>"
     )
 
 
 def _download(source: str) -> str:
-    return links([("Download the picture (PNG)", "sparse-context.png", source)])
+    return links([("Download image (PNG)", "sparse-context.png", source)])
 
 
 def figures(sparse: Generation, dense: Generation | None) -> str:
@@ -155,7 +155,7 @@ def base(dense: Generation) -> str:
 
 def _psnr(one: Image.Image, other: Image.Image) -> str:
     error = float(np.mean((np.asarray(one, np.float32) - np.asarray(other, np.float32)) ** 2))
-    return "the same picture" if error == 0 else f"{10 * np.log10(255**2 / error):.1f} dB to all tokens"
+    return "identical to all tokens" if error == 0 else f"{10 * np.log10(255**2 / error):.1f} dB to all tokens"
 
 
 def links(files: Sequence[tuple[str, str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""The page: its controls in their places, and what happens when they are used."""
+"""What happens on the page when its controls are used."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,25 +15,16 @@ from ..embedded.demo import read_examples
 from ..pipelines.engine import Engine
 from ..pipelines.spec import ModelSpec, Request
 from ..pipelines.texts import read_keep, read_selector
-from ..selectors.registry import SELECTORS
 from . import answers, copies, drawing
 from .controls import OWN, SLOTS, WIDTH, Controls
-from .references import (
-    COLOURS,
-    OPACITY,
-    from_canvas,
-    load_files,
-    take_paths,
-    take_uploads_only,
-    to_canvas,
-)
+from .layout import Layout
+from .references import from_canvas, load_files, to_canvas
 from .scene import Scene
 from .sessions import Loaded, Session, Sessions
 from .words import in_words, sentence, warn
 
-BRUSHES: list[Any] = [(f"rgb{colour}", OPACITY) for colour in COLOURS.values()]
 WAITING = 16  # pages at most whose pictures are made, one after the other
-LEFT_FOR = (30, 60)  # seconds: how often files are looked for that the painter has left, and how old they are then
+LEFT_FOR = (60, 600)  # seconds: how often files of the painter are looked for to be deleted, and how old they are then
 PACE = 0.2  # seconds between two steps that are shown
 SCORES = 64 * 2**20  # bytes of scores that are remembered, so that a dial that moves is answered at once
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -52,107 +43,17 @@ class Page:
         self.examples = read_examples()
         self.blocks = self._build()
 
-    # Layout ----------------------------------------------------------------------------------------------------------
-
     def _build(self) -> gr.Blocks:
         with gr.Blocks(title="Sparse Context", fill_width=True, delete_cache=LEFT_FOR) as blocks:
-            gr.HTML("<h1>Sparse Context</h1><p>Keep only the reference tokens that matter.</p>", elem_classes="head")
-            with gr.Row(elem_classes="sides"):
-                with gr.Column(scale=5, min_width=320):
-                    self._lay_scene()
-                with gr.Column(scale=6, min_width=320), gr.Tabs():
-                    with gr.Tab("Generate"):
-                        self._lay_generate()
-                    with gr.Tab("Sweep"):
-                        self._lay_sweep()
-                    with gr.Tab("Copy"):
-                        self._lay_copy()
-            take_uploads_only(self.files)
-            take_uploads_only(self.editor)
-            take_paths(self.files)
-            self._wire(blocks)
+            self.controls = Controls(list(self.specs), self.start)
+            self._wire(blocks, Layout(self.controls, self.examples))
         return blocks
 
-    def _lay_scene(self) -> None:
-        self.controls = Controls(list(self.specs), self.start)
-        self.files = gr.File(
-            label="References: drop pictures here",
-            file_count="multiple",
-            file_types=["image"],
-            height=140,
-            elem_id="files",
-        )
-        with gr.Accordion("Examples", open=False):
-            self.gallery = gr.Gallery(
-                [(example["truth"], example["name"]) for example in self.examples],
-                columns=5,
-                height="auto",
-                object_fit="contain",
-                allow_preview=False,
-                interactive=False,
-                show_label=False,
-                elem_id="examples",
-                buttons=[],
-            )
-        self.summary = gr.HTML(elem_id="summary")
-        self.controls.make_slots()
-        with gr.Column(visible=False, elem_id="painter") as self.painter:
-            self.painted = gr.HTML()
-            self.editor = gr.ImageEditor(
-                type="pil",
-                format="png",
-                layers=False,
-                sources=(),
-                transforms=(),
-                show_label=False,
-                height=420,
-                brush=gr.Brush(colors=BRUSHES, color_mode="fixed", default_size=40),
-                eraser=gr.Eraser(default_size=40),
-                buttons=[],
-                elem_id="editor",
-            )
-            with gr.Row(elem_classes="pair"):
-                self.clear = gr.Button("Clear the mask", size="sm")
-                self.done = gr.Button("Done", size="sm")
-        self.controls.make_prompt()
-
-    def _lay_generate(self) -> None:
-        with gr.Row(elem_classes="pair"):
-            self.generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
-            self.stop = gr.Button("Stop", min_width=120, elem_id="stop")
-        self.compare = gr.Checkbox(True, label="Compare with all tokens")
-        self.answer = [gr.HTML(elem_id="status"), gr.HTML(elem_id="result"), gr.HTML(elem_id="figures")]
-
-    def _lay_sweep(self) -> None:
-        self.keeps = gr.Textbox("0.1, 0.2, 0.5", label="Keeps", info="For all references: ratios, counts or auto.")
-        self.selectors = gr.Dropdown(
-            ["auto", *(name for name in SELECTORS if name != "mask")],
-            value=["auto", "uniform"],
-            multiselect=True,
-            allow_custom_value=True,
-            label="Selectors",
-        )
-        with gr.Row(elem_classes="pair"):
-            self.run_sweep = gr.Button("Run the sweep", variant="primary", min_width=120, elem_id="sweep")
-            self.stop_sweep = gr.Button("Stop", min_width=120, elem_id="stop-sweep")
-        self.swept = [gr.HTML(elem_id="sweep-status"), gr.HTML(elem_id="sweep-result")]
-
-    def _lay_copy(self) -> None:
-        self.python = gr.Code(
-            language="python", label="As Python", interactive=False, wrap_lines=True, elem_id="python"
-        )
-        self.command = gr.Code(
-            language="shell", label="As a command", interactive=False, wrap_lines=True, elem_id="command"
-        )
-        self.settings = gr.HTML(elem_id="settings")
-
-    # Events ----------------------------------------------------------------------------------------------------------
-
-    def _wire(self, blocks: gr.Blocks) -> None:
+    def _wire(self, blocks: gr.Blocks, page: Layout) -> None:
         controls, cards = self.controls, [slot.card for slot in self.controls.slots]
         values = [value for slot in controls.slots for value in slot.values]
         drawn = [slot.overlay for slot in controls.slots]
-        shown = [self.summary, *drawn, self.python, self.command, self.settings]
+        shown = [page.summary, *drawn, page.python, page.command, page.settings]
         redraw: dict[str, Any] = {"fn": self.redraw, "inputs": controls.inputs, "outputs": shown, **QUIET}
         gr.on(
             controls.triggers,
@@ -160,23 +61,23 @@ class Page:
             trigger_mode="always_last",
             concurrency_limit=4,
         )
-        pictures = [*cards, *values, self.painter]
-        self.files.upload(self.add, [self.files, *values], [self.files, *pictures], **QUIET).then(**redraw)
-        self.gallery.select(self.take_example, None, [controls.prompt, *pictures], **QUIET).then(**redraw)
+        pictures = [*cards, *values, page.painter]
+        page.files.upload(self.add, [page.files, *values], [page.files, *pictures], **QUIET).then(**redraw)
+        page.gallery.select(self.take_example, None, [controls.prompt, *pictures], **QUIET).then(**redraw)
         for i, slot in enumerate(controls.slots):
             slot.remove.click(_of_slot(self.remove, i), values, pictures, **QUIET).then(**redraw)
-            slot.paint.click(_of_slot(self.paint, i), None, [self.painter, self.painted, self.editor], **QUIET)
-        self.editor.change(self.take_paint, [self.editor], None, trigger_mode="always_last", **QUIET).then(**redraw)
-        self.clear.click(self.clear_paint, None, [self.editor], **QUIET).then(**redraw)
-        self.done.click(lambda: gr.update(visible=False), None, [self.painter], **QUIET)
+            slot.paint.click(_of_slot(self.paint, i), None, [page.painter, page.painted, page.editor], **QUIET)
+        page.editor.change(self.take_paint, [page.editor], None, trigger_mode="always_last", **QUIET).then(**redraw)
+        page.clear.click(self.clear_paint, None, [page.editor], **QUIET).then(**redraw)
+        page.done.click(lambda: gr.update(visible=False), None, [page.painter], **QUIET)
         controls.budget.input(
             self.show_budget, [controls.budget], [controls.keep, *(s.keep for s in controls.slots)], **QUIET
         )
 
         work: dict[str, Any] = {**QUIET, "concurrency_id": "model", "concurrency_limit": WAITING}
-        self.generate.click(self.make, [self.compare, *controls.inputs], self.answer, **work)
-        self.run_sweep.click(self.sweep, [self.keeps, self.selectors, *controls.inputs], self.swept, **work)
-        for button in (self.stop, self.stop_sweep):
+        page.generate.click(self.make, [page.compare, *controls.inputs], page.answer, **work)
+        page.run_sweep.click(self.sweep, [page.keeps, page.selectors, *controls.inputs], page.swept, **work)
+        for button in (page.stop, page.stop_sweep):
             button.click(self.cancel, None, None, queue=False, **QUIET)
         blocks.load(**redraw)
         blocks.unload(self.close)
@@ -209,10 +110,10 @@ class Page:
             settings = drawing.text_uri(copies.to_json(scene))
         except ValueError:  # a selector of a phrase, which no file can hold
             return ""
-        files = [("Download the settings (JSON)", copies.SETTINGS_FILE, settings)]
+        files = [("Download settings (JSON)", copies.SETTINGS_FILE, settings)]
         for i, loaded in enumerate(session.pictures, start=1):
             if loaded.mask_file:
-                files.append((f"Download the mask of image {i} (PNG)", copies.mask_name(loaded.name), loaded.mask_file))
+                files.append((f"Download mask of image {i} (PNG)", copies.mask_name(loaded.name), loaded.mask_file))
         return drawing.links(files)
 
     @in_words
@@ -260,8 +161,8 @@ class Page:
         loaded = session.painting = session.pictures[i]
         name = escape(Path(loaded.name).name)
         said = (
-            f"<p>Image {i + 1}, <b>{name}</b>: paint <i class=keep>green</i> what to keep, and <i class=drop>red</i> "
-            "what to drop. The palette beside the picture changes the colour.</p>"
+            f"<p>Image {i + 1}, <b>{name}</b>: paint what to keep <i class=keep>green</i> and what to drop "
+            "<i class=drop>red</i>. Change the colour in the palette beside the image.</p>"
         )
         return [gr.update(visible=True), said, to_canvas(loaded)]
 

@@ -33,7 +33,7 @@ def take_uploads_only(control: Any) -> None:
 
     async def move_what_was_uploaded(path: Any) -> str | None:
         if is_http_url_like(str(path)):
-            raise ValueError("A picture is uploaded as a file: addresses are not fetched.")
+            raise ValueError("Upload an image as a file: addresses are not fetched.")
         return await move(path)
 
     control.async_move_resource_to_block_cache = move_what_was_uploaded

@@ -22,12 +22,12 @@ def sentence(error: Exception) -> str:
 
 def toast(text: str) -> gr.Error:
     """To be raised: a toast with this text."""
-    return gr.Error(escape(text, quote=False), duration=SECONDS, title="That did not work", print_exception=False)
+    return gr.Error(escape(text, quote=False), duration=SECONDS, print_exception=False)
 
 
 def warn(text: str) -> None:
     """A toast beside what did work."""
-    gr.Warning(escape(text, quote=False), duration=SECONDS, title="Left out")
+    gr.Warning(escape(text, quote=False), duration=SECONDS)
 
 
 def in_words(handler: Callable) -> Callable:

@@ -1,5 +1,6 @@
 """What the tests of the app share: a tiny model, pictures, and the app behind a browser."""
 
+import asyncio
 import os
 import warnings
 
@@ -33,10 +34,21 @@ def room():
     return Reference("room 2.png", colourful(1))
 
 
+def in_a_loop(make, *args):
+    """`make(*args)` while an event loop runs: without one, Gradio makes some for its pages and never closes them."""
+
+    async def made():
+        return make(*args)
+
+    return asyncio.run(made())
+
+
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium or Chrome; `make test` and CI install it where they can. (Of one module, for Playwright leaves no room
-    for another event loop in its thread.)"""
+    """Chromium or Chrome; `make test` and CI install it where they can.
+
+    For one module, because Playwright leaves no room for another event loop in its thread.
+    """
     program = find_browser()
     if program is None:
         pytest.skip("no Chromium or Chrome is installed: apt-get install chromium")

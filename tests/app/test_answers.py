@@ -107,7 +107,7 @@ def test_a_sweep_is_a_grid_of_keeps_and_selectors(engine, scene):
     answered = all_of(answers.sweep(engine, scene, Session(), [0.1, 40], [None, "uniform", {"edges": 1.0}]))
     shown = [len(pictures(answer.result)) for answer in answered if answer.result]
     assert shown == [1, 2, 3, 4, 5, 6, 7]
-    assert answered[-1].status == "7 pictures."
+    assert answered[-1].status == "7 images."
     last = [answer.result for answer in answered if answer.result][-1]
     assert re.findall(r"<th scope=col>(.*?)</th>", last) == ["", "keep 0.1", "keep 40"]
     assert re.findall(r"<small>(\d+) tokens", last) == ["128", "12", "40", "12", "40", "12", "40"]
@@ -115,11 +115,11 @@ def test_a_sweep_is_a_grid_of_keeps_and_selectors(engine, scene):
 
 
 def test_sweeps_that_are_none(engine, scene, spec):
-    with pytest.raises(ValueError, match="^The sweep is empty: write at least one keep, and choose a selector.$"):
+    with pytest.raises(ValueError, match="^The sweep is empty: enter at least one keep and choose a selector.$"):
         all_of(answers.sweep(engine, scene, Session(), [], [None]))
-    with pytest.raises(ValueError, match="^The sweep has 90 pictures: ask for 64 at most.$"):
+    with pytest.raises(ValueError, match="^The sweep has 90 images: ask for 64 at most.$"):
         all_of(answers.sweep(engine, scene, Session(), [0.1] * 9, [None] * 10))
-    with pytest.raises(ValueError, match="^There are no references, of which a sweep keeps more or less"):
+    with pytest.raises(ValueError, match="^A sweep varies what is kept of references, and there are none"):
         all_of(answers.sweep(engine, Scene((), "the cat", spec), Session(), [0.1], [None]))
     with pytest.raises(ValueError, match="^keep is 3.5: pass a ratio above 0 and up to 1"):
         all_of(answers.sweep(engine, scene, Session(), [0.1, 3.5], [None]))

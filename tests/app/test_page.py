@@ -83,7 +83,7 @@ def test_overlays_follow_what_is_asked_of_each_reference(page):
     choose(page, 1, "Task", "edit")
     page.wait_for_function("document.querySelector('#reference-1 .by').innerText.includes('edges')")
     assert page.inner_text("#summary .summary") == "29 of 128 tokens kept (23%)"
-    page.locator("#reference-1").get_by_label("auto").check()
+    page.locator("#reference-1").get_by_role("checkbox").check()
     page.wait_for_function("!document.querySelector('#summary .summary').innerText.startsWith('29 ')")
 
 
@@ -102,9 +102,9 @@ def test_references_are_removed_and_added(page):
 
 def test_one_budget_for_all_and_what_does_not_fit(page):
     two_references(page)
-    page.get_by_text("Budget and more").click()
-    page.get_by_label("one for all").check()
-    write(page, "Keep of all", "40")
+    page.get_by_text("More settings").click()
+    page.get_by_label("shared").check()
+    write(page, "Shared keep", "40")
     wait_for_count(page, 1, "20 of 64 tokens")
     assert not page.locator("#reference-1 .keep").is_visible()
     write(page, "Coverage", "3")
@@ -134,10 +134,10 @@ def test_what_is_painted_is_kept(page):
     assert np.ptp(middle, axis=-1).max() > 60  # in its own colours
     page.get_by_role("tab", name="Copy").click()
     with page.expect_download() as download:
-        page.get_by_text("Download the mask of image 1").click()
+        page.get_by_text("Download mask of image 1").click()
     with Image.open(download.value.path()) as mask:
         assert mask.size == (64, 64) and mask.getpixel((32, 32)) == 255 and mask.getpixel((0, 63)) == 128
-    page.get_by_role("button", name="Clear the mask").click()
+    page.get_by_role("button", name="Clear mask").click()
     page.wait_for_function("!document.querySelector('#reference-1 .by').innerText.includes('mask')")
     assert np.array_equal(overlay(page, 1), before)
 
@@ -170,7 +170,7 @@ def test_dense_beside_sparse_on_a_slider_for_keys(page):
     page.mouse.click(*middle_of(page, "#result .compare", 0.75))
     assert 70 <= int(slider.input_value()) <= 80
     with page.expect_download() as download:
-        page.get_by_text("Download the picture").click()
+        page.get_by_text("Download image").click()
     with Image.open(download.value.path()) as picture:
         assert picture.size == (64, 64) and not picture.info
     assert download.value.suggested_filename == "sparse-context.png"
@@ -189,7 +189,7 @@ def test_the_scene_is_copied(page, tiny_model):
     page.wait_for_function("document.querySelector('#command').innerText.includes('--steps')")
     assert "open_picture('cat.png')" in page.inner_text("#python")
     with page.expect_download() as download:
-        page.get_by_text("Download the settings").click()
+        page.get_by_text("Download settings").click()
     settings = json.loads(download.value.path().read_text())
     assert settings == {
         "model": str(tiny_model), "dtype": "float32", "keep": 0.2, "prompt": "the cat's hat", "steps": 1,
@@ -213,7 +213,7 @@ def test_a_page_that_is_closed_stops_its_work(page, address):
     other = page.context.new_page()
     other.goto(address)
     other.get_by_label("Steps", exact=True).fill("1000")
-    other.get_by_text("Budget and more").click()
+    other.get_by_text("More settings").click()
     write(other, "Height", "512")
     write(other, "Width", "512")
     other.click("#generate")
@@ -249,6 +249,7 @@ def test_what_a_model_does_not_take_is_said_in_the_library_s_words(page):
 def test_more_pictures_than_the_page_has_room_for(page):
     upload(page, **{f"p{i}": png(i) for i in range(12)})
     assert "There are more than 10 references: the last 2 are left out." in toast(page)
+    page.wait_for_selector("#reference-10 .overlay img")
     assert page.locator(".card:visible").count() == 10
 
 

@@ -2,15 +2,15 @@
 
 import asyncio
 
+import gradio as gr
 import numpy as np
 import pytest
 from cli.conftest import png_header
 from PIL import Image
 from tiny import picture
 
-gradio = pytest.importorskip("gradio")
-
-from sparse_context.app.references import (  # noqa: E402
+from app.conftest import in_a_loop
+from sparse_context.app.references import (
     CANVAS,
     from_canvas,
     load_files,
@@ -18,8 +18,8 @@ from sparse_context.app.references import (  # noqa: E402
     take_uploads_only,
     to_canvas,
 )
-from sparse_context.app.scene import DROP, KEEP, NEITHER  # noqa: E402
-from sparse_context.app.sessions import Loaded  # noqa: E402
+from sparse_context.app.scene import DROP, KEEP, NEITHER
+from sparse_context.app.sessions import Loaded
 
 
 def upload(folder, name, data):
@@ -91,10 +91,10 @@ def test_transparent_parts_are_white_below_the_brush():
     assert to_canvas(Loaded("cat.png", cut_out))["background"].getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_page_cannot_name_an_address_in_place_of_a_file(tmp_path):
-    files = gradio.File(file_count="multiple")
+def test_a_page_cannot_name_an_address_in_place_of_a_file():
+    files = in_a_loop(gr.File)
     take_uploads_only(files)
     take_paths(files)
-    with pytest.raises(ValueError, match="^A picture is uploaded as a file: addresses are not fetched.$"):
+    with pytest.raises(ValueError, match="^Upload an image as a file: addresses are not fetched.$"):
         asyncio.run(files.async_move_resource_to_block_cache("http://127.0.0.1:9/cat.png"))
     assert files.preprocess(None) == []
