@@ -2,23 +2,28 @@
 
     sparse-context demo --output demo
     python runs/pictures.py [--demo demo/demo.png] [--coverage checkpoints/coverage.webp] \\
-        [--recommend recommendation/sheet.png] [--batch out]
+        [--recommend recommendation/sheet.png] [--batch out] [--server http://127.0.0.1:8000]
 
 A picture whose file is not named is left as it is. Each is WebP of at most 150 KB, since every version of it stays in
 the history. The charts need `pip install 'sparse-context[plots]'`.
 """
 
 import argparse
+import base64
+import io
 import json
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from served import written as written_file
 from tables import SCORES, read, score_of
 
 from sparse_context import SparseContextConfig, draw_kept, select_tokens
 from sparse_context.embedded.demo import EXAMPLES, read_examples
+from sparse_context.pipelines import Engine, Request
 from sparse_context.preview import column, label, side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,12 +221,37 @@ def batch(folder: Path) -> Image.Image:
     return column([side_by_side(tiles[i : i + 4]) for i in range(0, len(tiles), 4)])
 
 
+def server(url: str) -> Image.Image:
+    """Edits of an example that a server of the embedded model makes for the official client: kept tokens, a stream
+    with two images on the way, and the image with all tokens."""
+    import openai
+
+    example = next(each for each in read_examples() if each["name"] == "side-by-side")
+    prompt, references = example["prompt"], example["references"]
+    files = [written_file(each) for each in references]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        ask = partial(client.images.edit, image=files, prompt=prompt, stream=True, partial_images=2)
+        kept, dense = (
+            [Image.open(io.BytesIO(base64.b64decode(event.b64_json))) for event in ask(extra_body=extra)]
+            for extra in ({"keep": 0.2, "seed": 0}, {"keep": 1, "seed": 0})
+        )
+    selection = Engine(bar=False).select(Request(prompt, references, SparseContextConfig(keep=0.2)))
+    tiles = [draw_kept(np.asarray(each.picture), each) for each in selection.references]
+    captions = [f"keep {each.count} of {each.total} tokens" for each in selection.references]
+    tiles += [*kept, dense[-1]]
+    captions += ["partial image", "partial image", "the answer", "with all tokens"]
+    shown = [tile.convert("RGB").resize((TILE, TILE), Image.Resampling.LANCZOS) for tile in tiles]
+    row = side_by_side([label(tile, caption) for tile, caption in zip(shown, captions, strict=True)])
+    return stacked([written(row.width, prompt, 20), row])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The pictures of the documents.")
     parser.add_argument("--demo", type=Path, help="the sheet of all scenes that the demo writes")
     parser.add_argument("--coverage", type=Path, help="coverage.webp of runs/coverage.py")
     parser.add_argument("--recommend", type=Path, help="sheet.png of the command recommend")
     parser.add_argument("--batch", type=Path, help="output folder of the command batch")
+    parser.add_argument("--server", help="address of `serve` with the embedded model")
     arguments = parser.parse_args()
 
     IMAGES.mkdir(parents=True, exist_ok=True)
@@ -239,6 +269,8 @@ def main() -> None:
         save(Image.open(arguments.recommend), "recommend")
     if arguments.batch:
         save(batch(arguments.batch), "batch")
+    if arguments.server:
+        save(server(arguments.server), "server")
 
 
 if __name__ == "__main__":

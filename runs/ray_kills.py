@@ -191,9 +191,12 @@ def kill_an_actor(arguments: argparse.Namespace, options: list[str], place: Path
     run = subprocess.Popen(
         [*command, "--ray", "--output", str(place / "ray")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    until(lambda: any((place / "ray").glob("*.png")), run)
-    os.kill(busy(processes("ray::MapWorker(Map(Actor))")), signal.SIGKILL)
-    out, err = run.communicate(timeout=PATIENCE)
+    try:
+        until(lambda: any((place / "ray").glob("*.png")), run)
+        os.kill(busy(processes("ray::MapWorker(Map(Actor))")), signal.SIGKILL)
+        out, err = run.communicate(timeout=PATIENCE)
+    finally:
+        run.kill()
     if run.returncode:
         raise RuntimeError(err[-2000:].decode(errors="replace"))
     names = sorted(path.name for path in (place / "plain").glob("*.png"))

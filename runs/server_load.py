@@ -82,7 +82,7 @@ def main() -> None:
             status, body = server.edit(fields)
             return status, time.monotonic() - start, body
 
-        memory = {"idle": server.memory()}
+        memory, there = {"idle": server.memory()}, server.left_over()
         ask(0, wait=False)
         peaks = [settled(server)]
         memory["one"] = peaks[0]
@@ -99,7 +99,7 @@ def main() -> None:
         running.set()
         watcher.join()
         memory |= {"peak": max(peaks), "after": settled(server)}
-        left_over = server.left_over()
+        left_over = sorted({*server.left_over()} - {*there})
     for status, _, body in answers:
         if status != 200:
             error_of(body)

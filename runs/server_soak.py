@@ -176,7 +176,7 @@ def main() -> None:
     with served("--max-body", "16", "--queue", "4", "--deadline", "600") as server:
         start, end = time.monotonic(), time.monotonic() + 60 * arguments.minutes
         clients = [Client(server, seed) for seed in range(arguments.clients)]
-        files = server.open_files()
+        files, there = server.open_files(), server.left_over()
         threads = [threading.Thread(target=client.run, args=(end,)) for client in clients]
         for thread in threads:
             thread.start()
@@ -187,7 +187,7 @@ def main() -> None:
         for thread in threads:
             thread.join()
         rest = settled(server)
-        left_over, files_after = server.left_over(), server.open_files()
+        left_over, files_after = sorted({*server.left_over()} - {*there}), server.open_files()
         figures_of_server = server.figures()
     within = [(at, memory) for at, memory in samples if at <= 60 * arguments.minutes]
     quarter = len(within) // 4

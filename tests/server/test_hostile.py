@@ -260,6 +260,24 @@ def test_a_head_that_drips_is_given_up(serve, monkeypatch):
             assert received.startswith(b"HTTP/1.1 200 OK") if b"\r\n\r\n" in sent else received == b""
 
 
+def test_who_does_not_read_the_answers_is_cut(serve, monkeypatch):
+    monkeypatch.setattr("sparse_context.server.run.READ_SECONDS", 0.5)
+    service = serve()
+    asked = 1000  # far more than the buffers between hold
+
+    def answered():
+        return service.figure("requests_total", path="/openapi.json", status="200")
+
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(PATIENCE)
+        connection.connect(("127.0.0.1", service.port))
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * asked)
+        wait_for(lambda: answered() and not service.uvicorn.server_state.connections)
+    assert 0 < answered() < asked
+    assert service.get("/health")[0] == 200
+
+
 def test_a_client_that_leaves_in_the_middle_of_a_body_is_forgotten(service):
     left = service.figure("requests_total", path="/v1/images/edits", status="499")
     begun = multipart([("image", bytes(2 * 2**20))])[1]
