@@ -22,7 +22,7 @@ RUNS = (
     "ablations",
     "auto_budget",
     "base_quality",
-    "batch",
+    "batch_speed",
     "bench_klein_9b_blocks",
     "bench_mini",
     "check_gpu",
@@ -44,8 +44,8 @@ RUNS = (
     "time_klein_training",
     "time_parts",
     "time_selection",
+    "time_training",
     "training_curves",
-    "training_speed",
 )
 """The scripts that have tables."""
 

@@ -1,6 +1,6 @@
 """A batch against the same jobs one by one, on this machine: pictures a minute, everything counted that one waits for.
 
-    python runs/batch.py [--jobs 48] [--output results/batch.json]
+    python runs/batch_speed.py [--jobs 48] [--output results/batch.json]
 
 The embedded model on scenes of the demo, whose references recur in every third job. The ways: the command `generate`
 for each job (of which a few are made, for each takes as long as the next), one `Engine` that answers one request after
