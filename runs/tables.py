@@ -40,7 +40,6 @@ RUNS = (
     "saliency",
     "server_load",
     "server_soak",
-    "server_speed",
     "time_klein_training",
     "time_parts",
     "time_selection",
