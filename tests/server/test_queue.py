@@ -113,7 +113,7 @@ def test_a_request_that_takes_too_long_is_given_up(serve, shared_pipe):
             list(ask(service, seed=2, stream=True))
         assert streamed.value.code == "deadline_exceeded"
         hold.let_go()
-    assert service.figure("cancelled_jobs_total", reason="deadline") == 2
+    wait_for(lambda: service.figure("cancelled_jobs_total", reason="deadline") == 2)
     wait_for(lambda: service.figure("running_jobs") == 0)
     assert hold.forwards == 1
     assert service.figure("requests_total", path="/v1/images/edits", status="504") == 1
