@@ -22,7 +22,6 @@ RUNS = (
     "ablations",
     "auto_budget",
     "base_quality",
-    "batch_speed",
     "bench_klein_9b_blocks",
     "bench_mini",
     "check_gpu",
