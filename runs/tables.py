@@ -35,7 +35,6 @@ RUNS = (
     "overview",
     "overview_lora",
     "peers",
-    "ray_kills",
     "saliency",
     "server_load",
     "server_soak",
