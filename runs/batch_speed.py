@@ -1,6 +1,6 @@
 """A batch against the same jobs one by one, on this machine: pictures a minute, everything counted that one waits for.
 
-    python runs/batch_speed.py [--jobs 48] [--output results/batch.json]
+    python runs/batch_speed.py [--jobs 48] [--output results/batch_speed.json]
 
 The embedded model on scenes of the demo, whose references recur in every third job. The ways: the command `generate`
 for each job (of which a few are made, for each takes as long as the next), one `Engine` that answers one request after
@@ -66,12 +66,12 @@ def largest_difference(first: Path, other: Path, jobs: list[Job]) -> int:
 
 
 def batch() -> str:
-    result = read("batch")
+    result = read("batch_speed")
     rows = [[name, f"{way['jobs']}", f"{way['speedup']:.2f}x"] for name, way in result["figures"].items()]
     return f"{table(['way', 'jobs', 'images per minute, against one engine'], rows)}\n\n{machine(result)}"
 
 
-TABLES = {"batch": batch}
+TABLES = {"batch_speed": batch}
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=48)
     parser.add_argument("--commands", type=int, default=3, help="how many of the jobs the command makes one by one")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "batch.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "batch_speed.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
     arguments = parser.parse_args()
     checkout()  # of the code that runs, whatever is committed meanwhile

@@ -45,6 +45,8 @@ RUNS = (
     "training_curves",
 )
 """The scripts that have tables."""
+UNMEASURED = ("batch_speed", "ray_kills", "server_speed")
+"""Those whose result no machine has measured in full yet: they move to `RUNS` with it."""
 
 
 def read(name: str) -> dict:
