@@ -145,7 +145,7 @@ class Client:
             with socket.create_connection(("127.0.0.1", self.server.port), timeout=PATIENCE) as connection:
                 connection.sendall(sent)
                 time.sleep(pause)
-                if wait and (received := connection.recv(12)):
+                if wait and (received := connection.recv(12, socket.MSG_WAITALL)):
                     return int(received[9:12])
         return None
 

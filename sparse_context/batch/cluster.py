@@ -1,9 +1,10 @@
 """Connecting to Ray, or starting it on this machine, quietly and with nothing sent to anybody."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from ..layers import require
@@ -15,7 +16,8 @@ OBJECT_STORE = 200 * 2**20
 @contextmanager
 def connected(cpus: int) -> Iterator[Any]:
     """The module `ray`, connected to the cluster that RAY_ADDRESS names, or to one that is started on this machine with
-    so many logical CPUs and ends with the block.
+    so many logical CPUs and ends with the block. Within, what is printed goes to stderr: Ray reports dead workers with
+    `print`, which would spoil what a command writes to stdout.
 
     Ray listens on all interfaces of a machine: it belongs in a closed network. Raises ImportError where it is not
     installed.
@@ -31,8 +33,9 @@ def connected(cpus: int) -> Iterator[Any]:
         if address == "local":  # whose sockets need a short path
             quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE, "_temp_dir": folder}
             quiet["num_cpus"] = cpus
-        ray.init(address, **quiet)
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
+        with redirect_stdout(sys.stderr):
+            ray.init(address, **quiet)
+            try:
+                yield ray
+            finally:
+                ray.shutdown()

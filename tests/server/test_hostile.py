@@ -1,5 +1,6 @@
 """Files and bodies that mean harm, or came to it on the way; slow senders; what is left behind."""
 
+import contextlib
 import gc
 import io
 import json
@@ -126,16 +127,16 @@ def talk(service, head, body=b"", wait=True):
             connection.sendall(head.replace("\n", "\r\n").encode() + body)
         except OSError:
             pass
-        received = b""
-        while wait:
-            try:
-                part = connection.recv(65536)
-            except ConnectionError:
-                break
-            if not part:
-                break
+        return rest(connection) if wait else b""
+
+
+def rest(connection):
+    """What comes back until the server closes: an answer may come in pieces."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(65536):
             received += part
-        return received
+    return received
 
 
 EDIT = "POST /v1/images/edits HTTP/1.1\nHost: 127.0.0.1\nConnection: close\n"
@@ -243,7 +244,7 @@ def test_a_body_that_drips_is_given_up(serve):
         wait_for(lambda: service.figure("uploads") == 1)
         status, answer = post(service, PNG)  # while the only place for a body is taken
         assert (status, answer["error"]["code"]) == (429, "queue_full")
-        received = slow.recv(65536)
+        received = rest(slow)
     assert received.startswith(b"HTTP/1.1 408 ") and b"The request did not arrive within 0.5 s" in received
     wait_for(lambda: service.figure("uploads") == 0)
     assert post(service, PNG)[0] == 200
@@ -255,9 +256,7 @@ def test_a_head_that_drips_is_given_up(serve, monkeypatch):
     for sent in (b"", b"GET /health HTTP/1.1\r\nHost:", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /he"):
         with socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE) as slow:
             slow.sendall(sent)
-            received = b""
-            while part := slow.recv(65536):
-                received += part
+            received = rest(slow)
             assert received.startswith(b"HTTP/1.1 200 OK") if b"\r\n\r\n" in sent else received == b""
 
 

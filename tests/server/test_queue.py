@@ -97,7 +97,7 @@ def test_a_full_queue_refuses_before_the_body_is_read(service, shared_pipe, pool
         with socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE) as connection:
             head = "Host: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n"
             connection.sendall(f"POST /v1/images/edits HTTP/1.1\r\n{head}".encode())
-            assert connection.recv(100).startswith(b"HTTP/1.1 429 ")
+            assert connection.recv(13, socket.MSG_WAITALL) == b"HTTP/1.1 429 "
         hold.let_go()
         for each in busy:
             each.result(PATIENCE)
