@@ -93,6 +93,8 @@ def launch(
 
     try:
         with alone(output) if accelerator.is_main_process else contextlib.nullcontext():
+            for note in samples.notes if accelerator.is_main_process else ():
+                print(note, file=sys.stderr)
             if accelerator.is_main_process and resume and not has_begun(output):
                 print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
             pipe = load(replace(spec, device=str(accelerator.device)))
