@@ -21,7 +21,7 @@ def test_the_sheet_shows_targets_and_what_batches_keep(tmp_path):
     Image.new("RGB", (64, 64), (250, 30, 30)).save(tmp_path / "red.png")
     samples = write(tmp_path, "m.jsonl", {"references": ["red.png"], "image": "target.png"})
     dropping = Dropping(keep_min=0.25, keep_max=0.25, dense=0, mix={"random": 1}, coverage=(0,))
-    sheet = draw_sheet(samples, dropping, 512, 512, 8)
+    sheet = draw_sheet(samples, dropping, resolution=512, reference_resolution=512, token=8)
     assert sheet.width == 2 * HEIGHT + DRAWS * (HEIGHT + 16)
     row = np.asarray(sheet)[:HEIGHT].astype(int)
     shown = np.asarray(picture(128, 64, 1).resize((2 * HEIGHT, HEIGHT), Image.Resampling.LANCZOS), int)

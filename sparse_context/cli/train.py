@@ -134,6 +134,8 @@ def _check(settings: "Settings", output_dir: Path, most: int | None) -> int:
     output_dir.mkdir(parents=True, exist_ok=True)
     sheet = output_dir / "check-data.png"
     token = 8 if settings.model is None else 16  # of the embedded model, and of all others
-    save_picture(draw_sheet(samples, settings.config.dropping, *run.sides.values(), token, settings.config.seed), sheet)
+    save_picture(
+        draw_sheet(samples, settings.config.dropping, token=token, seed=settings.config.seed, **run.sides), sheet
+    )
     print(f"wrote {sheet}")
     return 2 if run.validation_data is not None and duplicates else 0

@@ -43,7 +43,7 @@ def write_questions(
     wording: "own", or where the authors' texts are. References that are in no file are written into `folder`/judge.
     """
     path = folder / "judge.jsonl"
-    lines = []
+    lines: list[dict[str, Any]] = []
     for sample in samples:
         references = [
             name_picture(each, path, folder / "judge" / f"{sample.name}-{n}")

@@ -40,8 +40,7 @@ def read(source: str, columns: Mapping[str, str]) -> Layout:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ManifestError(f"{source} cannot be read ({error}): pass the .toml of musubi-tuner data sets.") from error
     parts, general = record.get("datasets"), record.get("general", {})
-    listed = isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts)
-    if not listed or not isinstance(general, dict):
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in [general, *parts]) or not parts:
         raise ManifestError(f"{source} has no [[datasets]]: pass the .toml of musubi-tuner data sets.")
     rows: list[tuple[str, Row]] = []
     keys: set[str] = set()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..images import PictureError
-from ..preview import MIN_SIDE
+from ..preview import MAX_ASPECT, MIN_SIDE
 from ..samples import ManifestError, Sample
 from ..samples.progress import progress
 from ..samples.sample import size_of
@@ -32,6 +32,7 @@ def bucket(size: Size, resolution: int) -> Size:
         max(MIN_SIDE, int(side / MULTIPLE + 1e-6) * MULTIPLE)
         for side in (math.sqrt(area * aspect), math.sqrt(area / aspect))
     )
+    long = min(long, MAX_ASPECT * short)  # rounding may have gone beyond what pipelines take
     return (long, short) if width >= height else (short, long)
 
 

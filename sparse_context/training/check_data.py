@@ -28,7 +28,13 @@ square: another file format, another size and light retouching stay below it."""
 
 
 def draw_sheet(
-    samples: Sequence[Sample], dropping: Dropping, resolution: int, reference_resolution: int, token: int, seed: int = 0
+    samples: Sequence[Sample],
+    dropping: Dropping,
+    *,
+    resolution: int,
+    reference_resolution: int,
+    token: int,
+    seed: int = 0,
 ) -> Image.Image:
     """The first samples: the image to be made, and its references with what some batches keep of them.
 

@@ -62,7 +62,7 @@ def open_example(
     if image is None:
         raise ManifestError(f"The sample {sample.name} has no image to be made: training needs one.")
     reference_resolution = min(reference_resolution, math.isqrt(MAX_AREA))
-    size, *others = sizes or [None] * (1 + len(references))
+    size, *others = cast(Sequence[Size | None], sizes or [None] * (1 + len(references)))
     return Example(
         sample.prompt,
         tuple(_fit(each, reference_resolution, other) for each, other in zip(references, others, strict=True)),
