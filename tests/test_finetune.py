@@ -875,7 +875,7 @@ def test_settings_out_of_range_are_named(changes, message):
 def samples(tmp_path):
     rows = []
     for i in range(7):
-        picture(96 + 16 * i, 64, i).save(tmp_path / f"{i}.png")
+        picture(96, 64, i).save(tmp_path / f"{i}.png")
         references = [f"{i}.png"] * (1 + i % 2)
         rows.append(json.dumps({"references": references, "image": f"{i}.png", "prompt": f"p{i}"}))
     (tmp_path / "m.jsonl").write_text("\n".join(rows))
