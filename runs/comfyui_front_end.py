@@ -38,6 +38,26 @@ ARRANGE = """
 }
 """
 
+NAME = """
+() => {
+  for (const node of window.app.graph.nodes)
+    if (node.title === node.type) node.title = window.LiteGraph.registered_node_types[node.type].title
+}
+"""
+
+FIT = """
+([width, height, margin]) => {
+  const canvas = window.app.canvas, boxes = window.app.graph.nodes.map((node) => node.getBounding())
+  const [left, top] = [0, 1].map((axis) => Math.min(...boxes.map((box) => box[axis])))
+  const [right, bottom] = [0, 1].map((axis) => Math.max(...boxes.map((box) => box[axis] + box[axis + 2])))
+  const sides = [right - left + 2 * margin, bottom - top + 2 * margin]
+  canvas.ds.scale = Math.min(1, width / sides[0], height / sides[1])
+  canvas.ds.offset = [margin - left, margin - top]
+  canvas.setDirty(true, true)
+  return sides.map((side) => side * canvas.ds.scale)
+}
+"""
+
 
 @contextmanager
 def opened(address: str, browser: Any, size: tuple[int, int] = (1600, 1000)) -> Iterator[Any]:
@@ -59,6 +79,7 @@ def load_graph(page: Any, graph: Mapping[str, Any], name: str = "workflow") -> N
     """Open a graph of the front end's format, or of the API's."""
     how = "loadGraphData(graph)" if "nodes" in graph else "loadApiJson(graph, name)"
     page.evaluate(f"async ([graph, name]) => {{ await window.app.{how} }}", [graph, name])
+    page.evaluate(NAME)  # nodes of a graph of the API's are called by their types
 
 
 def read_graph(page: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,14 +103,13 @@ def pruned(value: Any) -> Any:
 
 
 def run_by_hand(page: Any) -> None:
-    """Press the button that runs the graph, and wait until the queue is empty."""
+    """Press the button that runs the graph, and wait until it has run."""
+    count = "Object.keys(await (await fetch('/history')).json()).length"
+    before = page.evaluate(f"async () => {count}")
     page.get_by_role("button", name="Run", exact=True).first.click()
-    page.wait_for_function(
-        "async () => { const queue = await (await fetch('/history')).json();"
-        " return Object.keys(queue).length > (window.ranBefore ?? 0) }",
-        polling=1000,
-    )
-    page.wait_for_timeout(2000)
+    page.wait_for_function(f"async (before) => {count} > before", arg=before, polling=1000)
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(4000)  # until what came of it is drawn
 
 
 def draw_workflows(folder: Path, graphs: Mapping[str, Any], into: Path) -> None:
@@ -112,7 +132,7 @@ def draw_workflows(folder: Path, graphs: Mapping[str, Any], into: Path) -> None:
             drawn, _ = read_graph(page)
             text = json.dumps(pruned(drawn), indent=1, ensure_ascii=False)
             (into / f"{title}.json").write_text(text + "\n", encoding="utf-8")
-            picture = Image.open(io.BytesIO(page.locator("canvas").first.screenshot()))
+            picture = whole(page)
             picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
             picture.convert("RGB").save(into / f"{title}.jpg", quality=85)
 
@@ -134,9 +154,7 @@ def draw_pages(folder: Path, graph: Any, nodes: Mapping[str, Any], into: Path) -
         load_graph(page, nodes, "two references")
         arrange(page, graph.columns)
         run_by_hand(page)
-        arrange(page, graph.columns)
-        canvas = page.locator("canvas").first
-        save(Image.open(io.BytesIO(canvas.screenshot())), into / "comfyui-graph.webp", 1600)
+        save(whole(page), into / "comfyui-graph.webp", 1600)
         save(close_up(page, "SparseContext"), into / "comfyui-node.webp", 700)
         page.evaluate(
             "() => { const node = window.app.graph.nodes.find(each => each.type === 'SparseContext');"
@@ -144,6 +162,29 @@ def draw_pages(folder: Path, graph: Any, nodes: Mapping[str, Any], into: Path) -
         )
         run_by_hand(page)
         save(close_up(page, "SparseContext"), into / "comfyui-sentence.webp", 700)
+
+
+def whole(page: Any, margin: int = 30) -> Image.Image:
+    """All of the open graph, and nothing else of the page."""
+    screen = page.locator("canvas").first
+    size = screen.bounding_box()
+    width, height = page.evaluate(FIT, [size["width"], size["height"], margin])
+    with without_buttons(page):
+        canvas = Image.open(io.BytesIO(screen.screenshot()))
+    return canvas.crop((0, 0, int(width), int(height)))
+
+
+@contextmanager
+def without_buttons(page: Any) -> Iterator[None]:
+    """Within, nothing lies over the canvas."""
+    style = page.add_style_tag(
+        content="body * { visibility: hidden } canvas, .dom-widget, .dom-widget * { visibility: visible }"
+    )
+    page.wait_for_timeout(1500)
+    try:
+        yield
+    finally:
+        style.evaluate("(element) => element.remove()")
 
 
 def close_up(page: Any, kind: str, scale: float = 1.8) -> Image.Image:
@@ -160,10 +201,10 @@ def close_up(page: Any, kind: str, scale: float = 1.8) -> Image.Image:
         """,
         [kind, scale],
     )
-    page.wait_for_timeout(2000)
     left, top, width, height = box
-    margin = 40 * scale
-    canvas = Image.open(io.BytesIO(page.locator("canvas").first.screenshot()))
+    margin = 40 * scale  # above, there is the title
+    with without_buttons(page):
+        canvas = Image.open(io.BytesIO(page.locator("canvas").first.screenshot()))
     return canvas.crop(
         (int(left - margin), int(top - margin), int(left + width + margin), int(top + height + margin / 2))
     )
