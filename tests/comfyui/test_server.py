@@ -86,12 +86,15 @@ def run(address, folder, nodes):
     assert ended["status"]["status_str"] == "success", ended["status"]
     outputs = ended["outputs"]
     (saved,) = outputs[number_of(nodes, "SaveImage")]["images"]
-    made = np.asarray(Image.open(folder / "output" / saved["subfolder"] / saved["filename"]))
+    with Image.open(folder / "output" / saved["subfolder"] / saved["filename"]) as image:
+        made = np.asarray(image)
     if not any(node["class_type"] == "SparseContext" for node in nodes.values()):
         return made, None, None
     (report,) = outputs[number_of(nodes, "SparseContextReport")]["text"]
     (shown,) = outputs[number_of(nodes, "SparseContext")]["images"]
-    return made, report, Image.open(folder / "temp" / shown["subfolder"] / shown["filename"])
+    with Image.open(folder / "temp" / shown["subfolder"] / shown["filename"]) as image:
+        image.load()
+    return made, report, image
 
 
 # The API --------------------------------------------------------------------------------------------------------------
