@@ -28,7 +28,9 @@ def comfyui_tests() -> str:
     """How many tests of each file passed, and on what."""
     figures = read("comfyui_tests")["figures"]
     rows = [[f"`{file}`", str(count)] for file, count in figures["passed"].items()]
-    return table(["file", "tests passed"], rows)
+    core, front_end = figures["core"]["version"], figures["versions"]["comfyui-frontend-package"]
+    on = f"ComfyUI {core}, front end {front_end}; {figures['skipped']} skipped."
+    return f"{table(['file', 'tests passed'], rows)}\n\n{on}"
 
 
 TABLES = {
