@@ -25,6 +25,8 @@ RUNS = (
     "bench_klein_9b_blocks",
     "bench_mini",
     "check_gpu",
+    "comfyui_speed",
+    "comfyui_tests",
     "core_speed",
     "coverage",
     "flops",

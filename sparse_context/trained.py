@@ -8,7 +8,7 @@ the model what they were trained for, and each call looks at what of it is in ef
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,18 @@ def trained_for(model: Any, kv: bool = False) -> Trained | None:
     """What the weights of a model that are in effect were trained for, or None where nothing was noted.
 
     A LoRA counts while it is active or merged, with a scale other than 0; once it is merged and then unloaded, nobody
-    can tell. Of several weights that know overviews, the factors that all of them know count, if their layouts are one.
-    kv: the mode that the model runs in; weights that were trained for the other one do not count.
+    can tell. kv: the mode that the model runs in. Several weights count as `combine` says.
     """
-    noted = {trained for trained in _notes(model) if trained.kv in (None, kv)}
+    return combine(_notes(model), kv)
+
+
+def combine(notes: Iterable[Trained], kv: bool = False) -> Trained | None:
+    """What several weights that are in effect together were trained for; None where there are none.
+
+    Of several that know overviews, the factors that all of them know count, if their layouts are one. kv: the mode that
+    the model runs in; weights that were trained for the other one do not count.
+    """
+    noted = {trained for trained in notes if trained.kv in (None, kv)}
     if not noted:
         return None
     showing = [trained for trained in noted if trained.factors]

@@ -13,7 +13,7 @@ from gradio_client.utils import is_http_url_like
 from PIL import Image
 
 from ..images import PictureError, open_picture
-from .scene import DROP, KEEP, NEITHER
+from ..selectors.masks import DROP, KEEP, NEITHER
 from .sessions import Loaded
 
 CANVAS = 768  # pixels of the longer side of what is painted on

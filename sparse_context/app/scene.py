@@ -16,16 +16,9 @@ from ..config import SparseContextConfig, task_defaults
 from ..pipelines.spec import ModelSpec, Request
 from ..selectors.cells import Selector
 from ..selectors.masks import mask
-from ..selectors.registry import PHRASE_SELECTORS, SelectorLike
+from ..selectors.registry import PHRASE_SELECTORS, SelectorLike, beside_painted
 
 Value = TypeVar("Value")
-
-DROP, NEITHER, KEEP = 0, 128, 255
-"""What a painted mask holds for each pixel."""
-
-PAINT_WEIGHT = 2.0
-"""Of a painted mask beside a selector of weight 1: what is painted to be kept then goes before all that is not painted,
-and that before what is painted to be dropped, whatever the selector says; it decides among equals."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +27,7 @@ class Reference:
 
     name: of the user's file. picture: RGB or RGBA. keep: a ratio, a count or "auto". task: of `config.TASKS`. selector:
     a name, a blend, or None: the task decides. phrase: for a selector of `PHRASE_SELECTORS`. painted: uint8 (H, W) of
-    the picture's size, with `KEEP`, `NEITHER` or `DROP` for each pixel; None where nothing is painted.
+    the picture's size, with `KEEP`, `NEITHER` or `DROP` of `selectors.masks` for each pixel; None where nothing is.
     """
 
     name: str
@@ -107,9 +100,7 @@ class Scene:
         if selector is None:
             overview = self.config.get("overview", "trained") not in ("trained", None)
             selector, _ = task_defaults(reference.task, len(self.references), overview)
-        others = dict(selector) if isinstance(selector, Mapping) else {selector: 1.0}
-        total = sum(others.values())
-        return [(reference.painted, PAINT_WEIGHT), *((part, weight / total) for part, weight in others.items())]
+        return beside_painted(reference.painted, selector)
 
 
 def one_or_all(values: Sequence[Value]) -> Value | list[Value]:

@@ -11,6 +11,9 @@ import numpy as np
 
 from .cells import Grid, cell_means, check_picture
 
+DROP, NEITHER, KEEP = 0, 128, 255
+"""What a painted mask holds for each pixel: a mask that also says what to drop."""
+
 
 @runtime_checkable
 class PillowImage(Protocol):

@@ -6,7 +6,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -132,6 +132,22 @@ def use_masks(selectors: SelectorsLike, masks: Sequence[object]) -> SelectorsLik
     if len(each) != len(masks):
         raise ValueError(f"There are {len(masks)} masks for {len(each)} selectors: pass one of each per reference.")
     return [put(selector, mask([own])) for selector, own in zip(each, masks, strict=True)]
+
+
+PAINT_WEIGHT = 2.1
+"""Of a painted mask beside a selector of weight 1: what is painted to be kept then goes before all that is not painted,
+and that before what is painted to be dropped, whatever the selector says; it decides among equals. (`NEITHER` is not
+quite in the middle, so with 2 the best of what is not painted would go before the least of what is to be kept.)"""
+
+
+def beside_painted(painted: Any, selector: SelectorLike) -> list[tuple[Any, float]]:
+    """The parts of a blend of a painted mask (`masks.KEEP`, `NEITHER`, `DROP`) and a selector, with their weights.
+
+    painted: the mask as a selector, or what stands for it.
+    """
+    others: Mapping[Any, float] = selector if isinstance(selector, Mapping) else {selector: 1.0}
+    total = sum(others.values())
+    return [(painted, PAINT_WEIGHT), *((part, weight / total) for part, weight in others.items())]
 
 
 def _map_masks(selector: SelectorLike, change: MaskChange) -> SelectorLike:

@@ -18,8 +18,8 @@ from sparse_context.app.references import (
     take_uploads_only,
     to_canvas,
 )
-from sparse_context.app.scene import DROP, KEEP, NEITHER
 from sparse_context.app.sessions import Loaded
+from sparse_context.selectors.masks import DROP, KEEP, NEITHER
 
 
 def upload(folder, name, data):

@@ -12,9 +12,10 @@ from tiny import picture
 
 from sparse_context import select_tokens
 from sparse_context.app import copies
-from sparse_context.app.scene import DROP, KEEP, NEITHER, Reference, Scene
+from sparse_context.app.scene import Reference, Scene
 from sparse_context.cli.generate import generate
 from sparse_context.pipelines.settings_file import ALL_KEYS, read_settings
+from sparse_context.selectors.masks import DROP, KEEP, NEITHER
 from sparse_context.selectors.registry import PHRASE_SELECTORS
 
 
