@@ -87,8 +87,8 @@ class Page:
         return session, self.controls.scene(session, self.specs, values)
 
     def redraw(self, request: gr.Request, *values: Any) -> list[Any]:
-        """The kept tokens over each reference, and the scene as text. What does not fit is said above them."""
-        nothing = [gr.skip()] * (SLOTS + 3)
+        """The kept tokens over each reference, and the scene as text. What does not fit is said above the references,
+        which are shown without tokens then."""
         try:
             session, scene = self._scene(request, values)
             scene.selection_config()  # which says what does not fit, before anything is written of it
@@ -97,12 +97,14 @@ class Page:
                 return ["", *[""] * SLOTS, *texts]
             selection = self.engines[values[1]].select(scene.request(), self.cache.score)
         except Exception as error:
-            return [drawing.problem(sentence(error)), *nothing]
+            pictures = self.sessions.of(request.session_hash).pictures
+            bare = [drawing.bare_card(i, Path(each.name).name, each.picture) for i, each in enumerate(pictures, 1)]
+            return [drawing.problem(sentence(error)), *_filled(bare), *[gr.skip()] * 3]
         cards = [
-            drawing.card(i + 1, Path(reference.name).name, kept)
-            for i, (reference, kept) in enumerate(zip(scene.references, selection.references, strict=True))
+            drawing.card(i, Path(reference.name).name, kept)
+            for i, (reference, kept) in enumerate(zip(scene.references, selection.references, strict=True), 1)
         ]
-        return [drawing.summary(selection), *cards, *[""] * (SLOTS - len(cards)), *texts]
+        return [drawing.summary(selection), *_filled(cards), *texts]
 
     def _files(self, session: Session, scene: Scene) -> str:
         """Links to the settings, and to the masks that are painted."""
@@ -221,6 +223,11 @@ def paced(answered: answers.Answers) -> answers.Answers:
             continue
         last = now
         yield each
+
+
+def _filled(cards: list[str]) -> list[str]:
+    """What is drawn on the cards that are shown, and nothing on the others."""
+    return cards + [""] * (SLOTS - len(cards))
 
 
 def _of_slot(handler: Callable, i: int) -> Callable:
