@@ -75,6 +75,7 @@ class Changes:
 def measure(app: App) -> dict[str, Any]:
     """Of each scene and kind of change: how many were in time, and the median as a share of a generation."""
     figures, page = {}, Changes(app.page)
+    app.page.get_by_label("Compare with all tokens").uncheck()
     for example, references in SCENES.items():
         app.take(example, references)
         app.generate()  # which pays for more than itself
