@@ -32,12 +32,12 @@ WATCH = """() => {
     for (const kind of ["keydown", "pointerdown", "mousedown"])
         addEventListener(kind, () => { began = performance.now(); }, {capture: true});
     new MutationObserver(records => {
-        if (began === null || !records.some(each => [...each.addedNodes].some(node => node.querySelector?.("img"))))
+        if (began === null || !records.some(each => each.target.closest?.(".cards") && document.contains(each.target)))
             return;
         const from = began;
         began = null;
         requestAnimationFrame(() => requestAnimationFrame(() => window.waited.push(performance.now() - from)));
-    }).observe(document.querySelector(".cards"), {childList: true, subtree: true});
+    }).observe(document.body, {attributeFilter: ["src"], subtree: true});
 }"""
 """Notes the milliseconds from each press of a key or a button until an overlay is new on the screen."""
 
