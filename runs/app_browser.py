@@ -112,4 +112,6 @@ class App:
         self.page.click("#generate")
         self.page.wait_for_selector("#status .progress")
         self.page.wait_for_selector("#status .progress", state="detached")
+        if self.page.get_by_label("Compare with all tokens").is_checked():
+            self.page.wait_for_selector("#result .compare")
         return float(self.page.inner_text("#figures tr:last-child td"))

@@ -3,7 +3,7 @@
 The app runs with the embedded model, and Chromium in front of it. Every state of the page can be written as PNG, to be
 looked at; the docs show few of them.
 
-    python runs/app_pictures.py [--folder docs/images] [--all FOLDER]
+    python runs/app_pictures.py [--all FOLDER]
 """
 
 import argparse
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from app_browser import App, find_browser, running_app, running_browser
+from pictures import save
 from PIL import Image
 
 from sparse_context.preview import side_by_side
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"desk": {"width": 1280, "height": 1000}, "phone": {"width": 390, "height": 844}}
 SCHEMES = ("light", "dark")
 EXAMPLE = ("in-front", 2)  # and how many references it has
-PHONE = ("phone-light-references", "phone-dark-result", "phone-light-sweep", "phone-dark-copy")
+PHONE = ("phone-light-references", "phone-light-painter", "phone-dark-result", "phone-dark-sweep")
 """Beside each other in one picture for the docs."""
 
 
@@ -72,14 +72,8 @@ def paint(page: Any) -> None:
     page.wait_for_function("document.querySelector('#reference-1 .by').innerText.includes('mask')")
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    picture.save(path, quality=80, method=6)
-    print(f"wrote {path} ({picture.width}x{picture.height}, {path.stat().st_size / 1000:.0f} KB)")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of the web app for the docs, in a browser.")
-    parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "images")
     parser.add_argument("--all", type=Path, help="also write every picture into this folder, as PNG")
     arguments = parser.parse_args()
     program = find_browser()
@@ -100,8 +94,8 @@ def main() -> None:
                         arguments.all.mkdir(parents=True, exist_ok=True)
                         picture.save(arguments.all / f"{size}-{scheme}-{name}.png")
                 page.close()
-    save(found["desk-light-result"], arguments.folder / "app.webp")
-    save(side_by_side([found[name] for name in PHONE]), arguments.folder / "app-phone.webp")
+    save(found["desk-light-result"], "app")
+    save(side_by_side([found[name] for name in PHONE]), "app-phone")
 
 
 if __name__ == "__main__":
