@@ -20,21 +20,23 @@ from PIL import Image
 from sparse_context.preview import side_by_side
 
 SIZES = {"desk": {"width": 1280, "height": 1000}, "phone": {"width": 390, "height": 844}}
-SCHEMES = ("light", "dark")
+PAGES = (("phone", "dark", True), ("desk", "light", True), ("phone", "light", False), ("desk", "dark", False))
+"""Of which size and colours, and whether images are generated on it."""
 EXAMPLE = ("in-front", 2)  # and how many references it has
 PHONE = ("phone-light-references", "phone-light-painter", "phone-dark-result", "phone-dark-sweep")
 """Beside each other in one picture for the docs."""
 
 
-def shots(app: App, full: bool) -> Iterator[tuple[str, Image.Image]]:
-    """The states of the page that a user sees, by name. full: all of the page, where the window shows too little."""
+def shots(app: App, generates: bool) -> Iterator[tuple[str, Image.Image]]:
+    """The states of the page that a user sees, by name."""
     page = app.page
+    wide = page.viewport_size["width"] > 1000
 
     def shot(name: str, anchor: str) -> tuple[str, Image.Image]:
         page.mouse.move(0, 0)
         page.evaluate("anchor => document.querySelector(anchor).scrollIntoView()", anchor)
         page.wait_for_timeout(800)  # until what slides has come to rest
-        return name, Image.open(io.BytesIO(page.screenshot(full_page=full))).convert("RGB")
+        return name, Image.open(io.BytesIO(page.screenshot())).convert("RGB")
 
     yield shot("empty", "body")
     app.take(*EXAMPLE)
@@ -46,30 +48,36 @@ def shots(app: App, full: bool) -> Iterator[tuple[str, Image.Image]]:
     page.get_by_text("More settings").click()
     page.get_by_role("button", name="Paint mask").first.click()
     page.wait_for_selector("#editor canvas")
-    page.wait_for_timeout(1000)
     paint(page)
     yield shot("painter", "#painter")
     page.get_by_role("button", name="Clear mask").click()
     page.get_by_role("button", name="Done").click()
-    app.generate()
-    yield shot("result", "body" if page.viewport_size["width"] > 1000 else "#generate")
+    if generates:
+        app.generate()
+        yield shot("result", "body" if wide else "#generate")
     page.get_by_role("tab", name="Sweep").click()
-    page.click("#sweep")
-    page.wait_for_function("document.querySelector('#sweep-status').innerText === '7 images.'")
-    yield shot("sweep", "body" if page.viewport_size["width"] > 1000 else "#sweep")
+    if generates:
+        page.get_by_label("Keeps").fill("0.2, 0.5")
+        page.click("#sweep")
+        page.wait_for_function("document.querySelector('#sweep-status').innerText === '5 images.'")
+    yield shot("sweep", "body" if wide else "#sweep")
     page.get_by_role("tab", name="Copy").click()
-    yield shot("copy", "body" if page.viewport_size["width"] > 1000 else "#python")
+    yield shot("copy", "body" if wide else "#python")
 
 
 def paint(page: Any) -> None:
     """A stroke across the painter, and the overlay that follows."""
-    box = page.locator("#editor canvas").first.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 40, y - 40)
-    page.mouse.down()
-    page.mouse.move(x + 40, y + 40, steps=8)
-    page.mouse.up()
-    page.wait_for_function("document.querySelector('#reference-1 .by').innerText.includes('mask')")
+    painted = "document.querySelector('#reference-1 .by').innerText.includes('mask')"
+    while not page.evaluate(painted):  # a stroke before the canvas has its size is none
+        canvas = page.locator("#editor canvas").first
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x - 40, y - 40)
+        page.mouse.down()
+        page.mouse.move(x + 40, y + 40, steps=8)
+        page.mouse.up()
+        page.wait_for_timeout(3000)
 
 
 def main() -> None:
@@ -85,15 +93,14 @@ def main() -> None:
         running_app(Path(folder), "--device", "cpu") as address,
         running_browser(program) as browser,
     ):
-        for size, viewport in SIZES.items():
-            for scheme in SCHEMES:
-                page = browser.new_page(viewport=viewport, color_scheme=scheme)
-                for name, picture in shots(App(page, address), full=False):
-                    found[f"{size}-{scheme}-{name}"] = picture
-                    if arguments.all is not None:
-                        arguments.all.mkdir(parents=True, exist_ok=True)
-                        picture.save(arguments.all / f"{size}-{scheme}-{name}.png")
-                page.close()
+        for size, scheme, generates in PAGES:
+            page = browser.new_page(viewport=SIZES[size], color_scheme=scheme)
+            for name, picture in shots(App(page, address), generates):
+                found[f"{size}-{scheme}-{name}"] = picture
+                if arguments.all is not None:
+                    arguments.all.mkdir(parents=True, exist_ok=True)
+                    picture.save(arguments.all / f"{size}-{scheme}-{name}.png")
+            page.close()
     save(found["desk-light-result"], "app")
     save(side_by_side([found[name] for name in PHONE]), "app-phone")
 

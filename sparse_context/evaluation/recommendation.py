@@ -129,7 +129,8 @@ def draw_sheet(found: Recommendation, samples: Sequence[Sample], folder: Path) -
     for sample in samples[:SHOWN_SAMPLES]:
         rows = [label(_picture(folder / DENSE / f"{sample.name}.png"), "all tokens")]
         for way in found.ways:
-            shown = way.tried[-2:] if way.best else way.tried[:1]
+            first = way.tried.index(way.best) if way.best else 0
+            shown = way.tried[first : first + 2]
             parts = [_picture(folder / "shown" / shown[0].name / "tokens" / f"{sample.name}.png")]
             for each in shown:
                 picture = _picture(folder / "shown" / each.name / f"{sample.name}.png")
