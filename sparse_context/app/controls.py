@@ -41,6 +41,7 @@ LABELS = {"psnr": "PSNR"}
 HELP = {
     "overview": "A small copy of each reference, beside the kept tokens.",
     "overview_layout": "Where the overview's tokens are placed.",
+    "reference_max_pixels": "Take sharp tokens from references of up to this size.",
     "coverage": "Share of the kept tokens to spread evenly, 0 to 1.",
     "share": "How references divide a shared budget.",
     "floor": "Fewest tokens per reference.",

@@ -19,7 +19,7 @@ class Layout:
     def __init__(self, controls: Controls, examples: Sequence[dict]) -> None:
         """examples: as `embedded.demo.read_examples` has them."""
         self.controls, self.examples = controls, examples
-        gr.HTML(HEAD, elem_classes="head")
+        gr.HTML(HEAD, elem_classes="intro")
         with gr.Row(elem_classes="sides"):
             with gr.Column(scale=5, min_width=320):
                 self._lay_scene()
