@@ -88,3 +88,30 @@ def running_browser(program: str) -> Iterator[Any]:
             yield browser
         finally:
             browser.close()
+
+
+class App:
+    """The app's page with the embedded model, as its user has it."""
+
+    def __init__(self, page: Any, address: str) -> None:
+        self.page = page
+        page.set_default_timeout(600_000)
+        page.goto(address)
+        page.wait_for_selector("#files")
+
+    def take(self, example: str, references: int) -> None:
+        """Choose an example, which has so many references."""
+        if not self.page.locator("#examples").is_visible():
+            self.page.get_by_role("button", name="Examples").click()
+        self.page.locator("#examples button", has=self.page.locator(f"img[alt='{example}']")).click()
+        self.page.wait_for_selector(f"#reference-{references} .count")
+        self.page.wait_for_function("n => document.querySelectorAll('.overlay img').length === n", arg=references)
+
+    def generate(self) -> float:
+        """Make the images; seconds of the call with the kept tokens, as the page says them."""
+        self.page.click("#generate")
+        self.page.wait_for_selector("#status .progress")
+        self.page.wait_for_selector("#status .progress", state="detached")
+        if self.page.get_by_label("Compare with all tokens").is_checked():
+            self.page.wait_for_selector("#result .compare")
+        return float(self.page.inner_text("#figures tr:last-child td"))

@@ -20,6 +20,7 @@ SCORES = {"subjects": "psnr_in_mask", "edits": "psnr_in_mask", "global edits": "
 """The groups of held-out scenes, and the score that counts in each."""
 RUNS = (
     "ablations",
+    "app_latency",
     "auto_budget",
     "base_quality",
     "bench_klein_9b_blocks",

@@ -80,8 +80,8 @@ def test_it_goes_downward_and_stops_at_the_first_keep_that_shows(settings, sampl
     assert found.best is way.tried[0] and found.best.scores["psnr_to_dense"] == levels[0.5]
     dense, first, second = (1.0, "edit", "trained"), (0.5, "edit", None), (0.25, "edit", None)
     assert calls == [dense] * 2 + [first] * 2 + [second] * 2 + [dense, first] * search.TURNS
-    assert said[0] == f"at most {2 * (1 + 3) + 2 * search.TURNS} calls of the model, on 2 scenes"
-    assert said[1].startswith("a call with all tokens takes ") and said[1].endswith(" at most")
+    assert said[0] == f"at most {2 * (1 + 3) + 2 * search.TURNS} calls of the model for 2 scenes"
+    assert said[1].startswith("a call with all tokens takes ") and said[1].endswith(" in all")
     chosen = read_settings(tmp_path / "out" / "settings.json")
     assert (chosen.spec, chosen.request.seed, chosen.request.steps) == (settings.spec, 3, 2)
     assert chosen.request.config == SparseContextConfig(keep=0.5, task="edit", overview=None)
@@ -134,7 +134,7 @@ def test_a_search_that_was_stopped_goes_on_and_another_tolerance_makes_no_call_a
     found = recommend(settings, samples, Tolerance("none", {"psnr": 99.0}), tmp_path, **everything)
     assert calls == [] and found.best is None and found.won is None
     assert read_settings(tmp_path / "settings.json").request.config.keep == 1.0
-    assert str(found).endswith("recommended: keep all tokens, for with fewer the pictures are not within it")
+    assert str(found).endswith("recommended: keep all tokens; with fewer, the images are outside the tolerance")
     with pytest.raises(ValueError, match="is of .*: give another folder"):
         recommend(
             replace(settings, request=replace(settings.request, steps=1)),

@@ -41,6 +41,7 @@ LABELS = {"psnr": "PSNR"}
 HELP = {
     "overview": "A small copy of each reference, beside the kept tokens.",
     "overview_layout": "Where the overview's tokens are placed.",
+    "reference_max_pixels": "Take sharp tokens from references of up to this size.",
     "coverage": "Share of the kept tokens to spread evenly, 0 to 1.",
     "share": "How references divide a shared budget.",
     "floor": "Fewest tokens per reference.",
@@ -102,12 +103,11 @@ def make_slot(number: int, said: Fresh) -> Slot:
         keep = gr.Slider(0.01, 1, said[0], step=0.01, label="Keep", elem_classes="keep")
         auto = gr.Checkbox(said[1], label="Choose keep automatically")
         with gr.Row(elem_classes="pair"):
-            task = gr.Dropdown(list(TASKS), value=said[2], label="Task", scale=2, min_width=80, filterable=False)
+            task = gr.Dropdown(list(TASKS), value=said[2], label="Task", min_width=80, filterable=False)
             selector = gr.Dropdown(
                 ["auto", *SELECTORS, *PHRASE_SELECTORS],
                 value=said[3],
                 label="Selector",
-                scale=3,
                 min_width=80,
                 allow_custom_value=True,
             )

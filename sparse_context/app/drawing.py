@@ -34,25 +34,35 @@ def card(number: int, name: str, kept: Kept) -> str:
 
     number: of the reference, from 1, as prompts count them.
     """
+    assert kept.picture is not None  # the app has pixels of every reference
     size = kept.scores.size
     overview = f", overview by {kept.overview.factor}" if kept.overview else ""
     said = f"{kept.count} of {size} tokens{overview}"
     by = "" if kept.count == size else f" by {kept.selector}"
+    drawn = draw_kept(_enlarged(kept.picture), kept)
+    counts = f"<span class=count>{said}</span><span class=by>{escape(kept.selector)}</span>"
+    return _figure(number, name, drawn, f": {said} kept{by}", counts)
+
+
+def bare_card(number: int, name: str, picture: Image.Image) -> str:
+    """A reference alone, where nothing can be chosen of it. number: as in `card`."""
+    return _figure(number, name, Image.fromarray(_enlarged(np.asarray(picture.convert("RGB")))), "", "")
+
+
+def _figure(number: int, name: str, drawn: Image.Image, said: str, counts: str) -> str:
+    alt = escape(f"Image {number}, {name}{said}", quote=True)
     return (
-        f'<figure class="overlay"><img src="{data_uri(_drawn(kept), "JPEG")}" '
-        f'alt="Image {number}, {escape(name, quote=True)}: {said} kept{escape(by, quote=True)}">'
-        f"<figcaption><b>{number}</b> <span class=name>{escape(name)}</span>"
-        f"<span class=count>{said}</span><span class=by>{escape(kept.selector)}</span></figcaption></figure>"
+        f'<figure class="overlay"><img src="{data_uri(drawn, "JPEG")}" alt="{alt}">'
+        f"<figcaption><b>{number}</b> <span class=name>{escape(name)}</span>{counts}</figcaption></figure>"
     )
 
 
-def _drawn(kept: Kept) -> Image.Image:
-    assert kept.picture is not None  # the app has pixels of every reference
-    height, width = kept.picture.shape[:2]
+def _enlarged(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (H, W, 3) at the size of a card."""
+    height, width = pixels.shape[:2]
     scale = CARD / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    enlarged = cv2.resize(kept.picture, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
-    return draw_kept(enlarged, kept)
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
 
 
 def summary(selection: Selection) -> str:

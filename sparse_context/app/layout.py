@@ -19,7 +19,7 @@ class Layout:
     def __init__(self, controls: Controls, examples: Sequence[dict]) -> None:
         """examples: as `embedded.demo.read_examples` has them."""
         self.controls, self.examples = controls, examples
-        gr.HTML(HEAD, elem_classes="head")
+        gr.HTML(HEAD, elem_classes="intro")
         with gr.Row(elem_classes="sides"):
             with gr.Column(scale=5, min_width=320):
                 self._lay_scene()
@@ -81,7 +81,8 @@ class Layout:
             self.generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
             self.stop = gr.Button("Stop", min_width=120, elem_id="stop")
         self.compare = gr.Checkbox(True, label="Compare with all tokens")
-        self.answer = [gr.HTML(elem_id="status"), gr.HTML(elem_id="result"), gr.HTML(elem_id="figures")]
+        status, figures = gr.HTML(elem_id="status"), gr.HTML(elem_id="figures")
+        self.answer = [status, gr.HTML(elem_id="result"), figures]
 
     def _lay_sweep(self) -> None:
         self.keeps = gr.Textbox(

@@ -54,13 +54,10 @@ class Page:
         values = [value for slot in controls.slots for value in slot.values]
         drawn = [slot.overlay for slot in controls.slots]
         shown = [page.summary, *drawn, page.python, page.command, page.settings]
+        # Beside the queue, which would answer a tenth of a second later.
         redraw: dict[str, Any] = {"fn": self.redraw, "inputs": controls.inputs, "outputs": shown, **QUIET}
-        gr.on(
-            controls.triggers,
-            **redraw,
-            trigger_mode="always_last",
-            concurrency_limit=4,
-        )
+        redraw["queue"] = False
+        gr.on(controls.triggers, **redraw, trigger_mode="always_last")
         pictures = [*cards, *values, page.painter]
         page.files.upload(self.add, [page.files, *values], [page.files, *pictures], **QUIET).then(**redraw)
         page.gallery.select(self.take_example, None, [controls.prompt, *pictures], **QUIET).then(**redraw)
@@ -87,22 +84,33 @@ class Page:
         return session, self.controls.scene(session, self.specs, values)
 
     def redraw(self, request: gr.Request, *values: Any) -> list[Any]:
-        """The kept tokens over each reference, and the scene as text. What does not fit is said above them."""
-        nothing = [gr.skip()] * (SLOTS + 3)
+        """The kept tokens over each reference, and the scene as text. What does not fit is said above the references,
+        which are shown without tokens then."""
+        session = self.sessions.of(request.session_hash)
+        with session.drawing:
+            key = values, [(each.name, each.picture, each.mask_file) for each in session.pictures]
+            if session.drawn is None or session.drawn[0] != key:  # Gradio tells twice of what is chosen from a list
+                session.drawn = key, self._draw(session, values)
+            return session.drawn[1]
+
+    def _draw(self, session: Session, values: tuple) -> list[Any]:
         try:
-            session, scene = self._scene(request, values)
+            scene = self.controls.scene(session, self.specs, values)
             scene.selection_config()  # which says what does not fit, before anything is written of it
             texts = [copies.to_python(scene), copies.to_command(scene), self._files(session, scene)]
             if not scene.references:
                 return ["", *[""] * SLOTS, *texts]
             selection = self.engines[values[1]].select(scene.request(), self.cache.score)
         except Exception as error:
-            return [drawing.problem(sentence(error)), *nothing]
+            bare = [
+                drawing.bare_card(i, Path(each.name).name, each.picture) for i, each in enumerate(session.pictures, 1)
+            ]
+            return [drawing.problem(sentence(error)), *_filled(bare), *[gr.skip()] * 3]
         cards = [
-            drawing.card(i + 1, Path(reference.name).name, kept)
-            for i, (reference, kept) in enumerate(zip(scene.references, selection.references, strict=True))
+            drawing.card(i, Path(reference.name).name, kept)
+            for i, (reference, kept) in enumerate(zip(scene.references, selection.references, strict=True), 1)
         ]
-        return [drawing.summary(selection), *cards, *[""] * (SLOTS - len(cards)), *texts]
+        return [drawing.summary(selection), *_filled(cards), *texts]
 
     def _files(self, session: Session, scene: Scene) -> str:
         """Links to the settings, and to the masks that are painted."""
@@ -221,6 +229,11 @@ def paced(answered: answers.Answers) -> answers.Answers:
             continue
         last = now
         yield each
+
+
+def _filled(cards: list[str]) -> list[str]:
+    """What is drawn on the cards that are shown, and nothing on the others."""
+    return cards + [""] * (SLOTS - len(cards))
 
 
 def _of_slot(handler: Callable, i: int) -> Callable:

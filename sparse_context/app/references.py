@@ -10,13 +10,13 @@ import cv2
 import gradio as gr
 import numpy as np
 from gradio_client.utils import is_http_url_like
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..images import PictureError, open_picture
 from ..selectors.masks import DROP, KEEP, NEITHER
 from .sessions import Loaded
 
-CANVAS = 768  # pixels of the longer side of what is painted on
+CANVAS = 768  # pixels of the longer side of what is painted on, so that a brush is as wide on every picture
 COLOURS = {KEEP: (46, 160, 90), DROP: (214, 62, 62)}
 """Of the two brushes, by what they paint."""
 OPACITY = 0.6  # of a stroke, so that the picture is seen through it
@@ -64,13 +64,13 @@ def load_files(paths: Sequence[str]) -> tuple[list[Loaded], list[str]]:
 
 
 def to_canvas(loaded: Loaded) -> dict[str, Any]:
-    """A picture and what is painted on it, as Gradio's editor takes them: no larger than `CANVAS`."""
+    """A picture and what is painted on it, as Gradio's editor takes them, at the size of `CANVAS`."""
     background = Image.new("RGB", loaded.picture.size, "white")
     background.paste(loaded.picture, mask=loaded.picture if loaded.picture.mode == "RGBA" else None)
-    background.thumbnail((CANVAS, CANVAS))
+    background = ImageOps.contain(background, (CANVAS, CANVAS))
     layer = np.zeros((background.height, background.width, 4), np.uint8)
     if loaded.painted is not None:
-        painted = cv2.resize(loaded.painted, background.size, interpolation=cv2.INTER_NEAREST)
+        painted = cv2.resize(loaded.painted, background.size, interpolation=cv2.INTER_NEAREST_EXACT)
         for value, colour in COLOURS.items():
             layer[painted == value] = (*colour, round(255 * OPACITY))
     over = Image.fromarray(layer)
@@ -84,7 +84,7 @@ def from_canvas(value: Mapping[str, Any] | None, size: tuple[int, int]) -> np.nd
     painted = np.full((size[1], size[0]), NEITHER, np.uint8)
     for layer in (value or {}).get("layers") or []:
         strokes = np.asarray(layer.convert("RGBA"))
-        strokes = cv2.resize(strokes, size, interpolation=cv2.INTER_NEAREST)
+        strokes = cv2.resize(strokes, size, interpolation=cv2.INTER_NEAREST_EXACT)
         covered, keep = strokes[..., 3] >= LEAST_PAINT, strokes[..., 1] > strokes[..., 0]
         painted[covered & keep], painted[covered & ~keep] = KEEP, DROP
     return None if (painted == NEITHER).all() else painted

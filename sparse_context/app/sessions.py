@@ -42,7 +42,8 @@ class Session:
     """What is held of one page.
 
     painting: the picture that its brush is for. dense: pictures with all tokens, by what they depend on beside the
-    references. memory: the least that a call of each kind took, in bytes; None where it cannot be told.
+    references. memory: the least that a call of each kind took, in bytes; None where it cannot be told. drawn: what the
+    overlays were drawn of last, and what came of it; `drawing` is held meanwhile.
     """
 
     pictures: list[Loaded] = field(default_factory=list)
@@ -50,6 +51,8 @@ class Session:
     dense: OrderedDict[tuple, Generation] = field(default_factory=OrderedDict)
     memory: dict[tuple, int | None] = field(default_factory=dict)
     cancel: threading.Event = field(default_factory=threading.Event)
+    drawn: tuple[object, list] | None = None
+    drawing: threading.Lock = field(default_factory=threading.Lock)
 
     def show(self, pictures: Sequence[Loaded]) -> None:
         """Take other pictures in place of those that are there. Nothing is remembered of what was made of those."""

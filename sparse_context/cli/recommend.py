@@ -1,6 +1,7 @@
 """`sparse-context recommend`: which keep is safe for one's own pictures."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,7 @@ def recommend(
     tolerance: Annotated[
         str,
         typer.Option(
-            help="How far a picture may be from the one with all tokens: same-picture, same-content, or bounds "
+            help="How far an image may be from the one with all tokens: same-picture, same-content, or bounds "
             "(psnr=28,st_lpips=0.1)."
         ),
     ] = "same-content",
@@ -36,7 +37,7 @@ def recommend(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            "--task", help="Rule of a task to try. Repeat it for several.", show_default="edit, global, subject"
+            "--task", help="Task whose rule to try. Repeat it for several.", show_default="edit, global, subject"
         ),
     ] = None,
     overviews: Annotated[
@@ -68,16 +69,18 @@ def recommend(
     settings: options.SettingsFile = None,
     output: Annotated[
         Path,
-        typer.Option(help="Folder for settings.json, a sheet and all that was made. A second run into it resumes."),
+        typer.Option(
+            help="Folder for settings.json, a sheet and everything that was made. Run again into it to go on."
+        ),
     ] = Path("recommendation"),
     as_json: options.AsJson = False,
 ) -> None:
-    """Find the fewest tokens that keep your pictures as they are with all tokens, and what that wins."""
+    """Find the fewest tokens that keep your images as they are with all tokens, and say what that saves."""
     from ..images import open_picture
     from ..samples import Sample, read_samples
 
     if (data is None) == (not image):
-        raise ValueError("Name the pictures to try: pass either --image and --prompt, or --data.")
+        raise ValueError("Say which images to try: pass either --image and --prompt, or --data.")
     if limit < 1:
         raise ValueError(f"limit is {limit}: pass a number of scenes, 1 or more.")
     chosen = options.settings_of(context, settings)
@@ -108,7 +111,13 @@ def recommend(
             print(text, flush=True)
 
     say(str(bounds))
-    found = recommend(chosen, samples, bounds, output, keeps=ratios, tasks=tasks or TASKS, overviews=factors, say=say)
+    try:
+        found = recommend(
+            chosen, samples, bounds, output, keeps=ratios, tasks=tasks or TASKS, overviews=factors, say=say
+        )
+    except KeyboardInterrupt:
+        print("\nStopped. Run the same command again to continue.", file=sys.stderr)
+        raise
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
         return

@@ -61,12 +61,12 @@ def recommend(
     engine = Engine(settings.spec, bar=False)
     factors: Sequence[int | str | None] = [None, *_factors(engine)] if overviews is None else overviews
     most = len(samples) * (1 + len(keeps) * len(tasks) * len(factors)) + 2 * TURNS
-    say(f"at most {most} calls of the model, on {len(samples)} scene{'s' * (len(samples) > 1)}")
+    say(f"at most {most} calls of the model for {len(samples)} scene{'s' * (len(samples) > 1)}")
     dense = SparseContextConfig(keep=1.0, task=tasks[0] if len(tasks) == 1 else "auto")
     search = Search(settings, engine, samples, tolerance, folder, dense, most)
     with search.bar:
         seconds = search.dense()
-        say(f"a call with all tokens takes {seconds:.1f} s, so it is {_duration(seconds * search.bar.total)} at most")
+        say(f"a call with all tokens takes {seconds:.1f} s, so at most {_duration(seconds * search.bar.total)} in all")
         ways = []
         for task in tasks:
             for overview in factors:

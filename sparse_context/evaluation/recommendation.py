@@ -61,10 +61,10 @@ class Won:
 
     def __str__(self) -> str:
         dense, sparse = self.seconds
-        text = f"{dense / sparse:.2f} times as fast: {sparse:.2f} s in place of {dense:.2f} s"
+        text = f"{dense / sparse:.2f}x as fast: {sparse:.2f} s instead of {dense:.2f} s"
         if self.memory is not None:
             all_tokens, kept = (each / 2**20 for each in self.memory)
-            text += f"; {kept:.0f} MiB on top of the weights in place of {all_tokens:.0f} MiB"
+            text += f"; {kept:.0f} MiB of memory on top of the weights instead of {all_tokens:.0f} MiB"
         return text
 
 
@@ -101,7 +101,7 @@ class Recommendation:
         return {"best": self.best and self.best.name, "won": self.won and asdict(self.won), "ways": ways}
 
     def __str__(self) -> str:
-        lines = [f"{'task':<10}{'overview':<12}{'smallest keep':<15}{'tokens':<16}scores on the worst scene"]
+        lines = [f"{'task':<10}{'overview':<12}{'smallest keep':<15}{'tokens':<16}scores of the worst scene"]
         for way in self.ways:
             best = way.best
             line = f"{way.task:<10}{name_overview(way.overview):<12}"
@@ -112,7 +112,7 @@ class Recommendation:
                 continue
             lines.append(f"{line}{best.config.keep:<15g}{f'{best.kept} of {best.total}':<16}{best.score_text()}")
         if self.best is None:
-            return "\n".join([*lines, "recommended: keep all tokens, for with fewer the pictures are not within it"])
+            return "\n".join([*lines, "recommended: keep all tokens; with fewer, the images are outside the tolerance"])
         config = self.best.config
         overview = f", overview {name_overview(config.overview)}" if config.overview is not None else ""
         return "\n".join([*lines, f"recommended: keep {config.keep:g}, task {config.task}{overview}", str(self.won)])
@@ -129,11 +129,12 @@ def draw_sheet(found: Recommendation, samples: Sequence[Sample], folder: Path) -
     for sample in samples[:SHOWN_SAMPLES]:
         rows = [label(_picture(folder / DENSE / f"{sample.name}.png"), "all tokens")]
         for way in found.ways:
-            shown = way.tried[-2:] if way.best else way.tried[:1]
+            first = way.tried.index(way.best) if way.best else 0
+            shown = way.tried[first : first + 2]
             parts = [_picture(folder / "shown" / shown[0].name / "tokens" / f"{sample.name}.png")]
             for each in shown:
                 picture = _picture(folder / "shown" / each.name / f"{sample.name}.png")
-                parts.append(label(picture, f"keep {each.config.keep:g}: {'within' if each.holds else 'not within'}"))
+                parts.append(label(picture, f"keep {each.config.keep:g}: {'within' if each.holds else 'outside'}"))
             chosen = "recommended: " if found.best is not None and way.best is found.best else ""
             rows.append(label(side_by_side(parts), f"{chosen}task {way.task}, overview {name_overview(way.overview)}"))
         blocks.append(label(column(rows), sample.prompt))
