@@ -35,6 +35,7 @@ RUNS = (
     "overview",
     "overview_lora",
     "peers",
+    "phrase_models",
     "saliency",
     "server_load",
     "server_soak",

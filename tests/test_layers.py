@@ -26,6 +26,7 @@ ROOMS = {
         "budget",
         "merge",
         "config",
+        "phrases",
         "plan",
         "selection",
         "selectors",
@@ -45,8 +46,21 @@ from those before it."""
 
 BASE = ("layers", "the idea", "pictures and records")
 BASE_MAY_IMPORT = {"PIL", "cv2", "numpy", "safetensors"} | sys.stdlib_module_names
-WITH_TORCH = {"tokens", "overview", "large", "selectors.saliency", "cache"}  # the others do without
-WITHIN_FUNCTIONS = {("samples", "tqdm"), ("samples", "datasets")}
+WITH_TORCH = {
+    "tokens",
+    "overview",
+    "large",
+    "selectors.saliency",
+    "selectors.finders",
+    "cache",
+}  # the others do without
+WITHIN_FUNCTIONS = {
+    ("samples", "tqdm"),
+    ("samples", "datasets"),
+    ("selectors.finders", "huggingface_hub"),
+    ("selectors.finders", "transformers"),
+    ("selectors.matting", "onnxruntime"),
+}
 
 
 def read_modules(folder: Path = PACKAGE) -> dict[str, str]:
