@@ -1,7 +1,7 @@
 """What the models that find phrases cost: parameters, and FLOPs beside those of a sparse call of klein-9B.
 
-The classes of transformers are built at their published sizes on the meta device, so there are no weights and nothing
-is measured: this counts. One reference is looked at, of any size, for each model scales it to its own.
+The classes of transformers are built at their published sizes with random weights, and look at one reference, which
+each model scales to its own size. What they compute is counted, not timed.
 
     python runs/phrase_models.py
 """
@@ -63,20 +63,13 @@ MODELS: dict[str, Callable[[], tuple[Any, int]]] = {
 
 
 def count(build: Callable[[], tuple[Any, int]]) -> dict[str, Any]:
-    """Parameters of a model, its input in pixels a side, and FLOPs of one picture and phrase, None where a part of it
-    needs values, which the meta device has not."""
-    with torch.device("meta"):
-        model, side = build()
-    words = torch.zeros(1, WORDS, dtype=torch.long, device="meta")
-    inputs = {"pixel_values": torch.zeros(1, 3, side, side, device="meta"), "input_ids": words}
-    flops = None
-    try:
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            model.eval()(**inputs)
-        flops = counter.get_total_flops()
-    except (NotImplementedError, RuntimeError) as error:
-        print(type(model).__name__, "cannot be counted without values:", str(error).splitlines()[0])
-    return {"parameters": sum(each.numel() for each in model.parameters()), "side": side, "flops": flops}
+    """Parameters of a model, its input in pixels a side, and FLOPs of one picture and phrase."""
+    model, side = build()
+    inputs = {"pixel_values": torch.zeros(1, 3, side, side), "input_ids": torch.ones(1, WORDS, dtype=torch.long)}
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.eval()(**inputs)
+    parameters = sum(each.numel() for each in model.parameters())
+    return {"parameters": parameters, "side": side, "flops": counter.get_total_flops()}
 
 
 def phrase_models() -> str:
@@ -84,9 +77,16 @@ def phrase_models() -> str:
     figures = read("phrase_models")["figures"]
     rows = []
     for name, each in figures["models"].items():
-        flops = each["flops"]
-        counted = ["-", "-"] if flops is None else [f"{flops / 1e12:.2f}", f"{100 * flops / figures['call']:.2g} %"]
-        rows.append([name, f"{each['parameters'] / 1e6:.0f} M", f"{each['side']}", *counted])
+        share = 100 * each["flops"] / figures["call"]
+        rows.append(
+            [
+                name,
+                f"{each['parameters'] / 1e6:.0f} M",
+                f"{each['side']}",
+                f"{each['flops'] / 1e12:.2g}",
+                f"{share:.2g} %",
+            ]
+        )
     return table(["model", "parameters", "pixels a side", "TFLOP", "of a sparse call"], rows)
 
 

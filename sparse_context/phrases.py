@@ -25,7 +25,7 @@ def plan_phrases(
 ) -> list[Text | None]:
     """The selector by the phrase of each reference, whatever its task; None where there is no phrase."""
     count = len(tasks)
-    phrases = per_reference("phrases", config.phrases, count)
+    phrases = cast("list[str | None]", per_reference("phrases", config.phrases, count))
     texts = list[Text | None]()
     for i, (selector, phrase, task) in enumerate(zip(selectors, phrases, tasks, strict=True)):
         text = Text() if selector is None else find_text(selector)

@@ -56,7 +56,7 @@ def test_scores_are_the_model_s_own_probabilities(size, grid, tmp_path):
     logits = 4 * values[..., 0] - 2 * values[..., 1] - 2 * values[..., 2] - 1
     rows, columns = grid
     cells = (1 / (1 + np.exp(-logits))).reshape(rows, size[1] // rows, columns, size[0] // columns).mean((1, 3))
-    assert scores.dtype == np.float32 and np.allclose(scores, cells, atol=0.01)
+    assert scores.dtype == np.float32 and np.allclose(scores, cells, atol=0.02)
     corner = np.zeros(grid, bool)
     corner[: rows // 2, : columns // 2] = True
     assert np.array_equal(scores > 0.5, corner)
@@ -196,7 +196,11 @@ def test_without_onnxruntime_the_sentence_says_what_to_install(tmp_path):
     path = save(tmp_path / "m.onnx")
     code = f"""
 import sys
-sys.modules["onnxruntime"] = None
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name == "onnxruntime":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocked())
 import numpy as np
 from sparse_context import matting
 try:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import CASES, EACH_FAMILY, cases
+from tiny import CASES, EACH_FAMILY, cases, embeds, run
 from tiny_finders import save_grounding_dino, save_owlv2, save_sam3, scene
 from transformers import BertConfig
 
@@ -85,14 +85,13 @@ def test_a_marked_corner_ends_in_the_marked_tokens_of_every_family(case, clipseg
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bfloat16"), (torch.float32, "float32")])
 def test_the_model_has_the_type_and_the_place_of_the_pipeline(dtype, name, clipseg, monkeypatch):
-    case = CASES["klein"]
-    pipe = case.build()
-    monkeypatch.setattr(type(pipe.transformer), "dtype", dtype, raising=False)
+    pipe = CASES["klein"].build().to(dtype)
     seen = []
     ask = Text.__call__
     monkeypatch.setattr(Text, "__call__", lambda self, *args: (seen.append(self), ask(self, *args))[1])
     apply_sparse_context(pipe, keep=0.25, phrases="red", text_model=str(clipseg))
-    case.call(pipe, [scene(64, 64)])
+    prompt = embeds().to(dtype)
+    run(pipe, prompt_embeds=prompt, image=[scene(64, 64)], height=64, width=64, guidance_scale=1.0)
     assert {each.place for each in seen} == {Place("cpu", name)}
     loaded = seen[0].finder().find.__closure__
     model = next(cell.cell_contents for cell in loaded if isinstance(cell.cell_contents, torch.nn.Module))

@@ -245,10 +245,11 @@ def _download(model: str) -> Path:
         model_info(model, timeout=TIMEOUT)  # `snapshot_download` would try for half a minute when offline
         return Path(snapshot_download(model, allow_patterns=[*FILES]))
     except Exception as error:  # also kinds of the HTTP library that the client happens to use
-        reason = {
+        reasons: dict[type[Exception], str] = {
             errors.GatedRepoError: "accept its terms there first, and log in with `hf auth login`",
             errors.RepositoryNotFoundError: "no model has this name, or it is private: log in with `hf auth login`",
-        }.get(type(error), f"check the connection ({_one_line(error)})")
+        }
+        reason = reasons.get(type(error), f"check the connection ({_one_line(error)})")
         raise ValueError(
             f"The model {model} is not a local folder, and the hub does not provide it: {reason}."
         ) from error

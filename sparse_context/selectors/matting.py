@@ -72,8 +72,11 @@ def matting(
         return Matting(model, f"matting by {label}")
     if output not in OUTPUTS:
         raise ValueError(f"output is {output!r}: choose one of {', '.join(OUTPUTS)}.")
-    channels = np.array([mean, std], np.float32)
-    if channels.shape != (2, 3) or not np.isfinite(channels).all() or (channels[1] <= 0).any():
+    try:
+        channels = np.array([mean, std], np.float32).reshape(2, 3)
+    except (TypeError, ValueError):  # of other lengths, or no numbers
+        channels = np.zeros((2, 3), np.float32)
+    if not np.isfinite(channels).all() or (channels[1] <= 0).any():
         raise ValueError(f"mean is {mean!r} and std {std!r}: pass three numbers each, those of std above 0.")
     sides = (size, size) if isinstance(size, int) else size
     if sides is not None and not (len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)):

@@ -169,7 +169,7 @@ def put_text(selector: SelectorLike, text: Text | None) -> SelectorLike | None:
     parts = parts_of(selector)
     if not parts:
         return selector if find_text(selector) is None else text
-    left = [(put, weight) for part, weight in parts if (put := put_text(part, text)) is not None]
+    left = [(cast("Selector", put), weight) for part, weight in parts if (put := put_text(part, text)) is not None]
     total = sum(weight for _, weight in left)
     return Blend([(part, weight / total) for part, weight in left]) if left else None
 
