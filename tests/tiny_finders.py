@@ -144,9 +144,7 @@ def save_owlv2(folder: Path) -> None:
             features = model.image_embedder(pixels)[0].flatten(0, 2)
             target = torch.from_numpy(red).float().flatten() * 24 - 20  # in doubt it is not red
             known = torch.cat([features, torch.ones(len(features), 1)], 1).double()
-            small = 0.1 * torch.eye(
-                known.shape[1], dtype=torch.double
-            )  # the weights, so that they are the same anywhere
+            small = 0.1 * torch.eye(known.shape[1], dtype=torch.double)  # weights, which are the same anywhere
             shift = torch.linalg.solve(known.T @ known + small, known.T @ target[:, None].double()).float()
             model.class_head.logit_shift.weight.copy_(shift[:-1].T), model.class_head.logit_shift.bias.copy_(shift[-1])
             model.class_head.logit_scale.weight.zero_(), model.class_head.logit_scale.bias.zero_()
