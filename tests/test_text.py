@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import CASES, EACH_FAMILY, cases, embeds, run
-from tiny_finders import save_grounding_dino, save_owlv2, save_sam3, scene
+from tiny_finders import WEIGHTS, save_grounding_dino, save_owlv2, save_sam3, scene
 from transformers import BertConfig
 
 from sparse_context import SELECTORS, SparseContextConfig, apply_sparse_context, last_selection, select_tokens, text
@@ -280,8 +281,9 @@ def test_without_a_model_the_sentence_says_what_to_download(monkeypatch, tmp_pat
     with pytest.raises(ValueError) as told:
         select_tokens([pixels()], [GRID], SparseContextConfig(phrases="red"))
     assert str(told.value) == (
-        "There is no model here that finds phrases: name one as text_model, either CIDAS/clipseg-rd64-refined, which "
-        "is downloaded then (603 MB, Apache-2.0), or the folder of a CLIPSeg, OWLv2, Grounding DINO or SAM 3."
+        "There is no model here that finds phrases: name one as text_model (--text-model), either "
+        "CIDAS/clipseg-rd64-refined, which is downloaded then (603 MB, Apache-2.0), or the folder of a CLIPSeg, OWLv2, "
+        "Grounding DINO or SAM 3."
     )
     assert not list(tmp_path.iterdir())
 
@@ -368,10 +370,14 @@ def test_boxes_of_grounding_dino_lie_where_they_are_in_the_picture(tmp_path):
     assert np.array_equal(found, expected) and 0 < expected.mean() < 1
 
 
-def test_sam_3_sees_the_picture_as_its_own_processor_makes_it(tmp_path):
-    save_sam3(tmp_path)
+@pytest.mark.parametrize("video", [False, True])
+def test_sam_3_sees_the_picture_as_its_own_processor_makes_it(video, tmp_path):
+    """It is published as a model of videos, with a tracker beside it."""
+    save_sam3(tmp_path, video)
     finder = Text("red", str(tmp_path)).finder()
     model = next(c.cell_contents for c in finder.find.__closure__ if isinstance(c.cell_contents, torch.nn.Module))
+    saved = load_file(tmp_path / WEIGHTS)["detector_model." * video + "text_projection.weight"]
+    assert torch.equal(model.text_projection.weight, saved)
     said = []
     model.register_forward_hook(lambda module, args, kwargs, output: said.append((kwargs, output)), with_kwargs=True)
     found = finder(pixels(96, 64), "red")

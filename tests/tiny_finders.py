@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertTokenizer,
@@ -20,11 +21,13 @@ from transformers import (
     Owlv2ImageProcessorPil,
     Sam3Config,
     Sam3Model,
+    Sam3VideoConfig,
     SwinConfig,
     ViTImageProcessorPil,
 )
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
+WEIGHTS = "model.safetensors"
 SIDE, PATCH = 64, 8  # pixels of CLIPSeg's input, and of its patches
 
 
@@ -204,8 +207,8 @@ def save_grounding_dino(folder: Path) -> None:
         part.save_pretrained(folder)
 
 
-def save_sam3(folder: Path) -> None:
-    """A random SAM 3."""
+def save_sam3(folder: Path, video: bool = False) -> None:
+    """A random SAM 3; with `video` as a part of a `Sam3VideoModel`, whose tracker is one weight."""
     tokenizer = letters(32)
     small = dict(hidden_size=16, num_attention_heads=2)
     with torch.random.fork_rng():
@@ -235,3 +238,7 @@ def save_sam3(folder: Path) -> None:
         model = Sam3Model(config).eval()
     for part in (model, tokenizer):
         part.save_pretrained(folder)
+    if video:
+        Sam3VideoConfig(detector_config=config.to_dict()).save_pretrained(folder)
+        weights = {f"detector_model.{name}": weight for name, weight in load_file(folder / WEIGHTS).items()}
+        save_file({**weights, "tracker_model.weight": torch.zeros(1)}, folder / WEIGHTS, {"format": "pt"})

@@ -174,6 +174,7 @@ KINDS: dict[str, tuple[Callable[[_Parts], Find], float]] = {
     "owlv2": (owlv2, 0.0),  # detectors have thresholds of their own
     "grounding-dino": (grounding_dino, 0.0),
     "sam3": (sam3, LEAST),
+    "sam3_video": (sam3, LEAST),  # as facebook/sam3 is published: with a tracker beside it, which is not loaded
 }
 """By the model type that a config.json names: how a model is loaded, and `Finder.least`."""
 
@@ -212,8 +213,8 @@ def _cached_default() -> Path:
     folder = _in_cache(DEFAULT)
     if folder is None:
         raise ValueError(
-            f"There is no model here that finds phrases: name one as text_model, either {DEFAULT}, which is downloaded "
-            f"then ({DOWNLOAD}), or the folder of a CLIPSeg, OWLv2, Grounding DINO or SAM 3."
+            f"There is no model here that finds phrases: name one as text_model (--text-model), either {DEFAULT}, which "
+            f"is downloaded then ({DOWNLOAD}), or the folder of a CLIPSeg, OWLv2, Grounding DINO or SAM 3."
         )
     return folder
 

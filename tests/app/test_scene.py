@@ -115,7 +115,7 @@ def test_phrases_are_copied_as_python_as_a_command_and_as_a_file(cat, room):
     assert "--text 'the red car' \\\n    --text none" in copies.to_command(scene)
     assert "--text-model m" in copies.to_command(scene)
     assert json.loads(copies.to_json(scene))["phrases"] == ["the red car", None]
-    assert "text" not in copies.to_command(Scene([cat, room], "x"))
+    assert "--text" not in copies.to_command(Scene([cat, room], "x"))
 
 
 # Python, the command, and the file -----------------------------------------------------------------------------------
