@@ -213,8 +213,8 @@ def _cached_default() -> Path:
     folder = _in_cache(DEFAULT)
     if folder is None:
         raise ValueError(
-            f"There is no model here that finds phrases: name one as text_model (--text-model), either {DEFAULT}, which "
-            f"is downloaded then ({DOWNLOAD}), or the folder of a CLIPSeg, OWLv2, Grounding DINO or SAM 3."
+            f"There is no model here that finds phrases: name one as text_model (--text-model), either {DEFAULT}, "
+            f"which is downloaded then ({DOWNLOAD}), or the folder of a CLIPSeg, OWLv2, Grounding DINO or SAM 3."
         )
     return folder
 
