@@ -103,8 +103,8 @@ class Kept:
 class Selection:
     """What was kept in one call: of each reference, by which task and coverage (one per reference), and what it cost.
 
-    `seconds` is the wall time of scoring and choosing, without what is read once. `notes` is what the report says of
-    overviews that nobody asked for so, and of phrases.
+    `seconds` is the wall time of scoring and choosing, without what is read once. `notes` is what the plan says of
+    overviews that nobody asked for so, and of phrases: `remarks` has them.
     """
 
     references: tuple[Kept, ...]
@@ -184,16 +184,22 @@ class Selection:
                 how += "" if kept.psnr is None else f", together {kept.psnr:.1f} dB"
             lines.append(f"reference {i}: {_tokens(kept.count, kept.total)}{how}")
         lines.append(f"total: {_tokens(self.kept, self.total)}, task {self.task}, in {1000 * self.seconds:.1f} ms")
+        return "\n".join([*lines, *self.remarks])
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the report says besides the counts, where the user may have meant something else: a sentence each."""
+        lines = []
         if any(k.task == "global" and k.count < k.total and not k.overview for k in self.references):
             lines.append("a global edit loses quality with every dropped token: keep all, or use keep='auto'")
         for i, kept in enumerate(self.references, start=1):
             if kept.selector == "mask" and not kept.scores.any():
                 lines.append(f"the mask of reference {i} marks nothing, so its tokens are spread evenly")
             if kept.found is not None and not kept.found.any():
-                blended = " + " in kept.selector
+                blended = " + " in kept.selector.replace(repr(kept.phrase), "")
                 then = "the other parts of its selector decide" if blended else "its tokens are spread evenly"
                 lines.append(f"{kept.phrase!r} is nowhere in reference {i}, so {then}")
-        return "\n".join([*lines, *self.notes])
+        return [*lines, *self.notes]
 
 
 def _overview_record(kept: Kept) -> dict[str, object] | None:
