@@ -1,5 +1,6 @@
 """Selecting by a model that cuts pictures out: ONNX files made in code, sessions, and functions."""
 
+import os
 import subprocess
 import sys
 
@@ -213,6 +214,19 @@ except ImportError as error:
         "onnxruntime is not installed: pip install 'sparse-context[onnx]'.",
         "",
     )
+
+
+def test_nothing_is_told_to_the_makers_of_onnx_runtime(tmp_path):
+    """Before it reports anything it writes the number of its session into the folder of temporary files."""
+    path = save(tmp_path / "m.onnx")
+    code = f"""
+import numpy as np
+from sparse_context import matting
+matting({str(path)!r})(np.zeros((64, 64, 3), np.uint8), (8, 8), None)
+"""
+    environment = {name: text for name, text in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", code], env={**environment, "TMPDIR": str(tmp_path)}, check=True, timeout=120)
+    assert [each.name for each in tmp_path.iterdir()] == ["m.onnx"]
 
 
 def test_a_phrase_and_a_cut_out_may_be_blended(clipseg, tmp_path):

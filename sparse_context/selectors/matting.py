@@ -1,6 +1,7 @@
 """The subject of a picture, by a model of the user's own that cuts pictures out: an ONNX file, or any function.
 
 Nothing comes with the package, nothing is downloaded, and no picture leaves the machine unless your function sends it.
+ONNX Runtime reports its use to its makers by default, which is turned off here.
 """
 
 from __future__ import annotations
@@ -104,9 +105,11 @@ class OnnxModel:
     def session(self) -> Any:
         if not isinstance(self.source, Path):
             return self.source
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else it tells its makers what it runs; read when imported
         with explain_missing_packages():
             import onnxruntime
 
+        onnxruntime.disable_telemetry_events()  # where somebody has imported it before
         try:
             known = set(onnxruntime.get_available_providers())
             return onnxruntime.InferenceSession(
