@@ -34,8 +34,7 @@ Selector = Annotated[
     list[str] | None,
     typer.Option(
         help="auto, a name (random, uniform, edges, detail, saliency, subject, contrast, residual, mask, text) or a "
-        "blend "
-        "(saliency=0.7,edges=0.3). Repeat it to give one per reference.",
+        "blend (saliency=0.7,edges=0.3). Repeat it to give one per reference.",
         show_default="auto",
     ),
 ]
