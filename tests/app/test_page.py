@@ -99,7 +99,8 @@ def test_a_phrase_says_what_is_meant_in_a_reference(page):
     phrase.fill("red")
     phrase.blur()
     page.wait_for_function("document.querySelector('#reference-1 .by').innerText === \"phrase 'red'\"")
-    assert (overlay(page, 1) == PHRASE_COLOUR).all(-1).any()
+    unlike = np.abs(overlay(page, 1) - np.float32(PHRASE_COLOUR)).max(-1)  # a JPEG has no exact colours
+    assert (unlike < 30).any()
     phrase.fill("green")
     phrase.press("Enter")
     page.wait_for_function("document.querySelector('#summary .summary').innerText.includes('nowhere')")
