@@ -38,6 +38,7 @@ RUNS = (
     "overview",
     "overview_lora",
     "peers",
+    "phrase_models",
     "saliency",
     "server_load",
     "server_soak",

@@ -14,6 +14,8 @@ What matters:
 - `SELECTORS`: selectors by name.
 - `blend`: a selector that averages others by weight.
 - `mask`: a selector from a user's masks.
+- `text`: a selector of what a phrase names.
+- `matting`: a selector of what a model of the user's own cuts out.
 
 Without a pipeline:
 
@@ -40,8 +42,10 @@ if TYPE_CHECKING:
     from .selection import Selection as Selection
     from .selection import select_tokens as select_tokens
     from .selectors.masks import mask as mask
+    from .selectors.matting import matting as matting
     from .selectors.registry import SELECTORS as SELECTORS
     from .selectors.registry import blend as blend
+    from .selectors.text import text as text
     from .sparsify import apply_sparse_context as apply_sparse_context
     from .sparsify import last_selection as last_selection
     from .sparsify import remove_sparse_context as remove_sparse_context
@@ -60,6 +64,8 @@ _HOME = {
     "SELECTORS": "selectors.registry",
     "blend": "selectors.registry",
     "mask": "selectors.masks",
+    "text": "selectors.text",
+    "matting": "selectors.matting",
     "select_tokens": "selection",
     "Selection": "selection",
     "Kept": "selection",

@@ -5,21 +5,32 @@ from __future__ import annotations
 import numbers
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, fields
+from typing import cast
 
 import numpy as np
 
 from .budget import Value, check_budget, spread_out
 from .overview import COARSEST, FINEST, LAYOUTS
-from .selectors.registry import SelectorsLike, each_selector, resolve
+from .selectors.registry import SelectorLike, SelectorsLike, each_selector, reads_phrases, resolve
+from .selectors.text import check_phrases
 from .trained import Trained
 
 TASKS = ("auto", "edit", "global", "subject")
 
 
-def task_defaults(task: str, references: int, overview: bool = False) -> tuple[str | dict[str, float], float]:
+def meaning_of(task: str, references: int) -> str:
+    """What "auto" comes to, by the number of references: "edit" for one, "subject" for several; other tasks are
+    themselves."""
+    return task if task != "auto" else "edit" if references == 1 else "subject"
+
+
+def task_defaults(
+    task: str, references: int, overview: bool = False, phrase: bool = False
+) -> tuple[str | dict[str, float], float]:
     """The rule by which a task decides (selector, coverage) where the user did not.
 
-    overview: whether there is one beside the sharp tokens, so that no region is blind without them.
+    overview: whether there is one beside the sharp tokens, so that no region is blind without them. phrase: whether a
+    phrase says what is meant in the reference (`selectors.text`).
 
     - "edit", an edit that keeps the picture's layout: edges and saliency, half each, with a tenth of the tokens spread
       evenly, because flat regions are blind otherwise. (The paper, arXiv 2606.23682, takes edges alone, and names that
@@ -34,13 +45,20 @@ def task_defaults(task: str, references: int, overview: bool = False) -> tuple[s
 
     Beside an overview, edits of either kind take sharp tokens where the overview is wrong ("residual"), and none that
     are spread, for no region is blind then. A subject takes the same as without.
+
+    A phrase takes the place of saliency for a subject. The source of an edit keeps what is outside of it: at half of
+    the weight, all of that goes before all that is inside, and the rule without a phrase decides among equals. Inside,
+    the overview or the tokens that are spread show what was there. An edit of the whole picture ignores a phrase.
     """
-    if task == "subject" or (task == "auto" and references != 1):
-        return "subject", 0.0
+    meaning = meaning_of(task, references)
+    if meaning == "subject":
+        return "text" if phrase else "subject", 0.0
     if overview:
-        return "residual", 0.0
-    if task == "global":
+        return {"text": 0.5, "residual": 0.5} if phrase and meaning == "edit" else "residual", 0.0
+    if meaning == "global":
         return "uniform", 0.0
+    if phrase:
+        return {"text": 0.5, "edges": 0.25, "saliency": 0.25}, 0.1
     return {"edges": 0.5, "saliency": 0.5}, 0.1
 
 
@@ -54,16 +72,22 @@ class SparseContextConfig:
       fewest tokens that hold the share `mass` of its scores; all for a global edit; with an overview, the fewest sharp
       tokens with which it shows the picture to `psnr` dB). One value, or one per reference. 1 keeps all.
     - `selector`: what makes a token matter: a name of `selectors.SELECTORS`, a mapping of names to weights (a blend), a
-      function (image, grid, generator) -> scores, or `mask([...])`. One, or a list with one per reference. None: the
-      task decides.
+      function (image, grid, generator) -> scores, `mask([...])`, `text("the red car")` or `matting(...)`. One, or a
+      list with one per reference. None: the task decides.
     - `task`: "edit", "global", "subject" or "auto", one or one per reference: see `task_defaults`.
     - `overview`: a small copy of each reference, which counts towards `keep` and is kept whole, so that no region is
       blind: the factor by which it is smaller a side (2 to 16), "auto" (a factor that suits the budget), None (no
       overview), or "trained", what the loaded weights were trained for: none, unless they say so. One value, or one per
       reference. A factor that takes more than the budget gives way to a coarser one.
+    - `phrases`: what you mean in each reference, such as "the red car", which a model finds. A subject keeps it, the
+      source of an edit keeps all else, an edit of the whole picture ignores it: `task_defaults` has the rules, unless
+      you name a selector that reads phrases, "text" or a blend with it. One for all references, or one per reference,
+      None for one without.
 
     To tinker with:
 
+    - `text_model`: the model that finds phrases: a folder or a hub id, as `text` takes it. None: CLIPSeg, if it is in
+      the hub's cache.
     - `overview_layout`: where the tokens of an overview lie, of `overview.LAYOUTS`: "spread" over their reference, for
       weights that were trained for it; or as one more "reference" after all others. None: what the weights were trained
       for, else the latter.
@@ -89,7 +113,9 @@ class SparseContextConfig:
     selector: SelectorsLike = None
     task: str | Sequence[str] = "auto"
     overview: str | int | None | Sequence[str | int | None] = "trained"
+    phrases: str | None | Sequence[str | None] = None
 
+    text_model: str | None = None
     overview_layout: str | None = None
     reference_max_pixels: int | None = None
     coverage: float | None = None
@@ -120,6 +146,7 @@ class SparseContextConfig:
             if selector is not None:
                 resolve(selector)
         self._check_overview()
+        self._check_phrases()
         if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)) or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}: pass a whole number, 0 or more.")
 
@@ -148,6 +175,18 @@ class SparseContextConfig:
                 raise ValueError(needs_overview(pixels))
         if not isinstance(self.psnr, numbers.Real) or isinstance(self.psnr, bool) or not 0 < self.psnr <= 1000:
             raise ValueError(f"psnr is {self.psnr!r}: pass a number of dB above 0 and up to 1000, such as 32.")
+
+    def _check_phrases(self) -> None:
+        check_phrases("phrases", self.phrases)
+        selectors = each_selector(self.selector, 1)
+        if any(spread_out(self.phrases, 1)) and not any(map(reads_phrases, selectors)):
+            label, _ = resolve(cast("SelectorLike", selectors[0]))
+            raise ValueError(
+                f"phrases is {self.phrases!r}, but selector is {label!r}, which reads none: name text there, or leave "
+                "one of the two out."
+            )
+        if self.text_model is not None and not (isinstance(self.text_model, str) and self.text_model.strip()):
+            raise ValueError(f"text_model is {self.text_model!r}: pass a folder or a hub id, or None.")
 
     @property
     def names_overview(self) -> bool:

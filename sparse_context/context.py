@@ -26,6 +26,7 @@ from .overview import Overview
 from .selection import Pixels, Selection, score_tokens, select_tokens
 from .selectors.cells import Grid
 from .selectors.registry import user_mask
+from .selectors.text import Place
 from .tokens import ReferenceTokens
 from .trained import trained_for
 
@@ -153,7 +154,8 @@ class Call:
                 larger[i] = found
             return found
 
-        selection = select_tokens(pictures, grids, config, shows_picture, score, trained, large)
+        place = place_of(self.pipe)
+        selection = select_tokens(pictures, grids, config, shows_picture, score, trained, large, place)
         self.select(replace(selection, seconds=preparing + selection.seconds))
         kept = _keep_sharp(tokens, grids, selection, larger)
         if encode_overviews is None or not selection.overviews:
@@ -192,6 +194,15 @@ class Call:
             _running[id(self.pipe)] -= 1
             if context_of(self.pipe) is None:
                 _restore_class(self.pipe)
+
+
+def place_of(pipe: Any) -> Place:
+    """Where a model beside a pipeline runs: on its device, in the type of its transformer.
+
+    Where that is of another kind, as fp8 is, the model has float32.
+    """
+    dtype = str(getattr(getattr(pipe, "transformer", None), "dtype", "")).removeprefix("torch.")
+    return Place(str(pipe._execution_device), dtype if dtype in ("bfloat16", "float16") else "float32")
 
 
 def _keep_sharp(

@@ -21,6 +21,7 @@ INSTALL: dict[str, str] = {
     "ray": RAY,
     **dict.fromkeys(("fastapi", "prometheus_client", "python_multipart", "starlette", "uvicorn"), SERVER),
     "gradio": "pip install 'sparse-context[app]'",
+    "onnxruntime": "pip install 'sparse-context[onnx]'",
     **dict.fromkeys(("accelerate", "diffusers", "filelock", "peft", "tqdm", "transformers", "typer"), DIFFUSERS),
 }
 """By the name that is imported, the command that brings it."""

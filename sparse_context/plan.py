@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from .budget import Pool, check_budget, is_count, is_per_reference, keeps_all, pools
 from .config import SparseContextConfig, check_length, needs_overview, per_reference, task_defaults
 from .overview import COARSEST, Overview, coarser, factor_for, overview_grid
+from .phrases import is_text, plan_phrases, say_of_phrase
 from .selectors.cells import Grid
 from .selectors.registry import (
     SelectorLike,
@@ -20,9 +21,12 @@ from .selectors.registry import (
     beside_overview,
     each_selector,
     find_masks,
+    find_text,
+    put_text,
     resolve,
     user_mask,
 )
+from .selectors.text import CPU, IGNORED, Place
 from .trained import Trained
 
 UNTRAINED = Trained()
@@ -35,7 +39,8 @@ class Plan:
     grids: (rows, columns) of the tokens to choose from. usual: as the host has it, where `grids` is that of a larger
     picture (`enlarge_plan`). tasks: by name. keep: as `choose_tokens` takes it. selectors: None where every token is
     kept, so that nothing has to be scored. labels: of the selectors. coverages: shares of evenly spread tokens.
-    overviews: None where there is none. notes: what the report says of overviews that the user did not ask for so.
+    overviews: None where there is none. notes: what the report says of overviews that the user did not ask for so, and
+    of phrases.
     """
 
     grids: list[Grid]
@@ -59,12 +64,13 @@ def plan_selection(
     grids: Sequence[Grid],
     shown: Sequence[bool] | None = None,
     trained: Trained | None = None,
+    place: Place = CPU,
 ) -> Plan:
     """The plan for references with these token grids.
 
     shown: whether there are pixels of each, which an overview is made from; None: of all. trained: what the loaded
-    weights were trained for. Raises ValueError where the config holds more or fewer values than there are references,
-    and for an overview that cannot be.
+    weights were trained for. place: where a model that finds phrases runs. Raises ValueError where the config holds
+    more or fewer values than there are references, and for an overview that cannot be.
     """
     count = len(grids)
     check_budget(config.keep, references=count)
@@ -86,14 +92,22 @@ def plan_selection(
     labels, coverages = [], []
     chosen = each_selector(config.selector, count)
     check_length("selector", chosen, count)
-    for choice, task, ratio, size, overview in zip(chosen, tasks, ratios, sizes, overviews, strict=True):
-        selector: SelectorLike
-        selector, coverage = task_defaults(task, count, overview is not None)
-        if choice is not None:
+    texts = plan_phrases(config, tasks, chosen, place)
+    for i, (choice, task, ratio, size, overview, text) in enumerate(
+        zip(chosen, tasks, ratios, sizes, overviews, texts, strict=True)
+    ):
+        selector: SelectorLike | None
+        reads = text if text is not None and text.role != IGNORED else None
+        usual = task_defaults(task, count, overview is not None, reads is not None)
+        selector, coverage = usual
+        if choice is not None and not is_text(choice):
             selector, coverage = choice, 0.0 if task == "auto" else coverage
+        if find_text(selector) is not None:
+            selector = put_text(selector, reads) or usual[0]
         if overview is not None:
             selector = beside_overview(selector, overview.factor)
         whole = all_whole or (budgets_apart and keeps_all(ratio, [size]))
+        notes += [] if whole else say_of_phrase(i, task, count, text)
         selectors.append(None if whole else selector)
         labels.append("all" if whole else resolve(selector)[0])
         coverages.append(coverage if config.coverage is None else float(config.coverage))

@@ -12,11 +12,15 @@ from .overview import enlarge, shrink_picture
 from .selection import Kept, Score, Selection, score_tokens, select_tokens
 from .selectors.cells import rgb_pixels, whole_cells
 from .selectors.registry import SelectorsLike, user_mask
+from .selectors.text import CPU, Place
 from .trained import Trained
 
 MAX_AREA = 1024 * 1024  # the FLUX.2 pipelines scale a larger reference down to this many pixels, and preprocess it then
 MAX_ASPECT = 8  # they refuse anything wider or taller
 MIN_SIDE = 64  # and anything smaller, in pixels
+
+KEPT_COLOUR = (226, 76, 60)  # of the frame around kept tokens
+PHRASE_COLOUR = (30, 96, 200)  # and around what a phrase names
 
 
 def fit_reference(
@@ -74,7 +78,8 @@ def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image
 
     picture: uint8 (H, W, 3 or 4), the pixels that the selector saw. dim: how far a dropped token fades, 0 to 1.
     A token that is kept as it is gets a thin frame where it borders on others. Where a mean of tokens is kept, they
-    show its colour. With an overview, nothing fades: beside the sharp tokens stands what it shows, enlarged.
+    show its colour. With an overview, nothing fades: beside the sharp tokens stands what it shows, enlarged. Where a
+    phrase was looked for, it stands in a corner, and what it names has a frame of another colour.
     """
     height, width = picture.shape[:2]
     rgb = picture[..., :3].astype(np.float32)
@@ -89,13 +94,33 @@ def draw_kept(picture: np.ndarray, kept: Kept, dim: float = 0.82) -> Image.Image
             cv2.resize(part, (width, height), interpolation=cv2.INTER_NEAREST) for part in _mean_colours(rgb, kept)
         )
         others = np.where(shows[..., None] > 0, mosaic, others)
-    mask = cv2.resize(sharp.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)[..., None]
-    drawn = np.where(mask > 0, rgb, others)
+    mask = cv2.resize(sharp.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+    drawn = np.ascontiguousarray(np.where(mask[..., None] > 0, rgb, others).astype(np.uint8))
+    line = max(1, round(max(height, width) / 512))
     if not sharp.all():
-        outline, _ = cv2.findContours(mask[..., 0], cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-        drawn = np.ascontiguousarray(drawn.astype(np.uint8))
-        cv2.drawContours(drawn, outline, -1, (226, 76, 60), max(1, round(max(height, width) / 512)))
-    return Image.fromarray(drawn.astype(np.uint8))
+        _frame(drawn, mask, KEPT_COLOUR, line)
+    if kept.found is None or kept.phrase is None:
+        return Image.fromarray(drawn)
+    found = cv2.resize(kept.found, (width, height), interpolation=cv2.INTER_LINEAR)
+    shows = (found >= found.max() / 2) & (found > 0)
+    _frame(drawn, shows.astype(np.uint8), PHRASE_COLOUR, 2 * line)
+    return _with_tag(Image.fromarray(drawn), kept.phrase if shows.any() else f"{kept.phrase}: nowhere")
+
+
+def _frame(drawn: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], line: int) -> None:
+    """Draw the outline of a mask, uint8 (H, W), into a picture (H, W, 3), `line` pixels wide."""
+    outline, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    cv2.drawContours(drawn, outline, -1, colour, line)
+
+
+def _with_tag(picture: Image.Image, text: str) -> Image.Image:
+    """A picture with a text in its upper left corner, as large as fits, on a ground of the phrase's colour."""
+    font = ImageFont.load_default(_fitting(text, picture.width - 6, max(10, min(22, picture.width // 16))))
+    draw = ImageDraw.Draw(picture)
+    _, _, right, bottom = draw.textbbox((3, 2), text, font=font)
+    draw.rectangle((0, 0, right + 3, bottom + 3), fill=PHRASE_COLOUR)
+    draw.text((3, 2), text, fill="white", font=font)
+    return picture
 
 
 def _blurred(kept: Kept, cells: int) -> np.ndarray:
@@ -144,11 +169,12 @@ def select_pictures(
     token: int = 16,
     trained: Trained | None = None,
     score: Score = score_tokens,
+    place: Place = CPU,
 ) -> Selection:
     """What would be kept of pictures (RGB or RGBA) by a model whose tokens are `token` pixels wide, without that model.
 
-    The pictures go through `fit_reference` and are cropped to whole tokens, as the FLUX.2 pipelines do. `trained` and
-    `score` are those of `select_tokens`.
+    The pictures go through `fit_reference` and are cropped to whole tokens, as the FLUX.2 pipelines do. `trained`,
+    `score` and `place` are those of `select_tokens`.
     """
     seen, grids = [], []
     for i, picture in enumerate(pictures):
@@ -166,21 +192,25 @@ def select_pictures(
         left, top = (picture.width - columns * token) // 2, (picture.height - rows * token) // 2
         seen.append(np.asarray(picture.crop((left, top, left + columns * token, top + rows * token))))
         grids.append((rows, columns))
-    return select_tokens(seen, grids, config, score=score, trained=trained)
+    return select_tokens(seen, grids, config, score=score, trained=trained, place=place)
 
 
 def label(picture: Image.Image, text: str) -> Image.Image:
     """A picture with a line of text below it on white. Line ends in the text, as prompts may have, become spaces."""
     text = " ".join(text.split())
-    height = max(12, min(22, picture.width // 16))
+    height = _fitting(text, picture.width, max(12, min(22, picture.width // 16)))
     font = ImageFont.load_default(height)
-    while height > 6 and font.getlength(text) > picture.width:
-        height -= 1
-        font = ImageFont.load_default(height)
     sheet = Image.new("RGB", (picture.width, picture.height + round(height * 1.6)), "white")
     sheet.paste(picture, (0, 0))
     ImageDraw.Draw(sheet).text((picture.width / 2, picture.height + 2), text, fill=(40, 40, 40), font=font, anchor="ma")
     return sheet
+
+
+def _fitting(text: str, width: int, height: int) -> int:
+    """The height of a font in pixels: `height`, or less where the text would be wider than `width`."""
+    while height > 6 and ImageFont.load_default(height).getlength(text) > width:
+        height -= 1
+    return height
 
 
 def side_by_side(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,7 +22,8 @@ from .merge import merge_rest
 from .overview import Overview, count_for, psnr_of, residual
 from .plan import Plan, enlarge_plan, plan_selection
 from .selectors.cells import Grid, rgb_pixels, whole_cells
-from .selectors.registry import SelectorLike, name_of, prepare, resolve
+from .selectors.registry import SelectorLike, find_text, name_of, prepare, put_text, resolve
+from .selectors.text import CPU, WHERE, Place
 from .trained import Trained
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Kept:
     `picture` is what the selector saw, uint8 (H, W, 3 or 4), or None where the host had only latents. `task` is the
     reference's own. `overview` is the small copy beside the sharp tokens, if any, and `psnr` the dB to which both show
     the picture, where keep was "auto". `usual` is the grid that the host has of it, where the sharp tokens are of a
-    larger picture.
+    larger picture. `phrase` is what was looked for, and `found` how much each token shows of it, float32 (rows,
+    columns) in [0, 1]; None where no phrase was read.
     """
 
     grid: Grid
@@ -58,6 +60,8 @@ class Kept:
     overview: Overview | None = None
     psnr: float | None = None
     usual: Grid | None = None
+    phrase: str | None = None
+    found: np.ndarray | None = None
 
     @property
     def total(self) -> int:
@@ -99,8 +103,8 @@ class Kept:
 class Selection:
     """What was kept in one call: of each reference, by which task and coverage (one per reference), and what it cost.
 
-    `seconds` is the wall time of scoring and choosing, without what is read once. `notes` is what the report says of
-    overviews that nobody asked for so.
+    `seconds` is the wall time of scoring and choosing, without what is read once. `notes` is what the plan says of
+    overviews that nobody asked for so, and of phrases: `remarks` has them.
     """
 
     references: tuple[Kept, ...]
@@ -161,6 +165,7 @@ class Selection:
                     "averages": len(kept.averages),
                     "overview": _overview_record(kept),
                     **({"large_grid": list(kept.grid)} if kept.usual else {}),
+                    **({} if kept.found is None else {"phrase": kept.phrase, "found": bool(kept.found.any())}),
                 }
                 for kept, coverage in zip(self.references, self.coverage, strict=True)
             ],
@@ -179,12 +184,22 @@ class Selection:
                 how += "" if kept.psnr is None else f", together {kept.psnr:.1f} dB"
             lines.append(f"reference {i}: {_tokens(kept.count, kept.total)}{how}")
         lines.append(f"total: {_tokens(self.kept, self.total)}, task {self.task}, in {1000 * self.seconds:.1f} ms")
+        return "\n".join([*lines, *self.remarks])
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the report says besides the counts, where the user may have meant something else: a sentence each."""
+        lines = []
         if any(k.task == "global" and k.count < k.total and not k.overview for k in self.references):
             lines.append("a global edit loses quality with every dropped token: keep all, or use keep='auto'")
         for i, kept in enumerate(self.references, start=1):
             if kept.selector == "mask" and not kept.scores.any():
                 lines.append(f"the mask of reference {i} marks nothing, so its tokens are spread evenly")
-        return "\n".join([*lines, *self.notes])
+            if kept.found is not None and not kept.found.any():
+                blended = " + " in kept.selector.replace(repr(kept.phrase), "")
+                then = "the other parts of its selector decide" if blended else "its tokens are spread evenly"
+                lines.append(f"{kept.phrase!r} is nowhere in reference {i}, so {then}")
+        return [*lines, *self.notes]
 
 
 def _overview_record(kept: Kept) -> dict[str, object] | None:
@@ -224,6 +239,7 @@ def select_tokens(
     score: Score = score_tokens,
     trained: Trained | None = None,
     large: Callable[[int], Large | None] | None = None,
+    place: Place = CPU,
 ) -> Selection:
     """Score the references of a call and choose the tokens to keep.
 
@@ -235,16 +251,17 @@ def select_tokens(
     alone. Where all tokens are kept, nothing is scored. `score` stands for `score_tokens`, for a cache that remembers
     scores; several threads call it at once, unless a selector is a function of the user's own. `trained` is what the
     weights that will see the tokens were trained for; None: for no overviews. `large(i)` is reference i in the larger
-    size that the config asks for, or None where it has none; it is asked for those with an overview.
+    size that the config asks for, or None where it has none; it is asked for those with an overview. `place` is where a
+    model that finds phrases runs.
 
     Raises ValueError, in one sentence, for values that do not fit these references.
     """
     start = time.perf_counter()
     batches = _check_pictures(images, grids)
-    plan = plan_selection(config, grids, [len(batch) > 0 for batch in batches], trained)
+    plan = plan_selection(config, grids, [len(batch) > 0 for batch in batches], trained, place)
     plan, batches = _enlarge(plan, batches, config.reference_max_pixels, large)
     reading = _prepare_selectors(plan.selectors)  # a net, once, which is not what choosing costs
-    scores = score_references(plan, batches, config.seed, shows_picture, score)
+    scores, found = score_references(plan, batches, config.seed, shows_picture, score)
     overviews, enough, errors = _enough(plan, batches, scores, config.psnr)
     index = choose_tokens(
         scores,
@@ -262,7 +279,9 @@ def select_tokens(
     pictures = [batch[0] if batch else None for batch in batches]
     reached = [None if error is None else psnr_of(error, sharp) for error, sharp in zip(errors, index, strict=True)]
     usual = [None if each == grid else each for each, grid in zip(plan.usual, plan.grids, strict=True)]
-    columns = index, scores, plan.labels, pictures, into, plan.tasks, overviews, reached, usual
+    texts = [None if selector is None else find_text(selector) for selector in plan.selectors]
+    phrases = [None if text is None else text.phrases for text in texts]
+    columns = index, scores, plan.labels, pictures, into, plan.tasks, overviews, reached, usual, phrases, found
     kept = tuple(map(Kept, plan.grids, *columns))
     task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(plan.tasks))
     least = trained.keep[0] if trained is not None and trained.keep else 0.0
@@ -346,26 +365,39 @@ def score_references(
     seed: int,
     shows_picture: Sequence[np.ndarray | None] | None = None,
     score: Score = score_tokens,
-) -> list[np.ndarray]:
-    """The scores of each reference, float32 (rows, columns). The arguments are those of `select_tokens`."""
+) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    """The scores of each reference, float32 (rows, columns), and how much each token shows of what its phrase names,
+    None without one. The arguments are those of `select_tokens`."""
 
-    def score_reference(i: int) -> np.ndarray:
+    def score_reference(i: int) -> tuple[np.ndarray, np.ndarray | None]:
         selector, grid = plan.selectors[i], plan.grids[i]
         if selector is None:
-            return np.ones(grid, np.float32)
+            return np.ones(grid, np.float32), None
         pictures: list[np.ndarray | None] = [*batches[i]] or [None]
-        parts = [score(selector, picture, grid, (seed, i)) for picture in pictures]
-        scores = parts[0] if len(parts) == 1 else np.stack(parts).mean(axis=0, dtype=np.float32)
+        scores, found = [], []
+        for picture in pictures:
+            scorer, text = selector, find_text(selector)
+            if text is not None:  # asked apart, for the report, and so once
+                found.append(score(replace(text, role=WHERE), picture, grid, (seed, i)))
+                scorer = put_text(selector, replace(text, found=found[-1])) or selector
+            scores.append(score(scorer, picture, grid, (seed, i)))
         inside = None if shows_picture is None else shows_picture[i]
-        return scores if inside is None else np.where(inside, scores, BELOW_ALL)
+        mean = _mean(scores)
+        return mean if inside is None else np.where(inside, mean, BELOW_ALL), _mean(found) if found else None
 
     # Side by side, unless a function of the user's own is asked, which need not be safe for threads
     count = len(plan.grids)
     asked = [selector for selector in plan.selectors if selector is not None]
     if len(asked) > 1 and all(name_of(selector) is not None for selector in asked):
         with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
-            return list(pool.map(score_reference, range(count)))
-    return [score_reference(i) for i in range(count)]
+            made = list(pool.map(score_reference, range(count)))
+    else:
+        made = [score_reference(i) for i in range(count)]
+    return [scores for scores, _ in made], [found for _, found in made]
+
+
+def _mean(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.stack(parts).mean(axis=0, dtype=np.float32)
 
 
 def _merge(

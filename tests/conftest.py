@@ -35,3 +35,13 @@ def tiny_model(tmp_path_factory):
     tiny.build_flux2(Flux2KleinPipeline, is_distilled=True).save_pretrained(folder)
     (folder / "call.json").write_text(json.dumps(CALL))
     return folder
+
+
+@pytest.fixture(scope="session")
+def clipseg(tmp_path_factory):
+    """The folder of a tiny CLIPSeg that finds red, blue and green."""
+    from tiny_finders import save_clipseg
+
+    folder = tmp_path_factory.mktemp("finder") / "clipseg"
+    save_clipseg(folder)
+    return folder

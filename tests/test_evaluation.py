@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_evaluation_metrics import tiny_clip, tiny_dino  # noqa: F401
 from tiny import picture
+from tiny_finders import scene
 
 from sparse_context import SparseContextConfig
 from sparse_context.cli import main
@@ -216,6 +217,37 @@ def test_a_sample_without_masks_cannot_be_evaluated_by_them(selector, pipe, samp
     with pytest.raises(ValueError, match="^The selector 'mask' needs masks, and the sample bare has none"):
         evaluate(maker(pipe), [bare], grid([0.5], [selector]), METRICS, tmp_path)
     assert not list(tmp_path.iterdir())  # it was told before anything was made
+
+
+@pytest.mark.parametrize("selector", ["text", {"text": 0.9, "random": 0.1}], ids=str)
+def test_the_selector_text_reads_the_phrases_of_each_sample(selector, pipe, clipseg, tmp_path):
+    """The red corner is a quarter of the tokens. A reference without a phrase has the rule of its task."""
+    red = png(scene(64, 64))
+    one = Sample("one", "x", (red,), task="subject", phrases=("red",))
+    two = Sample("two", "x", (red, red), task="subject", phrases=("red", None))
+    made = []
+
+    def make(sample, config, seed):
+        made.append(maker(pipe)(sample, config, seed))
+        return made[-1]
+
+    cells = grid([0.25], [selector], text_model=str(clipseg))
+    evaluate(make, [one, two], cells, METRICS, tmp_path)
+    kept = [each for generation in made[2:] for each in generation.selection.references]
+    assert [each.phrase for each in kept] == ["red", "red", None]
+    assert all(np.array_equal(each.mask, np.asarray(corner((8, 8))) > 0) for each in kept[:2])
+    with pytest.raises(ValueError, match="figures of other samples"):
+        evaluate(make, [replace(one, phrases=("blue",)), two], cells, METRICS, tmp_path)
+    with pytest.raises(ValueError, match="^The selector 'text' needs phrases, and the sample bare has none: add phras"):
+        evaluate(make, [replace(one, name="bare", phrases=())], cells, METRICS, tmp_path / "bare")
+    assert not (tmp_path / "bare").exists()  # it was told before anything was made
+
+
+def test_the_selector_text_has_the_coverage_of_its_task(pipe, clipseg):
+    sample = Sample("one", "x", (png(scene(64, 64)),), task="edit", phrases=("red",))
+    config = SparseContextConfig(keep=0.5, selector="text", phrases="red", text_model=str(clipseg))
+    assert maker(pipe)(sample, config, 0).selection.coverage == (0.1,)
+    assert maker(pipe)(sample, replace(config, selector={"text": 1.0}), 0).selection.coverage == (0.0,)
 
 
 def test_pictures_and_token_maps_of_samples_do_not_meet(pipe, samples, tmp_path):

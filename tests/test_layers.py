@@ -26,6 +26,7 @@ ROOMS = {
         "budget",
         "merge",
         "config",
+        "phrases",
         "plan",
         "selection",
         "selectors",
@@ -45,12 +46,22 @@ from those before it."""
 
 BASE = ("layers", "the idea", "pictures and records")
 BASE_MAY_IMPORT = {"PIL", "cv2", "numpy", "safetensors"} | sys.stdlib_module_names
-WITH_TORCH = {"tokens", "overview", "large", "selectors.saliency", "cache"}  # the others do without
+WITH_TORCH = {
+    "tokens",
+    "overview",
+    "large",
+    "selectors.saliency",
+    "selectors.finders",
+    "cache",
+}  # the others do without
 WITHIN_FUNCTIONS = {
     ("samples.progress", "tqdm"),
     ("samples.table", "datasets"),
     ("samples.ai_toolkit", "yaml"),
     ("samples.archives", "fsspec"),
+    ("selectors.finders", "huggingface_hub"),
+    ("selectors.finders", "transformers"),
+    ("selectors.matting", "onnxruntime"),
 }
 
 

@@ -60,6 +60,24 @@ def test_the_alpha_of_a_reference_is_its_mask(folder):
     assert np.array_equal(sample.open_reference_masks()[0], rgba.getchannel("A"))
 
 
+def test_phrases_are_one_for_each_reference_or_one_for_all(folder):
+    two = {**GOOD, "references": ["a.png", "b.png"]}
+    rows = [{**two, "phrases": ["the red car", None]}, {**two, "phrases": "a cat"}, two, {**GOOD, "phrases": "a cat"}]
+    read = [sample.phrases for sample in read_samples(write(folder, *rows))]
+    assert read == [("the red car", None), ("a cat", "a cat"), (), ("a cat",)]
+    bad = [{**two, "phrases": each} for each in (["a cat"], ["a cat", 3], ["", None], "a\nb", [])]
+    bad += [{**GOOD, "phrase": "a cat"}]
+    assert check_samples(write(folder, *bad)) == [
+        "line 1 has 1 phrases for 2 references: write as many, or one text.",
+        "line 2: 'phrases' is 3: write text.",
+        "line 3: 'phrases' has '': write what to look for, on one line, or null.",
+        "line 4: 'phrases' has 'a\\nb': write what to look for, on one line, or null.",
+        "line 4: 'phrases' has 'a\\nb': write what to look for, on one line, or null.",
+        "line 5 has 0 phrases for 2 references: write as many, or one text.",
+        "line 6 has 'phrase': write 'phrases'.",
+    ]
+
+
 def test_names_default_to_lines_and_one_reference_needs_no_list(folder):
     samples = read_samples(write(folder, {**GOOD, "references": "a.png"}, "", GOOD))
     assert [s.name for s in samples] == ["000001", "000003"]

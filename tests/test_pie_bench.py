@@ -62,6 +62,7 @@ def test_a_folder_is_read_in_its_order(pie):
     assert second.prompt == second.caption == "watercolor of a cat"  # without an instruction
     assert second.source_caption == "a cat"
     assert (first.task, second.task) == ("random", "change style")
+    assert (first.phrases, second.phrases) == (("bicycle",), (None,))
     assert first.open_image() is None
     assert first.open_references()[0].size == (512, 512)
     assert np.array_equal(np.asarray(first.open_reference_masks()[0]), decode_mask(BOX))

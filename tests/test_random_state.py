@@ -29,8 +29,10 @@ from sparse_context import (
     draw_kept,
     last_selection,
     mask,
+    matting,
     remove_sparse_context,
     select_tokens,
+    text,
 )
 from sparse_context.evaluation import networks
 from sparse_context.selectors import saliency
@@ -83,6 +85,10 @@ def select(selector, folder, request):
     pictures = [np.dstack([pixels(i), np.tile(np.uint8([0, 255]), (64, 32))]) for i in range(2)]  # with a mask
     kept = select_tokens(pictures, [(8, 8), (8, 8)], SparseContextConfig(selector=selector))
     draw_kept(pictures[0], kept.references[0])
+
+
+def select_by_phrase(folder, request):
+    select(text("red", request.getfixturevalue("clipseg")), folder, request)
 
 
 def choose(folder, request):
@@ -311,7 +317,9 @@ def train_net(folder, request):
 
 
 ENTRIES = {
-    **{f"select {name}": partial(select, name) for name in SELECTORS},
+    **{f"select {name}": partial(select, name) for name in SELECTORS if name != "text"},
+    "select a phrase": select_by_phrase,
+    "select matting": partial(select, matting(lambda picture: picture.convert("L"))),
     "select mask": partial(select, mask([np.ones((64, 64), bool)] * 2)),
     "select blend": partial(select, blend({"saliency": 0.5, "random": 0.5})),
     "choose": choose,

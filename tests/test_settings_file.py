@@ -41,6 +41,8 @@ VALUES = {
     "mass": 0.5,
     "psnr": 30.0,
     "reference_max_pixels": 2_000_000,
+    "phrases": ["the red car", None, None],
+    "text_model": "c/d",
     "prompt": "the cat, кот",
     "seed": 7,
     "steps": 4,

@@ -8,6 +8,7 @@ from ..pipelines.engine import WARM_UP_STEPS, Engine, Generation, all_tokens
 from ..pipelines.errors import Cancelled
 from ..pipelines.spec import Request
 from ..selection import Score, score_tokens
+from ..selectors.registry import reads_phrases
 from . import drawing
 from .scene import Scene
 from .sessions import Session, remember, stepwise
@@ -159,5 +160,8 @@ def sweep(
 
 
 def _setting(scene: Scene, keep: float | str, selector: Any) -> Scene:
-    """The scene with one budget for all references, and one selector; what is painted stays."""
-    return replace(scene, keep=keep, references=[replace(each, selector=selector) for each in scene.references])
+    """The scene with one budget for all references, and one selector; what is painted stays, and phrases where the
+    selector reads them."""
+    reads = reads_phrases(selector)
+    references = [replace(each, selector=selector, phrase=each.phrase if reads else "") for each in scene.references]
+    return replace(scene, keep=keep, references=references)

@@ -15,7 +15,7 @@ from ..config import TASKS, SparseContextConfig
 from ..overview import LAYOUTS
 from ..pipelines.spec import ModelSpec, Request
 from ..pipelines.texts import read_keep, read_selector
-from ..selectors.registry import PHRASE_SELECTORS, SELECTORS
+from ..selectors.registry import SELECTORS
 from .scene import Reference, Scene
 from .sessions import Session
 
@@ -25,7 +25,8 @@ SLOTS = 10
 OWN = "per reference"
 SAME = "shared"
 
-OF_CONFIG = tuple(each for each in fields(SparseContextConfig) if each.name not in ("keep", "selector", "task", "seed"))
+ON_CARDS = ("keep", "selector", "task", "phrases")
+OF_CONFIG = tuple(each for each in fields(SparseContextConfig) if each.name not in (*ON_CARDS, "seed", "text_model"))
 OF_CALL = tuple(each for each in fields(Request) if each.name not in ("prompt", "references", "config", "inpaint"))
 FIRST = ("seed", "steps")
 """Fields of a request that stand beside the prompt, and not among the rest."""
@@ -88,7 +89,7 @@ def fresh(config: SparseContextConfig, i: int) -> Fresh:
     keep, selector = own(config.keep), own(config.selector)
     ratio = keep if isinstance(keep, float) or keep == 1 else 0.2
     text = "auto" if selector is None else blend_text(selector) if isinstance(selector, Mapping) else selector
-    return ratio, keep == "auto", own(config.task), text, ""
+    return ratio, keep == "auto", own(config.task), text, own(config.phrases) or ""
 
 
 def blend_text(weights: Mapping[str, float]) -> str:
@@ -105,13 +106,13 @@ def make_slot(number: int, said: Fresh) -> Slot:
         with gr.Row(elem_classes="pair"):
             task = gr.Dropdown(list(TASKS), value=said[2], label="Task", min_width=80, filterable=False)
             selector = gr.Dropdown(
-                ["auto", *SELECTORS, *PHRASE_SELECTORS],
+                ["auto", *SELECTORS],
                 value=said[3],
                 label="Selector",
                 min_width=80,
                 allow_custom_value=True,
             )
-        phrase = gr.Textbox(said[4], label="Phrase", placeholder="the red car", visible=bool(PHRASE_SELECTORS))
+        phrase = gr.Textbox(said[4], label="Phrase", placeholder="the red car")
         with gr.Row(elem_classes="pair"):
             paint = gr.Button("Paint mask", size="sm", min_width=60)
             remove = gr.Button("Remove", size="sm", min_width=60)
@@ -209,6 +210,8 @@ class Controls:
         prompt, model, budget, keep = values[:4]
         rest = list(values[4:])
         config = read_fields(OF_CONFIG, rest[: len(self.config)])
+        if self.start.config.text_model is not None:  # which model is loaded is not for a page to say
+            config["text_model"] = self.start.config.text_model
         in_order = sorted(OF_CALL, key=lambda each: each.name not in FIRST)
         call = read_fields(in_order, rest[len(self.config) :][: len(self.call)])
         cards = rest[len(self.config) + len(self.call) :]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..pipelines.settings_file import Settings
-from ..selectors.registry import PHRASE_SELECTORS
 from .controls import blend_text
 from .scene import Reference, Scene, one_or_all
 
@@ -33,12 +32,10 @@ def to_python(scene: Scene) -> str:
     references = scene.references
     names = [f"image_{i}" for i in range(1, len(references) + 1)]
     painted = any(each.painted is not None for each in references)
-    phrases = any(each.selector in PHRASE_SELECTORS for each in references if isinstance(each.selector, str))
     lines = [
         f"from sparse_context import SparseContextConfig{', mask' if painted else ''}",
         f"from sparse_context.images import {'open_mask, ' if painted else ''}open_picture" if references else "",
         "from sparse_context.pipelines import Engine, ModelSpec, Request",
-        "from sparse_context.selectors.registry import PHRASE_SELECTORS" if phrases else "",
     ]
     lines = [line for line in lines if line] + [""]
     for name, each in zip(names, references, strict=True):
@@ -74,12 +71,12 @@ def _of_references(scene: Scene) -> dict[str, str]:
         return {}
     selector, task = one_or_all(texts), one_or_all([each.task for each in scene.references])
     shown = selector if isinstance(selector, str) else f"[{', '.join(selector)}]"
-    return {"task": repr(task), "selector": shown}
+    return {"task": repr(task), "selector": shown, "phrases": repr(one_or_all(scene.phrases))}
 
 
 def _order(settings: dict[str, str]) -> dict[str, str]:
     """Without what is there by default."""
-    usual = {"task": "'auto'", "selector": "None"}
+    usual = {"task": "'auto'", "selector": "None", "phrases": "None"}
     return {name: text for name, text in settings.items() if usual.get(name) != text}
 
 
@@ -89,8 +86,6 @@ def _selector_text(scene: Scene, i: int) -> str:
     def part(each: Any) -> str:
         if each is not None and each is reference.painted:
             return f"mask_{i + 1}"
-        if isinstance(each, str) and each in PHRASE_SELECTORS:
-            return f"PHRASE_SELECTORS[{each!r}]({reference.phrase!r})"
         return repr(each)
 
     if reference.painted is None:
@@ -100,7 +95,7 @@ def _selector_text(scene: Scene, i: int) -> str:
 
 def to_json(scene: Scene) -> str:
     """The settings of the scene, as every face reads them; `pipelines.settings_file` has the keys. Pictures and masks
-    stay outside. Raises ValueError for a selector that is a function, such as one of a phrase."""
+    stay outside. Raises ValueError for a selector that is a function."""
     return json.dumps(Settings(scene.spec, scene.request()).to_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -110,8 +105,6 @@ def to_command(scene: Scene) -> str:
     What the command has no option for, it takes from a file, `to_json` (`SETTINGS_FILE`).
     """
     references = scene.references
-    if any(each.selector in PHRASE_SELECTORS for each in references if isinstance(each.selector, str)):
-        return "# The command line takes no phrases: copy the scene as Python.\n"
     images = [("--image", each.name) for each in references]
     masks = [("--mask", "none" if each.painted is None else mask_name(each.name)) for each in references]
     masks = masks if any(each.painted is not None for each in references) else []
@@ -134,7 +127,8 @@ def _config_options(scene: Scene) -> dict[str, Any]:
     keep = scene.own_keeps if scene.keep is None and references else scene.keep
     task = one_or_all([each.task for each in references]) if references else "auto"
     selector = one_or_all([_selector_option(scene, each) for each in references]) if references else "auto"
-    ours = {"keep": keep, "task": task, "selector": selector}
+    phrases = one_or_all(scene.phrases) if any(scene.phrases) else None
+    ours = {"keep": keep, "task": task, "selector": selector, "text": phrases}
     return {
         name: value for name, value in ours.items() if value not in (None, "auto") or name == "keep" and value
     } | said

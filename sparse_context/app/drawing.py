@@ -66,10 +66,10 @@ def _enlarged(pixels: np.ndarray) -> np.ndarray:
 
 
 def summary(selection: Selection) -> str:
-    """What is kept of all references, and what the report notes besides."""
+    """What is kept of all references, and what the report says besides."""
     share = selection.kept / max(1, selection.total)
-    notes = "".join(f"<br>{escape(note)}" for note in selection.notes)
-    return f"<p class=summary><b>{selection.kept}</b> of {selection.total} tokens kept ({share:.0%}){notes}</p>"
+    remarks = "".join(f"<br>{escape(remark)}" for remark in selection.remarks)
+    return f"<p class=summary><b>{selection.kept}</b> of {selection.total} tokens kept ({share:.0%}){remarks}</p>"
 
 
 def problem(text: str) -> str:

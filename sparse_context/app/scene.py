@@ -5,18 +5,16 @@ Nothing here knows of a browser.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from ..budget import is_count
-from ..config import SparseContextConfig, task_defaults
+from ..config import SparseContextConfig, meaning_of, task_defaults
 from ..pipelines.spec import ModelSpec, Request
-from ..selectors.cells import Selector
 from ..selectors.masks import mask
-from ..selectors.registry import PHRASE_SELECTORS, SelectorLike, beside_painted
+from ..selectors.registry import SelectorLike, beside_painted
 
 Value = TypeVar("Value")
 
@@ -26,8 +24,8 @@ class Reference:
     """One reference, and what is asked of it.
 
     name: of the user's file. picture: RGB or RGBA. keep: a ratio, a count or "auto". task: of `config.TASKS`. selector:
-    a name, a blend, or None: the task decides. phrase: for a selector of `PHRASE_SELECTORS`. painted: uint8 (H, W) of
-    the picture's size, with `KEEP`, `NEITHER` or `DROP` of `selectors.masks` for each pixel; None where nothing is.
+    a name, a blend, or None: the task decides. phrase: what is meant in it, if anything. painted: uint8 (H, W) of the
+    picture's size, with `KEEP`, `NEITHER` or `DROP` of `selectors.masks` for each pixel; None where nothing is.
     """
 
     name: str
@@ -62,12 +60,24 @@ class Scene:
         if any(each.painted is not None for each in self.references):
             settings.setdefault("coverage", 0.0)  # tokens that are spread evenly would lie where nothing is to be kept
         selectors = [self._selector(each) for each in self.references]
+        if any(self.phrases):
+            settings["phrases"] = one_or_all(self.phrases)
         return SparseContextConfig(
             keep=self.own_keeps if self.keep is None else self.keep,
             task=one_or_all([each.task for each in self.references]),
             selector=one_or_all(selectors),
             **settings,
         )
+
+    @property
+    def phrases(self) -> list[str | None]:
+        """What is meant in each reference. Beside a mask, a global edit has no selector that would read it."""
+        count = len(self.references)
+        unread = [meaning_of(each.task, count) == "global" and each.painted is not None for each in self.references]
+        return [
+            None if ignored else each.phrase.strip() or None
+            for each, ignored in zip(self.references, unread, strict=True)
+        ]
 
     @property
     def own_keeps(self) -> Any:
@@ -81,11 +91,8 @@ class Scene:
         return Request(self.prompt, pictures, self.selection_config(), **self.call)
 
     def _selector(self, reference: Reference) -> SelectorLike | None:
-        selector: Any = reference.selector
-        if isinstance(selector, str) and selector in PHRASE_SELECTORS:
-            selector = selector_of_phrase(selector, reference.phrase)
         if reference.painted is None:
-            return selector
+            return reference.selector
         return {
             mask([part]) if part is reference.painted else part: weight for part, weight in self.blend_of(reference)
         }
@@ -95,22 +102,13 @@ class Scene:
         selector: Any = reference.selector
         if selector == "mask":
             return [(reference.painted, 1.0)]
-        if isinstance(selector, str) and selector in PHRASE_SELECTORS:
-            selector = selector_of_phrase(selector, reference.phrase)
         if selector is None:
             overview = self.config.get("overview", "trained") not in ("trained", None)
-            selector, _ = task_defaults(reference.task, len(self.references), overview)
+            phrase = bool(reference.phrase.strip())
+            selector, _ = task_defaults(reference.task, len(self.references), overview, phrase)
         return beside_painted(reference.painted, selector)
 
 
 def one_or_all(values: Sequence[Value]) -> Value | list[Value]:
     """One value where all are the same, else all of them."""
     return values[0] if all(each is values[0] or each == values[0] for each in values) else list(values)
-
-
-@lru_cache(maxsize=64)
-def selector_of_phrase(name: str, phrase: str) -> Selector:
-    """A selector of `PHRASE_SELECTORS`, made once for each phrase. Raises ValueError for an empty phrase."""
-    if not phrase.strip():
-        raise ValueError(f"The selector {name!r} looks for what a phrase names: write one, such as the red car.")
-    return PHRASE_SELECTORS[name](phrase)

@@ -3,7 +3,7 @@
     {"references": ["cat.png", "room.png"], "prompt": "the cat in the room", "keep": 0.1, "seed": 3, "name": "cat-3"}
 
 - The keys of a manifest (samples.py): `references` (none for a picture from text alone), `prompt`, `name` (of the
-  output; else the number of the line), `task`, and `reference_masks` for the selector "mask".
+  output; else the number of the line), `task`, `phrases`, and `reference_masks` for the selector "mask".
 - Every setting of a request (`settings_file.REQUEST_KEYS`), such as `keep`, `selector`, `seed` or `steps`, goes over
   those of the whole batch. A `task` that is none of the library's is a group of a manifest, and changes nothing.
 - `inpaint`: a mask of where to paint, for models that paint into their first reference.
@@ -36,7 +36,7 @@ from ..samples import (
 from ..selectors.masks import mask as masks_of
 from ..selectors.registry import SelectorsLike
 
-SETTINGS = tuple(key for key in REQUEST_KEYS if key not in FIELDS)  # prompt and task are fields of a sample too
+SETTINGS = tuple(key for key in REQUEST_KEYS if key not in FIELDS)  # prompt, task, phrases are fields of a sample too
 PLACES = ("device", "cpu_offload")  # settings that say where to compute, which makes no other picture
 OTHERS = (*SETTINGS, "inpaint")
 """Keys of a job beside those of a manifest."""
@@ -127,6 +127,8 @@ def _make_job(row: object, where: str, name: str, base: Settings, rules: RowRule
         return [
             f"{where}: the name {sample.name[:40]!r}... is too long for a file: write {LONGEST_NAME} bytes at most."
         ]
+    if sample.phrases:
+        values["phrases"] = [*sample.phrases]
     inpaint = None
     if row.get("inpaint") is not None:
         mask = make_sample({"references": [row["inpaint"]], "prompt": ""}, where, name, rules)

@@ -7,6 +7,7 @@ cells of an evaluation or checkpoints, stays. Heavy imports happen inside the co
 import contextlib
 import io
 import logging
+import os
 import re
 import sys
 import warnings
@@ -43,6 +44,8 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run the command. Bad input ends in one sentence on stderr and exit code 2."""
+    # diffusers imports ONNX Runtime, where it is installed, which reports its use to its makers unless told before
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal's encoding does not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

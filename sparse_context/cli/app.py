@@ -20,6 +20,7 @@ def app(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 7860,
+    text_model: options.TextModel = None,
     settings: options.SettingsFile = None,
     lora: options.Lora = None,
     lora_scale: options.LoraScale = 1.0,

@@ -26,6 +26,7 @@ def batch(
     keep: options.Keep = None,
     selector: options.Selector = None,
     task: options.Task = None,
+    text_model: options.TextModel = None,
     overview: options.Overview = None,
     overview_layout: options.OverviewLayout = None,
     coverage: options.Coverage = None,

@@ -61,6 +61,7 @@ def evaluate(
         list[float] | None,
         typer.Option(help="Merge as in generate. Repeat it to compare several.", show_default="0"),
     ] = None,
+    text_model: options.TextModel = None,
     share: options.Share = "equal",
     floor: options.Floor = 1,
     limit: Annotated[int | None, typer.Option(help="Number of samples to use, from the first.")] = None,
@@ -115,6 +116,7 @@ def evaluate(
         merges=merge or [0.0],
         overviews=[options.read_overview(text) for text in overview or ["trained"]],
         overview_layout=overview_layout,
+        text_model=text_model,
         share=share,
         floor=floor,
     )

@@ -24,6 +24,8 @@ def generate(
     selector: options.Selector = None,
     task: options.Task = None,
     mask: options.Mask = None,
+    phrases: options.Phrases = None,
+    text_model: options.TextModel = None,
     overview: options.Overview = None,
     overview_layout: options.OverviewLayout = None,
     reference_max_pixels: options.ReferenceMaxPixels = None,

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from ..config import SparseContextConfig
     from ..pipelines.settings_file import Settings
 
-TEXTS = ("keep", "selector", "overview", "task")
+TEXTS = ("keep", "selector", "overview", "task", "phrases")
 """Options that are read from texts, one for all references or one for each."""
 
 NO_MASK = Path("none")
+NO_PHRASE = "none"
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Folder or hub id.", show_default="the embedded model")
@@ -32,8 +33,8 @@ Keep = Annotated[
 Selector = Annotated[
     list[str] | None,
     typer.Option(
-        help="auto, a name (random, uniform, edges, detail, saliency, subject, contrast, residual, mask) or a blend "
-        "(saliency=0.7,edges=0.3). Repeat it to give one per reference.",
+        help="auto, a name (random, uniform, edges, detail, saliency, subject, contrast, residual, mask, text) or a "
+        "blend (saliency=0.7,edges=0.3). Repeat it to give one per reference.",
         show_default="auto",
     ),
 ]
@@ -73,6 +74,21 @@ Mask = Annotated[
     typer.Option(
         help="Image of the reference's size, white where to keep. Give one per reference, in order; the word none for "
         "a reference without."
+    ),
+]
+Phrases = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help='What you mean in a reference, such as "the red car". A subject keeps it, an edit keeps all else. Repeat '
+        "it to give one per reference, in order; the word none for a reference without.",
+    ),
+]
+TextModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Model that finds what --text says: folder or hub id of a CLIPSeg, OWLv2, Grounding DINO or SAM 3.",
+        show_default="CLIPSeg, if it is in the hub's cache",
     ),
 ]
 Coverage = Annotated[
@@ -172,6 +188,7 @@ def selection_config(
     references: "Sequence[Image.Image] | None",
     overview: Sequence[str] | None = None,
     task: Sequence[str] | None = None,
+    phrases: Sequence[str] | None = None,
     base: "SparseContextConfig | None" = None,
     **settings: Any,
 ) -> "SparseContextConfig":
@@ -185,7 +202,8 @@ def selection_config(
     from ..selectors.masks import mask as masks_of
     from ..selectors.registry import each_selector
 
-    for option, values in (("--keep", keep), ("--selector", selector), ("--overview", overview), ("--task", task)):
+    repeated = {"--keep": keep, "--selector": selector, "--overview": overview, "--task": task, "--text": phrases}
+    for option, values in repeated.items():
         if values and references is not None and len(values) not in (1, len(references)):
             raise ValueError(
                 f"{option} has {len(values)} values for {len(references)} references: give one, or as many."
@@ -197,6 +215,8 @@ def selection_config(
         settings["overview"] = _one_or_all([read_overview(text) for text in overview])
     if task:
         settings["task"] = _one_or_all([*task])
+    if phrases:
+        settings["phrases"] = _one_or_all([None if text == NO_PHRASE else text for text in phrases])
     selectors = [read_selector(text) for text in selector] if selector else each_selector(base.selector, 1)
     if mask:
         count = len(references or ())

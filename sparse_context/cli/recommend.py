@@ -50,6 +50,8 @@ def recommend(
     ] = None,
     model: options.Model = None,
     selector: options.Selector = None,
+    phrases: options.Phrases = None,
+    text_model: options.TextModel = None,
     overview_layout: options.OverviewLayout = None,
     coverage: options.Coverage = None,
     share: options.Share = "equal",

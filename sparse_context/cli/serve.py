@@ -28,6 +28,7 @@ def serve(
     overview: options.Overview = None,
     overview_layout: options.OverviewLayout = None,
     coverage: options.Coverage = None,
+    text_model: options.TextModel = None,
     steps: options.Steps = None,
     api_key_file: Annotated[
         Path | None,

@@ -35,6 +35,7 @@ from ..result import checkout, write_result
 from ..samples import LONGEST_NAME, Sample, name_problem, open_any, same_file
 from ..selection import selection_version
 from ..selectors.masks import mask as masks_of
+from ..selectors.registry import find_text
 from .benchmark import BenchmarkSample
 from .grid import DENSE, Cell, Maker
 from .metrics import Metric
@@ -104,7 +105,8 @@ def evaluate(
             done[name] = None
     if any(rows is None for rows in done.values()):
         masked = [counts[n] for n, cell in cells.items() if done[n] is None and _asks_for_masks(cell.config)]
-        _check(samples[: counts[DENSE]], max(masked, default=0))
+        phrased = [counts[n] for n, cell in cells.items() if done[n] is None and _asks_for_phrases(cell.config)]
+        _check(samples[: counts[DENSE]], max(masked, default=0), max(phrased, default=0))
     remaining = sum(counts[name] for name, rows in done.items() if rows is None)
     with tqdm(total=remaining, unit="output", desc="evaluate", disable=not (remaining and bar)) as shown:
         for name, cell in cells.items():
@@ -160,8 +162,9 @@ def open_folder(folder: Path) -> None:
     check_output(folder / "curves.png")
 
 
-def _check(samples: Sequence[Sample], masked: int) -> None:
-    """Open every picture once, so that a bad one is named before any work is done; of the first `masked` also masks."""
+def _check(samples: Sequence[Sample], masked: int, phrased: int) -> None:
+    """Open every picture once, so that a bad one is named before any work is done; of the first `masked` also masks.
+    The first `phrased` have to have phrases."""
     for i, sample in enumerate(tqdm(samples, unit="sample", desc="pictures", delay=2)):
         sample.open_references()
         sample.open_image()
@@ -169,6 +172,8 @@ def _check(samples: Sequence[Sample], masked: int) -> None:
         _subjects(sample)
         if i < masked:
             _oracle(sample)
+        if i < phrased:
+            _phrases(sample)
 
 
 def _digest(samples: Sequence[Sample]) -> str:
@@ -176,7 +181,8 @@ def _digest(samples: Sequence[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         more = (sample.caption, sample.groups) if isinstance(sample, BenchmarkSample) else ()
-        digest.update(repr((sample.name, sample.prompt, sample.task, *more)).encode("utf-8", "surrogatepass"))
+        told = (sample.name, sample.prompt, sample.task, *sample.phrases, *more)
+        digest.update(repr(told).encode("utf-8", "surrogatepass"))
         targets = [each for subject in getattr(sample, "targets", ()) for each in subject]
         for picture in (*sample.references, sample.image, sample.mask, *sample.reference_masks, *targets):
             size = picture.stat().st_size if isinstance(picture, Path) and picture.is_file() else None
@@ -215,6 +221,8 @@ def _run(
     keeps_picture: bool,
 ) -> dict[str, Any]:
     """Make one sample under one setting: its figures."""
+    if _asks_for_phrases(config):
+        config = replace(config, phrases=_phrases(sample))
     if _asks_for_masks(config):
         selector: Any = _oracle(sample)
         if isinstance(config.selector, Mapping):
@@ -257,6 +265,22 @@ def _subjects(sample: Sample) -> list[list[Image.Image]]:
 def _asks_for_masks(config: SparseContextConfig) -> bool:
     """Whether the sample's own masks decide, alone or in a blend."""
     return "mask" in config.selector if isinstance(config.selector, Mapping) else config.selector == "mask"
+
+
+def _asks_for_phrases(config: SparseContextConfig) -> bool:
+    """Whether the sample's own phrases decide, alone or in a blend."""
+    text = None if config.selector is None else find_text(config.selector)  # type: ignore[arg-type]
+    return text is not None and text.phrases is None and config.phrases is None
+
+
+def _phrases(sample: Sample) -> tuple[str | None, ...]:
+    """The sample's own phrases: None for a reference that it has none for."""
+    if not sample.phrases:
+        raise ValueError(
+            f"The selector 'text' needs phrases, and the sample {sample.name} has none: add phrases, or leave this "
+            "selector out."
+        )
+    return sample.phrases
 
 
 def _oracle(sample: Sample) -> Any:

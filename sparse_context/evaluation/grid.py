@@ -111,7 +111,7 @@ def maker(
 
     Where a setting's task is "auto", the sample's own is used: `task_of(sample)`, one for all references or one for
     each; by default `sample.task`, if that is a name of `TASKS`. A selector that was named is taken at its word then
-    too: the task adds no coverage to it.
+    too: the task adds no coverage to it, unless it is "text", which stands for the task's own rule.
     """
     engine = Engine(pipe=pipe)
     fixed = "height" in call_settings(pipe) or "height" not in call_inputs(pipe)
@@ -125,7 +125,7 @@ def maker(
             width, height = (max(token, int(side * scale) // token * token) for side in size)
         task = task_of(sample) if task_of is not None else sample.task if sample.task in TASKS else "auto"
         if config.task == "auto" and task != "auto":
-            plain = config.selector is not None and config.coverage is None
+            plain = config.selector not in (None, "text") and config.coverage is None
             config = replace(config, task=task, coverage=0.0 if plain else config.coverage)
         request = Request(
             sample.prompt,

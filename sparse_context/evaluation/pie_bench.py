@@ -2,7 +2,8 @@
 
 The folder is the one that the authors hand out: `mapping_file.json` and `annotation_images/`. Each entry has a picture
 of 512x512 pixels, a caption of it and one of the edited picture (words that change in square brackets), an instruction,
-a kind of edit, and where the edit happens, as runs: [start, length, start, length, ...] over the pixels row by row.
+a kind of edit, where the edit happens, as runs: [start, length, start, length, ...] over the pixels row by row, and
+mostly the word for it, in either caption.
 """
 
 import io
@@ -37,7 +38,8 @@ EDIT_TYPES = (
 
 
 def read_pie_bench(folder: str | Path) -> list[BenchmarkSample]:
-    """The samples of a PIE-Bench folder, in its order: no truth, the kind of edit as task, the edit's mask.
+    """The samples of a PIE-Bench folder, in its order: no truth, the kind of edit as task, the edit's mask, and as
+    phrase the first of the two `blended_word`, which is that of the source.
 
     Raises ValueError, in one sentence, for a folder of another kind and for an entry that is not as described.
     """
@@ -63,6 +65,7 @@ def _sample(key: str, entry: Any, folder: Path, listing: Path) -> BenchmarkSampl
         image = find_picture(entry["image_path"], folder / "annotation_images")
         kind = EDIT_TYPES[int(entry["editing_type_id"])]
         mask = decode_mask(entry["mask"])
+        words = entry.get("blended_word", "").split()
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{listing}, entry {key}, is not as in PIE-Bench: {what}.") from error
@@ -74,6 +77,7 @@ def _sample(key: str, entry: Any, folder: Path, listing: Path) -> BenchmarkSampl
         (image,),
         reference_masks=(file.getvalue(),),
         task=kind,
+        phrases=(words[0] if words else None,),
         caption=caption,
         source_caption=source_caption,
     )

@@ -178,7 +178,8 @@ class Search:
         """A setting and its name."""
         config = self.settings.request.config
         others: dict[str, Any] = {
-            key: getattr(config, key) for key in ("overview_layout", "share", "floor", "multiple_of")
+            key: getattr(config, key)
+            for key in ("overview_layout", "share", "floor", "multiple_of", "phrases", "text_model")
         }
         ways: dict[str, Any] = {
             "tasks": [task],

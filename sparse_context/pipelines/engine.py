@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..cache import ReferenceCache
 from ..config import SparseContextConfig
+from ..context import place_of
 from ..families import Family, family_of
 from ..families.call import call_arguments, find_decode
 from ..preview import MAX_AREA, fit_reference, label, reference_mask, select_pictures, side_by_side
@@ -184,7 +185,7 @@ class Engine:
         pipe = self.pipe()
         config, _, images = _call_of(pipe, request)
         trained = trained_for(getattr(pipe, "transformer", None), family_of(pipe).kv)
-        return select_pictures(images, config, 2 * pipe.vae_scale_factor, trained, score)
+        return select_pictures(images, config, 2 * pipe.vae_scale_factor, trained, score, place_of(pipe))
 
     def warm_up(self, request: Request | None = None) -> None:
         """Load the pipeline and make a short call, for a first one pays for more than itself.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..config import SparseContextConfig, per_reference
+from ..config import SparseContextConfig, meaning_of, per_reference
 from ..families import FAMILIES, Family, family_of
 from ..selectors.registry import SelectorsLike, map_masks
 from .embedded import CALL_FILE, WEIGHTS, read_call_settings
@@ -110,14 +110,13 @@ def _read_settings(source: str) -> dict:
 def reference_sides(reference_size: Any, config: SparseContextConfig, count: int) -> list[int | None]:
     """The size that each reference is scaled to, where a model says it: one number, or one for each task.
 
-    Under the task "auto" one reference is taken for a picture to edit, several for subjects, as `task_defaults` does;
-    a global edit is an edit. Raises ValueError for another number of tasks.
+    A global edit is an edit. Raises ValueError for another number of tasks.
     """
     tasks = per_reference("task", config.task, count)
     if not isinstance(reference_size, Mapping):
         return [reference_size] * count
-    kinds = {"auto": "edit" if count == 1 else "subject", "global": "edit"}
-    return [reference_size.get(kinds.get(task, task)) for task in tasks]
+    meanings = [meaning_of(task, count) for task in tasks]
+    return [reference_size.get("edit" if meaning == "global" else meaning) for meaning in meanings]
 
 
 Fit = Callable[[Image.Image], Image.Image]

@@ -4,7 +4,8 @@
 
 The keys are the fields of `ModelSpec`, of `SparseContextConfig` and of `Request`, less those that hold pictures; so a
 field that one of these gets is a key at once. `seed` is that of the image noise. What is left out has its default.
-Pictures stay outside: a selector with the user's own masks is written as "mask", which reads the alpha channels.
+Pictures stay outside: a selector with the user's own masks is written as "mask", which reads the alpha channels. So
+do a phrase and a model that a selector holds: a file has them as `phrases` and `text_model`.
 """
 
 import difflib
@@ -21,6 +22,7 @@ from ..config import SparseContextConfig
 from ..images import save_text
 from ..selectors.masks import Mask
 from ..selectors.registry import parts_of
+from ..selectors.text import Text
 from .spec import ModelSpec, Request
 
 MODEL_KEYS = tuple(each.name for each in fields(ModelSpec))
@@ -135,6 +137,13 @@ def _plain_selector(selector: Any) -> Any:
         return selector
     if isinstance(selector, Mask):
         return "mask"
+    if isinstance(selector, Text):
+        if selector != Text():
+            raise ValueError(
+                f"The selector {selector.label!r} holds a phrase or a model of its own, which no file can hold: name "
+                "it 'text', and pass phrases and text_model beside it."
+            )
+        return "text"
     blended = {_plain_selector(part): float(weight) for part, weight in parts_of(selector) if not parts_of(part)}
     if not blended or len(blended) < len(parts_of(selector)):
         label = getattr(selector, "label", None) or getattr(selector, "__name__", None) or type(selector).__name__

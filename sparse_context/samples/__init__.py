@@ -6,6 +6,7 @@ A manifest is a JSONL file with one object a line:
 
 - `references`: one or more pictures; `prompt`: text; `image`: the picture to be made (evaluation can do without).
 - `mask`: where the object is in `image`; `reference_masks`: where it is in each reference, null for none.
+- `phrases`: what is meant in each reference, such as "the red car", null for none; one text is for all of them.
 - `aligned`: true where `image` keeps the layout of the first reference, as edits do (training may use it).
 - `task`: a group for reports, such as "edit" or "subject"; `name`: unique, letters that a file name can have.
 

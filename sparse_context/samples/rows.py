@@ -13,7 +13,7 @@ from .archives import Member, find_member
 from .names import file_key, name_problem
 from .sample import ManifestError, Picture, Sample
 
-FIELDS = ("references", "prompt", "image", "mask", "reference_masks", "aligned", "task", "name")
+FIELDS = ("references", "prompt", "image", "mask", "reference_masks", "phrases", "aligned", "task", "name")
 
 Rows = Sequence[tuple[str, Sample | list[str]]]
 """Where a row is, for messages, and the sample that it makes or everything that is wrong with it."""
@@ -96,10 +96,12 @@ def make_sample(row: object, where: str, name: str, rules: RowRules) -> Sample |
     value = {field: row.get(rules.column(field)) for field in FIELDS}
     references = [] if value["references"] in (None, [], "") else _as_list(value["references"])
     masks = [] if value["reference_masks"] is None else _as_list(value["reference_masks"])
+    phrases = _each_phrase(value["phrases"], len(references))
     problems = [
         *_misspelt_keys(row, where, rules),
-        *_missing_values(value, references, masks, where, rules),
+        *_missing_values(value, references, masks, phrases, where, rules),
         *(problem for field in ("name", "prompt", "task") for problem in _bad_text(value[field], field, where, rules)),
+        *(problem for phrase in phrases for problem in _bad_text(phrase, "phrases", where, rules)),
         *_bad_paths(references, "references", where, rules),
         *_bad_paths([mask for mask in masks if mask is not None], "reference_masks", where, rules),
     ]
@@ -119,11 +121,17 @@ def make_sample(row: object, where: str, name: str, rules: RowRules) -> Sample |
         tuple(_as_picture(mask, rules.folder) for mask in masks),
         value["task"],
         bool(value["aligned"]),
+        tuple(phrases),  # type: ignore[arg-type]
     )
 
 
 def _as_list(entry: object) -> list[object]:
     return entry if isinstance(entry, list) else [entry]
+
+
+def _each_phrase(entry: object, references: int) -> list[object]:
+    """One phrase for each reference, or as many as a row has; none where it says nothing."""
+    return [] if entry is None else entry if isinstance(entry, list) else [entry] * max(references, 1)
 
 
 def _misspelt_keys(row: Mapping[str, object], where: str, rules: RowRules) -> Iterator[str]:
@@ -136,13 +144,20 @@ def _misspelt_keys(row: Mapping[str, object], where: str, rules: RowRules) -> It
 
 
 def _missing_values(
-    value: Mapping[str, object], references: list[object], masks: list[object], where: str, rules: RowRules
+    value: Mapping[str, object],
+    references: list[object],
+    masks: list[object],
+    phrases: list[object],
+    where: str,
+    rules: RowRules,
 ) -> Iterator[str]:
     """What a row has too few or too many of."""
     if not references and rules.needs_references:
         yield f"{where} has no {rules.column('references')!r}: list at least one picture."
     if masks and len(masks) != len(references):
         yield f"{where} has {len(masks)} reference masks for {len(references)} references: write as many."
+    if isinstance(value["phrases"], list) and len(phrases) != len(references):
+        yield f"{where} has {len(phrases)} phrases for {len(references)} references: write as many, or one text."
     if rules.most_references is not None and len(references) > rules.most_references:
         most = rules.most_references
         yield f"{where} has {len(references)} references, and the model takes at most {most}: list fewer."
@@ -162,6 +177,8 @@ def _bad_text(text: object, field: str, where: str, rules: RowRules) -> Iterator
         yield f"{where}: {rules.column(field)!r} is {_short(text)}: write text."
     elif re.search("[\ud800-\udfff]", text):  # no tokenizer takes that
         yield f"{where}: {rules.column(field)!r} holds half of a character (a lone surrogate): write it whole."
+    elif field == "phrases" and not (text.strip() and text.isprintable()):
+        yield f"{where}: {rules.column(field)!r} has {_short(text)}: write what to look for, on one line, or null."
     elif field == "name" and (advice := name_problem(text)):
         yield f"{where}: the name {text!r} cannot be that of a file: {advice}."
 

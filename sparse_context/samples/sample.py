@@ -28,6 +28,7 @@ class Sample:
     reference_masks: tuple[Picture | None, ...] = ()
     task: str | None = None
     aligned: bool = False
+    phrases: tuple[str | None, ...] = ()
 
     def open_references(self) -> list[Image.Image]:
         """The references in order, RGB or RGBA."""

@@ -48,6 +48,8 @@ def write_manifest(samples: Sequence[Sample], path: Path) -> None:
 def _others(sample: Sample) -> Iterator[tuple[str, object]]:
     if sample.task is not None:
         yield "task", sample.task
+    if any(sample.phrases):
+        yield "phrases", list(sample.phrases)
     if sample.aligned:
         yield "aligned", True
 

@@ -6,7 +6,24 @@ line in `registry.SELECTORS`.
 
 from .cells import Grid, Selector
 from .masks import Mask, mask
+from .matting import Matting, matting
 from .order import uniform_order
 from .registry import SELECTORS, Blend, blend, resolve, user_mask
+from .text import Text, text
 
-__all__ = ["SELECTORS", "Blend", "Grid", "Mask", "Selector", "blend", "mask", "resolve", "uniform_order", "user_mask"]
+__all__ = [
+    "SELECTORS",
+    "Blend",
+    "Grid",
+    "Mask",
+    "Matting",
+    "Selector",
+    "Text",
+    "blend",
+    "mask",
+    "matting",
+    "resolve",
+    "text",
+    "uniform_order",
+    "user_mask",
+]

@@ -15,8 +15,10 @@ from .cells import Grid, Selector
 from .classical import detail, edges, random, uniform
 from .contrast import contrast
 from .masks import Mask, as_array, mask
+from .matting import Matting
 from .residual import Residual, residual
 from .subject import saliency, subject
+from .text import Text
 
 SelectorLike = str | Selector | Mapping[str, float] | Mapping[str | Selector, float]
 """What scores one reference: a name of `SELECTORS`, a function, or a mapping of these to weights (a blend)."""
@@ -38,11 +40,8 @@ SELECTORS: dict[str, Selector] = {
     "contrast": contrast,
     "residual": residual,
     "mask": Mask(),
+    "text": Text(),
 }
-
-PHRASE_SELECTORS: dict[str, Callable[[str], Selector]] = {}
-"""By name, functions from a phrase, such as "the red car", to a selector of what it names. None is a part of the
-package: whoever has a model for it adds it here."""
 
 
 def parts_of(selector: SelectorLike) -> Sequence[tuple[str | Selector, float]]:
@@ -64,6 +63,17 @@ def leaves_of(selector: SelectorLike) -> Iterator[SelectorLike]:
 def find_mask(selector: SelectorLike) -> Mask | None:
     """The `Mask` with a user's masks in a selector, or None."""
     return next((leaf for leaf in leaves_of(selector) if isinstance(leaf, Mask) and leaf.masks), None)
+
+
+def find_text(selector: SelectorLike) -> Text | None:
+    """The `Text` in a selector, or None."""
+    leaves = (SELECTORS.get(leaf) if isinstance(leaf, str) else leaf for leaf in leaves_of(selector))
+    return next((leaf for leaf in leaves if isinstance(leaf, Text)), None)
+
+
+def reads_phrases(selector: SelectorLike | None) -> bool:
+    """Whether a phrase changes what is kept by a selector; None: that of a task."""
+    return selector is None or find_text(selector) is not None
 
 
 def find_masks(selectors: SelectorsLike) -> Mask | None:
@@ -169,6 +179,17 @@ def beside_overview(selector: SelectorLike, factor: int) -> SelectorLike:
     return map_leaves(selector, changed)
 
 
+def put_text(selector: SelectorLike, text: Text | None) -> SelectorLike | None:
+    """`selector` with `text` in the place of its `Text`. Where that is None its part is left out, and None is returned
+    where no other is left."""
+    parts = parts_of(selector)
+    if not parts:
+        return selector if find_text(selector) is None else text
+    left = [(cast("Selector", put), weight) for part, weight in parts if (put := put_text(part, text)) is not None]
+    total = sum(weight for _, weight in left)
+    return Blend([(part, weight / total) for part, weight in left]) if left else None
+
+
 def map_leaves(selector: SelectorLike, change: Callable[[str | Selector], str | Selector]) -> SelectorLike:
     """`selector` with `change` of each selector that scores by itself (`leaves_of`)."""
 
@@ -219,6 +240,8 @@ def blend(weights: Mapping[str, float] | Mapping[str | Selector, float]) -> Blen
             raise ValueError(f"The weight of {_label(selector)!r} in the blend is {weight!r}: pass a number above 0.")
     if sum(find_mask(selector) is not None for selector in weights) > 1:
         raise ValueError("A blend holds one mask([...]): combine several masks into one before you pass them.")
+    if sum(find_text(selector) is not None for selector in weights) > 1:
+        raise ValueError("A blend reads one phrase for each reference: name text in it once.")
     total = sum(weights.values())
     if not total < math.inf:
         raise ValueError(f"The weights of the blend add up to {total}: pass smaller ones, for only their shares count.")
@@ -292,8 +315,11 @@ def _checked(label: str, function: Selector) -> Selector:
 
 
 def prepare(selector: SelectorLike) -> None:
-    """Read what a selector reads once, the saliency net, so that the time of the first choice is that of any other."""
+    """Read the nets that a selector reads once, so that the time of the first choice is that of any other."""
     functions = [SELECTORS.get(leaf) if isinstance(leaf, str) else leaf for leaf in leaves_of(selector)]
+    for function in functions:
+        if isinstance(function, (Text, Matting)):
+            function.prepare()
     if any(function is saliency or function is subject for function in functions):
         with explain_missing_packages():
             from .saliency import load_net
@@ -307,6 +333,8 @@ def name_of(selector: SelectorLike) -> str | None:
         return "mask"  # whose pixels are the picture's fourth channel
     if isinstance(selector, Residual):
         return f"residual by {selector.factor}"
+    if isinstance(selector, (Text, Matting)):
+        return selector.name
     if isinstance(selector, str):
         return selector if _is_ours(SELECTORS.get(selector)) else None
     names = [(name_of(part), weight) for part, weight in parts_of(selector)]

@@ -30,7 +30,11 @@ def subject(image: np.ndarray | None, grid: Grid, generator: np.random.Generator
     docs/benchmarks/quality.md.
     """
     image = rgb_pixels(image, "subject")
-    found = saliency(image, grid, generator)
-    scores = 0.75 * found + 0.25 * edges(image, grid, generator) * best_around(found)
+    return with_rim(saliency(image, grid, generator), edges(image, grid, generator))
+
+
+def with_rim(found: np.ndarray, outlines: np.ndarray) -> np.ndarray:
+    """The rule of `subject` for what was found in any way: both are scores (rows, columns), in [0, 1]."""
+    scores = 0.75 * found + 0.25 * outlines * best_around(found)
     near = best_around(scores)
     return np.clip(0.4 * scores + 0.3 * near + 0.3 * best_around(near), 0, 1)

@@ -34,6 +34,10 @@ CONFIG: dict[str, Schema] = {
     },
     "selector": {"description": "What makes a token matter: a name, or names with weights; or a list.", **SELECTOR},
     "task": {"description": "Sets selector and coverage that are not named.", "type": "string", "enum": list(TASKS)},
+    "phrases": {
+        "description": "What is meant in each image, such as the red car: one text, or a list with null for none.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "null"]}}, {"type": "null"}],
+    },
     "coverage": {"description": "Share of the kept tokens to spread evenly.", **{"type": "number", "maximum": 1}},
     "overview_layout": {"type": "string", "enum": list(LAYOUTS)},
     "share": {"type": "string", "enum": ["equal", "joint"]},
@@ -43,9 +47,12 @@ CONFIG: dict[str, Schema] = {
 
 
 def config_fields() -> dict[str, str]:
-    """The fields of `SparseContextConfig`, by the name that they have in a request."""
+    """The fields of `SparseContextConfig`, by the name that they have in a request. Which models are loaded is not for
+    clients to say."""
     return {
-        "selection_seed" if field.name == "seed" else field.name: field.name for field in fields(SparseContextConfig)
+        "selection_seed" if field.name == "seed" else field.name: field.name
+        for field in fields(SparseContextConfig)
+        if field.name != "text_model"
     }
 
 

@@ -64,9 +64,9 @@ def app_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(tiny_model, app_folder, browser):
-    """Where the app answers, with a tiny model and with the embedded one."""
-    with running_app(app_folder, "--model", tiny_model, "--dtype", "float32") as address:
+def address(tiny_model, clipseg, app_folder, browser):
+    """Where the app answers, with a tiny model and with the embedded one, and a model that finds colours."""
+    with running_app(app_folder, "--model", tiny_model, "--dtype", "float32", "--text-model", clipseg) as address:
         yield address
 
 

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from cli.shared import colourful
 from PIL import Image
+from tiny_finders import scene
+
+from sparse_context.preview import PHRASE_COLOUR
 
 PAINTED = {"image.png", "background.png", "layer_0.png", "composite.png"}
 
@@ -85,6 +88,24 @@ def test_overlays_follow_what_is_asked_of_each_reference(page):
     assert page.inner_text("#summary .summary") == "29 of 128 tokens kept (23%)"
     page.locator("#reference-1").get_by_role("checkbox").check()
     page.wait_for_function("!document.querySelector('#summary .summary').innerText.startsWith('29 ')")
+
+
+def test_a_phrase_says_what_is_meant_in_a_reference(page):
+    file = io.BytesIO()
+    scene(64, 64, "red").save(file, "PNG")
+    upload(page, cat=file.getvalue(), room=png(1))
+    page.wait_for_selector("#reference-2 .overlay img")
+    phrase = page.locator("#reference-1").get_by_label("Phrase")
+    phrase.fill("red")
+    phrase.blur()
+    page.wait_for_function("document.querySelector('#reference-1 .by').innerText === \"phrase 'red'\"")
+    unlike = np.abs(overlay(page, 1) - np.float32(PHRASE_COLOUR)).max(-1)  # a JPEG has no exact colours
+    assert (unlike < 30).any()
+    phrase.fill("green")
+    phrase.press("Enter")
+    page.wait_for_function("document.querySelector('#summary .summary').innerText.includes('nowhere')")
+    said = page.inner_text("#summary .summary")
+    assert said.endswith("'green' is nowhere in reference 1, so its tokens are spread evenly")
 
 
 def test_references_are_removed_and_added(page):

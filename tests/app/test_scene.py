@@ -1,6 +1,7 @@
 """What is on the screen, and what it comes to: a config, a request, Python, a command, and a file of settings."""
 
 import inspect
+import json
 import shlex
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 from cli.shared import pixels
 from PIL import Image
 from tiny import picture
+from tiny_finders import scene as scene_of
 
 from sparse_context import select_tokens
 from sparse_context.app import copies
@@ -16,7 +18,6 @@ from sparse_context.app.scene import Reference, Scene
 from sparse_context.cli.generate import generate
 from sparse_context.pipelines.settings_file import ALL_KEYS, read_settings
 from sparse_context.selectors.masks import DROP, KEEP, NEITHER
-from sparse_context.selectors.registry import PHRASE_SELECTORS
 
 
 def kept(scene):
@@ -83,31 +84,39 @@ def test_a_mask_alone_is_a_selector(cat, room):
     assert scene.selection_config().coverage == 0.0
 
 
-def colour(phrase):
-    """A selector of what has the colour that a phrase begins with."""
-    channel = ("red", "green", "blue").index(phrase.split()[0])
+def test_phrases_say_what_is_meant_in_each_reference(cat, clipseg):
+    red = replace(cat, picture=scene_of(64, 64, "red"), phrase=" red ", task="subject", keep=0.25)
+    blue = replace(red, picture=scene_of(64, 64, "blue"), phrase="blue", selector="text")
+    scene = Scene([red, blue, replace(red, phrase=" ")], config={"text_model": str(clipseg)})
+    first, second, third = kept(scene)
+    assert first[:4, :4].all() and second[:4, :4].all() and first.sum() == second.sum() == 16
+    plain = replace(red, phrase="")
+    assert np.array_equal(third, kept(Scene([plain] * 3))[2])
+    config = scene.selection_config()
+    assert (config.phrases, config.selector) == (["red", "blue", None], [None, "text", None])
+    assert Scene([red, red]).selection_config().phrases == "red" and Scene([plain]).selection_config().phrases is None
+    with pytest.raises(ValueError, match="^phrases is 'red', but selector is 'edges', which reads none"):
+        Scene([replace(red, selector="edges")]).selection_config()
+    with pytest.raises(ValueError, match="looks for what a phrase names, and there is none"):
+        kept(Scene([replace(blue, phrase="")]))
 
-    def score(image, grid, generator):
-        from sparse_context.selectors.cells import cell_means
 
-        rgb = image[..., :3].astype(np.float32)
-        return np.clip(cell_means(rgb[..., channel] - rgb.mean(-1), grid) / 255, 0, 1)
+def test_what_is_painted_goes_before_a_phrase(cat, clipseg):
+    mask = painted(keep=((6, 8), (6, 8)))
+    red = replace(cat, picture=scene_of(64, 64, "red"), phrase="red", task="subject", keep=20, painted=mask)
+    (mask_of,) = kept(Scene([red], config={"text_model": str(clipseg)}))
+    assert mask_of[6:, 6:].all() and mask_of[:4, :4].all() and mask_of.sum() == 20
+    unread = Scene([replace(red, task="global")])
+    assert unread.phrases == [None] and unread.selection_config().phrases is None
 
-    return score
 
-
-def test_a_phrase_is_bound_to_a_selector_that_takes_one(cat, monkeypatch):
-    monkeypatch.setitem(PHRASE_SELECTORS, "colour", colour)
-    drawn = Image.fromarray(np.full((64, 64, 3), 90, np.uint8))
-    drawn.paste((200, 20, 20), (0, 0, 16, 16))
-    drawn.paste((20, 20, 200), (48, 48, 64, 64))
-    red = replace(cat, picture=drawn, selector="colour", phrase="red car", keep=4)
-    first, second = kept(Scene([red, replace(red, phrase="blue car")]))
-    assert first[:2, :2].all() and second[6:, 6:].all()
-    with pytest.raises(ValueError, match="^The selector 'colour' looks for what a phrase names: write one, such as"):
-        Scene([replace(red, phrase=" ")]).selection_config()
-    assert "PHRASE_SELECTORS['colour']('red car')" in copies.to_python(Scene([red]))
-    assert copies.to_command(Scene([red])) == "# The command line takes no phrases: copy the scene as Python.\n"
+def test_phrases_are_copied_as_python_as_a_command_and_as_a_file(cat, room):
+    scene = Scene([replace(cat, phrase="the red car"), room], "x", config={"text_model": "m"})
+    assert "phrases=['the red car', None]" in copies.to_python(scene) and "text_model='m'" in copies.to_python(scene)
+    assert "--text 'the red car' \\\n    --text none" in copies.to_command(scene)
+    assert "--text-model m" in copies.to_command(scene)
+    assert json.loads(copies.to_json(scene))["phrases"] == ["the red car", None]
+    assert "--text" not in copies.to_command(Scene([cat, room], "x"))
 
 
 # Python, the command, and the file -----------------------------------------------------------------------------------

@@ -63,6 +63,19 @@ def test_masks_of_references_are_for_the_selector_mask(tmp_path):
     assert user_mask(config.selector, 0).sum() == 64 * 255 and config.selector[1] == "edges"
 
 
+def test_phrases_of_a_job_are_those_of_its_references(tmp_path):
+    row = {"references": ["a.png", "b.png"], "prompt": "x", "phrases": ["the red car", None]}
+    job = one(tmp_path, row, text_model="m")
+    assert (
+        job.settings.request.config.phrases == ["the red car", None] and job.settings.request.config.text_model == "m"
+    )
+    assert one(tmp_path, row | {"phrases": "a cat"}).settings.request.config.phrases == ["a cat", "a cat"]
+    assert len({each.digest() for each in (job, one(tmp_path, row), one(tmp_path, row | {"phrases": None}))}) == 3
+    assert problem(tmp_path, row | {"selector": "edges"}).startswith(
+        "line 1: phrases is ['the red car', None], but sel"
+    )
+
+
 def test_a_mask_to_paint_in_is_opened_in_the_size_of_the_first_reference(tmp_path):
     Image.new("L", (64, 64), 255).save(tmp_path / "m.png")
     row = {"references": ["a.png"], "inpaint": "m.png", "prompt": "x"}
