@@ -202,7 +202,7 @@ def middle_of(page, selector, share):
     return box["x"] + box["width"] * share, box["y"] + box["height"] / 2
 
 
-def test_the_scene_is_copied(page, tiny_model):
+def test_the_scene_is_copied(page, tiny_model, clipseg):
     two_references(page)
     page.fill("#prompt textarea", "the cat's hat")
     write(page, "Steps", "1")
@@ -214,6 +214,7 @@ def test_the_scene_is_copied(page, tiny_model):
     settings = json.loads(download.value.path().read_text())
     assert settings == {
         "model": str(tiny_model), "dtype": "float32", "keep": 0.2, "prompt": "the cat's hat", "steps": 1,
+        "text_model": str(clipseg),
     }  # fmt: skip
 
 

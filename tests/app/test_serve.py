@@ -134,10 +134,11 @@ def test_what_the_settings_say_is_what_the_page_makes_of_it(tmp_path):
 
 
 def test_every_field_has_a_control():
-    """So that a new one of a config or a request is on the page without a line of code."""
+    """So that a new one of a config or a request is on the page without a line of code. (A phrase is that of one
+    reference, and the command names the model that finds it.)"""
     labels = {control.label.lower().replace(" ", "_") for control in in_a_loop(make_controls, Request("")).inputs}
     names = {each.name for record in (SparseContextConfig, Request) for each in fields(record)}
-    assert names - labels == {"references", "config", "inpaint"}
+    assert "phrase" in labels and names - labels == {"references", "config", "inpaint", "phrases", "text_model"}
 
 
 def test_values_that_are_defaults_are_not_said():
