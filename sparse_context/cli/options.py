@@ -116,6 +116,13 @@ Quantization = Annotated[
         show_default="none",
     ),
 ]
+Vae = Annotated[
+    str | None,
+    typer.Option(
+        help="How the VAE runs: channels-last, or compiled (torch.compile, slow at the first call). Changes last digits.",
+        show_default="as loaded",
+    ),
+]
 SettingsFile = Annotated[
     Path | None,
     typer.Option("--settings", help="JSON file of settings, as recommend writes it. Options that you give go before."),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from .cells import Grid, cell_means, rgb_pixels
+from .cells import Grid, resample, rgb_pixels
 
 LONG_SIDE = 64  # pixels of the working size
 
@@ -25,18 +25,18 @@ NOISE = 6.0  # CIELAB units (8-bit): scatter that any photograph has
 CENTRE_WIDTH = 0.6  # standard deviation of the centre prior, in half picture sides
 
 
-def contrast_map(image: np.ndarray) -> np.ndarray:
-    """How far each pixel stands out: uint8 RGB (H, W, 3) -> float32 (H, W) in [0, 1]."""
+def contrast_map(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """How far each part of a picture stands out: uint8 (H, W, 3) -> float32 of `size`, rows and columns, in [0, 1]."""
     height, width = image.shape[:2]
     scale = min(1.0, LONG_SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    working = max(1, round(width * scale)), max(1, round(height * scale))
+    small = cv2.resize(image, working, interpolation=cv2.INTER_AREA)
     lab = cv2.cvtColor(cv2.medianBlur(small, 3), cv2.COLOR_RGB2LAB).astype(np.float32)
 
     strength = np.sqrt(_barrier(lab) * _unlike_border(lab))
     likely = strength**2 / (strength**2 + 2.0**2)  # one half at twice the border's scatter
     scores = cv2.GaussianBlur(likely * _centre_prior(*lab.shape[:2]), (3, 3), 0)
-    return cv2.resize(scores, (width, height), interpolation=cv2.INTER_LINEAR)
+    return resample(scores, size)
 
 
 def _border_sides(lab: np.ndarray) -> list[np.ndarray]:
@@ -68,34 +68,34 @@ def _barrier(lab: np.ndarray) -> np.ndarray:
     cost = np.full(lab.shape[:2], np.inf, np.float32)
     cost[0] = cost[-1] = 0
     cost[:, 0] = cost[:, -1] = 0
-    colours = np.ascontiguousarray(lab.transpose(0, 2, 1))  # (rows, 3, columns): a row's channels lie side by side
-    highest, lowest = colours.copy(), colours.copy()
+    colours = lab.transpose(0, 2, 1)  # (rows, 3, columns): a row's channels lie side by side
+    # The least of a path is the greatest of what is negated: so one comparison does for both ends of its range
+    colours = np.concatenate([colours, -colours], axis=1)
+    ends = colours.copy()
     for _ in range(2):
         for turn in (False, True):  # down and up, then (transposed) right and left
-            parts = [cost, colours, highest, lowest]
+            parts = [cost, colours, ends]
             if turn:
                 parts = [np.ascontiguousarray(part.T) for part in parts]
             for step in (1, -1):
                 _sweep(*(part[::step] for part in parts))
             if turn:
-                cost, _, highest, lowest = (np.ascontiguousarray(part.T) for part in parts)
-    return cost / NOISE
+                cost, _, ends = (np.ascontiguousarray(part.T) for part in parts)
+    return cost / (3 * NOISE)
 
 
-def _sweep(cost: np.ndarray, colours: np.ndarray, highest: np.ndarray, lowest: np.ndarray) -> None:
-    """Let each row offer its paths to the next one, in place: `cost` is (rows, columns), the others (rows, 3, columns).
+def _sweep(cost: np.ndarray, colours: np.ndarray, ends: np.ndarray) -> None:
+    """Let each row offer its paths to the next one, in place: `cost` is (rows, columns), the others (rows, 6, columns).
 
-    Each call of NumPy here is one of many thousand, for which other threads wait: so there are few of them.
+    Each call of NumPy here is one of thousands, for which other threads wait: so there are few of them.
     """
-    for here in range(1, len(cost)):
-        up = np.maximum(highest[here - 1], colours[here])
-        low = np.minimum(lowest[here - 1], colours[here])
-        offer = np.add.reduce(up - low, axis=0)
-        offer /= 3
-        better = offer < cost[here]
-        np.copyto(cost[here], offer, where=better)
-        np.copyto(highest[here], up, where=better)
-        np.copyto(lowest[here], low, where=better)
+    reach, offer, better = np.empty_like(ends[0]), np.empty_like(cost[0]), np.empty(cost.shape[1], bool)
+    for before, own, here, path in zip(ends, colours[1:], cost[1:], ends[1:], strict=False):
+        np.maximum(before, own, out=reach)
+        np.add.reduce(reach, axis=0, out=offer)
+        np.less(offer, here, out=better)
+        np.copyto(here, offer, where=better)
+        np.copyto(path, reach, where=better)
 
 
 def _centre_prior(height: int, width: int) -> np.ndarray:
@@ -108,4 +108,4 @@ def _centre_prior(height: int, width: int) -> np.ndarray:
 
 def contrast(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
     """What stands out from the picture's border in colour: saliency with nothing learned. See contrast.py."""
-    return np.clip(cell_means(contrast_map(rgb_pixels(image, "contrast")), grid), 0, 1)
+    return np.clip(contrast_map(rgb_pixels(image, "contrast"), grid), 0, 1)
