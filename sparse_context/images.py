@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 
 MAX_PIXELS = 100_000_000
 """Largest picture that is decoded; its header is asked before any memory is taken."""
@@ -50,8 +50,12 @@ class PictureError(ValueError):
     """A picture cannot be read or written. The message is one sentence that names the file and says what to do."""
 
 
-def open_picture(path: str | os.PathLike[str] | bytes, most_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_picture(
+    path: str | os.PathLike[str] | bytes, most_pixels: int = MAX_PIXELS, name: str | None = None
+) -> Image.Image:
     """The first frame of a picture file, or of its bytes, upright, in sRGB with 8 bits a channel.
+
+    name: what messages call it; by default its path.
 
     Returns mode RGBA where at least one pixel is transparent to some degree (alpha channel, palette, tRNS), else RGB.
     16-bit values are scaled by their high byte. Wider integers and floats state no range of their own: floats within
@@ -61,7 +65,43 @@ def open_picture(path: str | os.PathLike[str] | bytes, most_pixels: int = MAX_PI
     Raises `PictureError` for a file that is missing, unreadable, not a picture in one of `READ_FORMATS`, damaged, or
     larger than `most_pixels` or `MAX_BYTES`.
     """
-    name = f"a picture of {len(path)} bytes" if isinstance(path, bytes) else _name(path)
+    with _opened(path, most_pixels, name) as image:
+        return _upright_8bit(image)
+
+
+def picture_size(path: str | os.PathLike[str] | bytes, name: str | None = None) -> tuple[int, int]:
+    """Width and height in pixels of a picture as `open_picture` would give it, of which only the header is read.
+
+    Raises `PictureError` as that does, but for what is wrong behind the header.
+    """
+    with _opened(path, MAX_PIXELS, name) as image:
+        width, height = image.size
+        return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
+
+
+def open_mask(
+    path: str | os.PathLike[str] | bytes, size: tuple[int, int], most_pixels: int = MAX_PIXELS, name: str | None = None
+) -> Image.Image:
+    """A mask as mode L, 255 where to keep: the file's alpha if anything in it is transparent, else its luminance.
+
+    `size` is the `(width, height)`, in pixels, of the picture it belongs to, as `open_picture` returned it. Raises
+    `PictureError` as `open_picture` does, and for a mask of another size. name: as in `open_picture`.
+    """
+    mask = open_picture(path, most_pixels, name)
+    if mask.size != tuple(size):
+        name = name or ("in the data" if isinstance(path, bytes) else _name(path))
+        raise PictureError(
+            f"the mask {name} has {mask.width}x{mask.height} pixels but its picture has {size[0]}x{size[1]}; "
+            "resize the mask to the picture"
+        )
+    return mask.getchannel("A") if mask.mode == "RGBA" else mask.convert("L")
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str] | bytes, most_pixels: int, name: str | None) -> Iterator[Image.Image]:
+    """A picture that is not decoded yet."""
+    if name is None:
+        name = f"a picture of {len(path)} bytes" if isinstance(path, bytes) else _name(path)
     with (
         _open_bytes(path, name) if isinstance(path, bytes) else _open_file(path, name) as file,
         _quiet,
@@ -74,7 +114,7 @@ def open_picture(path: str | os.PathLike[str] | bytes, most_pixels: int = MAX_PI
                 width, height = image.size
                 if width * height > most_pixels:
                     raise PictureError(_too_large(name, f"{width}x{height} pixels", most_pixels))
-                return _upright_8bit(image)
+                yield image
         except PictureError:
             raise
         except UnidentifiedImageError:
@@ -91,24 +131,6 @@ def open_picture(path: str | os.PathLike[str] | bytes, most_pixels: int = MAX_PI
             raise PictureError(
                 f"{name} is damaged or cut short ({_reason(error)}); export it again or use another copy"
             ) from error
-
-
-def open_mask(
-    path: str | os.PathLike[str] | bytes, size: tuple[int, int], most_pixels: int = MAX_PIXELS
-) -> Image.Image:
-    """A mask as mode L, 255 where to keep: the file's alpha if anything in it is transparent, else its luminance.
-
-    `size` is the `(width, height)`, in pixels, of the picture it belongs to, as `open_picture` returned it. Raises
-    `PictureError` as `open_picture` does, and for a mask of another size.
-    """
-    mask = open_picture(path, most_pixels)
-    if mask.size != tuple(size):
-        name = "in the data" if isinstance(path, bytes) else _name(path)
-        raise PictureError(
-            f"the mask {name} has {mask.width}x{mask.height} pixels but its picture has {size[0]}x{size[1]}; "
-            "resize the mask to the picture"
-        )
-    return mask.getchannel("A") if mask.mode == "RGBA" else mask.convert("L")
 
 
 def check_output(path: str | os.PathLike[str]) -> None:

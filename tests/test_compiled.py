@@ -152,9 +152,10 @@ def test_a_run_without_a_compiler_is_one_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_kernels_compute_what_the_blocks_do():
+def test_kernels_compute_what_the_blocks_do(monkeypatch):
     host = adapted()
-    given = sets(host)
+    monkeypatch.setattr(host.transformer, "_repeated_blocks", ["Flux2SingleTransformerBlock"])  # half of the wait
+    given = sets(host)[:2]
     plain = [gradients(host, index) for index in given]
     with compiled_blocks(host.transformer):
         found = [gradients(host, index) for index in given]

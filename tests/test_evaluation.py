@@ -610,7 +610,7 @@ def manifest(tmp_path_factory):
 def command(manifest, model, output, *more):
     return [
         "evaluate",
-        "--manifest",
+        "--data",
         str(manifest),
         "-m",
         str(model),
@@ -684,10 +684,12 @@ def test_other_weights_in_the_same_folder_are_noticed(manifest, tiny_model, tmp_
         (["--limit", "0"], "limit is 0: pass a number of samples"),
         (["--steps", "0"], "steps is 0: pass a number above 0"),
         (["--seed", "-1"], "seed"),
-        (["--pie-bench", "x"], "either --manifest or --pie-bench"),
-        (["--manifest", "gone.jsonl"], "gone.jsonl"),
-        (["--manifest", "{folder}/broken.jsonl"], "line 1 has no 'prompt'"),
-        (["--manifest", "{folder}/no picture.jsonl"], "gone.png"),
+        (["--benchmark", "x"], "benchmark is 'x': choose one of pie-bench, dreambench++"),
+        (["--benchmark", "pie-bench"], "is no PIE-Bench folder"),
+        (["--judge", "own"], "judge is 'own', and a plain manifest has no judge"),
+        (["--data", "gone.jsonl"], "gone.jsonl"),
+        (["--data", "{folder}/broken.jsonl"], "line 1 has no 'prompt'"),
+        (["--data", "{folder}/no picture.jsonl"], "gone.png"),
         (["--output", "{folder}/a file"], "cannot be a folder"),
         (["--selector", "mask"], "The selector 'mask' needs masks"),
         (["-m", "{folder}/gone"], "does not exist"),
@@ -705,13 +707,13 @@ def test_bad_input_ends_in_one_sentence(change, message, manifest, tiny_model, t
 
 def test_without_data_it_asks_for_some(monkeypatch, capsys):
     assert call(monkeypatch, ["evaluate"]) == 2
-    assert "pass either --manifest or --pie-bench" in capsys.readouterr().err
+    assert "Missing option '--data'" in capsys.readouterr().err
 
 
 def test_without_what_draws_curves_it_says_so_before_anything_is_made(manifest, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sparse_context.evaluation.plots.find_spec", lambda name: None)
     monkeypatch.setattr("sparse_context.pipelines.load.load", lambda *args, **kwargs: pytest.fail("it loaded"))
-    assert call(monkeypatch, ["evaluate", "--manifest", str(manifest), "--output", str(tmp_path / "out")]) == 2
+    assert call(monkeypatch, ["evaluate", "--data", str(manifest), "--output", str(tmp_path / "out")]) == 2
     assert "A plot needs matplotlib" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -742,12 +744,12 @@ EXTRA = (
         ),
         ([], EXTRA[1:2], "The metric st_lpips needs stlpips-pytorch: pip install 'sparse-context[evaluate]'."),
         (
-            ["--manifest", "owner/name", "--metric", "psnr"],
+            ["--data", "owner/name", "--metric", "psnr"],
             EXTRA,
             "A plot needs matplotlib, reading owner/name needs datasets: pip install 'sparse-context[evaluate,train]'.",
         ),
         (
-            ["--manifest", "owner/name", "--metric", "psnr"],
+            ["--data", "owner/name", "--metric", "psnr"],
             EXTRA[-1:],
             "Reading owner/name needs datasets: pip install 'sparse-context[train]'.",
         ),
@@ -757,7 +759,7 @@ def test_all_that_is_not_installed_is_named_at_once(options, missing, said, mani
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr("sparse_context.pipelines.load.load", lambda *args, **kwargs: pytest.fail("it loaded"))
-    arguments = ["evaluate", "--manifest", str(manifest), "--output", str(tmp_path / "out"), *options]
+    arguments = ["evaluate", "--data", str(manifest), "--output", str(tmp_path / "out"), *options]
     assert call(monkeypatch, arguments) == 2
     assert capsys.readouterr().err == f"sparse-context: {said}\n" and not (tmp_path / "out").exists()
 
@@ -765,7 +767,7 @@ def test_all_that_is_not_installed_is_named_at_once(options, missing, said, mani
 def test_pie_bench_names_what_it_needs_too(tmp_path, monkeypatch, capsys):
     for name in EXTRA:
         monkeypatch.setitem(sys.modules, name, None)
-    assert call(monkeypatch, ["evaluate", "--pie-bench", str(tmp_path)]) == 2
+    assert call(monkeypatch, ["evaluate", "--benchmark", "pie-bench", "--data", str(tmp_path)]) == 2
     assert "the metric st_lpips_unedit_part needs stlpips-pytorch" in capsys.readouterr().err
 
 

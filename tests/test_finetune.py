@@ -34,7 +34,7 @@ from sparse_context.training.cache import Cache
 from sparse_context.training.card import EMBEDDED, LORA_FILE, model_card
 from sparse_context.training.checkpoints import start_from
 from sparse_context.training.config import TrainConfig
-from sparse_context.training.data import Ahead, Batches, Example, alike, open_example
+from sparse_context.training.data import Ahead, Batches, Example, open_example
 from sparse_context.training.dropping import Dropping, draw_selection
 from sparse_context.training.finetune import Run, Watch, finetune
 from sparse_context.training.lora import extract_lora, save_lora
@@ -199,8 +199,6 @@ def test_sources_are_encoded_for_each_output_token():
     assert encoded.source.tolist() == [list(range(64)), [-1] * 64]
     with pytest.raises(ValueError, match=r"sources of a sample are \(4, 16\) tokens, and its output has \(8, 8\)"):
         prepare_batch(host, [replace(example(0), source=shown.reshape(4, 16))], ["a"])
-    smaller = replace(example(1, sizes=((96, 64), (96, 64))), source=shown)
-    assert alike([given[0], smaller])[1].source is None and alike(given[:1] * 2)[1].source is shown
 
 
 def test_masks_are_encoded_as_the_share_of_each_output_token():
@@ -877,7 +875,7 @@ def test_settings_out_of_range_are_named(changes, message):
 def samples(tmp_path):
     rows = []
     for i in range(7):
-        picture(96 + 16 * i, 64, i).save(tmp_path / f"{i}.png")
+        picture(96, 64, i).save(tmp_path / f"{i}.png")
         references = [f"{i}.png"] * (1 + i % 2)
         rows.append(json.dumps({"references": references, "image": f"{i}.png", "prompt": f"p{i}"}))
     (tmp_path / "m.jsonl").write_text("\n".join(rows))
@@ -897,13 +895,6 @@ def test_an_epoch_has_every_sample_and_a_batch_one_number_of_references(samples)
     assert all(len({int(i) % 2 for i in batch}) == 1 for batch in held)
 
 
-def test_a_batch_of_several_sizes_is_cropped_to_its_first(samples):
-    batch = Batches(samples, 3, 1, 512, 512)(0)
-    assert len({e.image.size for e in batch}) == 1
-    assert len({tuple(r.size for r in e.references) for e in batch}) == 1
-    assert alike(batch) == batch
-
-
 def test_the_mask_of_an_image_goes_with_it(tmp_path):
     mask = np.zeros((300, 400), np.uint8)
     mask[:, :200] = 255
@@ -913,10 +904,12 @@ def test_the_mask_of_an_image_goes_with_it(tmp_path):
     rows = [{"references": ["small.png"], "image": f"{name}.png", "prompt": ""} for name in ("small", "large")]
     rows[1]["mask"] = "mask.png"
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    small, large = (open_example(sample, 200, 200) for sample in read_samples(tmp_path / "m.jsonl"))
-    assert small.mask is None and large.mask.size == large.image.size == (231, 173)
-    _, cropped = alike([small, large])
-    assert cropped.mask.size == cropped.image.size == (96, 64)
+    small, large = read_samples(tmp_path / "m.jsonl")
+    assert open_example(small, 200, 200).mask is None
+    shown = open_example(large, 200, 200)
+    assert shown.mask.size == shown.image.size == (231, 173)
+    cropped = open_example(large, 200, 200, [(96, 64), (96, 64)])
+    assert cropped.mask.size == cropped.image.size == cropped.references[0].size == (96, 64)
     covered = np.asarray(cropped.mask)
     assert (covered[:, :45] == 255).all() and (covered[:, 51:] == 0).all()
 

@@ -161,7 +161,7 @@ def test_as_a_further_reference_an_overview_lies_beside_the_only_one(size, layou
 @pytest.mark.parametrize("layout", ["spread", "reference"])
 def test_places_are_scaled_as_the_steps_of_the_pipeline_scale_them(layout):
     case = CASES["flux3"]
-    blocks = Flux3AutoBlocks()
+    blocks = copy.deepcopy(Flux3AutoBlocks())  # whose inner blocks are of the class, so all pipelines share them
 
     def scale(block):
         for name, inner in block.sub_blocks.items():

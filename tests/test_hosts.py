@@ -31,14 +31,7 @@ REFERENCES = {"FluxKontextPipeline": 1, "QwenImageEditPlusPipeline": 2, "Flux3Mo
 PICTURES = [picture(128, 64, 1), picture(64, 80, 2)]
 
 
-OPEN = pytest.mark.xfail(
-    strict=False, reason="open: behind other files in one process FLUX.3 differs by 0.01; alone it is exact"
-)
-
-
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=OPEN if name.startswith("Flux3") else ()) for name in REFERENCES]
-)
+@pytest.fixture(scope="module", params=REFERENCES)
 def model(request, tmp_path_factory):
     """(class, folder) of a tiny whole model."""
     return request.param, save_whole(request.param, tmp_path_factory.mktemp(request.param) / "model")

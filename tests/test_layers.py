@@ -46,7 +46,12 @@ from those before it."""
 BASE = ("layers", "the idea", "pictures and records")
 BASE_MAY_IMPORT = {"PIL", "cv2", "numpy", "safetensors"} | sys.stdlib_module_names
 WITH_TORCH = {"tokens", "overview", "large", "selectors.saliency", "cache"}  # the others do without
-WITHIN_FUNCTIONS = {("samples", "tqdm"), ("samples", "datasets")}
+WITHIN_FUNCTIONS = {
+    ("samples.progress", "tqdm"),
+    ("samples.table", "datasets"),
+    ("samples.ai_toolkit", "yaml"),
+    ("samples.archives", "fsspec"),
+}
 
 
 def read_modules(folder: Path = PACKAGE) -> dict[str, str]:

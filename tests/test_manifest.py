@@ -215,8 +215,8 @@ def test_what_was_saved_to_disk_may_have_splits_and_has_no_config(folder):
 
 def test_kinds_of_data_that_may_hold_pickles_are_refused(folder):
     pytest.importorskip("datasets")
-    (folder / "set").mkdir()
-    with tarfile.open(folder / "set" / "train.tar", "w") as tar:  # a "webdataset", whose .pyd members are unpickled
+    (folder / "set" / "data").mkdir(parents=True)
+    with tarfile.open(folder / "set" / "data" / "train.tar", "w") as tar:  # of a kind whose .pyd members are unpickled
         tar.add(folder / "a.png", "a.png")
     with pytest.raises(ManifestError, match="only arrow, csv, imagefolder, json, parquet are read, for safety"):
         read_samples(folder / "set")
@@ -276,7 +276,7 @@ def test_a_long_path_of_windows_is_told_too_and_a_long_relative_one_is_lost(fold
     samples = read_samples(write(folder, {**GOOD, "references": [long]}, {**GOOD, "references": ["b" * 300]}))
     with pytest.raises(ManifestError, match="The sample 000001 cannot be used: .* does not exist"):
         check_pictures(samples)
-    monkeypatch.setattr("sparse_context.samples.CHECKED", 0)
+    monkeypatch.setattr("sparse_context.samples.read.CHECKED", 0)
     with pytest.raises(ManifestError, match="The sample 000001 cannot be used: .* does not exist"):
         check_pictures(samples)
     (folder / long.replace("\\", "/")).parent.mkdir(parents=True)

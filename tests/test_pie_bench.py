@@ -214,7 +214,9 @@ def test_the_command_evaluates_it(pie, tiny_model, tiny_clip, tiny_dino, tmp_pat
     ]
     arguments = [
         "evaluate",
-        "--pie-bench",
+        "--benchmark",
+        "pie-bench",
+        "--data",
         str(pie),
         "-m",
         str(tiny_model),

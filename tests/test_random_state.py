@@ -391,7 +391,7 @@ ENTRIES = {
         "evaluate",
         "-m",
         "{model}",
-        "--manifest",
+        "--data",
         "{out}/data.jsonl",
         "--output",
         "{out}/eval",

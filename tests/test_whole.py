@@ -138,7 +138,7 @@ def test_evaluation_tells_limits_before_any_weights_are_read(command, tmp_path):
     (model / "model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
     rows = [{"references": names, "prompt": "x"} for names in (["a.png"], ["a.png", "b.png"])]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    code, out, err = command("evaluate", "--manifest", "samples.jsonl", "-m", model, "--metric", "psnr")
+    code, out, err = command("evaluate", "--data", "samples.jsonl", "-m", model, "--metric", "psnr")
     assert (code, out) == (2, "") and "line 2 has 2 references, and the model takes at most 1: list fewer." in err
 
 

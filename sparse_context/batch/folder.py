@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from ..images import check_output, save_picture, save_text
-from ..samples import Picture
+from ..samples import Member, Picture
 from .jobs import Job
 
 DONE, FAILED = "done", "failed"
@@ -166,6 +166,8 @@ def _digest(picture: Picture) -> str | None:
     if isinstance(picture, bytes):
         return hashlib.sha256(picture).hexdigest()
     try:
+        if isinstance(picture, Member):
+            return _digest(picture.read())
         status = os.stat(picture)
         return _digest_of_file(picture, status.st_size, status.st_mtime_ns)
     except (OSError, ValueError):  # ValueError: a null byte in the name

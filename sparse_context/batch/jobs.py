@@ -20,10 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from ..config import TASKS
-from ..images import open_mask
 from ..pipelines.settings_file import MODEL_KEYS, REQUEST_KEYS, Settings, parse_settings
 from ..pipelines.spec import Request
-from ..samples import FIELDS, LONGEST_NAME, ManifestError, Picture, RowRules, Sample, make_sample, read_lines
+from ..samples import (
+    FIELDS,
+    LONGEST_NAME,
+    ManifestError,
+    Picture,
+    RowRules,
+    Sample,
+    make_sample,
+    open_any_mask,
+    read_lines,
+)
 from ..selectors.masks import mask as masks_of
 from ..selectors.registry import SelectorsLike
 
@@ -71,7 +80,7 @@ class Job:
         if self.sample.reference_masks:
             masks = self.sample.open_reference_masks()
             config = replace(config, selector=_with_masks(config.selector, masks))
-        inpaint = None if self.inpaint is None or not references else open_mask(self.inpaint, references[0].size)
+        inpaint = None if self.inpaint is None or not references else open_any_mask(self.inpaint, references[0].size)
         return replace(self.settings.request, references=references, config=config, inpaint=inpaint)
 
 

@@ -16,7 +16,7 @@ import typer
 
 from ..pipelines.errors import GenerationError
 from . import app as app_command
-from . import batch, bench, demo, evaluate, generate, recommend, select, serve, train
+from . import batch, bench, demo, evaluate, generate, manifest, recommend, select, serve, train
 
 app = typer.Typer(
     add_completion=False,
@@ -29,6 +29,7 @@ COMMANDS = (
     select.select,
     recommend.recommend,
     batch.batch,
+    manifest.manifest,
     train.train,
     evaluate.evaluate,
     demo.demo,

@@ -1,5 +1,6 @@
 """`sparse-context evaluate`: quality against the tokens that are kept."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,21 @@ from . import options
 
 
 def evaluate(
-    manifest: Annotated[str | None, typer.Option(help="JSONL manifest, folder of a data set, or hub name.")] = None,
-    pie_bench: Annotated[Path | None, typer.Option(help="Folder of PIE-Bench, instead of a manifest.")] = None,
+    data: Annotated[
+        str, typer.Option(help="JSONL manifest, data of another trainer, hub name, or the folder of the benchmark.")
+    ],
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="Read the data as a benchmark's: pie-bench, dreambench++, customconcept101 or omnicontext."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep all outputs and write what a judge is asked of them: the benchmark's own words, from this place "
+            "in its authors' code, or the word own.",
+            show_default="no judge",
+        ),
+    ] = None,
     dataset_config_name: options.ConfigName = None,
     split: options.Split = "train",
     image_column: options.ImageColumn = "image",
@@ -65,12 +79,14 @@ def evaluate(
     ),
 ) -> None:
     """Measure quality at several keep ratios, on the same noise, with 95 % confidence intervals."""
+    from ..evaluation.benchmarks import find_benchmark, paper_tables
     from ..evaluation.evaluate import evaluate, fingerprint, open_folder
     from ..evaluation.grid import grid, maker
+    from ..evaluation.judge import check_wording, write_questions
     from ..evaluation.metrics import METRICS, find_metrics, try_out
-    from ..evaluation.pie_bench import PIE_METRICS, read_pie_bench
     from ..evaluation.plots import check_installed, draw_all
     from ..evaluation.report import table
+    from ..images import save_text
     from ..pipelines.load import load
     from ..pipelines.settings import check_references, most_references
     from ..pipelines.spec import ModelSpec
@@ -78,14 +94,15 @@ def evaluate(
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: pass a number of samples, 1 or more.")
-    if (manifest is None) == (pie_bench is None):
-        raise ValueError("Name what to evaluate on: pass either --manifest or --pie-bench.")
-    known = METRICS if pie_bench is None else PIE_METRICS | METRICS
-    usual = METRICS if pie_bench is None else PIE_METRICS
-    metrics = find_metrics(
-        metric or [name for name, known_metric in usual.items() if known_metric.model is None], known
-    )
-    check_installed(metrics, manifest)
+    chosen = None if benchmark is None else find_benchmark(benchmark)
+    questions = () if chosen is None else chosen.questions
+    if judge is not None and not questions:
+        raise ValueError(f"judge is {judge!r}, and {benchmark or 'a plain manifest'} has no judge: leave it out.")
+    own = {} if chosen is None else chosen.metrics
+    free = [name for name, each in own.items() if each.model is None]
+    free = free or [name for name, each in METRICS.items() if each.model is None]
+    metrics = find_metrics(metric or free, {**own, **METRICS})
+    check_installed(metrics, data if chosen is None else None)
     keeps, selectors = (
         [options.read_keep(text) for text in keep.split(",")],
         [options.read_selector(s) for s in selector or ["auto"]],
@@ -101,13 +118,16 @@ def evaluate(
         share=share,
         floor=floor,
     )
-    if manifest is not None:
+    if chosen is None:
         source = source_of(dataset_config_name, split, image_column, cond_image_column, caption_column)
-        read = read_samples(manifest, needs_image=False, most_references=most_references(model), **source)
+        read = read_samples(data, needs_image=False, most_references=most_references(model), **source)
         samples, part = read[:limit], {"data_split": read.split, "data_config": read.config}
+        for note in read.notes:
+            print(note, file=sys.stderr)
     else:
-        assert pie_bench is not None
-        samples, part = read_pie_bench(pie_bench)[:limit], {}
+        samples, part = chosen.read(data)[:limit], {"benchmark": benchmark}
+    if judge is not None:
+        check_wording(questions, samples, judge)
     spec = ModelSpec(model, dtype, device, cpu_offload, lora, lora_scale, kv, quantization)
     options.hide_loading_bars()
     try_out(metrics)
@@ -117,7 +137,7 @@ def evaluate(
     pipe = load(spec)
     pipe.set_progress_bar_config(disable=True)
     about = {
-        "data": str(manifest or pie_bench),
+        "data": data,
         **part,
         "model": model or "embedded",
         "lora": lora,
@@ -130,7 +150,12 @@ def evaluate(
         **({"quantization": quantization} if quantization else {}),
     }
     make = maker(pipe, steps=steps, guidance_scale=guidance_scale)
-    result = evaluate(make, samples, cells, metrics, output, seed=seed, about=about)
-    drawn = draw_all(result, output, samples)
+    result = evaluate(make, samples, cells, metrics, output, seed=seed, about=about, keep_outputs=judge is not None)
+    written = [output / "result.json", *draw_all(result, output, samples)]
+    if chosen is not None:
+        written.append(output / "benchmark.md")
+        save_text(paper_tables(result, chosen), written[-1])
+    if judge is not None:
+        written.append(write_questions(questions, samples, list(cells), output, judge))
     print(table(result))
-    print(f"wrote {', '.join(str(path) for path in [output / 'result.json', *drawn])}")
+    print(f"wrote {', '.join(map(str, written))}")

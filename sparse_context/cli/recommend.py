@@ -17,11 +17,11 @@ def recommend(
     prompt: Annotated[
         str | None, typer.Option(help="Text that says what to make of the references.", show_default="from --settings")
     ] = None,
-    manifest: Annotated[
+    data: Annotated[
         str | None,
-        typer.Option(help="Several scenes, instead of --image: JSONL manifest, folder of a data set, or hub."),
+        typer.Option(help="Several scenes, instead of --image: JSONL manifest, data of another trainer, or hub name."),
     ] = None,
-    limit: Annotated[int, typer.Option(help="Number of scenes of a manifest to use, from the first.")] = 8,
+    limit: Annotated[int, typer.Option(help="Number of scenes of the data to use, from the first.")] = 8,
     tolerance: Annotated[
         str,
         typer.Option(
@@ -76,13 +76,13 @@ def recommend(
     from ..images import open_picture
     from ..samples import Sample, read_samples
 
-    if (manifest is None) == (not image):
-        raise ValueError("Name the pictures to try: pass either --image and --prompt, or --manifest.")
+    if (data is None) == (not image):
+        raise ValueError("Name the pictures to try: pass either --image and --prompt, or --data.")
     if limit < 1:
         raise ValueError(f"limit is {limit}: pass a number of scenes, 1 or more.")
     chosen = options.settings_of(context, settings)
-    if manifest is not None:
-        samples = read_samples(manifest, needs_image=False)[:limit]
+    if data is not None:
+        samples = read_samples(data, needs_image=False)[:limit]
     elif not chosen.request.prompt:
         raise ValueError("Missing option '--prompt': say what to make of the references.")
     else:

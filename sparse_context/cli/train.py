@@ -1,11 +1,14 @@
 """`sparse-context train`: fine-tuning with dropped reference tokens."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import options
+
+if TYPE_CHECKING:
+    from ..training.options import Settings
 
 
 def train(
@@ -45,7 +48,12 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Random seed.", show_default="0")] = None,
     resume: Annotated[str | None, typer.Option(help="latest: resume the run in --output-dir.")] = None,
     check_data: Annotated[
-        bool, typer.Option("--check-data", help="List every bad row of the data and exit without training.")
+        bool,
+        typer.Option(
+            "--check-data",
+            help="List every bad row and every image of --validation-data that is in the data too, draw a sheet of the "
+            "first samples with the tokens that batches keep, and exit without training.",
+        ),
     ] = False,
     validation_data: Annotated[
         str | None, typer.Option(help="Data as in --data; its first samples are drawn during the run.")
@@ -88,12 +96,9 @@ def train(
         raise ValueError("There is no data to train on: name a manifest, a folder or a hub name with --data.")
     if check_data:
         from ..pipelines.settings import most_references
-        from ..samples import check_samples
 
         most = most_references(settings.model)
-        problems = check_samples(settings.data, most_references=most, **settings.run.source)
-        print("\n".join(problems) if problems else f"{settings.data}: every row is good.")
-        return 2 if problems else 0
+        return _check(settings, output_dir, most)
 
     options.hide_loading_bars()
     from ..training.launch import launch
@@ -104,3 +109,33 @@ def train(
     if result is not None:
         print(f"wrote {result}")
     return 0
+
+
+def _check(settings: "Settings", output_dir: Path, most: int | None) -> int:
+    """What --check-data does: exit code 2 where something is wrong."""
+    from ..images import save_picture
+    from ..samples import check_samples, read_samples
+    from ..training.check_data import draw_sheet, find_duplicates
+
+    run = settings.run
+    assert settings.data is not None
+    problems = check_samples(settings.data, most_references=most, **run.source)
+    if problems:
+        print("\n".join(problems))
+        return 2
+    samples = read_samples(settings.data, most_references=most, **run.source)
+    for note in samples.notes:
+        print(note)
+    print(f"{settings.data}: every row is good.")
+    if run.validation_data is not None:
+        source = run.source if run.validation_split is None else {**run.source, "split": run.validation_split}
+        duplicates = find_duplicates(samples, read_samples(run.validation_data, most_references=most, **source))
+        print("\n".join(duplicates) if duplicates else f"{run.validation_data}: no image is in the data too.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    sheet = output_dir / "check-data.png"
+    token = 8 if settings.model is None else 16  # of the embedded model, and of all others
+    save_picture(
+        draw_sheet(samples, settings.config.dropping, token=token, seed=settings.config.seed, **run.sides), sheet
+    )
+    print(f"wrote {sheet}")
+    return 2 if run.validation_data is not None and duplicates else 0

@@ -1,5 +1,5 @@
 """Quality against the tokens kept.
 
 metrics.py compares two pictures, networks.py has the nets behind some metrics, evaluate.py runs a grid of settings over
-samples, plots.py draws what came of it, and pie_bench.py reads PIE-Bench.
+samples, plots.py draws what came of it, and benchmarks.py names the benchmarks that are read: each has a file.
 """

@@ -32,9 +32,10 @@ from ..pipelines.errors import GenerationError
 from ..pipelines.hub import one_line
 from ..preview import draw_selection
 from ..result import checkout, write_result
-from ..samples import LONGEST_NAME, Sample, name_problem, same_file
+from ..samples import LONGEST_NAME, Sample, name_problem, open_any, same_file
 from ..selection import selection_version
 from ..selectors.masks import mask as masks_of
+from .benchmark import BenchmarkSample
 from .grid import DENSE, Cell, Maker
 from .metrics import Metric
 from .report import SHOWN
@@ -64,13 +65,15 @@ def evaluate(
     *,
     seed: int = 0,
     about: Mapping[str, Any] | None = None,
+    keep_outputs: bool = False,
     bar: bool = True,
 ) -> dict[str, Any]:
     """Run every cell over the samples and return the result that is also written to `folder`/result.json.
 
     make: see `maker`; a cell may have its own. cells: see `grid`; the first is `DENSE`. metrics: see
     `metrics.find_metrics`. about: what else the figures depend on (model, adapter, `fingerprint` of their weights,
-    steps ...), for the record. bar: whether progress is shown.
+    steps ...), for the record. keep_outputs: whether every output stays, and not those of the first samples alone. bar:
+    whether progress is shown.
 
     A cell whose file is there is not run again. Raises ValueError where that file is of other settings, and, before
     anything is made, where a sample lacks what a setting needs or has a picture that cannot be read.
@@ -96,6 +99,9 @@ def evaluate(
     _check_names(names, list(cells))
     if not all((folder / DENSE / f"{name}.png").is_file() for name in names):
         done[DENSE] = None  # the others are compared with its pictures
+    for name in cells if keep_outputs else ():
+        if not all(output_of(folder, name, sample).is_file() for sample in names[: counts[name]]):
+            done[name] = None
     if any(rows is None for rows in done.values()):
         masked = [counts[n] for n, cell in cells.items() if done[n] is None and _asks_for_masks(cell.config)]
         _check(samples[: counts[DENSE]], max(masked, default=0))
@@ -107,9 +113,8 @@ def evaluate(
                 rows, how = [], cell.make or make
                 for i, sample in enumerate(samples[: counts[name]]):
                     try:
-                        rows.append(
-                            _run(how, sample, name, cell.config, metrics, folder, seed + i, keeps_picture=i < SHOWN)
-                        )
+                        keeps = keep_outputs or i < SHOWN
+                        rows.append(_run(how, sample, name, cell.config, metrics, folder, seed + i, keeps))
                     except (ValueError, GenerationError) as error:
                         kind = GenerationError if isinstance(error, GenerationError) else ValueError
                         raise kind(f"Sample {sample.name}, setting {name}: {error}") from error
@@ -141,6 +146,11 @@ def _check_names(samples: Sequence[str], settings: Sequence[str]) -> None:
             raise ValueError(f"Two {kind} are named {says}: give each a name of its own.")
 
 
+def output_of(folder: Path, setting: str, sample: str) -> Path:
+    """Where the output of a sample is, if it stays."""
+    return (folder / DENSE if setting == DENSE else folder / "shown" / setting) / f"{sample}.png"
+
+
 def open_folder(folder: Path) -> None:
     """Make the output folder, or say before any work starts why it cannot be written."""
     try:
@@ -156,6 +166,7 @@ def _check(samples: Sequence[Sample], masked: int) -> None:
         sample.open_references()
         sample.open_image()
         sample.open_mask()
+        _subjects(sample)
         if i < masked:
             _oracle(sample)
 
@@ -164,8 +175,10 @@ def _digest(samples: Sequence[Sample]) -> str:
     """What samples are told apart by: their text, and their pictures' bytes or paths and sizes."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(repr((sample.name, sample.prompt, sample.task)).encode("utf-8", "surrogatepass"))
-        for picture in (*sample.references, sample.image, sample.mask, *sample.reference_masks):
+        more = (sample.caption, sample.groups) if isinstance(sample, BenchmarkSample) else ()
+        digest.update(repr((sample.name, sample.prompt, sample.task, *more)).encode("utf-8", "surrogatepass"))
+        targets = [each for subject in getattr(sample, "targets", ()) for each in subject]
+        for picture in (*sample.references, sample.image, sample.mask, *sample.reference_masks, *targets):
             size = picture.stat().st_size if isinstance(picture, Path) and picture.is_file() else None
             digest.update(repr((picture, size)).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
@@ -209,7 +222,7 @@ def _run(
         config = replace(config, selector=selector)
     generation = make(sample, replace(config, seed=seed), seed)
     output = generation.image.convert("RGB")
-    path = folder / "dense" / f"{sample.name}.png"
+    path = output_of(folder, DENSE, sample.name)
     if name == DENSE:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_picture(output, path)
@@ -225,11 +238,20 @@ def _run(
     return {
         "name": sample.name,
         "task": sample.task,
+        **({"groups": list(sample.groups)} if isinstance(sample, BenchmarkSample) and sample.groups else {}),
         "kept": tokens[0],
         "total": tokens[1],
         "seconds": round(generation.times.total, 4),
         "scores": dict(_scores(output, sample, dense, metrics)),
     }
+
+
+def _subjects(sample: Sample) -> list[list[Image.Image]]:
+    """What an output is compared with, where it is with what it shows: the pictures of each subject."""
+    targets = sample.targets if isinstance(sample, BenchmarkSample) else ()
+    if targets:
+        return [[open_any(picture) for picture in subject] for subject in targets]
+    return [[reference] for reference in sample.open_references()]
 
 
 def _asks_for_masks(config: SparseContextConfig) -> bool:
@@ -255,19 +277,22 @@ def _scores(
     """The figures of one output, by name: None where there is nothing to compare with."""
     truth, mask = _fit(sample.open_image(), output), _fit(sample.open_mask(), output)
     kinds = {metric.against for metric in metrics.values()}
-    references = sample.open_references() if kinds & {"references", "source", "caption"} else []
+    references = sample.open_references() if kinds & {"source", "caption"} else []
+    subjects = _subjects(sample) if "references" in kinds else []
     edited = None
     if any(metric.masked and metric.against in ("source", "prompt") for metric in metrics.values()):
         edited = _fit((sample.open_reference_masks() or [None])[0], output)
     for name, metric in metrics.items():
         function = partial(_measure, name, metric.function)
         if metric.against == "references":
-            yield name, _number(np.mean([function(output, r.convert("RGB"), None) for r in references]))
+            means = [np.mean([function(output, each.convert("RGB"), None) for each in subject]) for subject in subjects]
+            yield name, _number(np.mean(means))
         elif metric.against == "prompt":  # what the output shows, where the prompt says what to do instead
-            text = getattr(sample, "caption", sample.prompt)
+            text = sample.text if isinstance(sample, BenchmarkSample) else sample.prompt
             yield name, _number(function(output, text, edited if metric.masked else None))
         elif metric.against == "caption":
-            yield name, _number(function(references[0], getattr(sample, "source_caption"), None))  # noqa: B009
+            assert isinstance(sample, BenchmarkSample)
+            yield name, _number(function(references[0], sample.source_caption, None))
         elif metric.against == "source":
             source = _fit(references[0], output)
             yield name, _number(function(output, source, edited if metric.masked else None))

@@ -14,6 +14,7 @@ from ..pipelines.settings import call_inputs, call_settings
 from ..pipelines.spec import Request
 from ..preview import MAX_AREA
 from ..samples import Sample
+from .benchmark import BenchmarkSample
 
 DENSE = "dense"
 """The name of the setting that keeps all tokens. Every evaluation has it."""
@@ -104,8 +105,9 @@ def maker(
 ) -> Maker:
     """How an `Engine` answers a sample with `pipe`.
 
-    The output has the size that the model's own call settings name, else that of the sample's `image` in whole tokens
-    and at most a megapixel, else what the pipeline takes from the references. (LongCat always does the latter.)
+    The output has the size that the model's own call settings name, else that of the sample's benchmark, else that of
+    its `image`, both in whole tokens and at most a megapixel, else what the pipeline takes from the references.
+    (LongCat always does the latter.)
 
     Where a setting's task is "auto", the sample's own is used: `task_of(sample)`, one for all references or one for
     each; by default `sample.task`, if that is a name of `TASKS`. A selector that was named is taken at its word then
@@ -116,11 +118,11 @@ def maker(
 
     def make(sample: Sample, config: SparseContextConfig, seed: int) -> Generation:
         height = width = None
-        truth = None if fixed else sample.open_image()
-        if truth is not None:
+        size = None if fixed else _size(sample)
+        if size is not None:
             token = 2 * pipe.vae_scale_factor
-            scale = min(1.0, math.sqrt(MAX_AREA / (truth.width * truth.height)))
-            width, height = (max(token, int(side * scale) // token * token) for side in truth.size)
+            scale = min(1.0, math.sqrt(MAX_AREA / (size[0] * size[1])))
+            width, height = (max(token, int(side * scale) // token * token) for side in size)
         task = task_of(sample) if task_of is not None else sample.task if sample.task in TASKS else "auto"
         if config.task == "auto" and task != "auto":
             plain = config.selector is not None and config.coverage is None
@@ -138,3 +140,11 @@ def maker(
         return engine(request)
 
     return make
+
+
+def _size(sample: Sample) -> tuple[int, int] | None:
+    """Width and height of the picture to be made, where the sample says it."""
+    if isinstance(sample, BenchmarkSample) and sample.size is not None:
+        return sample.size
+    truth = sample.open_image()
+    return None if truth is None else truth.size

@@ -247,10 +247,11 @@ class Metric:
     """A metric and how to read it.
 
     function: (output, truth, mask) -> float. against: what `truth` is: "truth" (the sample's picture), "references"
-    (each in turn, averaged), "prompt", or "source" (the first reference, with its mask); "caption" asks of the first
-    reference, in the place of the output, how well its own caption fits. better: "higher" or "lower". masked: whether
-    it is also taken inside the truth's mask. model: what has to be named to use it, or in what `find_metrics` returns,
-    what was named; None for nothing. packages: what has to be installed beside sparse-context, by their modules.
+    (each in turn, averaged; or of each subject all its pictures, where a benchmark has more), "prompt", or "source"
+    (the first reference, with its mask); "caption" asks of the first reference, in the place of the output, how well
+    its own caption fits. better: "higher" or "lower". masked: whether it is also taken inside the truth's mask. model:
+    what has to be named to use it, or in what `find_metrics` returns, what was named; None for nothing. packages: what
+    has to be installed beside sparse-context, by their modules.
     """
 
     function: Callable[..., float]

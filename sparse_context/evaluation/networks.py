@@ -28,6 +28,8 @@ EFFICIENTNET = (
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
 )
 
+IMAGENET_MEAN, IMAGENET_SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def accelerator() -> torch.device:
     """Where the nets run: an accelerator if there is one."""

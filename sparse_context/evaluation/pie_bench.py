@@ -7,7 +7,6 @@ a kind of edit, and where the edit happens, as runs: [start, length, start, leng
 
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..samples import Sample, find_picture
+from ..samples import find_picture
+from .benchmark import Benchmark, BenchmarkSample
 from .metrics import CLIP_MODEL, METRICS, Metric, Picture, clip_t, lpips, mse, only_inside, psnr, ssim, st_lpips
-from .networks import LPIPS_MODEL, accelerator, vision
+from .networks import IMAGENET_MEAN, IMAGENET_SPREAD, LPIPS_MODEL, accelerator, vision
 
 SIDE = 512
 EDIT_TYPES = (
@@ -36,16 +36,7 @@ EDIT_TYPES = (
 """What `editing_type_id` 0 to 9 stands for."""
 
 
-@dataclass(frozen=True)
-class PieSample(Sample):
-    """A sample whose `caption` says what the edited picture shows, and `source_caption` what the picture does that is
-    to be edited; its `prompt` says what to do."""
-
-    caption: str = ""
-    source_caption: str = ""
-
-
-def read_pie_bench(folder: str | Path) -> list[PieSample]:
+def read_pie_bench(folder: str | Path) -> list[BenchmarkSample]:
     """The samples of a PIE-Bench folder, in its order: no truth, the kind of edit as task, the edit's mask.
 
     Raises ValueError, in one sentence, for a folder of another kind and for an entry that is not as described.
@@ -63,7 +54,7 @@ def read_pie_bench(folder: str | Path) -> list[PieSample]:
     return [_sample(key, entry, Path(folder), listing) for key, entry in entries.items()]
 
 
-def _sample(key: str, entry: Any, folder: Path, listing: Path) -> PieSample:
+def _sample(key: str, entry: Any, folder: Path, listing: Path) -> BenchmarkSample:
     try:
         caption, source_caption = (
             entry[name].replace("[", "").replace("]", "") for name in ("editing_prompt", "original_prompt")
@@ -77,7 +68,7 @@ def _sample(key: str, entry: Any, folder: Path, listing: Path) -> PieSample:
         raise ValueError(f"{listing}, entry {key}, is not as in PIE-Bench: {what}.") from error
     file = io.BytesIO()
     Image.fromarray(mask).save(file, "png")
-    return PieSample(
+    return BenchmarkSample(
         key,
         prompt,
         (image,),
@@ -154,7 +145,6 @@ def structure_distance(output: Picture, source: Picture, mask: Any = None, *, mo
     return F.mse_loss(similarity[0], similarity[1]).item()
 
 
-IMAGENET_MEAN, IMAGENET_SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DINO_MODEL = "a DINO such as facebook/dino-vitb8"
 
 PIE_METRICS: dict[str, Metric] = {
@@ -174,3 +164,5 @@ PIE_METRICS: dict[str, Metric] = {
         _unedited(st_lpips), against="source", better="lower", packages=METRICS["st_lpips"].packages
     ),
 }
+
+PIE_BENCH = Benchmark(read_pie_bench, PIE_METRICS)

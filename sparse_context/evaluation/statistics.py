@@ -29,22 +29,28 @@ def _draws(count: int, seed: int, resamples: int) -> np.ndarray:
 
 
 def summarise(cells: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Groups of samples ("all", and each task where there are several), in them the cells, and in these their scores.
+    """Groups of samples ("all", and others where samples differ in them), in them the cells, and in these their scores.
 
     A score has `n` samples, their `mean` and its `interval`; and, paired with the dense cell over the samples that both
     have, `difference` (cell minus dense) and `difference_interval`. Intervals are of 95 %, None with fewer than two.
     """
-    tasks = dict.fromkeys(row["task"] for row in cells[DENSE])
-    named = [task for task in tasks if task not in (None, "all")] if len(tasks) > 1 else []
+    held = {_groups(row) for row in cells[DENSE]}
+    found = dict.fromkeys(group for row in cells[DENSE] for group in _groups(row))
+    named = [group for group in found if group != "all"] if len(held) > 1 else []
     groups: dict[str, Any] = {}
     for group in ["all", *named]:
         groups[group] = {}
         for name, rows in cells.items():
-            inside = [row for row in rows if group in ("all", row["task"])]
+            inside = [row for row in rows if group == "all" or group in _groups(row)]
             if inside:
                 dense = {row["name"]: row["scores"] for row in cells[DENSE]}
                 groups[group][name] = _summary(inside, dense)
     return groups
+
+
+def _groups(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The groups that a sample is in: those of its benchmark, or its task."""
+    return tuple(row.get("groups") or ([] if row["task"] is None else [row["task"]]))
 
 
 def _summary(rows: list[dict[str, Any]], dense: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..images import PictureError
 from ..preview import MAX_AREA, fit_reference
-from ..samples import ManifestError, Sample
+from ..samples import ManifestError, Sample, Samples
+from ..samples.archives import is_remote
+from .buckets import Size, grouped, sizes_of
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,14 @@ class Example:
     aligned: bool = False
 
 
-def open_example(sample: Sample, resolution: int, reference_resolution: int) -> Example:
+def open_example(
+    sample: Sample, resolution: int, reference_resolution: int, sizes: Sequence[Size] | None = None
+) -> Example:
     """Open a sample; what has more than `resolution`**2 pixels is scaled down to that, and nothing is scaled up.
 
-    (But no side stays under 64 pixels, which the pipelines refuse, and references are scaled down to a megapixel as
-    the pipelines do it, whatever `reference_resolution` allows.) Raises `ManifestError` that names the sample.
+    sizes: of the image and of each reference, which these are scaled and cropped to, centred; None: they keep their
+    shape. (But no side stays under 64 pixels, which the pipelines refuse, and references are scaled down to a megapixel
+    as the pipelines do it, whatever `reference_resolution` allows.) Raises `ManifestError` that names the sample.
     """
     try:
         image, mask = sample.open_image(), sample.open_mask()
@@ -57,17 +62,25 @@ def open_example(sample: Sample, resolution: int, reference_resolution: int) -> 
     if image is None:
         raise ManifestError(f"The sample {sample.name} has no image to be made: training needs one.")
     reference_resolution = min(reference_resolution, math.isqrt(MAX_AREA))
+    size, *others = cast(Sequence[Size | None], sizes or [None] * (1 + len(references)))
     return Example(
         sample.prompt,
-        tuple(_fit(reference, reference_resolution) for reference in references),
-        _fit(image, resolution),
-        tuple(None if each is None else _fit(each, reference_resolution) for each in masks),
-        None if mask is None else _fit(mask, resolution),
+        tuple(_fit(each, reference_resolution, other) for each, other in zip(references, others, strict=True)),
+        _fit(image, resolution, size),
+        tuple(
+            None if each is None else _fit(each, reference_resolution, other)
+            for each, other in zip(masks, others, strict=True)
+        ),
+        None if mask is None else _fit(mask, resolution, size),
         aligned=sample.aligned,
     )
 
 
-def _fit(picture: Image.Image, resolution: int) -> Image.Image:
+def _fit(picture: Image.Image, resolution: int, size: Size | None) -> Image.Image:
+    if size is not None:
+        whole = fit_reference(picture, narrow=False)  # in its own size, but laid on white
+        whole = whole if whole.mode == "L" else whole.convert("RGB")
+        return whole if whole.size == size else ImageOps.fit(whole, size, Image.Resampling.LANCZOS)
     area = picture.width * picture.height
     # Without a side, what is above a megapixel would be scaled down to that
     side = min(resolution, math.sqrt(area)) if area > min(resolution**2, MAX_AREA) else None
@@ -75,67 +88,61 @@ def _fit(picture: Image.Image, resolution: int) -> Image.Image:
     return fitted if fitted.mode == "L" else fitted.convert("RGB")
 
 
-def alike(examples: Sequence[Example]) -> list[Example]:
-    """A batch of one shape: pictures of other sizes than the first example's are cropped to those, centred."""
-    first = examples[0]
-
-    def crop(example: Example) -> Example:
-        pairs = list(zip(example.references, example.masks, first.references, strict=True))
-        return replace(
-            example,
-            references=tuple(_crop(reference, model.size) for reference, _, model in pairs),
-            image=_crop(example.image, first.image.size),
-            masks=tuple(None if mask is None else _crop(mask, model.size) for _, mask, model in pairs),
-            mask=None if example.mask is None else _crop(example.mask, first.image.size),
-            source=example.source if _sizes(example) == _sizes(first) else None,
-        )
-
-    return [first, *map(crop, examples[1:])]
-
-
-def _sizes(example: Example) -> list[tuple[int, int]]:
-    return [picture.size for picture in (example.image, *example.references)]
-
-
-def _crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
-
-
 class Batches:
     """`batches(number)` -> the examples of a batch: every sample once an epoch, in an order drawn from (seed, epoch).
 
-    The samples of a batch have the same number of references; where that leaves a batch short, it takes some twice.
+    Samples of .tar shards come shard by shard, in an order that is drawn too. The samples of a batch have pictures of
+    the same sizes, those of their buckets (`buckets.bucket`), and so the same number of references; where that leaves a
+    batch short, it takes some twice. In batches of one, pictures keep their shape.
+
+    Raises `ManifestError` for batches of several of pictures whose sizes cannot be read.
     """
 
     def __init__(self, samples: Sequence[Sample], size: int, seed: int, resolution: int, reference_resolution: int):
         self._samples, self._size, self._seed = samples, size, seed
-        self._resolutions = resolution, reference_resolution
-        self._groups = [np.arange(len(samples))]
+        self._resolutions = resolution, min(reference_resolution, math.isqrt(MAX_AREA))
+        shards = samples.shards if isinstance(samples, Samples) else None
+        self._blocks = [[np.arange(len(samples))]] if shards is None else [[block] for block in grouped(shards)]
+        self._sizes: list[tuple[Size, ...]] | None = None
         if size > 1:  # or nobody needs to know, and a large data set need not be read first
-            counts = np.array([len(sample.references) for sample in samples])
-            self._groups = [np.flatnonzero(counts == count) for count in np.unique(counts)]
+            if any(is_remote(shard) for shard in set(shards or ())):
+                raise ManifestError(
+                    f"train_batch_size is {size}, and the sizes of images in shards at a URL are not known before they "
+                    "are fetched: pass 1, and gradient_accumulation_steps."
+                )
+            self._sizes = sizes = sizes_of(samples, *self._resolutions)
+            self._blocks = [[block[group] for group in grouped([sizes[i] for i in block])] for (block,) in self._blocks]
         self._epoch = -1
         self._order: list[np.ndarray] = []
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return sum(-(-len(group) // self._size) for group in self._groups)
+        return sum(-(-len(group) // self._size) for groups in self._blocks for group in groups)
 
     def indices(self, number: int) -> np.ndarray:
         """Which samples batch `number` holds, int64 (size,)."""
         epoch, place = divmod(number, len(self))
         if epoch != self._epoch:
             rng = np.random.default_rng([self._seed, 1, epoch])
-            parts = []
-            for group in self._groups:
-                count = -(-len(group) // self._size)
-                shuffled = np.resize(rng.permutation(group), count * self._size)
-                parts += list(shuffled.reshape(count, self._size))
-            self._epoch, self._order = epoch, [parts[i] for i in rng.permutation(len(parts))]
+            order = rng.permutation(len(self._blocks)) if len(self._blocks) > 1 else [0]
+            blocks = [self._blocks[i] for i in order]
+            self._epoch, self._order = epoch, [batch for groups in blocks for batch in self._shuffled(groups, rng)]
         return self._order[place]
 
+    def _shuffled(self, groups: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+        """The batches of groups of samples, in a drawn order."""
+        parts = []
+        for group in groups:
+            count = -(-len(group) // self._size)
+            shuffled = np.resize(rng.permutation(group), count * self._size)
+            parts += list(shuffled.reshape(count, self._size))
+        return [parts[i] for i in rng.permutation(len(parts))]
+
     def __call__(self, number: int) -> list[Example]:
-        return alike([open_example(self._samples[int(i)], *self._resolutions) for i in self.indices(number)])
+        return [
+            open_example(self._samples[int(i)], *self._resolutions, None if self._sizes is None else self._sizes[i])
+            for i in self.indices(number)
+        ]
 
 
 def check_workers(workers: int) -> None:

@@ -54,7 +54,8 @@ def launch(
     if run.validation_data is not None:
         source = run.source if run.validation_split is None else {**run.source, "split": run.validation_split}
         held_out = read_samples(run.validation_data, most_references=most, **source)[: run.num_validation_images]
-    shown = [open_example(sample, *run.sides.values()) for sample in held_out]
+    resolution, reference_resolution = run.sides.values()
+    shown = [open_example(sample, resolution, reference_resolution) for sample in held_out]
     check_pictures(samples)
 
     import torch
@@ -93,6 +94,8 @@ def launch(
 
     try:
         with alone(output) if accelerator.is_main_process else contextlib.nullcontext():
+            for note in samples.notes if accelerator.is_main_process else ():
+                print(note, file=sys.stderr)
             if accelerator.is_main_process and resume and not has_begun(output):
                 print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
             pipe = load(replace(spec, device=str(accelerator.device)))

@@ -26,7 +26,7 @@ def refused(monkeypatch, capsys, *arguments):
     """What the command says before it has loaded anything."""
     monkeypatch.setattr("sys.argv", ["sparse-context", "app", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        main()
+        in_a_loop(main)
     said = capsys.readouterr()
     assert (ended.value.code, said.out) == (2, "")
     return said.err.removeprefix("sparse-context: ").strip()

@@ -47,7 +47,7 @@ def test_evaluate_reads_the_split_and_the_columns_that_are_named(command, table,
     def measured(data, output, *options):
         code, _, err = command(
             "evaluate",
-            "--manifest",
+            "--data",
             data,
             "-m",
             "{model}",
@@ -89,7 +89,7 @@ def test_evaluate_reads_the_split_and_the_columns_that_are_named(command, table,
 def test_figures_of_another_split_are_not_gone_on_with(command, table, tmp_path):
     arguments = [
         "evaluate",
-        "--manifest",
+        "--data",
         "table",
         *NAMED,
         "-m",
@@ -128,7 +128,7 @@ def test_figures_of_another_split_are_not_gone_on_with(command, table, tmp_path)
 def test_a_part_that_a_data_set_lacks(command, table, tmp_path, face, options, says):
     chosen = [*NAMED, *options.split(" ")]
     if face == "evaluate":
-        face_options = ["--manifest", "table", "--output", "out", *chosen]
+        face_options = ["--data", "table", "--output", "out", *chosen]
     else:  # where a setting that is made twice in different ways is refused
         names = dict(zip(chosen[::2], chosen[1::2], strict=True))
         face_options = ["--data", "table", "--output-dir", "out"]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -170,6 +171,42 @@ def test_it_trains_and_resumes_and_the_result_loads(monkeypatch, capfd, data, ti
     assert all((other[name] == again[name]).all() for name in again)
 
 
+def test_a_resumed_run_on_shards_in_batches_ends_at_equal_weights(monkeypatch, capfd, tiny_model, tmp_path):
+    """Two shards of pictures in two shapes, which the batches of two do not mix."""
+    from accelerate.state import AcceleratorState
+
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i in range(3):
+                picture(96 if i < 2 else 64, 64, 10 * shard + i).save(tmp_path / "one.png")
+                (tmp_path / "one.txt").write_text(f"the cat {i}")
+                for field in ("reference0.png", "image.png", "prompt.txt"):
+                    tar.add(tmp_path / f"one.{field[-3:]}", f"{i}.{field}")
+    usual = ["--data", tmp_path / "{0..1}.tar", "-m", tiny_model, "--rank", 2, "--train-batch-size", 2]
+    usual += ["--set", "dtype=float32", "--set", "mixed_precision=no"]
+    for name, *steps in (("whole", 5), ("resumed", 2, 5)):
+        for number, count in enumerate(steps):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            resume = ["--resume", "latest"] if number else []
+            options = ["--output-dir", tmp_path / name, "--max-train-steps", count, *resume]
+            code, _, errors = call(monkeypatch, capfd, *usual, *options)
+            assert code == 0, errors
+    whole, resumed = (load_file(tmp_path / name / LORA_FILE) for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole) and whole.keys() == resumed.keys()
+
+
+def test_what_another_trainer_says_and_is_not_used_is_said_once(monkeypatch, capfd, data, tiny_model, tmp_path):
+    toml = tmp_path / "data.toml"
+    rows = {"image_path": str(data / "a.png"), "control_path": str(data / "b.png"), "caption": "the cat"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows))
+    toml.write_text('[general]\nresolution = 512\n[[datasets]]\nimage_jsonl_file = "rows.jsonl"\nnum_repeats = 3\n')
+    monkeypatch.setattr("sparse_context.training.launch.load", None)
+    with pytest.raises(TypeError, match="NoneType"):  # it got as far as the model
+        call(monkeypatch, capfd, "--data", toml, "-m", tiny_model, "--output-dir", tmp_path / "run")
+    said = f"{toml}: num_repeats and resolution are not used; this run's own settings apply.\n"
+    assert capfd.readouterr().err.count(said) == 1
+
+
 def test_what_is_trained_for_overviews_is_generated_with_one(monkeypatch, capfd, data, tiny_model, tmp_path):
     """From one command to the other, which is told nothing of overviews."""
     out = tmp_path / "run"
@@ -297,8 +334,18 @@ def test_check_data_names_every_bad_row_and_loads_no_model(monkeypatch, capfd, d
     assert code == 2
     lines = said.strip().splitlines()
     assert [line.split(" ")[1].rstrip(":") for line in lines] == ["1", "1", "2"]
-    code, said, _ = call(monkeypatch, capfd, "--data", data / "good.jsonl", "--check-data")
-    assert code == 0 and "every row is good" in said
+    good, output = data / "good.jsonl", tmp_path / "out"
+    code, said, _ = call(monkeypatch, capfd, "--data", good, "--check-data", "--output-dir", output)
+    assert code == 0 and said == f"{good}: every row is good.\nwrote {output / 'check-data.png'}\n"
+    assert [path.name for path in output.iterdir()] == ["check-data.png"]
+    options = ["--validation-data", good, "--output-dir", output]
+    code, said, _ = call(monkeypatch, capfd, "--data", good, "--check-data", *options)
+    assert code == 2
+    shared = [line for line in said.splitlines() if line.startswith("The image of the validation sample")]
+    assert [line.partition("sample ")[2] for line in shared] == [
+        "000001 is also the image of the sample 000001.",
+        "000002 is also a reference of the sample 000001.",
+    ]
 
 
 def test_more_references_than_the_model_takes_are_refused_before_it_is_loaded(monkeypatch, capfd, data, tmp_path):
@@ -374,7 +421,7 @@ def test_bad_pictures_are_found_before_a_model_is_loaded(kind, monkeypatch, capf
 
 def test_of_a_large_manifest_all_pictures_have_to_be_there_and_the_first_are_opened(monkeypatch, capfd, data, tmp_path):
     monkeypatch.setattr("sparse_context.training.launch.load", None)
-    monkeypatch.setattr("sparse_context.samples.CHECKED", 1)
+    monkeypatch.setattr("sparse_context.samples.read.CHECKED", 1)
     code, _, err = call(monkeypatch, capfd, "--data", spoil(data, "gone"), "--output-dir", tmp_path / "run")
     assert code == 2 and "The sample 000002 cannot be used: " in err and "gone.png" in err
     with pytest.raises(TypeError, match="NoneType"):  # it got as far as the model
