@@ -75,7 +75,7 @@ def centre(image, grid, generator):
 
 def net(image, grid, generator):
     """The net alone, without contrast."""
-    return np.clip(net_map(image, grid), 0, 1)
+    return np.clip(cv2.resize(net_map(image), grid[::-1], interpolation=cv2.INTER_AREA), 0, 1)
 
 
 RIVALS = {
@@ -287,12 +287,12 @@ def main() -> None:
     rows, overlaps, flat, tiles = [], {"net": [], "contrast": []}, [], []
     for seed in tqdm(range(COMPOSITES), desc="composites"):
         image, mask = composite(sources, np.random.default_rng([5, seed]), (SIZE, SIZE))
-        likely = saliency_map(image, image.shape[:2])
+        likely = saliency_map(image)
         if mask.max() < 0.5:
             flat.append(float(likely.mean()))
             continue
         rows.append({name: recalls(image, mask, selector) for name, selector in RIVALS.items()})
-        overlaps["net"].append(overlap(net_map(image, image.shape[:2]), mask))
+        overlaps["net"].append(overlap(net_map(image), mask))
         overlaps["contrast"].append(overlap(SELECTORS["contrast"](image, mask.shape, np.random.default_rng()), mask))
         if len(tiles) < 12:
             tiles.append(tile(image, mask, likely))
@@ -307,7 +307,7 @@ def main() -> None:
             }
         )
         if len(real) % 2 and len(tiles) < 36:
-            tiles.append(tile(image, truth, saliency_map(image, image.shape[:2])))
+            tiles.append(tile(image, truth, saliency_map(image)))
     means = {
         name: {key: round(float(np.mean([one[key] for one in each])), 3) for key in ("iou", "mae")}
         for name, each in overlaps.items()

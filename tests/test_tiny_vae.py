@@ -15,15 +15,18 @@ from sparse_context.pipelines.timing import timed
 CHANNELS = 2  # of the tiny pipelines' latents
 
 
-def tiny_autoencoder(levels):
+LEVELS = 3
+
+
+def tiny_autoencoder(channels=CHANNELS):
     torch.manual_seed(3)
-    widths = (4,) * levels
+    widths = (4,) * LEVELS
     return AutoencoderTiny(
         encoder_block_out_channels=widths,
         decoder_block_out_channels=widths,
-        num_encoder_blocks=(1,) * levels,
-        num_decoder_blocks=(1,) * levels,
-        latent_channels=CHANNELS,
+        num_encoder_blocks=(1,) * LEVELS,
+        num_decoder_blocks=(1,) * LEVELS,
+        latent_channels=channels,
     )
 
 
@@ -34,12 +37,12 @@ class OwnAutoencoder(torch.nn.Module):
     the host wants one.
     """
 
-    def __init__(self, levels=3, frames=False, **config):
+    def __init__(self, frames=False, **config):
         super().__init__()
-        self.tiny = tiny_autoencoder(levels)
+        self.tiny = tiny_autoencoder()
         self.bn = torch.nn.BatchNorm2d(4 * CHANNELS, affine=False, eps=0.0)
-        self.config = SimpleNamespace(batch_norm_eps=0.0, block_out_channels=(4,) * levels, **config)
-        self.frames, self.temperal_downsample = frames, [False] * (levels - 1)
+        self.config = SimpleNamespace(batch_norm_eps=0.0, block_out_channels=(4,) * LEVELS, **config)
+        self.frames, self.temperal_downsample = frames, [False] * (LEVELS - 1)
 
     @property
     def dtype(self):
@@ -62,9 +65,9 @@ class OwnAutoencoder(torch.nn.Module):
 def brought(name):
     """The autoencoder for a family: diffusers' own where its host takes that as it is."""
     if name in ("kontext", "longcat"):
-        return tiny_autoencoder(6 if name == "longcat" else 3)
+        return tiny_autoencoder(16 if name == "longcat" else CHANNELS)
     if name.startswith("qwen"):
-        return OwnAutoencoder(6, True, z_dim=CHANNELS, latents_mean=[0.0] * CHANNELS, latents_std=[1.0] * CHANNELS)
+        return OwnAutoencoder(True, z_dim=CHANNELS, latents_mean=[0.0] * CHANNELS, latents_std=[1.0] * CHANNELS)
     return OwnAutoencoder()
 
 

@@ -96,8 +96,13 @@ def predict(
                 largest = predictors[False].largest_keep(grids, output_grid, int(memory * GB), steps)
                 fits.append(Fit(size, count, largest))
     if output is not None:
-        about = {"model": model or random_weights or "embedded", "dtype": str(kind).removeprefix("torch.")}
-        about |= {"steps": steps, "cpu_offload": cpu_offload, "memory": memory}
+        about = {
+            "model": model or random_weights or "embedded",
+            "dtype": str(kind).removeprefix("torch."),
+            "steps": steps,
+            "cpu_offload": cpu_offload,
+            "memory": memory,
+        }
         write_result(
             output, "predict", about, {"rows": [row.to_dict() for row in rows], "fits": [asdict(fit) for fit in fits]}
         )

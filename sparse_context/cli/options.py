@@ -119,7 +119,7 @@ Quantization = Annotated[
 Vae = Annotated[
     str | None,
     typer.Option(
-        help="How the VAE runs: channels-last, or compiled (torch.compile, slow at the first call). Changes last digits.",
+        help="How the VAE runs: channels-last, or compiled (slow at the first call). Changes the last digits.",
         show_default="as loaded",
     ),
 ]

@@ -92,8 +92,10 @@ class Pictures:
         uint8 (H, W, 3) each; or (H, W, 4) with the user's mask, or else the picture's own alpha channel, carried
         through the processor's resize and crop. Raises ValueError for a mask of another size than its picture's.
         """
-        lazy = isinstance(pixels, LazyPixels) and bool(pixels.shown)
-        pixels_shown = pixels.shown[rows] if lazy else list(to_uint8(pixels[rows]))
+        if isinstance(pixels, LazyPixels) and pixels.shown:
+            pixels_shown = pixels.shown[rows]
+        else:
+            pixels_shown = list(to_uint8(pixels[rows]))
         original = self._original(pixels)
         originals = list(original) if isinstance(original, list) else [original]
         if original is pixels:

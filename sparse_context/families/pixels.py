@@ -15,8 +15,8 @@ GREYS = 2.0 * torch.from_numpy(np.arange(256).astype(np.float32) / 255.0) - 1.0
 """What each byte stands for, as diffusers computes it."""
 
 _ABOUT = {
-    torch.Tensor.shape.__get__,
-    torch.Tensor.ndim.__get__,
+    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
     torch.Tensor.device.__get__,
     torch.Tensor.size,
     torch.Tensor.dim,
@@ -29,11 +29,10 @@ class LazyPixels(torch.Tensor):
 
     A host moves them to its VAE by `to`. What that gives is the very values that a host's own tensor would have there;
     but it was bytes that were copied, without waiting for the device, and `source_of` knows what it was made from.
-
-    shown: the pictures, uint8 (H, W, 3) each, which nobody can write to; empty where there are no bytes.
+    Whoever writes to them, as to any tensor, writes to the floats: from then on there are no bytes.
     """
 
-    shown: list[np.ndarray]
+    _shown: list[np.ndarray]
     _bytes: torch.Tensor | None
     _floats: torch.Tensor | None
 
@@ -43,7 +42,7 @@ class LazyPixels(torch.Tensor):
         stack = torch.from_numpy(pictures)
         pixels = stack.permute(0, 3, 1, 2).as_subclass(cls)
         pictures.flags.writeable = False
-        pixels.shown = [fix(picture) for picture in pictures]
+        pixels._shown = [fix(picture) for picture in pictures]
         pixels._bytes, pixels._floats = stack, None
         return pixels
 
@@ -51,25 +50,33 @@ class LazyPixels(torch.Tensor):
     def of_floats(cls, floats: torch.Tensor) -> "LazyPixels":
         """Of pixels that have no bytes, such as an overview's."""
         pixels = floats.as_subclass(cls)
-        pixels.shown, pixels._bytes, pixels._floats = [], None, floats
+        pixels._shown, pixels._bytes, pixels._floats = [], None, floats
         return pixels
 
     @property
     def floats(self) -> torch.Tensor:
         """A plain tensor of these pixels, the same one each time."""
         if self._floats is None:
-            height, width = self.shown[0].shape[:2]
-            rows = [cv2.LUT(picture.reshape(height, -1), GREYS.numpy()) for picture in self.shown]
+            height, width = self._shown[0].shape[:2]
+            rows = [cv2.LUT(picture.reshape(height, -1), GREYS.numpy()) for picture in self._shown]
             stack = np.stack(rows) if len(rows) > 1 else rows[0]
-            self._floats = torch.from_numpy(stack).view(-1, height, width, 3).permute(0, 3, 1, 2)
+            with torch.inference_mode(False):  # within it, nobody would know that they were written to
+                floats = torch.from_numpy(stack).view(-1, height, width, 3).permute(0, 3, 1, 2)
+            self._floats = floats
         return self._floats
+
+    @property
+    def shown(self) -> list[np.ndarray]:
+        """The pictures, uint8 (H, W, 3) each, which nobody can write to; empty where there are no bytes."""
+        return self._shown if self._floats is None or self._floats._version == 0 else []
 
     def _to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         dtype = dtype or torch.float32
         if device is None or device.type == "cpu":
-            moved = self.floats.to(dtype)
-        elif self._bytes is None:
+            # An alias, so that what remembers its source is not held by it
+            moved = self.floats.detach() if dtype == torch.float32 else self.floats.to(dtype)
+        elif self._bytes is None or not self.shown:
             moved = _without_waiting(self.floats.to(dtype), device)
         else:
             # By a table, for devices do not divide as CPUs do
@@ -106,7 +113,8 @@ def source_of(pixels: torch.Tensor) -> LazyPixels | None:
     if isinstance(pixels, LazyPixels):
         return pixels
     source, version = getattr(pixels, "made_of", (None, -1))
-    return source if source is not None and pixels._version == version else None
+    # A deep copy of one has a copy of the floats there
+    return source if isinstance(source, LazyPixels) and pixels._version == version else None
 
 
 class View:

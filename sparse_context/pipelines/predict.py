@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
 from ..budget import choose_tokens, is_per_reference
 from ..config import SparseContextConfig
@@ -36,7 +36,7 @@ class Prediction:
     tokens: what the transformer sees in a forward, `references` being those that are kept. total: those of the whole
     references. flops: of the transformer in all steps, with one forward each. weights: bytes of the parts of the
     pipeline, by name. activations: bytes that tensors take at once beside them, by phase of `PHASES`; a phase that is
-    not there, or cannot be run dry, is left out. offload: how weights move, as `ModelSpec.cpu_offload`.
+    not there, or whose part is not known, is left out. offload: how weights move, as `ModelSpec.cpu_offload`.
     """
 
     tokens: Tokens
@@ -143,15 +143,15 @@ class Predictor:
         return low / 100
 
     def _text(self) -> int | None:
-        encoder = self.parts.modules.get("text_encoder")
-        if encoder is None:
+        """The one encoder that klein has. Others want pictures too, or are two: their phase stays unknown."""
+        encoder, count = self.parts.modules.get("text_encoder"), self.parts.shape.text
+        if not isinstance(encoder, Qwen3ForCausalLM):
             return None
-        ids = torch.zeros(1, self.parts.shape.text, dtype=torch.int64, device="meta")
-        try:
-            with torch.no_grad(), DryRun() as run:
-                encoder(input_ids=ids, output_hidden_states=True, use_cache=False)
-        except Exception:  # an encoder that wants pictures too, or looks at values: its phase stays unknown
-            return None
+        ids = torch.zeros(1, count, dtype=torch.int64, device="meta")
+        # The mask that it makes of its host's, ready-made, for making it looks at values
+        mask = torch.ones(1, 1, count, count, dtype=torch.bool, device="meta")
+        with torch.no_grad(), DryRun() as run:
+            encoder(input_ids=ids, attention_mask={"full_attention": mask}, output_hidden_states=True, use_cache=False)
         return run.peak
 
     def _code(self, phase: str, grid: Grid) -> int | None:
@@ -234,7 +234,6 @@ def parts_of_model(
 def parts_of_shape(shape: Shape, dtype: torch.dtype, kv: bool = False, offload: str | None = None) -> Parts:
     """The parts of a shape of the benchmark: all of them of FLUX.2's, of others the transformer alone."""
     from diffusers import AutoencoderKLFlux2
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     with torch.device("meta"):
         twins: dict[str, Any] = {"transformer": shape.kind.build(shape)}
@@ -269,7 +268,7 @@ def kept_of(config: SparseContextConfig, grids: Sequence[Grid]) -> int:
 def _components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Of a pipeline's index the modules that a call runs: library and class by name."""
     return {
-        name: tuple(about)  # type: ignore[misc]
+        name: tuple(about)
         for name, about in index.items()
         if name in (*PHASES.values(), "text_encoder_2") and isinstance(about, (list, tuple)) and about[1] is not None
     }

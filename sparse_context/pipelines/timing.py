@@ -148,7 +148,7 @@ def timed(pipe: Any, peaks: dict[str, int] | None = None) -> Iterator[Times]:
     with ExitStack() as stack:
         if hasattr(pipe, "encode_prompt"):
             charge(pipe, "encode_prompt", "text", stack)
-        else:
+        elif getattr(pipe, "text_encoder", None) is not None:
             charge(pipe.text_encoder, "forward", "text", stack)
         charge(pipe.vae, "encode", "encode", stack)
         charge(pipe.vae, "decode", "decode", stack)

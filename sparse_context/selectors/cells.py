@@ -56,12 +56,6 @@ def cell_means(values: np.ndarray, grid: Grid) -> np.ndarray:
     return means
 
 
-def resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map of a picture, float32 (h, w), in another size (rows, columns): means where that is smaller."""
-    shrinks = size[0] <= values.shape[0] and size[1] <= values.shape[1]
-    return cv2.resize(values, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
-
 def saturate(amount: np.ndarray) -> np.ndarray:
     """Amounts from 0 up, in some fixed unit, as scores: 0 -> 0, 1 -> 0.63, 3 -> 0.95. Strictly rising: it ties none."""
     return -np.expm1(-amount)

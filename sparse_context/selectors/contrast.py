@@ -14,7 +14,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from .cells import Grid, resample, rgb_pixels
+from .cells import Grid, cell_means, rgb_pixels
 
 LONG_SIDE = 64  # pixels of the working size
 
@@ -25,18 +25,18 @@ NOISE = 6.0  # CIELAB units (8-bit): scatter that any photograph has
 CENTRE_WIDTH = 0.6  # standard deviation of the centre prior, in half picture sides
 
 
-def contrast_map(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """How far each part of a picture stands out: uint8 (H, W, 3) -> float32 of `size`, rows and columns, in [0, 1]."""
+def contrast_map(image: np.ndarray) -> np.ndarray:
+    """How far each pixel stands out: uint8 RGB (H, W, 3) -> float32 (H, W) in [0, 1]."""
     height, width = image.shape[:2]
     scale = min(1.0, LONG_SIDE / max(height, width))
-    working = max(1, round(width * scale)), max(1, round(height * scale))
-    small = cv2.resize(image, working, interpolation=cv2.INTER_AREA)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     lab = cv2.cvtColor(cv2.medianBlur(small, 3), cv2.COLOR_RGB2LAB).astype(np.float32)
 
     strength = np.sqrt(_barrier(lab) * _unlike_border(lab))
     likely = strength**2 / (strength**2 + 2.0**2)  # one half at twice the border's scatter
     scores = cv2.GaussianBlur(likely * _centre_prior(*lab.shape[:2]), (3, 3), 0)
-    return resample(scores, size)
+    return cv2.resize(scores, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def _border_sides(lab: np.ndarray) -> list[np.ndarray]:
@@ -108,4 +108,4 @@ def _centre_prior(height: int, width: int) -> np.ndarray:
 
 def contrast(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:
     """What stands out from the picture's border in colour: saliency with nothing learned. See contrast.py."""
-    return np.clip(contrast_map(rgb_pixels(image, "contrast"), grid), 0, 1)
+    return np.clip(cell_means(contrast_map(rgb_pixels(image, "contrast")), grid), 0, 1)

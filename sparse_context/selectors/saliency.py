@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from .cells import resample
 from .contrast import contrast_map
 
 WEIGHTS = Path(__file__).with_name("saliency.safetensors")
@@ -188,37 +187,27 @@ def _input_size(height: int, width: int) -> tuple[int, int]:
     return max(32, 32 * round(height * scale)), max(32, 32 * round(width * scale))
 
 
-def _net_input(image: np.ndarray) -> np.ndarray:
-    """A picture in the size that the net looks at, uint8 (h, w, 3)."""
-    height, width = image.shape[:2]
-    rows, columns = _input_size(height, width)
-    shrinks = rows <= height and columns <= width
-    return cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
-
-def _look(small: np.ndarray) -> np.ndarray:
-    """The net's answer for its input, uint8 (h, w, 3) -> float32 (h / 4, w / 4) in [0, 1].
+def net_map(image: np.ndarray) -> np.ndarray:
+    """The net's part of `saliency_map`: uint8 RGB (H, W, 3) -> float32 (H, W) in [0, 1].
 
     Probabilities up to `NOTHING` become 0 and the rest is stretched to [0, 1], by the same rule in every picture, so
     that where there is no subject the scores tie.
     """
+    height, width = image.shape[:2]
+    rows, columns = _input_size(height, width)
+    shrinks = rows <= height and columns <= width
+    small = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     pictures = torch.from_numpy(small).permute(2, 0, 1)[None].float() / 255
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         likely = torch.sigmoid(load_net()(pictures))[0, 0].numpy()
-    return np.maximum(likely - NOTHING, 0) / (1 - NOTHING)
+    scores = np.maximum(likely - NOTHING, 0) / (1 - NOTHING)
+    return cv2.resize(scores, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def net_map(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The net's part of `saliency_map`."""
-    return resample(_look(_net_input(image)), size)
+def saliency_map(image: np.ndarray) -> np.ndarray:
+    """How much each pixel looks like a part of the subject: uint8 RGB (H, W, 3) -> float32 (H, W) in [0, 1].
 
-
-def saliency_map(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """How much each part of a picture looks like the subject: uint8 RGB (H, W, 3) -> float32 of `size`, in [0, 1].
-
-    The mean of the net's answer and of `contrast_map`: above one half only where both find something. size: rows and
-    columns, of a token grid or of anything else that covers the picture. Deterministic, on the CPU, whatever device the
-    pipeline is on: that one encodes the references meanwhile. Raises ValueError when the net's weights cannot be read.
+    The mean of `net_map` and `contrast_map`: above one half only where both find something. Deterministic, on the CPU,
+    whatever device the pipeline is on. Raises ValueError when the net's weights cannot be read.
     """
-    small = _net_input(image)  # the picture is read once for both
-    return (resample(_look(small), size) + contrast_map(small, size)) / 2
+    return (net_map(image) + contrast_map(image)) / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..layers import explain_missing_packages
-from .cells import Grid, best_around, rgb_pixels
+from .cells import Grid, best_around, cell_means, rgb_pixels
 from .classical import edges
 
 
@@ -17,7 +17,7 @@ def saliency(image: np.ndarray | None, grid: Grid, generator: np.random.Generato
     with explain_missing_packages():  # torch, which the other selectors do without
         from .saliency import saliency_map
 
-    return np.clip(saliency_map(rgb_pixels(image, "saliency"), grid), 0, 1)
+    return np.clip(cell_means(saliency_map(rgb_pixels(image, "saliency")), grid), 0, 1)
 
 
 def subject(image: np.ndarray | None, grid: Grid, generator: np.random.Generator) -> np.ndarray:

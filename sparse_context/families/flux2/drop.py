@@ -127,7 +127,7 @@ class Together:
         """The latents of `image`, where it is `source` that was moved to the VAE, with those that came with it."""
         group = next((group for group in self._groups if any(each is source for each in group)), [])
         if len(group) > 1:
-            self._groups.remove(group)
+            self._groups = [each for each in self._groups if each is not group]
             batch = torch.cat([image if each is source else each.to(image.device, image.dtype) for each in group])
             for each, latents in zip(group, encode(image=batch).split(1), strict=True):
                 self._encoded[each] = latents
