@@ -1,6 +1,7 @@
 """Pixels on their way to the VAE: bytes as long as that goes, encoded as one batch where sizes allow, and chosen from
 while an accelerator encodes."""
 
+import copy
 import threading
 
 import numpy as np
@@ -85,6 +86,28 @@ def test_where_they_came_from_is_known_until_somebody_changes_them():
     assert source_of(moved) is None
     with torch.inference_mode():
         assert source_of(lazy.to(torch.float16)) is None  # torch counts no changes of these
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_who_writes_to_them_writes_to_what_the_vae_gets(mode):
+    with mode():
+        plain, lazy = pixels_of(picture(64, 64))
+        before = lazy.to(torch.bfloat16)
+        for pixels in (plain, lazy):
+            pixels[..., :32].mul_(0.5)
+        assert torch.equal(lazy.to(torch.bfloat16), plain.to(torch.bfloat16))
+        assert lazy.shown == [] and source_of(before) is None
+        assert np.array_equal(to_uint8(lazy), to_uint8(plain))
+
+
+def test_copies_and_compiled_functions_get_plain_tensors(tmp_path):
+    plain, lazy = pixels_of(picture(64, 64))
+    compiled = torch.compile(lambda x: x * 2 + 1, backend="eager", fullgraph=True)
+    for pixels in (lazy, lazy.to(torch.float32)):
+        torch.save(pixels, tmp_path / "pixels.pt")
+        for copied in (copy.deepcopy(pixels), torch.load(tmp_path / "pixels.pt", weights_only=False)):
+            assert type(copied) is torch.Tensor and torch.equal(copied, plain) and source_of(copied) is None
+    assert torch.equal(compiled(lazy.to(torch.float32)), plain * 2 + 1)
 
 
 def test_what_does_more_than_scaling_stays_as_it_is():
@@ -173,6 +196,15 @@ def test_a_batch_is_no_larger_than_a_megapixel():
     assert [len(group) for group in together._groups] == [4, 2]
     together.expect([LazyPixels.of_floats(torch.zeros(1, 3, 1024, 1024)) for _ in range(2)])
     assert [len(group) for group in together._groups] == [1, 1]
+
+
+def test_batches_of_one_length_are_told_apart():
+    first, second = ([LazyPixels.of_floats(torch.zeros(1, 3, side, side)) for _ in range(2)] for side in (32, 64))
+    together = Together()
+    together.expect(first + second)
+    moved = second[0].to(torch.float32)
+    made = together.encode(moved, source_of(moved), lambda image: image.mean((1, 2, 3)))
+    assert made.shape == (1,) and together._groups == [first]
 
 
 def test_a_batch_follows_the_order_in_which_it_is_asked_for(pipe):

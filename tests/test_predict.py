@@ -1,4 +1,4 @@
-"""What a call takes, from shapes alone: held to what tensors take when it is made, and to what a GPU was seen to take."""
+"""What a call takes, from shapes alone: held to what tensors take in one, and to what a GPU was seen to take."""
 
 import json
 from dataclasses import replace

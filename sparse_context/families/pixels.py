@@ -68,7 +68,12 @@ class LazyPixels(torch.Tensor):
     @property
     def shown(self) -> list[np.ndarray]:
         """The pictures, uint8 (H, W, 3) each, which nobody can write to; empty where there are no bytes."""
-        return self._shown if self._floats is None or self._floats._version == 0 else []
+        return [] if self._written else self._shown
+
+    @property
+    def _written(self) -> int:
+        """How often somebody wrote to them, as far as that is known."""
+        return 0 if self._floats is None or self._floats.is_inference() else self._floats._version
 
     def _to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
@@ -84,7 +89,7 @@ class LazyPixels(torch.Tensor):
             greys = _without_waiting(GREYS.to(dtype), device)
             moved = greys.index_select(0, stack.flatten().int()).view(stack.shape).permute(0, 3, 1, 2)
         if not moved.is_inference():
-            moved.made_of = self, moved._version  # type: ignore[attr-defined]
+            moved.made_of = self, self._written, moved._version  # type: ignore[attr-defined]
         return moved
 
     @classmethod
@@ -109,12 +114,13 @@ def _without_waiting(tensor: torch.Tensor, device: torch.device) -> torch.Tensor
 
 
 def source_of(pixels: torch.Tensor) -> LazyPixels | None:
-    """The `LazyPixels` that a tensor is, or that it was made of by `to` and nobody has changed since."""
+    """The `LazyPixels` that a tensor is, or that it was made of by `to`, while nobody has written to either since."""
     if isinstance(pixels, LazyPixels):
         return pixels
-    source, version = getattr(pixels, "made_of", (None, -1))
-    # A deep copy of one has a copy of the floats there
-    return source if isinstance(source, LazyPixels) and pixels._version == version else None
+    source, *versions = getattr(pixels, "made_of", (None,))
+    # A deep copy has a copy of the floats for its source
+    same = isinstance(source, LazyPixels) and [source._written, pixels._version] == versions
+    return source if same else None
 
 
 class View:
