@@ -1,4 +1,4 @@
-"""Whether the figures of a CUDA GPU that runs/gpu.sh has written are the ones to reach; exit 1 if not.
+"""Whether the figures of a CUDA GPU that runs/bench_gpu.sh has written are the ones to reach; exit 1 if not.
 
 python runs/check_gpu.py [results/bench_gpu_klein-9b.json ...]
 python runs/check_gpu.py --table    # draw their tables
@@ -112,7 +112,7 @@ def main() -> None:
         return draw(TABLES)
     paths = arguments.results or sorted((ROOT / "results").glob("bench_gpu_*.json"))
     if not paths:
-        sys.exit("There are no results of a GPU yet: run runs/gpu.sh where one is.")
+        sys.exit("There are no results of a GPU yet: run runs/bench_gpu.sh where one is.")
     missed = False
     for path in paths:
         figures = Figures(**json.loads(path.read_text(encoding="utf-8"))["figures"])

@@ -5,8 +5,8 @@
 
 Each part is written into a folder of its own as soon as it is done, and one that is there is not run again. A part is
 begun only where the minutes that are left hold what it takes on an H200. Whole calls are timed without waiting between
-their phases (`pipelines.timing`). At the end what was reached is held against what is asked (`ASKED`), and the tables
-of whole calls are put together (`check_gpu.py`).
+their phases (`pipelines.timing`). At the end what was reached is held against what is asked (`ASKED`). No page has these
+figures yet: this has run on a CPU alone. Those of the pages are from `bench_gpu.sh`.
 """
 
 import argparse
@@ -220,16 +220,6 @@ def _row(file: Path, method: str) -> Any:
     return next(row for row in figures.rows if row.method == method)
 
 
-def assemble(folder: Path, results: Path) -> None:
-    """Put the rows of whole calls together, as `check_gpu.py` draws them."""
-    for shape in ("klein-9b", "klein-4b"):
-        files = sorted(folder.glob(f"{shape}-*.json"))
-        records = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        if records:
-            figures = records[0]["figures"] | {"rows": [row for each in records for row in each["figures"]["rows"]]}
-            write_result(results / f"bench_gpu_{shape}.json", "bench", records[0]["config"], figures)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Everything that is to be known of a CUDA GPU, part by part.")
     parser.add_argument("--minutes", type=float, default=60.0, help="no part is begun that would take longer")
@@ -264,9 +254,6 @@ def main() -> None:
         print(f"{name}: {about['took']} s", flush=True)
     for name, (value, bound, is_reached) in reached(folder).items():
         print(f"{'yes' if is_reached else 'NO ':3} {name}: {value:.2f}, asked {bound:g}")
-    if not arguments.tiny:
-        assemble(folder, ROOT / "results")
-        subprocess.run([sys.executable, str(ROOT / "runs" / "check_gpu.py"), "--table"], check=True)
 
 
 def _name(device: torch.device) -> str:

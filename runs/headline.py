@@ -1,6 +1,6 @@
 """The one table of the README: seconds, memory and quality side by side, from results that other runs have written.
 
-Seconds and memory are those of the shape of klein-9B with four references on a GPU (runs/gpu.sh). Quality is that
+Seconds and memory are those of the shape of klein-9B with four references on a GPU (runs/bench_gpu.sh). Quality is that
 of the embedded model's test split, with the package's LoRA for dropped tokens or for KV mode: runs/mini_curves.py, and
 for the rows with KV runs/kv.py, which has the first of the same scenes.
 

@@ -22,7 +22,7 @@ RUNS = (
     "ablations",
     "auto_budget",
     "base_quality",
-    "bench_klein_blocks",
+    "bench_klein_9b_blocks",
     "bench_mini",
     "check_gpu",
     "core_speed",
@@ -91,8 +91,8 @@ def speedup(ratio: Spread) -> str:
     return f"{ratio.median:.2f}x{spread}"
 
 
-def bench_table(rows: Iterable[Row], more: Mapping[str, Mapping] | None = None) -> str:
-    """The rows of a benchmark. more: further columns, each with its texts by method, or by references and method."""
+def bench_table(rows: Iterable[Row], more: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """The rows of a benchmark. more: further columns, each with its texts by method."""
     more = more or {}
     head = [
         "references",
@@ -116,7 +116,7 @@ def bench_table(rows: Iterable[Row], more: Mapping[str, Mapping] | None = None) 
             f"{row.flops_speedup:.2f}x",
             f"{row.share_of_flops:.0%}",
             f"{row.share_of_ceiling:.0%}",
-            *(texts.get((row.references, row.method), texts.get(row.method, "")) for texts in more.values()),
+            *(texts.get(row.method, "") for texts in more.values()),
         ]
         for row in rows
     ]

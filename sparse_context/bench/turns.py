@@ -11,18 +11,13 @@ from .config import BenchConfig
 
 
 def take_turns(jobs: Sequence[Callable[[bool], Any]], config: BenchConfig) -> list[list[Any]]:
-    """What each job gives in each turn after the warm-up. A job is told whether it is the warm-up.
-
-    Each turn begins with another job, for memory and caches are as the one before leaves them.
-    """
+    """What each job gives in each turn after the warm-up. A job is told whether it is the warm-up."""
     start = time.perf_counter()
     results: list[list[Any]] = [[] for _ in jobs]
     with tqdm(total=len(jobs) * (1 + config.turns), desc="bench", unit="run") as bar:
         for turn in range(config.turns + 1):
             begun = time.perf_counter()
-            pairs = list(zip(jobs, results, strict=True))
-            first = turn % len(pairs)
-            for job, result in pairs[first:] + pairs[:first]:
+            for job, result in zip(jobs, results, strict=True):
                 measured = job(turn == 0)
                 if turn:
                     result.append(measured)
