@@ -82,9 +82,7 @@ class Kit:
             hidden_size=4,
             intermediate_size=8,
         )
-        return replace(
-            shape, heads=2, head_size=16, double_blocks=2, single_blocks=2, text_width=12, encoder=encoder, text=12
-        )
+        return replace(shape, heads=2, double_blocks=2, single_blocks=2, text_width=12, encoder=encoder, text=12)
 
     def build(self, name: str) -> Any:
         """The pipeline of a shape; the one before it is let go."""
