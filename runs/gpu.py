@@ -5,8 +5,8 @@
 
 Each part is written into a folder of its own as soon as it is done, and one that is there is not run again. A part is
 begun only where the minutes that are left hold what it takes on an H200. Whole calls are timed without waiting between
-their phases (`pipelines.timing`). At the end what was reached is held against what is asked (`ASKED`). No page has these
-figures yet: this has run on a CPU alone. Those of the pages are from `bench_gpu.sh`.
+their phases (`pipelines.timing`). At the end what was reached is held against what is asked (`ASKED`). No page has
+these figures yet, for it has run on a CPU alone: those of the pages are from `bench_gpu.sh`.
 """
 
 import argparse
