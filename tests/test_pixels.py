@@ -18,6 +18,8 @@ from sparse_context.cache import _digest_of, fix
 from sparse_context.families.flux2.drop import Together
 from sparse_context.families.pictures import to_uint8
 from sparse_context.families.pixels import GREYS, LazyPixels, preprocess_lazily, source_of
+from sparse_context.pipelines import ModelSpec
+from sparse_context.pipelines.load import speed_up_vae
 
 
 @pytest.fixture
@@ -232,6 +234,26 @@ def test_a_function_of_the_user_s_own_gets_one_picture_at_a_time(pipe):
     assert torch.equal(call_flux2(pipe, references()), expected)
     assert [tuple(image.shape) for image in seen] == ALL_ALONE
     assert {type(image) for image in seen} == {torch.Tensor}
+
+
+@pytest.mark.parametrize("name", cases("klein", "qwen-edit-2511"))
+def test_a_channels_last_vae_makes_the_same_latents(name):
+    vae = CASES[name].build().vae
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.unsqueeze(2) if name.startswith("qwen") else pixels
+    with torch.no_grad():
+        before = vae.encode(pixels).latent_dist.mode()
+        speed_up_vae(vae, "channels-last")
+        torch.testing.assert_close(vae.encode(pixels).latent_dist.mode(), before, **CLOSE)
+    weights = {weight.ndim: weight for weight in vae.parameters() if weight.ndim > 3 and min(weight.shape) > 1}
+    assert weights and all(weight.stride()[1] == 1 for weight in weights.values())
+
+
+def test_a_vae_is_made_faster_in_known_ways():
+    with pytest.raises(ValueError, match="vae is 'fast': choose channels-last or compiled"):
+        ModelSpec(vae="fast")
+    with pytest.raises(ValueError, match="vae is 'compiled', which cpu_offload 'model' cannot move: leave one out"):
+        ModelSpec(vae="compiled", cpu_offload="model")
 
 
 # Meanwhile ------------------------------------------------------------------------------------------------------------

@@ -109,8 +109,10 @@ def _check_complete(path: str, pipe: Any) -> None:
 
 def speed_up_vae(vae: Any, how: str) -> None:
     """Let a VAE run as `ModelSpec.vae` says."""
-    order = torch.channels_last_3d if any(weight.ndim == 5 for weight in vae.parameters()) else torch.channels_last
-    vae.to(memory_format=order)
+    orders = {4: torch.channels_last, 5: torch.channels_last_3d}  # a VAE for videos has weights of both kinds
+    for weight in vae.parameters():
+        if weight.ndim in orders:
+            weight.data = weight.data.contiguous(memory_format=orders[weight.ndim])
     if how == "compiled":
         for part in (vae.encoder, vae.decoder):
             part.compile()
