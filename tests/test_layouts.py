@@ -584,6 +584,12 @@ def test_a_manifest_of_a_data_set_has_its_pictures_in_a_folder(tmp_path):
         "image": "m/000001-image.jpg",
     }
     assert read(tmp_path / "m.jsonl") == read(tmp_path / "set")
+    row = {field: values * 2 for field, values in row.items()} | {"name": ["one", "One"]}
+    twice = datasets.Dataset.from_dict(row, datasets.Features(features | {"name": text}))
+    twice.to_parquet(tmp_path / "set" / "train.parquet")
+    with pytest.raises(ManifestError, match="The samples 1 and 2 are named 'one' and 'One', which is one file"):
+        write_manifest(read_samples(tmp_path / "set"), tmp_path / "twice.jsonl")
+    assert not (tmp_path / "twice.jsonl").exists()
 
 
 @pytest.mark.parametrize(
