@@ -5,7 +5,8 @@ A source is the .yaml of a training, whose data sets are read, or a folder that 
     data/target/cat.png  data/target/cat.txt  data/control/cat.jpg  data/control_2/cat.png
 
 There the folder with captions holds the images to be made, whatever it is called, and the others, in the order of their
-names, the controls: the references.
+names, the controls: the references. A caption is the text of that file, or "caption" in a .json; where there is none,
+that of default.txt in the same folder.
 """
 
 import json

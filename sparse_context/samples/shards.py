@@ -4,7 +4,8 @@
 
 What stands between name and suffix is a field: `image`, `mask`, `prompt`, `reference0` and so on with their
 `reference_mask0`. Without it the suffix is: `000123.txt` has the field `txt`, so `columns` may say that this is the
-prompt. The keys of a .json are fields too, as a manifest has them.
+prompt. The keys of a .json are fields too, by the same names; where a file holds the field, the file counts. Hidden
+files and files without a suffix belong to no sample.
 
 A source is a folder of .tar files, or a path or URL of some: `shards/{000..099}.tar`.
 """
