@@ -192,11 +192,24 @@ def parts_of(pipe: Any, text: int | None = None, offload: str | None = None) -> 
     Raises ValueError where a part of it is the user's own, of which nobody knows how it is built.
     """
     family = family_of(pipe)
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    modules = {
+        name: getattr(part, "_orig_mod", part)  # a compiled module takes what the one that was compiled takes
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
     twins = {name: _twin(part) for name, part in modules.items() if name in PHASES.values()}
     shape = _shape(family, twins["transformer"], 2 * pipe.vae_scale_factor, text)
     weights = {name: _bytes(part) for name, part in modules.items()}
     return Parts(shape, twins, pipe.vae_scale_factor, weights, family.kv, offload)
+
+
+def offload_of(pipe: Any) -> str | None:
+    """How the weights of a loaded pipeline move, as `ModelSpec.cpu_offload`: "group" also where it is sequential."""
+    if getattr(pipe, "_all_hooks", None):  # of `enable_model_cpu_offload`
+        return "model"
+    registries = [getattr(module, "_diffusers_hook", None) for module in pipe.transformer.modules()]
+    in_groups = any(each is not None and each.get_hook("group_offloading") is not None for each in registries)
+    return "group" if in_groups or any(weight.is_meta for weight in pipe.transformer.parameters()) else None
 
 
 def parts_of_model(
