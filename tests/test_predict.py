@@ -1,6 +1,7 @@
 """What a call takes, from shapes alone: held to what tensors take in one, and to what a GPU was seen to take."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,6 +287,21 @@ def test_configs_alone_say_what_a_model_takes(tiny_model, model, tmp_path):
 def test_wrong_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         predict(BenchConfig(references=(99,)), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("part", "about", "message"),
+    [
+        ("vae", [None, None], "is incomplete: it has no vae."),
+        ("transformer", ["diffusers", "Own"], "do not load: module diffusers has no attribute Own."),
+    ],
+)
+def test_a_model_that_is_not_whole_is_refused(tiny_model, tmp_path, part, about, message):
+    copied = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(json.dumps(index | {part: about}))
+    with pytest.raises(ValueError, match=f"{copied} {message}$"):
+        predict(BenchConfig(references=(1,)), model=str(copied))
 
 
 def test_kv_costs_memory_and_saves_operations():
