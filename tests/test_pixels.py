@@ -59,6 +59,13 @@ def test_they_are_what_diffusers_makes(pictures, size):
     assert type(lazy * 2) is torch.Tensor and torch.equal(lazy * 2, plain * 2)
     assert torch.equal(torch.cat([lazy, lazy]), torch.cat([plain, plain]))
     assert torch.equal(lazy[:, :, 3:9], plain[:, :, 3:9]) and lazy.dtype == torch.float32
+    for given in ((torch.float64, False, True), (torch.bfloat16,)):
+        for kwargs in ({}, {"memory_format": torch.contiguous_format}):
+            moved, expected = (pixels.to(*given, **kwargs) for pixels in (lazy, plain))
+            assert torch.equal(moved, expected) and moved.stride() == expected.stride()
+    copied = lazy.to(torch.float32, copy=True)
+    assert torch.equal(copied, plain) and copied.data_ptr() != lazy.floats.data_ptr()
+    assert torch.zeros(1, dtype=torch.float64).to(lazy).dtype == torch.float32
     assert np.array_equal(np.asarray(lazy), plain.numpy()) and np.array_equal(to_uint8(lazy), to_uint8(plain))
 
 
