@@ -114,7 +114,7 @@ def test_copies_and_compiled_functions_get_plain_tensors(tmp_path):
     compiled = torch.compile(lambda x: x * 2 + 1, backend="eager", fullgraph=True)
     for pixels in (lazy, lazy.to(torch.float32)):
         torch.save(pixels, tmp_path / "pixels.pt")
-        for copied in (copy.deepcopy(pixels), torch.load(tmp_path / "pixels.pt", weights_only=False)):
+        for copied in (copy.deepcopy(pixels), torch.load(tmp_path / "pixels.pt", weights_only=True)):
             assert type(copied) is torch.Tensor and torch.equal(copied, plain) and source_of(copied) is None
     assert torch.equal(compiled(lazy.to(torch.float32)), plain * 2 + 1)
 
