@@ -37,6 +37,7 @@ RUNS = (
     "kv",
     "mini_curves",
     "overview",
+    "overview_held",
     "overview_lora",
     "peers",
     "phrase_models",
