@@ -73,7 +73,7 @@ class Served:
 @contextlib.contextmanager
 def served(*options: str, threads: int | None = None) -> Iterator[Served]:
     """A server with these options. threads: of the pipeline on a CPU; None: as many as there are cores."""
-    with tempfile.TemporaryDirectory(prefix="served-") as folder, tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryDirectory(prefix="served-") as folder, tempfile.TemporaryFile("a+") as log:
         environment = {**os.environ, "TMPDIR": folder}
         environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
         command = [sys.executable, "-m", "sparse_context", "serve", "--port", "0", *options]
@@ -86,13 +86,13 @@ def served(*options: str, threads: int | None = None) -> Iterator[Served]:
 
 
 def _read_port(process: subprocess.Popen, log: TextIO) -> int:
-    """The port, once the log says that the server is ready."""
+    """The port, once the log says that the server is ready. The log must be open for appending: the server shares our
+    place in it, so it would else write over what it wrote."""
     while process.poll() is None:
         log.seek(0)
         text = log.read()
         port = re.search(r"on http://127\.0\.0\.1:(\d+)$", text, re.MULTILINE)
         if port is not None and "ready, with" in text:
-            log.seek(0, os.SEEK_END)
             return int(port[1])
         time.sleep(0.2)
     raise SystemExit("The server does not start.")
