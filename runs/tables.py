@@ -52,6 +52,7 @@ RUNS = (
     "time_selection",
     "time_training",
     "training_curves",
+    "whole_call",
 )
 """The scripts that have tables."""
 
