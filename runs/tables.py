@@ -24,7 +24,7 @@ RUNS = (
     "auto_budget",
     "base_quality",
     "batch_speed",
-    "bench_klein_9b_blocks",
+    "bench_klein_blocks",
     "bench_mini",
     "check_gpu",
     "comfyui_speed",
