@@ -86,7 +86,7 @@ TABLES = {
 
 
 def save_plot(figures: Figures, path: Path) -> None:
-    """Draw what is known of quality against speed, with the most references: ratios, for seconds of a CPU say little."""
+    """Draw what is known of quality against speed, with the most references. (Seconds of a CPU say little.)"""
     figures = replace(figures, rows=[row for row in figures.rows if row.references == REFERENCES[-1]])
     keeps = {row.method: row.keep for row in figures.rows}
     quality = [
