@@ -1,0 +1,229 @@
+"""Whether the model's own attention, in the first step, points at what the prompt is about.
+
+    python runs/gaze.py [--scenes 48] [--assets checkpoints/assets.safetensors] [--output results/gaze.json]
+
+Each head of the single blocks gives a score to each reference token: the attention that output tokens pay it in the
+first step, when they are noise. Read twice: with all tokens, by the embedded base, and from an overview by 4 alone, by
+what was trained to read one so far (`recipes/mini/overview_start.safetensors`). The head that points best, in the
+mean over all tasks, is chosen on validation scenes and measured on the test split, beside selectors that look at the
+picture alone.
+Per reference and in the mean over scenes: the area under the ROC curve of the object's tokens against all others, the
+share of the best tenth of the tokens that show the object, and where a reference holds a second object that the prompt
+does not name, the area against that one's tokens alone: a half is a toss-up.
+
+It needs the scenes' objects: `python -m recipes.mini data`.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tables import draw, machine, read, table
+from torchmetrics.functional.classification import binary_auroc
+from tqdm import tqdm
+
+from recipes.mini.data import Assets, load_assets
+from recipes.mini.loss import encode_text, position_ids, text_ids, tokenise
+from recipes.mini.model import encode_pictures
+from recipes.mini.overview_blocks import grown
+from recipes.mini.overview_sets import TokenSet, reference_tokens
+from recipes.mini.overview_start import load_start
+from recipes.mini.run_folder import autocast, to_tensor
+from recipes.mini.scenes import SHOWS, TOKEN, Scene, make_scene
+from recipes.mini.teaching import attention_scores, watched_heads
+from sparse_context.families.host import flat
+from sparse_context.pipelines.load import load
+from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.spec import ModelSpec
+from sparse_context.result import checkout, write_result
+from sparse_context.selectors import SELECTORS
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ("subject_place", "subject_pair", "edit_background", "edit_object", "edit_named")
+SELECTED = ("saliency", "edges", "random")
+FACTOR = 4
+CHOSEN_OF = 0.1
+WORDS = {"all": "attention, all tokens", "overview": "attention, overview alone"}
+
+Scores = Mapping[str, Sequence[np.ndarray]]
+"""By what gave them, scores (rows, columns) of each reference's tokens."""
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def gaze() -> str:
+    """How well each way points at the object, by task."""
+    result = read("gaze")
+    rows = []
+    for task, ways in result["figures"]["test"].items():
+        for way, found in ways.items():
+            head = result["figures"]["heads"][way]
+            other = f"{found['other']:.2f}" if "other" in found else ""
+            rows.append([task, WORDS.get(way, way), head, f"{found['area']:.2f}", f"{found['tenth']:.2f}", other])
+    head = ["task", "by", "block, head", "area", "best tenth on the object", "area against the other object"]
+    return f"{table(head, rows)}\n\n{machine(result)}"
+
+
+TABLES = {"gaze": gaze}
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+
+class Eyes:
+    """Reads attention in the first step of both models."""
+
+    def __init__(self) -> None:
+        pipe = load(ModelSpec(dtype="float32", device="cpu", lora=NO_LORA))
+        self.vae, self.text_encoder, self.tokenizer, self.base = (
+            pipe.vae,
+            pipe.text_encoder,
+            pipe.tokenizer,
+            pipe.transformer,
+        )
+        self.student = grown(load(ModelSpec(dtype="float32", device="cpu")).transformer)
+        load_start(self.student)
+
+    @torch.no_grad()
+    def __call__(self, scene: Scene, seed: int) -> dict[str, dict[str, list[np.ndarray]]]:
+        """By "all" and "overview", by the head as "block, head", the scores of each reference."""
+        pictures = [to_tensor([picture]) for picture in scene.references]
+        with autocast("cpu"):
+            text = encode_text(self.text_encoder, *tokenise(self.tokenizer, [scene.prompt]))
+            latents = [encode_pictures(self.vae, picture).float() for picture in pictures]
+            grids = [(part.shape[-2], part.shape[-1]) for part in latents]
+            whole = torch.cat([flat(part) for part in latents], 1)
+            ids = torch.cat([position_ids(*grid, 10 * (i + 1)).float() for i, grid in enumerate(grids)])
+            found = {"all": self._look(self.base, text, whole, ids, grids, seed)}
+            alone = TokenSet("alone", FACTOR, np.zeros(0, np.int64))
+            coarse = [(rows // FACTOR, columns // FACTOR) for rows, columns in grids]
+            tokens = reference_tokens(self.vae, pictures, latents, alone)
+            read = self._look(self.student, text, *tokens, coarse, seed)
+        enlarge = np.ones((FACTOR, FACTOR))
+        found["overview"] = {head: [np.kron(part, enlarge) for part in scores] for head, scores in read.items()}
+        return found
+
+    def _look(
+        self,
+        transformer: Any,
+        text: torch.Tensor,
+        references: torch.Tensor,
+        ids: torch.Tensor,
+        grids: Sequence[tuple[int, int]],
+        seed: int,
+    ) -> dict[str, list[np.ndarray]]:
+        config = transformer.config
+        heads = [(b, h) for b in range(config.num_single_layers) for h in range(config.num_attention_heads)]
+        noise = torch.randn(1, 256, references.shape[-1], generator=torch.Generator().manual_seed(seed))
+        ids = torch.cat([position_ids(16, 16, 0).float(), ids])
+        texts = text_ids(text.shape[1]).float()
+        with watched_heads(transformer, heads) as pairs:
+            transformer(
+                hidden_states=torch.cat([noise, references], 1),
+                encoder_hidden_states=text,
+                timestep=torch.ones(1),
+                img_ids=ids,
+                txt_ids=texts,
+                return_dict=False,
+            )
+        rotary = transformer.pos_embed(torch.cat([texts, ids]))
+        first = text.shape[1]
+        looks = {}
+        for (block, head), pair in zip(heads, pairs, strict=True):
+            attention = attention_scores(*pair, rotary, slice(first, first + 256)).softmax(-1)[0].sum(0)
+            parts = attention[first + 256 :].split([rows * columns for rows, columns in grids])
+            looks[f"{block}, {head}"] = [
+                part.numpy().reshape(grid).astype(np.float64) for part, grid in zip(parts, grids, strict=True)
+            ]
+        return looks
+
+
+def selected(scene: Scene, seed: int) -> dict[str, list[np.ndarray]]:
+    """Scores by selectors, which know nothing of the prompt."""
+    found: dict[str, list[np.ndarray]] = {}
+    for name in SELECTED:
+        for picture in scene.references:
+            grid = picture.shape[0] // TOKEN, picture.shape[1] // TOKEN
+            scores = SELECTORS[name](picture, grid, np.random.default_rng(seed))
+            found.setdefault(name, []).append(np.asarray(scores, np.float64).reshape(grid))
+    return found
+
+
+def in_tokens(mask: np.ndarray) -> np.ndarray:
+    """A mask's share of each token."""
+    rows, columns = (side // TOKEN for side in mask.shape)
+    return mask.reshape(rows, TOKEN, columns, TOKEN).mean((1, 3))
+
+
+def judge(scores: Sequence[np.ndarray], scene: Scene) -> dict[str, float]:
+    """The figures of one scene: means over its references. A token shows an object from half of it on."""
+    areas, tenths, others = [], [], []
+    for i, (given, mask) in enumerate(zip(scores, scene.reference_masks, strict=True)):
+        covered = in_tokens(mask)
+        if not 0 < (covered >= 0.5).sum() < covered.size:
+            continue  # a background, all of which counts
+        areas.append(area(given, covered >= 0.5, covered < SHOWS))
+        best = np.argsort(-given.ravel(), kind="stable")[: round(CHOSEN_OF * given.size)]
+        tenths.append(float((covered.ravel()[best] >= SHOWS).mean()))
+        if scene.distractors:
+            others.append(area(given, covered >= 0.5, in_tokens(scene.distractors[i]) >= 0.5))
+    named = {"area": areas, "tenth": tenths, "other": others}
+    return {name: float(np.mean(values)) for name, values in named.items() if values}
+
+
+def area(scores: np.ndarray, object_: np.ndarray, rest: np.ndarray) -> float:
+    """Under the ROC curve of telling the two kinds of tokens apart. Scores count by their rank."""
+    known = object_ | rest
+    ranks = np.unique(scores[known], return_inverse=True)[1] / known.sum()
+    return float(binary_auroc(torch.from_numpy(ranks), torch.from_numpy(object_[known].astype(np.int64))))
+
+
+def measure(eyes: Eyes, assets: Assets, task: str, scenes: int) -> dict[str, dict[str, dict[str, float]]]:
+    """By way, by head or "" for a selector, the mean figures over scenes of one split."""
+    every: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for seed in tqdm(range(scenes), desc=task, unit="scene"):
+        scene = make_scene(assets, task, seed)
+        ways: dict[str, Mapping[str, Sequence[np.ndarray]]] = dict(eyes(scene, seed))
+        ways |= {name: {"": scores} for name, scores in selected(scene, seed).items()}
+        for way, heads in ways.items():
+            for head, scores in heads.items():
+                every.setdefault(way, {}).setdefault(head, []).append(judge(scores, scene))
+    return {
+        way: {
+            head: {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+            for head, found in of.items()
+        }
+        for way, of in every.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Where attention looks in the first step.")
+    parser.add_argument("--scenes", type=int, default=48, help="of each task and split")
+    parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "gaze.json")
+    parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
+    arguments = parser.parse_args()
+    checkout()  # of the code that runs, whatever is committed meanwhile
+    if arguments.table:
+        return draw(TABLES)
+
+    assets, eyes = load_assets(arguments.assets), Eyes()
+    seen = {task: measure(eyes, assets.split("validation"), task, arguments.scenes) for task in TASKS}
+    found = {task: measure(eyes, assets.split("test"), task, arguments.scenes) for task in TASKS}
+    chosen = {}
+    for way, heads in seen[TASKS[0]].items():
+        mean = {head: float(np.mean([seen[task][way][head]["area"] for task in TASKS])) for head in heads}
+        chosen[way] = max(mean, key=mean.__getitem__)
+    test = {task: {way: found[task][way][head] for way, head in chosen.items()} for task in TASKS}
+    every = {task: {way: heads for way, heads in of.items() if len(heads) > 1} for task, of in seen.items()}
+    config = {"scenes": arguments.scenes, "factor": FACTOR, "tasks": TASKS}
+    write_result(arguments.output, "gaze", config, {"heads": chosen, "test": test, "validation": every})
+    draw(TABLES)
+    print(gaze())
+
+
+if __name__ == "__main__":
+    main()
