@@ -9,7 +9,8 @@ mean over all tasks, is chosen on validation scenes and measured on the test spl
 picture alone.
 Per reference and in the mean over scenes: the area under the ROC curve of the object's tokens against all others, the
 share of the best tenth of the tokens that show the object, and where a reference holds a second object that the prompt
-does not name, the area against that one's tokens alone: a half is a toss-up.
+does not name, the area against that one's tokens alone: a half is a toss-up. Then pictures are made from the tokens
+that attention chooses (as if the first step had been free), beside those of the default rule and of the true masks.
 
 It needs the scenes' objects: `python -m recipes.mini data`.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tables import draw, machine, read, table
 from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
@@ -29,20 +31,28 @@ from recipes.mini.data import Assets, load_assets
 from recipes.mini.loss import encode_text, position_ids, text_ids, tokenise
 from recipes.mini.model import encode_pictures
 from recipes.mini.overview_blocks import grown
+from recipes.mini.overview_gates import psnr
 from recipes.mini.overview_sets import TokenSet, reference_tokens
 from recipes.mini.overview_start import load_start
 from recipes.mini.run_folder import autocast, to_tensor
+from recipes.mini.samples import tasks_of
 from recipes.mini.scenes import SHOWS, TOKEN, Scene, make_scene
 from recipes.mini.teaching import attention_scores, watched_heads
+from sparse_context import apply_sparse_context, mask
+from sparse_context.evaluation.statistics import bootstrap_interval
 from sparse_context.families.host import flat
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.settings import call_inputs, call_settings
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import checkout, write_result
 from sparse_context.selectors import SELECTORS
+from sparse_context.selectors.registry import SelectorsLike
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("subject_place", "subject_pair", "edit_background", "edit_object", "edit_named")
+PICTURED = ("edit_named", "edit_background", "subject_place")
+KEEPS = (0.2, 0.1)
 SELECTED = ("saliency", "edges", "random")
 FACTOR = 4
 CHOSEN_OF = 0.1
@@ -67,7 +77,20 @@ def gaze() -> str:
     return f"{table(head, rows)}\n\n{machine(result)}"
 
 
-TABLES = {"gaze": gaze}
+def gaze_pictures() -> str:
+    """What pictures win over the default rule, in dB in the mask, with intervals of 95 %."""
+    rows = []
+    for task, keeps in read("gaze")["figures"]["pictures"].items():
+        for keep, ways in keeps.items():
+            cells = [f"{ways['default']['psnr']:.1f}"]
+            for way in (*WORDS, "true mask"):
+                low, high = ways[way]["interval"]
+                cells.append(f"{ways[way]['won']:+.1f} ({low:+.1f} to {high:+.1f})")
+            rows.append([task, keep, *cells])
+    return table(["task", "keep", "default rule, dB", *WORDS.values(), "true mask"], rows)
+
+
+TABLES = {"gaze": gaze, "gaze-pictures": gaze_pictures}
 
 # The run --------------------------------------------------------------------------------------------------------------
 
@@ -160,8 +183,8 @@ def in_tokens(mask: np.ndarray) -> np.ndarray:
 def judge(scores: Sequence[np.ndarray], scene: Scene) -> dict[str, float]:
     """The figures of one scene: means over its references. A token shows an object from half of it on."""
     areas, tenths, others = [], [], []
-    for i, (given, mask) in enumerate(zip(scores, scene.reference_masks, strict=True)):
-        covered = in_tokens(mask)
+    for i, (given, shown) in enumerate(zip(scores, scene.reference_masks, strict=True)):
+        covered = in_tokens(shown)
         if not 0 < (covered >= 0.5).sum() < covered.size:
             continue  # a background, all of which counts
         areas.append(area(given, covered >= 0.5, covered < SHOWS))
@@ -199,9 +222,65 @@ def measure(eyes: Eyes, assets: Assets, task: str, scenes: int) -> dict[str, dic
     }
 
 
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+class Pen:
+    """Makes pictures with the package's LoRA, from tokens that a selector chose."""
+
+    def __init__(self) -> None:
+        self.pipe = load(ModelSpec(device="cpu"))
+        self.pipe.set_progress_bar_config(disable=True)
+        settings = call_settings(self.pipe)
+        self.given = {dial: value for dial, value in settings.items() if dial in call_inputs(self.pipe)}
+
+    def __call__(self, scene: Scene, seed: int, keep: float, selector: SelectorsLike) -> float:
+        """PSNR against the truth in the mask of the objects, in dB. selector: None is that of the tasks."""
+        apply_sparse_context(self.pipe, keep=keep, task=tasks_of(scene), selector=selector, overview=None)
+        picture = self.pipe(
+            image=[Image.fromarray(picture) for picture in scene.references],
+            prompt=scene.prompt,
+            generator=torch.Generator().manual_seed(seed),
+            **self.given,
+        ).images[0]
+        return psnr(np.asarray(picture), scene)
+
+
+def by_scores(scores: Sequence[np.ndarray]) -> SelectorsLike:
+    """Selectors that give each reference these scores."""
+    return [lambda image, grid, generator, each=each: each.astype(np.float32) for each in scores]
+
+
+def make_pictures(eyes: Eyes, assets: Assets, heads: Mapping[str, str], scenes: int) -> dict[str, Any]:
+    """By task and keep, the mean PSNR of each way and its difference to the default rule with an interval."""
+    pen, found = Pen(), {}
+    for task in PICTURED:
+        levels: dict[str, dict[str, list[float]]] = {f"{keep:g}": {} for keep in KEEPS}
+        for seed in tqdm(range(scenes), desc=f"pictures, {task}", unit="scene"):
+            scene = make_scene(assets, task, seed)
+            looks = eyes(scene, seed)
+            ways: dict[str, SelectorsLike] = {way: by_scores(looks[way][heads[way]]) for way in WORDS}
+            ways |= {"default": None, "true mask": mask([*scene.reference_masks])}
+            for keep in KEEPS:
+                for way, selector in ways.items():
+                    levels[f"{keep:g}"].setdefault(way, []).append(pen(scene, seed, keep, selector))
+        found[task] = {
+            keep: {way: against(each, of["default"]) for way, each in of.items()} for keep, of in levels.items()
+        }
+    return found
+
+
+def against(levels: Sequence[float], default: Sequence[float]) -> dict[str, Any]:
+    """Mean, and the mean paired difference to the default rule with its interval of 95 %."""
+    won = np.subtract(levels, default)
+    interval = [round(end, 3) for end in bootstrap_interval([*won])]
+    return {"psnr": round(float(np.mean(levels)), 3), "won": round(float(won.mean()), 3), "interval": interval}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Where attention looks in the first step.")
     parser.add_argument("--scenes", type=int, default=48, help="of each task and split")
+    parser.add_argument("--pictured", type=int, default=24, help="scenes of each task of which pictures are made")
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "gaze.json")
     parser.add_argument("--table", action="store_true", help="only draw the tables of results/ again, from the JSON")
@@ -219,10 +298,12 @@ def main() -> None:
         chosen[way] = max(mean, key=mean.__getitem__)
     test = {task: {way: found[task][way][head] for way, head in chosen.items()} for task in TASKS}
     every = {task: {way: heads for way, heads in of.items() if len(heads) > 1} for task, of in seen.items()}
-    config = {"scenes": arguments.scenes, "factor": FACTOR, "tasks": TASKS}
-    write_result(arguments.output, "gaze", config, {"heads": chosen, "test": test, "validation": every})
+    pictures = make_pictures(eyes, assets.split("test"), chosen, arguments.pictured)
+    config = {"scenes": arguments.scenes, "pictured": arguments.pictured, "factor": FACTOR, "tasks": TASKS}
+    figures = {"heads": chosen, "test": test, "pictures": pictures, "validation": every}
+    write_result(arguments.output, "gaze", config, figures)
     draw(TABLES)
-    print(gaze())
+    print(gaze(), gaze_pictures(), sep="\n\n")
 
 
 if __name__ == "__main__":
