@@ -190,7 +190,7 @@ def judge(scores: Sequence[np.ndarray], scene: Scene) -> dict[str, float]:
         areas.append(area(given, covered >= 0.5, covered < SHOWS))
         best = np.argsort(-given.ravel(), kind="stable")[: round(CHOSEN_OF * given.size)]
         tenths.append(float((covered.ravel()[best] >= SHOWS).mean()))
-        if scene.distractors:
+        if scene.distractors and (in_tokens(scene.distractors[i]) >= 0.5).any():
             others.append(area(given, covered >= 0.5, in_tokens(scene.distractors[i]) >= 0.5))
     named = {"area": areas, "tenth": tenths, "other": others}
     return {name: float(np.mean(values)) for name, values in named.items() if values}
@@ -247,8 +247,9 @@ class Pen:
 
 
 def by_scores(scores: Sequence[np.ndarray]) -> SelectorsLike:
-    """Selectors that give each reference these scores."""
-    return [lambda image, grid, generator, each=each: each.astype(np.float32) for each in scores]
+    """Selectors that give each reference these scores, of which the highest becomes 1."""
+    top = max(float(each.max()) for each in scores)
+    return [lambda image, grid, generator, each=each: (each / top).astype(np.float32) for each in scores]
 
 
 def make_pictures(eyes: Eyes, assets: Assets, heads: Mapping[str, str], scenes: int) -> dict[str, Any]:
