@@ -213,13 +213,7 @@ def measure(eyes: Eyes, assets: Assets, task: str, scenes: int) -> dict[str, dic
         for way, heads in ways.items():
             for head, scores in heads.items():
                 every.setdefault(way, {}).setdefault(head, []).append(judge(scores, scene))
-    return {
-        way: {
-            head: {name: float(np.mean([each[name] for each in found])) for name in found[0]}
-            for head, found in of.items()
-        }
-        for way, of in every.items()
-    }
+    return {way: {head: means(found) for head, found in heads.items()} for way, heads in every.items()}
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -276,6 +270,12 @@ def against(levels: Sequence[float], default: Sequence[float]) -> dict[str, Any]
     won = np.subtract(levels, default)
     interval = [round(end, 3) for end in bootstrap_interval([*won])]
     return {"psnr": round(float(np.mean(levels)), 3), "won": round(float(won.mean()), 3), "interval": interval}
+
+
+def means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each figure, over the scenes that have it: an object may cover no token by half."""
+    names = {name: None for each in found for name in each}
+    return {name: round(float(np.mean([each[name] for each in found if name in each])), 4) for name in names}
 
 
 def main() -> None:
