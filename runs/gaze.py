@@ -6,7 +6,7 @@ Each head of the single blocks gives a score to each reference token: the attent
 first step, when they are noise. Read twice: with all tokens, by the embedded base, and from an overview by 4 alone, by
 what was trained to read one so far (`recipes/mini/overview_start.safetensors`). The head that points best, in the
 mean over all tasks, is chosen on validation scenes and measured on the test split, beside selectors that look at the
-picture alone.
+picture alone, and times saliency.
 Per reference and in the mean over scenes: the area under the ROC curve of the object's tokens against all others, the
 share of the best tenth of the tokens that show the object, and where a reference holds a second object that the prompt
 does not name, the area against that one's tokens alone: a half is a toss-up. Then pictures are made from the tokens
@@ -56,7 +56,14 @@ KEEPS = (0.2, 0.1)
 SELECTED = ("saliency", "edges", "random")
 FACTOR = 4
 CHOSEN_OF = 0.1
-WORDS = {"all": "attention, all tokens", "overview": "attention, overview alone"}
+WORDS = {
+    "all": "attention, all tokens",
+    "overview": "attention, overview alone",
+    "saliency x all": "saliency x attention, all tokens",
+    "saliency x overview": "saliency x attention, overview alone",
+}
+DRAWN = ("saliency", "saliency x all", "saliency x overview", "true mask")
+"""Ways whose tokens make pictures, beside the default rule."""
 
 Scores = Mapping[str, Sequence[np.ndarray]]
 """By what gave them, scores (rows, columns) of each reference's tokens."""
@@ -83,11 +90,11 @@ def gaze_pictures() -> str:
     for task, keeps in read("gaze")["figures"]["pictures"].items():
         for keep, ways in keeps.items():
             cells = [f"{ways['default']['psnr']:.1f}"]
-            for way in (*WORDS, "true mask"):
+            for way in DRAWN:
                 low, high = ways[way]["interval"]
                 cells.append(f"{ways[way]['won']:+.1f} ({low:+.1f} to {high:+.1f})")
             rows.append([task, keep, *cells])
-    return table(["task", "keep", "default rule, dB", *WORDS.values(), "true mask"], rows)
+    return table(["task", "keep", "default rule, dB", *(WORDS.get(way, way) for way in DRAWN)], rows)
 
 
 TABLES = {"gaze": gaze, "gaze-pictures": gaze_pictures}
@@ -174,6 +181,18 @@ def selected(scene: Scene, seed: int) -> dict[str, list[np.ndarray]]:
     return found
 
 
+def products(
+    looks: Mapping[str, Mapping[str, Sequence[np.ndarray]]], salient: Sequence[np.ndarray]
+) -> dict[str, dict[str, list[np.ndarray]]]:
+    """Each look times saliency: what is a thing at all is left to that, and which of the things to attention."""
+    return {
+        f"saliency x {way}": {
+            head: [one * other for one, other in zip(scores, salient, strict=True)] for head, scores in heads.items()
+        }
+        for way, heads in looks.items()
+    }
+
+
 def in_tokens(mask: np.ndarray) -> np.ndarray:
     """A mask's share of each token."""
     rows, columns = (side // TOKEN for side in mask.shape)
@@ -209,7 +228,9 @@ def measure(eyes: Eyes, assets: Assets, task: str, scenes: int) -> dict[str, dic
     for seed in tqdm(range(scenes), desc=task, unit="scene"):
         scene = make_scene(assets, task, seed)
         ways: dict[str, Mapping[str, Sequence[np.ndarray]]] = dict(eyes(scene, seed))
-        ways |= {name: {"": scores} for name, scores in selected(scene, seed).items()}
+        pictured = selected(scene, seed)
+        ways |= products(ways, pictured["saliency"])
+        ways |= {name: {"": scores} for name, scores in pictured.items()}
         for way, heads in ways.items():
             for head, scores in heads.items():
                 every.setdefault(way, {}).setdefault(head, []).append(judge(scores, scene))
@@ -234,6 +255,7 @@ class Pen:
         picture = self.pipe(
             image=[Image.fromarray(picture) for picture in scene.references],
             prompt=scene.prompt,
+            guidance_scale=1.0,
             generator=torch.Generator().manual_seed(seed),
             **self.given,
         ).images[0]
@@ -242,7 +264,7 @@ class Pen:
 
 def by_scores(scores: Sequence[np.ndarray]) -> SelectorsLike:
     """Selectors that give each reference these scores, of which the highest becomes 1."""
-    top = max(float(each.max()) for each in scores)
+    top = max(float(each.max()) for each in scores) or 1.0
     return [lambda image, grid, generator, each=each: (each / top).astype(np.float32) for each in scores]
 
 
@@ -253,9 +275,9 @@ def make_pictures(eyes: Eyes, assets: Assets, heads: Mapping[str, str], scenes: 
         levels: dict[str, dict[str, list[float]]] = {f"{keep:g}": {} for keep in KEEPS}
         for seed in tqdm(range(scenes), desc=f"pictures, {task}", unit="scene"):
             scene = make_scene(assets, task, seed)
-            looks = eyes(scene, seed)
-            ways: dict[str, SelectorsLike] = {way: by_scores(looks[way][heads[way]]) for way in WORDS}
-            ways |= {"default": None, "true mask": mask([*scene.reference_masks])}
+            looks = products(eyes(scene, seed), selected(scene, seed)["saliency"])
+            ways: dict[str, SelectorsLike] = {way: by_scores(look[heads[way]]) for way, look in looks.items()}
+            ways |= {"default": None, "saliency": "saliency", "true mask": mask([*scene.reference_masks])}
             for keep in KEEPS:
                 for way, selector in ways.items():
                     levels[f"{keep:g}"].setdefault(way, []).append(pen(scene, seed, keep, selector))
