@@ -4,9 +4,9 @@
 
 Each head of the single blocks gives a score to each reference token: the attention that output tokens pay it in the
 first step, when they are noise. Read twice: with all tokens, by the embedded base, and from an overview by 4 alone, by
-what was trained to read one so far (`recipes/mini/overview_start.safetensors`). One head is chosen on validation scenes,
-that of which the worst area of all tasks is best, and measured on the test split: by itself and times saliency, beside
-selectors that look at the picture alone.
+what was trained to read one so far (`recipes/mini/overview_start.safetensors`). One head is chosen on validation
+scenes, that of which the worst area of all tasks is best, and measured on the test split: by itself and times saliency,
+beside selectors that look at the picture alone.
 
 Per reference and in the mean over scenes: the area under the ROC curve of the object's tokens against all others, the
 share of the best tenth of the tokens that show the object, and where a reference holds a second object that the prompt

@@ -32,6 +32,7 @@ RUNS = (
     "core_speed",
     "coverage",
     "flops",
+    "gaze",
     "global_keep",
     "headline",
     "kv",
