@@ -12,7 +12,7 @@ from .embedded import ADAPTERS, WEIGHTS, adapter_record
 from .hub import KLEIN, KLEIN_KV, class_name_of, clock, one_line
 from .lora import ADAPTER_NAME, load_lora
 from .lora_file import NO_LORA, LoraFile, check_lora_file, read_lora
-from .quantization import GgufTransformer, Quantized, QuantizedTransformer, find_quantization
+from .quantization import GgufTransformer, Nf4OnCpu, Quantized, QuantizedTransformer, find_quantization
 from .spec import ModelSpec
 
 DTYPES = {
@@ -60,6 +60,8 @@ def load(spec: ModelSpec | None = None) -> Any:
         if not pipe.config.is_distilled:
             raise ValueError(f"kv has no guidance, which {path} needs: name its distilled sibling, or leave kv out.")
         pipe = in_kv_mode(pipe)
+    if isinstance(transformer, Nf4OnCpu):
+        transformer.place(pipe.transformer)
     trained = read_folder(Path(path) / "transformer")
     if trained is not None:
         note_trained(pipe.transformer, trained)

@@ -86,7 +86,7 @@ def _keep(dropping: Mapping[str, Any]) -> str:
 def _settings(record: Mapping[str, Any]) -> dict[str, str]:
     """The rows of the table."""
     dropping, data = record["dropping"], str(record["data"])
-    muon = record["muon_learning_rate"]
+    muon, quantization = record["muon_learning_rate"], record.get("quantization")
     numbers = {name: f"{record[name]:g}" for name in ("learning_rate", "distillation", "preservation", "unseen")}
     return numbers | {
         "steps": str(record["steps"]),
@@ -105,6 +105,7 @@ def _settings(record: Mapping[str, Any]) -> dict[str, str]:
         "muon": "" if muon is None else f", of Muon {muon:g}",
         "schedule": record["lr_scheduler"],
         "focus": f"{1 + record['focus']:g}",
+        "quantization": "" if quantization is None else f"\n| frozen weights | {quantization} |",
         "kv": "\n| KV mode | yes: for pipelines that cache the references |" if record["kv"] else "",
         "version": record["version"],
     }

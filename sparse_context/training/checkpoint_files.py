@@ -46,10 +46,10 @@ def write_checkpoint(
 ) -> None:
     """Write the files of a checkpoint into an empty `folder`, and have them on the disk."""
     state = {
-        f"{i}.{index}.{name}": tensor
+        f"{i}.{index}.{name}": torch.as_tensor(value)
         for i, optimiser in enumerate(optimisers)
-        for index, entry in optimiser.state_dict()["state"].items()
-        for name, tensor in entry.items()
+        for index, parameter in enumerate(parameters_of(optimiser))
+        for name, value in optimiser.state.get(parameter, {}).items()
     }
     for name, tensors in zip(TENSORS, (module.state_dict(), average.state_dict(), state), strict=True):
         save_file(_apart(tensors), folder / name)
@@ -118,30 +118,58 @@ def load_module(module: nn.Module, file: Path) -> None:
     module.load_state_dict(tensors)
 
 
-STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
-"""What each kind of optimiser remembers of a parameter that had a gradient: a count, or a tensor of its shape."""
+Layout = dict[str, tuple[torch.Size, torch.dtype]]
+
+BLOCK = 256  # values that share a scale in bitsandbytes' 8 bits, and entries of its tables
+
+
+def layout_of(optimiser: torch.optim.Optimizer, parameter: torch.Tensor) -> Layout | None:
+    """Shape and type of what an optimiser remembers of a parameter that had a gradient; None for one not known here.
+
+    bitsandbytes counts its steps in an int, which a checkpoint holds as a tensor.
+    """
+    same, scalar = (parameter.shape, parameter.dtype), torch.Size()
+    kind = type(optimiser).__name__
+    if kind == "AdamW":
+        return {"step": (scalar, torch.float32), "exp_avg": same, "exp_avg_sq": same}
+    if kind == "Muon":
+        return {"momentum_buffer": same}
+    if kind != "AdamW8bit":
+        return None
+    narrow = parameter.numel() >= optimiser.args.min_8bit_size  # type: ignore[attr-defined]
+    moment = (parameter.shape, torch.uint8 if narrow else torch.float32)
+    layout: Layout = {"step": (scalar, torch.int64), "state1": moment, "state2": moment}
+    if narrow:
+        blocks = torch.Size([-(-parameter.numel() // BLOCK)])
+        layout |= {name: (torch.Size([BLOCK]), torch.float32) for name in ("qmap1", "qmap2")}
+        layout |= {name: (blocks, torch.float32) for name in ("absmax1", "absmax2")}
+    return layout
 
 
 def load_states(optimisers: Sequence[torch.optim.Optimizer], file: Path) -> None:
     """Load the optimisers' states. Raises ValueError for other names, shapes and types than they have."""
-    states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimisers]
+    states: list[dict[int, dict[str, torch.Tensor | int]]] = [{} for _ in optimisers]
     for key, tensor in load_file(file).items():
         found = re.fullmatch(r"(\d+)\.(\d+)\.(\w+)", key)
         which, index = (int(found[1]), int(found[2])) if found else (len(optimisers), 0)
         parameters = [] if which >= len(optimisers) else parameters_of(optimisers[which])
         if found is None or index >= len(parameters):
             raise ValueError(f"{file.name} has {key}, of which the optimisers know nothing")
-        like = parameters[index].new_empty((), dtype=torch.float32) if found[3] == "step" else parameters[index]
-        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+        parameter = parameters[index]
+        layout = layout_of(optimisers[which], parameter) or {}
+        shape, dtype = layout.get(found[3], (parameter.shape, parameter.dtype))
+        if (tensor.shape, tensor.dtype) != (shape, dtype):
             raise ValueError(
-                f"{key} in {file.name} is {tensor.dtype} of shape {tuple(tensor.shape)} and not {like.dtype} of "
-                f"{tuple(like.shape)}"
+                f"{key} in {file.name} is {tensor.dtype} of shape {tuple(tensor.shape)} and not {dtype} of "
+                f"{tuple(shape)}"
             )
         # A copy, for torch keeps the tensor itself: as long as it is mapped, Windows removes no checkpoint
-        states[which].setdefault(index, {})[found[3]] = tensor.clone()
+        is_count = shape == () and dtype == torch.int64
+        states[which].setdefault(index, {})[found[3]] = int(tensor) if is_count else tensor.clone()
     for i, (optimiser, state) in enumerate(zip(optimisers, states, strict=True)):
+        parameters = parameters_of(optimiser)
         for index, entry in state.items():
-            wanted = STATE.get(type(optimiser).__name__, entry.keys())
+            wanted = (layout_of(optimiser, parameters[index]) or entry).keys()
             if entry.keys() != wanted:
                 names = ", ".join(sorted(entry.keys() ^ wanted))
                 raise ValueError(f"{file.name} has other names than {type(optimiser).__name__} at {i}.{index}: {names}")

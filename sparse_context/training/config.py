@@ -31,7 +31,8 @@ class TrainConfig:
     it, else at no reference. A head is "block.head" of FLUX.2's single blocks, both counted from 0.
 
     The optimiser: AdamW, or where `muon_learning_rate` is given Muon at that rate on the matrices inside the
-    transformer's blocks and AdamW on the rest; `lr_scheduler` is a name of `SCHEDULES`; `ema` is the decay of the
+    transformer's blocks and AdamW on the rest; with `use_8bit_adam` AdamW is that of bitsandbytes, whose state takes a
+    quarter of the memory; `lr_scheduler` is a name of `SCHEDULES`; `ema` is the decay of the
     weights' average, of which the result is made (0: of the last weights). A step is `gradient_accumulation_steps`
     batches, with all their subsets.
 
@@ -59,6 +60,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
     muon_learning_rate: float | None = None
+    use_8bit_adam: bool = False
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 100
     adam_weight_decay: float = 1e-4

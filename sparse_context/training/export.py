@@ -24,9 +24,11 @@ from .lora import save_lora
 def text_autocast(host: Host) -> contextlib.AbstractContextManager:
     """Autocast to the text encoder's type where the transformer has another: a pipeline does not cast what it hands
     over, and `full` makes the transformer alone float32."""
-    weight = next(host.transformer.parameters())
-    encoder = next(host.pipe.text_encoder.parameters()).dtype
-    return contextlib.nullcontext() if encoder == weight.dtype else torch.autocast(weight.device.type, encoder)
+    transformer: Any = host.transformer
+    encoder = host.pipe.text_encoder.dtype
+    return (
+        contextlib.nullcontext() if encoder == transformer.dtype else torch.autocast(transformer.device.type, encoder)
+    )
 
 
 def save_result(host: Host, result: Path, record: Mapping[str, Any], config: TrainConfig) -> None:
@@ -87,6 +89,7 @@ def training_record(record: Mapping[str, Any]) -> dict:
         "distillation": record["distillation"],
         "preservation": record["preservation"],
         "unseen": record["unseen"],
+        "quantization": record.get("quantization"),
         **trained,
         "version": record["version"],
     }

@@ -28,6 +28,7 @@ from .config import TrainConfig
 from .data import Batches, check_workers, open_example
 from .files import alone
 from .finetune import Run, Watch, finetune
+from .optimisers import check_8bit_adam
 from .options import RunConfig
 from .precision import has_fast_bfloat16
 from .run_folder import check_folder
@@ -47,8 +48,9 @@ def launch(
     _check_installed(run.report_to, data, run.validation_data)
     check_workers(run.dataloader_num_workers)
     check_folder(output, resume is not None, config.max_train_steps)
+    check_base(config, run)
     most = most_references(model)
-    spec = ModelSpec(model, dtype=run.dtype, lora=NO_LORA)
+    spec = ModelSpec(model, dtype=run.dtype, lora=NO_LORA, quantization=run.quantization)
     samples = read_samples(data, most_references=most, **run.source)
     held_out = []
     if run.validation_data is not None:
@@ -124,6 +126,7 @@ def launch(
                         "batch": run.train_batch_size,
                         "samples": len(samples),
                         "source": run.source,
+                        "quantization": run.quantization,
                         "run": asdict(run) | {"cache_dir": None if run.cache_dir is None else str(run.cache_dir)},
                         **run.sides,
                     },
@@ -145,6 +148,17 @@ def launch(
         ) from error
     accelerator.end_training()
     return result if accelerator.is_main_process else None
+
+
+def check_base(config: TrainConfig, run: RunConfig) -> None:
+    """Raise ValueError where the frozen weights, what is trained and its optimiser do not go together."""
+    if config.full and run.quantization is not None:
+        raise ValueError(
+            f"full trains all weights, and quantization={run.quantization} stores them in too few bits for that: leave "
+            "one of the two out."
+        )
+    if config.use_8bit_adam:
+        check_8bit_adam()
 
 
 def _check_installed(report_to: str | None, *sources: str | None) -> None:

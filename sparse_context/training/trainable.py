@@ -10,7 +10,7 @@ from torch import nn
 
 from ..families.host import Host
 from .config import TrainConfig
-from .optimisers import drawn_from, make_optimisers
+from .optimisers import drawn_from, make_adamw, make_optimisers
 
 ADAPTER = "default"  # peft's own name of one
 
@@ -67,12 +67,15 @@ def prepare(host: Host, config: TrainConfig) -> Trainable:
 
 
 def run_optimisers(transformer: nn.Module, trained: Trainable, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW on what is trained; with Muon, that on the matrices of the transformer's blocks and AdamW on the rest."""
+    """AdamW on what is trained, of 8 bits if so asked; with Muon, that on the matrices of the transformer's blocks and
+    AdamW on the rest."""
     decay = config.adam_weight_decay
     if config.muon_learning_rate is None:
-        return [torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=decay)]
+        return [make_adamw(trained.parameters(), config.learning_rate, decay, config.use_8bit_adam)]
     blocks = [f"{name}/" for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)]
-    return make_optimisers(trained, blocks, config.learning_rate, config.muon_learning_rate, decay)
+    return make_optimisers(
+        trained, blocks, config.learning_rate, config.muon_learning_rate, decay, config.use_8bit_adam
+    )
 
 
 @contextlib.contextmanager
