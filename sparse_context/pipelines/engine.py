@@ -174,7 +174,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise ValueError for a request that this model does not take, as a call would, without the call."""
-        _call_of(self.pipe(request.config), request)
+        call_of(self.pipe(request.config), request)
 
     def select(self, request: Request, score: Score = score_tokens) -> Selection:
         """What a call would keep of the references, without the call: nothing is generated, and nobody is waited for.
@@ -183,7 +183,7 @@ class Engine:
         does not take.
         """
         pipe = self.pipe()
-        config, _, images = _call_of(pipe, request)
+        config, _, images = call_of(pipe, request)
         trained = trained_for(getattr(pipe, "transformer", None), family_of(pipe).kv)
         return select_pictures(images, config, 2 * pipe.vae_scale_factor, trained, score, place_of(pipe))
 
@@ -234,7 +234,7 @@ class Engine:
         pipe = self.pipe(request.config)
         family, name = family_of(pipe), type(pipe).__name__
         _check_together(requests, family, name)
-        config, arguments, _ = _call_of(pipe, request)
+        config, arguments, _ = call_of(pipe, request)
         prompts = [each.prompt for each in requests]
         generators = [torch.Generator().manual_seed(each.seed) for each in requests]
         asked = (prompts, generators) if len(requests) > 1 else (prompts[0], generators[0])
@@ -281,7 +281,7 @@ def _check_together(requests: Sequence[Request], family: Family, name: str) -> N
         raise ValueError("Requests that are answered together may differ in prompt and seed alone: call for each.")
 
 
-def _call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str, Any], list[Image.Image]]:
+def call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str, Any], list[Image.Image]]:
     """What to apply to the pipeline, the arguments of its call but for the prompt and the generator, and the references
     as they are handed over.
 

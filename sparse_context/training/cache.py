@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,7 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if is_traceable_wrapper_subclass(tensor):  # torchao's, which has no view of what it stores
             digest.update(type(tensor).__name__.encode())
-            tensor = tensor.dequantize()
+            tensor = cast(torch.Tensor, tensor).dequantize()
         digest.update(tensor.flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

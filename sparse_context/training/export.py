@@ -25,7 +25,8 @@ def text_autocast(host: Host) -> contextlib.AbstractContextManager:
     """Autocast to the text encoder's type where the transformer has another: a pipeline does not cast what it hands
     over, and `full` makes the transformer alone float32."""
     transformer: Any = host.transformer
-    encoder = host.pipe.text_encoder.dtype
+    # They are of one type, and a text encoder may be left out
+    encoder = (host.pipe.vae if host.pipe.text_encoder is None else host.pipe.text_encoder).dtype
     return (
         contextlib.nullcontext() if encoder == transformer.dtype else torch.autocast(transformer.device.type, encoder)
     )

@@ -103,8 +103,8 @@ def finetune(
     if processes.main:
         run.output.mkdir(parents=True, exist_ok=True)
         save_text(json.dumps(record, indent=2) + "\n", run.output / "config.json")
-    if host.transformer.device.type == "cpu":
-        _lay_out_channels_last(host.pipe.vae)
+    if host.transformer.device.type == "cpu" and host.pipe.vae is not None:
+        lay_out_channels_last(host.pipe.vae)
     autocast = contextlib.nullcontext if accelerator is None else accelerator.autocast
     with _fast(host.transformer, config, record["mixed_precision"]):
         average = train(
@@ -124,7 +124,7 @@ def finetune(
     return result
 
 
-def _lay_out_channels_last(vae: nn.Module) -> None:
+def lay_out_channels_last(vae: nn.Module) -> None:
     """Give convolutions the layout in which a CPU computes them: else it lays out their inputs anew each time."""
     for layer in vae.modules():
         if isinstance(layer, nn.Conv2d):

@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,9 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from ..families import find_host
+from ..families import FAMILIES, find_host
+from ..pipelines.embedded import WEIGHTS
+from ..pipelines.hub import class_name_of
 from ..pipelines.load import load
 from ..pipelines.lora_file import NO_LORA
 from ..pipelines.settings import call_settings, most_references
@@ -23,14 +25,16 @@ from ..samples import check_pictures, needs_datasets, read_samples
 from .batch import Encoding, is_wide, text_encoders
 from .cache import Cache
 from .card import EMBEDDED
-from .checkpoints import has_begun
+from .checkpoints import has_begun, newest_step
 from .config import TrainConfig
-from .data import Batches, check_workers, open_example
+from .data import Batches, Example, check_workers, open_example
+from .encoders import TEXT_ENCODERS, Prompts, fill_caches
 from .files import alone
-from .finetune import Run, Watch, finetune
+from .finetune import Run, Watch, finetune, lay_out_channels_last
 from .optimisers import check_8bit_adam
 from .options import RunConfig
 from .precision import has_fast_bfloat16
+from .processes import Processes
 from .run_folder import check_folder
 
 
@@ -89,19 +93,25 @@ def launch(
         for tracker in trackers():
             tracker.writer.add_image("validation", np.asarray(picture), step, dataformats="HWC")
 
-    def cache(name: str, encoder: nn.Module, settings: Mapping[str, Any] | None = None) -> Cache:
-        narrow = accelerator.mixed_precision != "no" and is_wide(encoder)
-        precision = {"mixed_precision": accelerator.mixed_precision} if narrow else {}
-        return Cache((run.cache_dir or output / "cache") / name, encoder, {**(settings or {}), **precision})
-
+    spec = replace(spec, device=str(accelerator.device))
+    batches = Batches(samples, run.train_batch_size, config.seed, *run.sides.values())
     try:
         with alone(output) if accelerator.is_main_process else contextlib.nullcontext():
             for note in samples.notes if accelerator.is_main_process else ():
                 print(note, file=sys.stderr)
             if accelerator.is_main_process and resume and not has_begun(output):
                 print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
-            pipe = load(replace(spec, device=str(accelerator.device)))
+            if _encodes_first(model, run):
+                encoding, prompts = _encode_first(spec, batches, shown, output, config, run, accelerator)
+                pipe = load(spec, leave_out=TEXT_ENCODERS)
+                if not shown:  # which alone would decode
+                    pipe.vae = None
+            else:
+                pipe, prompts = load(spec), None
+                encoding = _encoding(pipe, output, run, accelerator)
             host = find_host(pipe, call_settings(pipe), config.kv)
+            if prompts is not None:
+                prompts.recall(host.pipe)
             narrow = accelerator.mixed_precision == "bf16" or host.transformer.dtype == torch.bfloat16
             if accelerator.is_main_process and narrow and not has_fast_bfloat16(accelerator.device):
                 print(
@@ -117,7 +127,7 @@ def launch(
                 )
             result = finetune(
                 host,
-                Batches(samples, run.train_batch_size, config.seed, *run.sides.values()),
+                batches,
                 Run(
                     output,
                     model or EMBEDDED,
@@ -134,11 +144,7 @@ def launch(
                 ),
                 config,
                 accelerator=accelerator,
-                encoding=Encoding(
-                    workers=run.dataloader_num_workers,
-                    latent_cache=cache("latents", host.pipe.vae) if run.cache_latents else None,
-                    text_cache=cache("text", text_encoders(pipe), call_settings(host.pipe)) if run.cache_text else None,
-                ),
+                encoding=encoding,
                 watch=Watch(validation=shown, log=log, log_picture=log_picture),
             )
     except torch.OutOfMemoryError as error:
@@ -148,6 +154,60 @@ def launch(
         ) from error
     accelerator.end_training()
     return result if accelerator.is_main_process else None
+
+
+def _encoding(pipe: Any, output: Path, run: RunConfig, accelerator: Any) -> Encoding:
+    """How batches are made ready, with the caches of the pipeline's encoders."""
+
+    def cache(name: str, encoder: nn.Module, settings: Mapping[str, Any] | None = None) -> Cache:
+        narrow = accelerator.mixed_precision != "no" and is_wide(encoder)
+        precision = {"mixed_precision": accelerator.mixed_precision} if narrow else {}
+        return Cache((run.cache_dir or output / "cache") / name, encoder, {**(settings or {}), **precision})
+
+    return Encoding(
+        workers=run.dataloader_num_workers,
+        latent_cache=cache("latents", pipe.vae) if run.cache_latents else None,
+        text_cache=cache("text", text_encoders(pipe), call_settings(pipe)) if run.cache_text else None,
+    )
+
+
+def _encodes_first(model: str | None, run: RunConfig) -> bool:
+    """Whether all that encoders make is on disk before the transformer is loaded.
+
+    Modular pipelines and `Flux2KleinKVPipeline` are not built without a transformer, so theirs stay beside it.
+    """
+    family = FAMILIES[class_name_of(str(WEIGHTS) if model is None else model)]
+    return run.cache_latents and run.cache_text and not (family.modular or family.kv)
+
+
+def _encode_first(
+    spec: ModelSpec,
+    batches: Batches,
+    shown: Sequence[Example],
+    output: Path,
+    config: TrainConfig,
+    run: RunConfig,
+    accelerator: Any,
+) -> tuple[Encoding, Prompts]:
+    """Fill the caches for the batches to come, with the encoders alone; what is loaded for it is let go."""
+    from accelerate.utils.memory import clear_device_cache
+
+    processes = Processes(accelerator)
+    pipe = load(replace(spec, quantization=None), leave_out=("transformer",))
+    host = find_host(pipe, call_settings(pipe))
+    if accelerator.device.type == "cpu":
+        lay_out_channels_last(pipe.vae)
+    encoding, prompts = _encoding(pipe, output, run, accelerator), Prompts()
+    each = config.gradient_accumulation_steps * processes.count
+    taken = batches.taken(newest_step(output) * each, config.max_train_steps * each)[processes.rank :: processes.count]
+    examples = map(batches.example, taken)
+    fill_caches(host, examples, len(taken), config, encoding, accelerator.autocast, processes.main)
+    if processes.main:
+        prompts.remember(pipe, shown, accelerator.autocast)
+    del pipe, host
+    clear_device_cache(garbage_collection=True)
+    processes.wait()
+    return encoding, prompts
 
 
 def check_base(config: TrainConfig, run: RunConfig) -> None:

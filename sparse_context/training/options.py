@@ -50,7 +50,8 @@ class RunConfig:
 
     The first `num_validation_images` samples of `validation_data`, of its `validation_split` (None: `split`), are drawn
     during the run. `cache_latents`, `cache_text`: keep what the encoders make on disk, in `cache_dir` (None: `cache`
-    in the run's folder). `report_to`: "tensorboard", beside log.jsonl.
+    in the run's folder). With both, all of it is made before the first step, and no text encoder is loaded beside the
+    transformer. `report_to`: "tensorboard", beside log.jsonl.
     """
 
     train_batch_size: int = 1
