@@ -55,7 +55,8 @@ def main() -> None:
         sys.exit(f"{len(bad)} tests failed or were skipped, so nothing is recorded: {', '.join(map(str, bad[:5]))}")
     passed = Counter((case.get("classname") or "").rpartition(".")[2] for case in cases)
     version = (core / "comfyui_version.py").read_text(encoding="utf-8").split('"')[-2]
-    commit = subprocess.run(["git", "-C", core, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    head = ["git", "-C", core, "rev-parse", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, encoding="utf-8").stdout.strip()
     figures = {
         "core": {"version": version, "commit": commit},
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},

@@ -42,6 +42,7 @@ RUNS = (
     "saliency",
     "server_load",
     "server_soak",
+    "tiled_encoding",
     "time_klein_training",
     "time_parts",
     "time_selection",

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakIdRef
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from .selection import score_tokens
 from .selectors.cells import Grid
@@ -64,11 +64,16 @@ class ReferenceCache:
             self._bytes = 0
 
     def encode(
-        self, pixels: torch.Tensor, image: torch.Tensor, vae: torch.nn.Module, encode: Callable[[], torch.Tensor]
+        self,
+        content: torch.Tensor | Sequence[np.ndarray],
+        image: torch.Tensor,
+        vae: torch.nn.Module,
+        encode: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
         """`encode()`, or a copy of what it gave for the same content before.
 
-        `pixels` (B, C, H, W) is the preprocessed picture, best on the CPU, where it is hashed. `image` is what the VAE
+        `content` is the preprocessed picture, best on the CPU, where it is hashed: pixels (B, C, H, W), or uint8
+        (H, W, 3) for each item of a batch, whose values are scaled to [-1, 1] and nothing else. `image` is what the VAE
         gets of it; of this, only device and dtype are looked at. A result that needs a gradient is not remembered, nor
         one of a VAE whose weights are elsewhere until it runs, as accelerate's sequential offloading has it.
         """
@@ -85,7 +90,7 @@ class ReferenceCache:
         weights = self._digest_of_weights(vae)
         if weights is None:
             return encode()
-        key = _digest(about, weights, pixels)
+        key = _digest(about, weights, *([content] if isinstance(content, torch.Tensor) else content))
         latents = self._find(key, torch.Tensor)
         if latents is None:
             latents = encode()
@@ -149,10 +154,24 @@ def _state_of(tensor: torch.Tensor) -> tuple | None:
     return WeakIdRef(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
 
 
+_fixed = WeakIdKeyDictionary()  # arrays that nobody writes to -> their digests, None until they are asked for
+_fixing = threading.Lock()
+
+
+def fix(array: np.ndarray) -> np.ndarray:
+    """`array`, which nobody is going to write to: it is hashed once, however often it is looked up. Raises ValueError
+    for one that can be written to."""
+    if array.flags.writeable:
+        raise ValueError("The array can be written to: set its flags.writeable to False first.")
+    with _fixing:
+        _fixed[array] = None
+    return array
+
+
 def _settings(vae: torch.nn.Module) -> str:
-    """A VAE's config, and its switches such as tiling."""
+    """A VAE's config, which may be any object where it is the user's own, and its switches such as tiling."""
     switches = {k: v for k, v in vars(vae).items() if isinstance(v, (bool, int, float, str, tuple))}
-    config: Mapping[str, object] = vae.config  # type: ignore[assignment]  # which diffusers gives its models
+    config = vae.config if isinstance(vae.config, Mapping) else vars(vae.config)
     return repr((sorted(config.items(), key=lambda item: item[0]), sorted(switches.items())))
 
 
@@ -166,11 +185,25 @@ def _digest(about: tuple, digest: bytes, *contents: torch.Tensor | np.ndarray | 
     """SHA-256, which processors have instructions for, of a description, another digest and whole arrays."""
     sha = hashlib.sha256(repr(about).encode() + digest)
     for content in contents:
-        if content is None:
-            continue
-        strides = content.stride() if isinstance(content, torch.Tensor) else content.strides
-        sha.update(repr((tuple(content.shape), strides, content.dtype)).encode())
-        if isinstance(content, torch.Tensor):  # numpy has no bfloat16
-            content = content.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        if content is not None:
+            sha.update(_digest_of(content))
+    return sha.digest()
+
+
+def _digest_of(content: torch.Tensor | np.ndarray) -> bytes:
+    """Of one array, with its shape, strides and type."""
+    with _fixing:
+        known = _fixed.get(content)
+        is_fixed = content in _fixed
+    if known is not None:
+        return known
+    strides = content.stride() if isinstance(content, torch.Tensor) else content.strides
+    sha = hashlib.sha256(repr((tuple(content.shape), strides, content.dtype)).encode())
+    if isinstance(content, torch.Tensor):  # numpy has no bfloat16
+        sha.update(content.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    else:
         sha.update(np.ascontiguousarray(content).data)
+    if is_fixed:
+        with _fixing:
+            _fixed[content] = sha.digest()
     return sha.digest()

@@ -10,9 +10,10 @@ another's callback, nor those of other threads.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
 from typing import Any, NoReturn
@@ -25,15 +26,16 @@ from .large import Large, large_tokens
 from .overview import Overview
 from .selection import Pixels, Selection, score_tokens, select_tokens
 from .selectors.cells import Grid
-from .selectors.registry import user_mask
+from .selectors.registry import each_selector, name_of, user_mask
 from .selectors.text import Place
 from .tokens import ReferenceTokens
 from .trained import trained_for
 
 ATTRIBUTE = "_sparse_context"
 
-EncodeOverviews = Callable[[Mapping[int, Overview]], ReferenceTokens]
-"""From overviews by the number of their reference to their tokens, one overview after another."""
+EncodeOverviews = Callable[[Mapping[int, Overview], ReferenceTokens], ReferenceTokens]
+"""From overviews by the number of their reference, and all tokens of the whole references, to the overviews' tokens,
+one overview after another."""
 
 Enlarge = Callable[[int, Pixels, int], Large | None]
 """From the number of a reference, what selectors see of it, and a number of pixels to it in at most so many; None where
@@ -47,6 +49,7 @@ class SparseContext:
     attach: `attach(pipe, call)` of its family says what a call sees, by `Call.replace` and `Call.around`.
     selection: of the last call. None before the first, or where it had no references.
     kv: whether the pipeline runs references through its model once a call.
+    together: whether references of one size are encoded as one batch.
     """
 
     config: SparseContextConfig
@@ -54,6 +57,7 @@ class SparseContext:
     cache: ReferenceCache | None = None
     selection: Selection | None = None
     kv: bool = False
+    together: bool = False
 
 
 def context_of(pipe: object) -> SparseContext | None:
@@ -104,7 +108,7 @@ class Call:
 
     def keep(
         self,
-        tokens: ReferenceTokens,
+        make: Callable[[], ReferenceTokens],
         grids: Sequence[Grid],
         picture: Callable[[int, np.ndarray | None], Pixels],
         shows_picture: Sequence[np.ndarray | None] | None = None,
@@ -113,22 +117,15 @@ class Call:
     ) -> ReferenceTokens:
         """Choose among the reference tokens of the call, return what is kept of them, and remember the selection.
 
-        `grids` is one (rows, columns) per reference; `picture(i, mask)` gives the pixels of reference i as selectors
-        want them, with the user's mask (or None) carried through the pipeline's own resize and crop. `shows_picture`
-        tells tokens from padding (`select_tokens`). `encode_overviews` makes the tokens of overviews, which follow the
-        kept ones of all references; None: the pipeline takes none. `enlarge` gives references in a larger size; None:
-        the pipeline takes them in its own alone. Raises ValueError where the grids hold another number of tokens, and
-        for overviews and larger sizes that cannot be.
+        `make()` gives all tokens: the pipeline encodes the references in it, and where an accelerator does that, tokens
+        are chosen meanwhile. `grids` is one (rows, columns) per reference; `picture(i, mask)` gives the pixels of
+        reference i as selectors want them, with the user's mask (or None) carried through the pipeline's own resize and
+        crop. `shows_picture` tells tokens from padding (`select_tokens`). `encode_overviews` makes the tokens of
+        overviews, which follow the kept ones of all references; None: the pipeline takes none. `enlarge` gives
+        references in a larger size; None: the pipeline takes them in its own alone. Raises ValueError where the grids
+        hold another number of tokens, and for overviews and larger sizes that cannot be.
         """
-        start = time.perf_counter()
-        total = sum(rows * columns for rows, columns in grids)
-        if total != len(tokens):
-            raise ValueError(
-                f"The pipeline made {len(tokens)} reference tokens, but the references account for {total}. A part of "
-                "it was replaced by one that works differently: call remove_sparse_context, or restore the original "
-                "part."
-            )
-        config, cache = self.context.config, self.context.cache
+        config = self.context.config
         if encode_overviews is None and config.names_overview:
             raise ValueError(
                 f"overview is {config.overview!r}, but {type(self.pipe).__name__} takes none: leave it out."
@@ -141,26 +138,41 @@ class Call:
         trained = trained_for(getattr(self.pipe, "transformer", None), self.context.kv)
         if encode_overviews is None and trained is not None:
             trained = replace(trained, factors=())
-        pictures = [picture(i, user_mask(config.selector, i)) for i in range(len(grids))]
-        preparing = time.perf_counter() - start  # which is a part of what choosing costs
-        score = score_tokens if cache is None else cache.score
         larger: dict[int, Large] = {}
 
-        def large(i: int) -> Large | None:
-            found = None
-            if enlarge is not None and config.reference_max_pixels is not None:
-                found = enlarge(i, pictures[i], config.reference_max_pixels)
-            if found is not None:
-                larger[i] = found
-            return found
+        def choose() -> Selection:
+            start = time.perf_counter()
+            pictures = [picture(i, user_mask(config.selector, i)) for i in range(len(grids))]
+            preparing = time.perf_counter() - start  # which is a part of what choosing costs
 
-        place = place_of(self.pipe)
-        selection = select_tokens(pictures, grids, config, shows_picture, score, trained, large, place)
-        self.select(replace(selection, seconds=preparing + selection.seconds))
+            def large(i: int) -> Large | None:
+                found = None
+                if enlarge is not None and config.reference_max_pixels is not None:
+                    found = enlarge(i, pictures[i], config.reference_max_pixels)
+                if found is not None:
+                    larger[i] = found
+                return found
+
+            score = score_tokens if self.context.cache is None else self.context.cache.score
+            place = place_of(self.pipe)
+            selection = select_tokens(pictures, grids, config, shows_picture, score, trained, large, place)
+            return replace(selection, seconds=preparing + selection.seconds)
+
+        with self._meanwhile(choose, len(grids)) as chosen:
+            tokens = make()
+            total = sum(rows * columns for rows, columns in grids)
+            if total != len(tokens):
+                raise ValueError(
+                    f"The pipeline made {len(tokens)} reference tokens, but the references account for {total}. A part "
+                    "of it was replaced by one that works differently: call remove_sparse_context, or restore the "
+                    "original part."
+                )
+            selection = chosen()
+        self.select(selection)
         kept = _keep_sharp(tokens, grids, selection, larger)
         if encode_overviews is None or not selection.overviews:
             return kept
-        coarse = encode_overviews(selection.overviews)
+        coarse = encode_overviews(selection.overviews, tokens)
         promised = sum(overview.tokens for overview in selection.overviews.values())
         if len(coarse) != promised:
             raise ValueError(
@@ -168,6 +180,21 @@ class Call:
                 "by one that works differently: pass overview=None, or restore the original part."
             )
         return kept.join(coarse)
+
+    @contextmanager
+    def _meanwhile(self, choose: Callable[[], Selection], references: int) -> Iterator[Callable[[], Selection]]:
+        """Gives what waits for the answer of `choose`, which runs in a thread of its own from now on.
+
+        On a CPU it runs once it is asked for, for there both would want the same cores. So does a selector of the
+        user's own, which need not be safe for threads.
+        """
+        selectors = each_selector(self.context.config.selector, references)
+        ours = all(selector is None or name_of(selector) is not None for selector in selectors)
+        if not ours or not _has_accelerator(self.pipe):
+            yield choose
+            return
+        with ThreadPoolExecutor(1) as thread:
+            yield thread.submit(copy_context().run, choose).result
 
     def select(self, selection: Selection) -> None:
         """Remember what was kept."""
@@ -203,6 +230,12 @@ def place_of(pipe: Any) -> Place:
     """
     dtype = str(getattr(getattr(pipe, "transformer", None), "dtype", "")).removeprefix("torch.")
     return Place(str(pipe._execution_device), dtype if dtype in ("bfloat16", "float16") else "float32")
+
+
+def _has_accelerator(pipe: Any) -> bool:
+    """Whether a pipeline works on another device than the CPU."""
+    device = getattr(pipe, "_execution_device", None)
+    return device is not None and device.type != "cpu"
 
 
 def _keep_sharp(

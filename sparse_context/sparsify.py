@@ -21,7 +21,12 @@ from .selection import Selection
 
 
 def apply_sparse_context(
-    pipe: object, config: SparseContextConfig | None = None, *, cache: ReferenceCache | None = None, **changes: Any
+    pipe: object,
+    config: SparseContextConfig | None = None,
+    *,
+    cache: ReferenceCache | None = None,
+    together: bool = False,
+    **changes: Any,
 ) -> None:
     """From the next call on, keep only the reference tokens that matter.
 
@@ -31,6 +36,9 @@ def apply_sparse_context(
     cache: remembers the scores of references that come again, and with the plain FLUX.2 pipelines their latents too.
         None: every call makes them anew. It is yours, so that it outlives applying again and can serve several
         pipelines.
+
+    together: encode references of one size as one batch, as far as they have a megapixel together (plain FLUX.2
+        pipelines, without a cache). Small ones are encoded a little faster; the last digits of latents may differ.
 
     What the config leaves to the weights (`overview="trained"`) each call asks of those that are in effect by then: a
     LoRA or a checkpoint that `pipelines.load` read says what it was trained for, and `trained.note_trained` says it for
@@ -47,7 +55,7 @@ def apply_sparse_context(
     if not isinstance(cache, ReferenceCache | None):
         raise TypeError(f"cache is {cache!r}: pass a ReferenceCache(), or None.")
     config = replace(config or SparseContextConfig(), **changes)
-    install(pipe, SparseContext(config, attach, cache, kv=family_of(pipe).kv))
+    install(pipe, SparseContext(config, attach, cache, kv=family_of(pipe).kv, together=together))
 
 
 def remove_sparse_context(pipe: object) -> None:

@@ -30,7 +30,7 @@ from sparse_context.budget import choose_tokens
 from sparse_context.families.pictures import to_uint8
 from sparse_context.large import large_grid, large_ids, large_tokens, tiles
 from sparse_context.pipelines import Request
-from sparse_context.pipelines.engine import _call_of
+from sparse_context.pipelines.arguments import call_of
 from sparse_context.preview import draw_selection
 
 MEGAPIXEL = 1024 * 1024
@@ -364,7 +364,7 @@ def test_auto_takes_no_more_than_the_usual_size_has():
 def test_the_engine_leaves_it_to_the_pipeline_to_scale(pixels):
     host = Host("klein")
     request = Request("a cat", [host.picture(1.6)], SparseContextConfig(overview=4, reference_max_pixels=pixels))
-    _, arguments, _ = _call_of(host.pipe, request)
+    _, arguments, _ = call_of(host.pipe, request)
     (image,) = arguments["image"]
     assert image.width * image.height == pytest.approx(pixels or MEGAPIXEL, rel=1e-2)
 

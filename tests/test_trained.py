@@ -188,10 +188,10 @@ def test_where_a_pipeline_takes_no_overviews_none_is_by_default_and_one_that_is_
     tokens = ReferenceTokens(torch.zeros(1, 64, 2), torch.zeros(64, 3))
     for overview in ("trained", None):
         call = Call(pipe, SparseContext(SparseContextConfig(keep=0.25, selector="uniform", overview=overview), attach))
-        assert len(call.keep(tokens, [(8, 8)], lambda i, mask: None)) == 16 and call.selection.overviews == {}
+        assert len(call.keep(lambda: tokens, [(8, 8)], lambda i, mask: None)) == 16 and call.selection.overviews == {}
     call = Call(pipe, SparseContext(SparseContextConfig(overview=4), attach))
     with pytest.raises(ValueError, match="overview is 4, but Flux2KleinPipeline takes none: leave it out"):
-        call.keep(tokens, [(8, 8)], lambda i, mask: None)
+        call.keep(lambda: tokens, [(8, 8)], lambda i, mask: None)
 
 
 def test_another_number_of_tokens_than_an_overview_has_is_refused():
@@ -200,7 +200,7 @@ def test_another_number_of_tokens_than_an_overview_has_is_refused():
     picture = np.zeros((64, 64, 3), np.uint8)
     call = Call(pipe, SparseContext(SparseContextConfig(overview=4), attach))
     with pytest.raises(ValueError, match="made 64 tokens of overviews that have 4.* pass overview=None, or restore"):
-        call.keep(tokens, [(8, 8)], lambda i, mask: picture, encode_overviews=lambda overviews: tokens)
+        call.keep(lambda: tokens, [(8, 8)], lambda i, mask: picture, encode_overviews=lambda overviews, tokens: tokens)
 
 
 # Loading --------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def run_bench(
     Without `model` and `random_weights` the embedded model is measured. `took` of the figures are the seconds of
     it all, loading and the warm-up included. Raises ValueError for arguments that do not go together, before any work.
     """
-    _check(model, random_weights, blocks, dtype, output)
+    check_arguments(model, random_weights, blocks, dtype, output)
     if plot_to is not None:
         check_matplotlib()
     shape = None if random_weights is None else find_shape(random_weights)
@@ -80,7 +80,9 @@ def run_bench(
     return figures
 
 
-def _check(model: str | None, random_weights: str | None, blocks: int | None, dtype: str, output: Path | None) -> None:
+def check_arguments(
+    model: str | None, random_weights: str | None, blocks: int | None, dtype: str, output: Path | None
+) -> None:
     """Raise ValueError for arguments that do not go together."""
     if random_weights is not None and model is not None:
         raise ValueError("A model and random_weights were given: choose one of the two.")

@@ -35,6 +35,15 @@ def bench(
         list[str] | None,
         typer.Option(help="Method to time. Repeat it for several.", show_default="all that the model supports"),
     ] = None,
+    predict: Annotated[
+        bool,
+        typer.Option(help="Measure nothing: say what calls take, in tokens, FLOPs and memory. No weights are read."),
+    ] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="With --predict: memory of the device in GB. Adds the largest keep that fits."),
+    ] = None,
+    cpu_offload: options.CpuOffload = None,
     turns: Annotated[int, typer.Option(help="Number of timed calls per method, after a warm-up.")] = 5,
     minutes: Annotated[
         float, typer.Option(help="Time budget in minutes; no new turn starts if it would run over.")
@@ -53,6 +62,11 @@ def bench(
     """Time the methods that make references cheaper, and compare each with what its FLOPs allow."""
     from ..images import check_output
 
+    for needed, given in (("--memory", memory), ("--cpu-offload", cpu_offload)):
+        if given is not None and not predict:
+            raise ValueError(f"{needed} is for what is predicted: pass --predict too, or leave it out.")
+    if predict and blocks is not None:
+        raise ValueError("--blocks is for what is timed: leave it or --predict out.")
     if plot is not None:
         check_output(plot)
     options.hide_loading_bars()
@@ -69,6 +83,22 @@ def bench(
         minutes=minutes,
         steps=steps,
     )
+    if predict:
+        from ..bench import predict as predicting
+
+        rows, fits = predicting.predict(
+            config,
+            model=model,
+            random_weights=random_weights,
+            memory=memory,
+            cpu_offload=cpu_offload,
+            dtype=dtype,
+            output=output,
+        )
+        print(predicting.summary(rows, fits, memory))
+        if output is not None:
+            print(f"wrote {output}")
+        return
     figures = run_bench(
         config,
         model=model,

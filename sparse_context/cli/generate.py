@@ -53,6 +53,7 @@ def generate(
     device: options.Device = None,
     cpu_offload: options.CpuOffload = None,
     quantization: options.Quantization = None,
+    vae: options.Vae = None,
     settings: options.SettingsFile = None,
     as_json: options.AsJson = False,
 ) -> None:

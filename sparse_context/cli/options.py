@@ -132,6 +132,13 @@ Quantization = Annotated[
         show_default="none",
     ),
 ]
+Vae = Annotated[
+    str | None,
+    typer.Option(
+        help="How the VAE runs: channels-last, or compiled (slow at the first call). Changes the last digits.",
+        show_default="as loaded",
+    ),
+]
 SettingsFile = Annotated[
     Path | None,
     typer.Option("--settings", help="JSON file of settings, as recommend writes it. Options that you give go before."),

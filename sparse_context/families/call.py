@@ -33,5 +33,11 @@ def find_decode(pipe: Any) -> Callable[..., list[Image.Image]] | None:
     return None if family.paints else getattr(_module(family), "decode", None)
 
 
+def find_area(pipe: Any) -> int | None:
+    """How many pixels a pipeline scales every reference to, about; None where it takes them in their own size, up to a
+    megapixel. Raises TypeError as `family_of` does."""
+    return getattr(_module(family_of(pipe)), "AREA", None)
+
+
 def _module(family: Family) -> ModuleType:
     return import_module(".modular" if family.modular else f".{family.folder}.call", __package__)

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..large import Large, large_grid
 from ..selection import Pixels
 from ..selectors.cells import Grid
+from .pixels import LazyPixels, View, preprocess_lazily
 
 
 def _same(image: Any) -> Any:
@@ -31,43 +32,33 @@ def _has_alpha(image: Any) -> bool:
     return isinstance(image, PIL.Image.Image) and ("A" in image.getbands() or image.has_transparency_data)
 
 
-class _View:
-    """An object of which some attributes are others, without a change to it or a copy of it."""
-
-    def __init__(self, seen: Any, others: dict[str, Any]) -> None:
-        vars(self).update(others, _seen=seen)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._seen, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._seen, name, value)
-
-
 class Pictures:
     """Watches the image processor of one call, and so knows what each preprocessed tensor was made from.
 
     `max_area` is the number of pixels that the pipeline scales larger pictures down to before the processor sees them;
     a mask of the size that the picture had before that is scaled with it. Where the pipeline's own processor keeps an
     alpha channel, which its VAE cannot take, pictures go to it without, as FLUX.2's processor does by itself.
+    `lazily`: tensors stay bytes on the way to the VAE (`LazyPixels`), for hosts that only move them there.
     """
 
-    def __init__(self, max_area: float = math.inf) -> None:
+    def __init__(self, max_area: float = math.inf, lazily: bool = False) -> None:
         self.preprocessed: list[torch.Tensor] = []  # all that was made, in order
         self._max_area = max_area
+        self._lazily = lazily
         self._made_by = WeakIdKeyDictionary()  # what a step of the processor returned -> the step and its arguments
         self._scaled_from = WeakIdKeyDictionary()  # a picture that FLUX.2 scaled down -> the picture that it was
 
     def watch(self, processor: Any) -> Any:
         """The image processor as this call sees it; the processor itself may serve others meanwhile."""
         converts = getattr(getattr(processor, "config", None), "do_convert_rgb", True)  # the user's own has no config
-        preprocess = self._watched(processor.preprocess, _same if converts else _opaque)
+        preprocess = preprocess_lazily(processor) if self._lazily else processor.preprocess
+        preprocess = self._watched(preprocess, _same if converts else _opaque)
         steps = {"preprocess": self._listed(preprocess)}
         if hasattr(processor, "resize"):
             steps["resize"] = self._watched(processor.resize)
         if hasattr(processor, "_resize_to_target_area"):
             steps["_resize_to_target_area"] = self._scaling(processor._resize_to_target_area)
-        return _View(processor, steps)
+        return View(processor, steps)
 
     def _listed(self, step: Callable) -> Callable:
         def listed(*args, **kwargs):
@@ -101,19 +92,23 @@ class Pictures:
         uint8 (H, W, 3) each; or (H, W, 4) with the user's mask, or else the picture's own alpha channel, carried
         through the processor's resize and crop. Raises ValueError for a mask of another size than its picture's.
         """
-        pixels_shown = to_uint8(pixels[rows])
+        if isinstance(pixels, LazyPixels) and pixels.shown:
+            pixels_shown = pixels.shown[rows]
+        else:
+            pixels_shown = list(to_uint8(pixels[rows]))
         original = self._original(pixels)
         originals = list(original) if isinstance(original, list) else [original]
         if original is pixels:
-            return list(pixels_shown)
+            return pixels_shown
         alike = []
         for picture in originals[rows] if len(originals) > 1 else originals:
             picture_mask = mask_of(picture, mask, reference, self._max_area)
             if picture_mask is None:
-                return list(pixels_shown)
+                return pixels_shown
             alike.append(_like(picture, picture_mask))
-        alpha = to_uint8(self._replay(pixels, alike if len(alike) > 1 else alike[0]))[..., :1]
-        return list(np.concatenate([pixels_shown, np.broadcast_to(alpha, (*pixels_shown.shape[:3], 1))], axis=-1))
+        alphas = to_uint8(self._replay(pixels, alike if len(alike) > 1 else alike[0]))[..., :1]
+        alphas = np.broadcast_to(alphas, (len(pixels_shown), *alphas.shape[1:]))
+        return [np.concatenate(pair, axis=-1) for pair in zip(pixels_shown, alphas, strict=True)]
 
     def enlarge(
         self,
@@ -197,6 +192,8 @@ def mask_of(
 
 def to_uint8(pixels: torch.Tensor) -> np.ndarray:
     """(B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C), rounded; what lies outside is clipped."""
+    if isinstance(pixels, LazyPixels) and pixels.shown:
+        return np.stack(pixels.shown)
     planes = pixels.detach().float().cpu().numpy()
     rows = planes.reshape(-1, planes.shape[-1])
     # OpenCV scales, rounds and clips in one pass, where torch takes five

@@ -118,7 +118,8 @@ def drawing(transformer: Any) -> "Callable[..., torch.Tensor]":
     """(*sizes) -> normal noise that is the same in every forward."""
     import torch
 
-    generator = torch.Generator(transformer.device).manual_seed(0)
+    is_meta = transformer.device.type == "meta"  # where nothing is drawn
+    generator = None if is_meta else torch.Generator(transformer.device).manual_seed(0)
     return partial(torch.randn, generator=generator, device=transformer.device, dtype=transformer.dtype)
 
 

@@ -1,11 +1,11 @@
 """An engine: one loaded pipeline, and the lock that makes it safe for many threads."""
 
-import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -14,18 +14,21 @@ from ..cache import ReferenceCache
 from ..config import SparseContextConfig
 from ..context import place_of
 from ..families import Family, family_of
-from ..families.call import call_arguments, find_decode
-from ..preview import MAX_AREA, fit_reference, label, reference_mask, select_pictures, side_by_side
+from ..families.call import find_area, find_decode
+from ..preview import label, select_pictures, side_by_side
 from ..selection import Score, Selection, score_tokens
+from ..selectors.cells import Grid
 from ..sparsify import apply_sparse_context, last_selection
 from ..trained import read_record, trained_for
+from .arguments import call_of, guided, progress_bar
 from .embedded import ADAPTERS, adapter_record
 from .errors import Cancelled, GenerationError
 from .hub import one_line
 from .load import load
 from .lora_file import NO_LORA
-from .memory import Peak
-from .settings import Fit, call_inputs, call_settings, check_images, fit_masks, reference_sides
+from .memory import Peak, free_memory
+from .predict import ROOM, Prediction, Predictor, grid_of, kept_of, parts_of
+from .settings import call_settings
 from .spec import ModelSpec, Request
 from .steps import Cancel, Preview, Progress, Stop, stepwise, turn
 from .timing import Times, timed
@@ -116,6 +119,7 @@ class Engine:
         self._wrapped = pipe
         self._bar = {} if bar else {"disable": True}
         self._loading = threading.Lock()
+        self._predictors: WeakKeyDictionary[Any, Predictor] = WeakKeyDictionary()
 
     def pipe(self, config: SparseContextConfig | None = None) -> Any:
         """The pipeline that answers requests with this config (None: one that drops tokens), loaded if need be.
@@ -187,6 +191,22 @@ class Engine:
         trained = trained_for(getattr(pipe, "transformer", None), family_of(pipe).kv)
         return select_pictures(images, config, 2 * pipe.vae_scale_factor, trained, score, place_of(pipe))
 
+    def predict(self, request: Request) -> Prediction:
+        """What a call would take: tokens, operations, and memory by phase, from shapes alone; nothing is generated.
+
+        A keep of "auto" is predicted as all tokens, for what it comes to the pictures say. Pictures beyond the host's
+        own size (`reference_max_pixels`), LoRAs and classifier-free guidance are not counted. Raises ValueError for a
+        request that this model does not take, and for a pipeline with parts of the user's own.
+        """
+        return self._predict(self.pipe(request.config), request)
+
+    def largest_keep(self, request: Request, memory: int) -> float | None:
+        """The largest keep, in hundredths, with which a call of this kind stays within `memory` bytes on the device,
+        weights included; None where none does. Raises what `predict` raises."""
+        pipe = self.pipe(request.config)
+        grids, output, steps = _grids(pipe, request)
+        return self._predictor(pipe).largest_keep(grids, output, memory, steps)
+
     def warm_up(self, request: Request | None = None) -> None:
         """Load the pipeline and make a short call, for a first one pays for more than itself.
 
@@ -238,11 +258,11 @@ class Engine:
         prompts = [each.prompt for each in requests]
         generators = [torch.Generator().manual_seed(each.seed) for each in requests]
         asked = (prompts, generators) if len(requests) > 1 else (prompts[0], generators[0])
-        decode = find_decode(pipe)
+        decode, free = find_decode(pipe), free_memory(pipe._execution_device)
         decoded = None if decode is None else partial(decode, pipe, inputs=arguments)
         try:
-            with turn(pipe, cancel), _bar(pipe, **bar | self._bar), _guided(pipe, request.guidance_scale):
-                apply_sparse_context(pipe, config, cache=self.cache)
+            with turn(pipe, cancel), progress_bar(pipe, **bar | self._bar), guided(pipe, request.guidance_scale):
+                apply_sparse_context(pipe, config, cache=self.cache, together=self.spec.vae is not None)
                 peak = Peak(pipe._execution_device) if memory else None
                 with stepwise(pipe, cancel, progress, preview, decoded), timed(pipe) as times:
                     output = pipe(prompt=asked[0], generator=asked[1], **arguments)
@@ -254,12 +274,50 @@ class Engine:
         except ValueError:
             raise
         except torch.OutOfMemoryError as error:
-            raise GenerationError(
-                "The device's memory ran out: keep fewer tokens, ask for a smaller height and width, or load the model "
-                "with cpu_offload or quantization."
-            ) from error
+            raise GenerationError(self._out_of_memory(pipe, requests, free)) from error
         except Exception as error:
             raise GenerationError(f"{name} failed: {one_line(error)}.") from error
+
+    def _predictor(self, pipe: Any) -> Predictor:
+        with self._loading:
+            if pipe not in self._predictors:
+                text = call_settings(pipe).get("max_sequence_length")
+                offload = None if self._wrapped is not None else self.spec.cpu_offload
+                self._predictors[pipe] = Predictor(parts_of(pipe, text, offload))
+            return self._predictors[pipe]
+
+    def _predict(self, pipe: Any, request: Request) -> Prediction:
+        grids, output, steps = _grids(pipe, request)
+        return self._predictor(pipe)(grids, kept_of(request.config, grids), output, steps)
+
+    def _out_of_memory(self, pipe: Any, requests: Sequence[Request], free: int | None) -> str:
+        """What to do about memory that ran out, of which so many bytes were free before."""
+        otherwise = "ask for a smaller height and width, or load the model with cpu_offload or quantization."
+        largest, known = None, False
+        if free is not None and len(requests) == 1 and requests[0].references:
+            try:
+                now = self._predict(pipe, requests[0])
+                memory = free + now.resident
+                largest, known = self.largest_keep(requests[0], memory), now.peak > ROOM * memory
+            except Exception:  # what cannot be predicted must not hide what happened
+                known = False
+        if not known:
+            return f"The device's memory ran out: keep fewer tokens, {otherwise}"
+        gibibytes = f"{(free or 0) / 2**30:.1f} GiB that were free"
+        if largest is None:
+            return f"The device's memory ran out, and no keep fits into the {gibibytes}: {otherwise}"
+        return f"The device's memory ran out: keep={largest:g} fits into the {gibibytes}. Or {otherwise}"
+
+
+def _grids(pipe: Any, request: Request) -> tuple[list[Grid], Grid, int | None]:
+    """Of a request the grids of its references, that of its output, and the steps."""
+    _, arguments, images = call_of(pipe, request)
+    token, area = 2 * pipe.vae_scale_factor, find_area(pipe)
+    grids = [grid_of(*image.size, token, area) for image in images]
+    usual = getattr(pipe, "default_sample_size", 128) * pipe.vae_scale_factor
+    rows, columns = grids[0] if grids else (usual // token, usual // token)
+    height, width = arguments.get("height") or rows * token, arguments.get("width") or columns * token
+    return grids, grid_of(width, height, token), arguments.get("num_inference_steps")
 
 
 def all_tokens(request: Request) -> Request:
@@ -279,77 +337,3 @@ def _check_together(requests: Sequence[Request], family: Family, name: str) -> N
     first = replace(requests[0], prompt="", seed=0)
     if any(replace(other, prompt="", seed=0) != first for other in requests[1:]):
         raise ValueError("Requests that are answered together may differ in prompt and seed alone: call for each.")
-
-
-def call_of(pipe: Any, request: Request) -> tuple[SparseContextConfig, dict[str, Any], list[Image.Image]]:
-    """What to apply to the pipeline, the arguments of its call but for the prompt and the generator, and the references
-    as they are handed over.
-
-    Nothing of the pipeline is changed. Raises ValueError for what it does not take.
-    """
-    family, name = family_of(pipe), type(pipe).__name__
-    settings, inputs = call_settings(pipe), call_inputs(pipe)
-    references, config, mask = request.references, request.config, request.inpaint
-    check_images(name, family, len(references), mask is not None, settings.get("max_references"))
-    token = 2 * pipe.vae_scale_factor
-    for side, value in (("height", request.height), ("width", request.width)):
-        if value is not None and side not in inputs:
-            raise ValueError(f"{side} is {value}, but {name} takes the shape of its reference: leave it out.")
-        if value is not None and value % token:
-            near = max(1, round(value / token)) * token
-            raise ValueError(f"{side} is {value}: this model needs a multiple of {token}, such as {near}.")
-    distilled, has_guider = getattr(pipe.config, "is_distilled", False), getattr(pipe, "guider", None) is not None
-    if request.guidance_scale is not None and (distilled or not (has_guider or family.guidance in inputs)):
-        what = "this distilled model" if distilled else name
-        raise ValueError(f"guidance_scale is {request.guidance_scale}, but {what} takes none: leave it out.")
-    if request.negative_prompt is not None and (distilled or "negative_prompt" not in inputs):
-        what = "this distilled model" if distilled else name
-        raise ValueError(f"negative_prompt is {request.negative_prompt!r}, but {what} takes none: leave it out.")
-    for i, reference in enumerate(references):
-        reference_mask(config.selector, i, reference)  # raises for a mask of another size
-    if mask is not None and mask.size != references[0].size:
-        raise ValueError(
-            f"The mask to paint in is {mask.width}x{mask.height}, but the first reference is "
-            f"{references[0].width}x{references[0].height}: pass a mask of its size."
-        )
-    sides = reference_sides(settings.get("reference_size"), config, len(references))
-    area = max(MAX_AREA, config.reference_max_pixels or 0)  # its pipeline scales a larger one down by itself
-    fits: list[Fit] = [partial(fit_reference, side=side, narrow=family.narrow, max_area=area) for side in sides]
-    images = [fit(reference) for fit, reference in zip(fits, references, strict=True)]
-    chosen = {
-        "num_inference_steps": request.steps,
-        "height": request.height,
-        "width": request.width,
-        "negative_prompt": request.negative_prompt,
-        family.guidance: 1.0 if distilled else request.guidance_scale,  # 1 is what a distilled model is run with anyhow
-    }
-    arguments = settings | {dial: value for dial, value in chosen.items() if value is not None}
-    arguments = {dial: value for dial, value in arguments.items() if dial in inputs}
-    fitted_mask = None if mask is None else fits[0](mask)
-    arguments |= call_arguments(pipe, images, fitted_mask, request.height, request.width)
-    arguments = {dial: value for dial, value in arguments.items() if value is not None}
-    return replace(config, selector=fit_masks(config.selector, fits)), arguments, images
-
-
-def _guided(pipe: Any, scale: float | None) -> contextlib.AbstractContextManager[None]:
-    """Within it, a pipeline whose guidance is a part of it (a guider) has this scale."""
-    if not family_of(pipe).modular:
-        return contextlib.nullcontext()
-    from ..families.modular import guidance
-
-    return guidance(pipe, scale)
-
-
-@contextlib.contextmanager
-def _bar(pipe: Any, **settings: Any) -> Iterator[None]:
-    """Within it, the pipeline's progress bar has these settings on top of its own."""
-    blocks = pipe.blocks.sub_blocks.values() if family_of(pipe).modular else [pipe]
-    owners = [owner for owner in blocks if hasattr(owner, "set_progress_bar_config")] if settings else []
-    saved = [dict(getattr(owner, "_progress_bar_config", {})) for owner in owners]
-    for owner, config in zip(owners, saved, strict=True):
-        owner.set_progress_bar_config(**{**config, **settings})
-    try:
-        yield
-    finally:
-        for owner, config in zip(owners, saved, strict=True):
-            owner.set_progress_bar_config(**config)

@@ -80,6 +80,8 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
         pipe.unload_lora_weights()  # what was fused stays
         if trained is not None:
             note_trained(pipe.transformer, trained)
+    if spec.vae is not None:
+        speed_up_vae(pipe.vae, spec.vae)
     _place(pipe, device, spec.cpu_offload, modular)
     return pipe
 
@@ -111,6 +113,17 @@ def _check_complete(path: str, pipe: Any) -> None:
             raise ValueError(f"The model {path} is incomplete: weights of its {name} are missing.")
     if getattr(pipe.tokenizer, "vocab_size", 2) < 2:  # without its file a tokenizer loads too, and knows no word
         raise ValueError(f"The model {path} is incomplete: its tokenizer has no words.")
+
+
+def speed_up_vae(vae: Any, how: str) -> None:
+    """Let a VAE run as `ModelSpec.vae` says."""
+    orders = {4: torch.channels_last, 5: torch.channels_last_3d}  # a VAE for videos has weights of both kinds
+    for weight in vae.parameters():
+        if weight.ndim in orders:
+            weight.data = weight.data.contiguous(memory_format=orders[weight.ndim])
+    if how == "compiled":
+        for part in (vae.encoder, vae.decoder):
+            part.compile()
 
 
 def _place(pipe: Any, device: torch.device, cpu_offload: str | None, modular: bool) -> None:

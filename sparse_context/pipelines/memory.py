@@ -1,4 +1,4 @@
-"""The most memory that was taken at once: by the allocator of a CUDA device, or by the process on a CPU."""
+"""Memory that was taken and that is left: of a CUDA device, or on a CPU of the machine."""
 
 import contextlib
 import ctypes
@@ -8,6 +8,20 @@ from pathlib import Path
 import torch
 
 _RESET = Path("/proc/self/clear_refs")  # proc(5): a 5 sets the high-water mark back to what is resident now
+
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process could still take on a device; None where nobody knows."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu" or not _MEMINFO.is_file():
+        return None
+    lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0) or None
 
 
 class Peak:

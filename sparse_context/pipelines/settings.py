@@ -25,7 +25,7 @@ def check_references(model: str | None, count: int, inpaint: bool) -> None:
     """
     path = str(WEIGHTS) if model is None else model
     name = class_name_of(path)
-    check_images(name, FAMILIES[name], count, inpaint, _read_settings(path).get("max_references"))
+    check_images(name, FAMILIES[name], count, inpaint, read_settings(path).get("max_references"))
 
 
 def check_call(
@@ -57,7 +57,7 @@ def most_references(model: str | None) -> int | None:
     No weights are read. Raises ValueError where the model is not there, or not supported.
     """
     path = str(WEIGHTS) if model is None else model
-    limits = FAMILIES[class_name_of(path)].most, _read_settings(path).get("max_references")
+    limits = FAMILIES[class_name_of(path)].most, read_settings(path).get("max_references")
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -92,7 +92,7 @@ def call_settings(pipe: Any) -> dict:
     source = getattr(pipe.config, "_name_or_path", None)  # None for a pipeline that was built in code
     if family_of(pipe).modular:
         source = pipe._pretrained_model_name_or_path
-    settings = _read_settings(source) if source else {}
+    settings = read_settings(source) if source else {}
     if not settings and getattr(pipe.config, "is_distilled", False):
         settings = {"num_inference_steps": 4}
     if family_of(pipe).guidance == "true_cfg_scale":  # which does nothing without a negative prompt
@@ -100,7 +100,8 @@ def call_settings(pipe: Any) -> dict:
     return settings
 
 
-def _read_settings(source: str) -> dict:
+def read_settings(source: str) -> dict:
+    """The `call.json` of a model in this folder; empty where there is none. Raises ValueError where it is broken."""
     try:
         return dict(read_call_settings(Path(source)) or {})
     except (ValueError, TypeError, OSError) as error:

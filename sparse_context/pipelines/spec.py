@@ -13,6 +13,7 @@ from .settings import check_call, check_text
 DTYPE_NAMES = ("float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
 OFFLOADS = ("model", "group")
 QUANTIZATIONS = ("int8", "nf4", "int8-bnb")
+VAES = ("channels-last", "compiled")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class ModelSpec:
         GPU or a CPU. "int8-bnb": bitsandbytes, on a GPU. The path of a `.gguf` file: the transformer is read from that
         file, everything else from the model. The other parts of the pipeline keep `dtype`. Each needs a package of
         `sparse-context[quantization]`.
+    vae: how the VAE runs; its latents then differ in their last digits. "channels-last": with weights in the order in
+        which convolutions read pixels. "compiled": that, and by `torch.compile`, which needs a C++ compiler and takes
+        its time at the first call of each size. None: as it is loaded.
     """
 
     model: str | None = None
@@ -42,6 +46,7 @@ class ModelSpec:
     lora_scale: float = 1.0
     kv: bool = False
     quantization: str | None = None
+    vae: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPE_NAMES:
@@ -54,6 +59,10 @@ class ModelSpec:
             raise ValueError(
                 f"quantization is {self.quantization!r}: choose {', '.join(QUANTIZATIONS)} or name a .gguf file."
             )
+        if self.vae is not None and self.vae not in VAES:
+            raise ValueError(f"vae is {self.vae!r}: choose {' or '.join(VAES)}.")
+        if self.vae == "compiled" and self.cpu_offload is not None:
+            raise ValueError(f"vae is 'compiled', which cpu_offload {self.cpu_offload!r} cannot move: leave one out.")
         if file is not None and not file.is_file():
             raise ValueError(f"The GGUF file {file} is not there: name one that holds the model's transformer.")
 

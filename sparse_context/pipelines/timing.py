@@ -1,6 +1,8 @@
 """The time of one pipeline call, split into its phases.
 
-The clock is read only after the device has finished what it was given, so a phase is charged for its own work.
+A phase is charged for its own work, also where that is queued: on CUDA the device itself notes when it gets to the
+phase and when it is done, and is asked at the end of the call. So nothing waits between phases that does not without a
+clock.
 """
 
 import threading
@@ -20,9 +22,9 @@ from .memory import Peak
 class Times:
     """Seconds of one call. `total` is more than the sum: it has preprocessing, the scheduler and the rest too.
 
-    text: prompt encoding. encode: the VAE on the references. selection: scoring and choosing tokens, on pixels that are
-    taken back from the tensors that the VAE sees. denoise: from the
-    first forward of the transformer to the start of decoding. decode: the VAE on the output.
+    text: prompt encoding. encode: the VAE on the references. selection: scoring and choosing tokens, which on an
+    accelerator runs beside encoding and may cost the call less than that, or nothing. denoise: from the first forward
+    of the transformer to the start of decoding. decode: the VAE on the output.
     """
 
     text: float = 0.0
@@ -42,6 +44,23 @@ def now(device: torch.device) -> float:
     if device.type in ("cuda", "mps", "xpu"):
         getattr(torch, device.type).synchronize()
     return time.perf_counter()
+
+
+class _Moment:
+    """A moment in the work of a device: when it has done all that it was given so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(device))
+        else:
+            self._clock = now(device)
+
+    def until(self, end: "_Moment") -> float:
+        """Seconds, once the device has come to `end`."""
+        if self._event is not None and end._event is not None:
+            return self._event.elapsed_time(end._event) / 1000
+        return end._clock - self._clock
 
 
 Watcher = Callable[..., AbstractContextManager]
@@ -95,41 +114,41 @@ def timed(pipe: Any, peaks: dict[str, int] | None = None) -> Iterator[Times]:
     count.
     """
     times, device = Times(), pipe._execution_device
-    denoise_started: list[float] = []
+    phases: list[tuple[str, _Moment, _Moment]] = []
+    denoising: list[_Moment] = []  # its start, while it lasts
     peak = None if peaks is None else Peak(device)
 
-    def start_phase() -> float:
+    def start_phase() -> _Moment:
         if peak is not None:
             peak.reset()
-        return now(device)
+        return _Moment(device)
 
-    def end_phase(phase: str) -> float:
-        end = now(device)
+    def end_phase(phase: str, start: _Moment) -> None:
+        phases.append((phase, start, _Moment(device)))
         if peaks is not None and peak is not None and (bytes := peak.read()) is not None:
             peaks[phase] = max(bytes, peaks.get(phase, 0))
-        return end
 
     def charge(owner: Any, name: str, phase: str, stack: ExitStack) -> None:
         @contextmanager
         def charged(*_: Any, **__: Any) -> Iterator[None]:
-            if phase == "decode" and denoise_started and not times.denoise:
-                times.denoise = end_phase("denoise") - denoise_started[0]
+            if phase == "decode" and denoising:
+                end_phase("denoise", denoising.pop())
             start = start_phase()
             try:
                 yield
             finally:
-                setattr(times, phase, getattr(times, phase) + end_phase(phase) - start)
+                end_phase(phase, start)
 
         stack.enter_context(watching(owner, name, charged))
 
     def start_denoising(*_: Any) -> None:
-        if not denoise_started:
-            denoise_started.append(start_phase())
+        if not denoising and "denoise" not in [phase for phase, *_ in phases]:
+            denoising.append(start_phase())
 
     with ExitStack() as stack:
         if hasattr(pipe, "encode_prompt"):
             charge(pipe, "encode_prompt", "text", stack)
-        else:
+        elif getattr(pipe, "text_encoder", None) is not None:
             charge(pipe.text_encoder, "forward", "text", stack)
         charge(pipe.vae, "encode", "encode", stack)
         charge(pipe.vae, "decode", "decode", stack)
@@ -137,7 +156,10 @@ def timed(pipe: Any, peaks: dict[str, int] | None = None) -> Iterator[Times]:
         start = now(device)
         yield times
         times.total = now(device) - start
-    if denoise_started and not times.denoise:
-        times.denoise = end_phase("denoise") - denoise_started[0]
+    if denoising:
+        end_phase("denoise", denoising.pop())
+        now(device)
+    for phase, begun, ended in phases:
+        setattr(times, phase, getattr(times, phase) + begun.until(ended))
     selection = last_selection(pipe)
     times.selection = selection.seconds if selection else 0.0

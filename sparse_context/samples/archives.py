@@ -141,7 +141,7 @@ def _fetch(archive: str) -> tuple[BinaryIO, Index]:
             _fetched.popitem(last=False)[1][0].close()
         file = tempfile.TemporaryFile()  # no name leads to it, so a process that is killed leaves nothing
         try:
-            with fsspec.open(archive, "rb") as source:
+            with fsspec.open(archive, mode="rb") as source:
                 while block := source.read(2**20):
                     file.write(block)
             file.seek(0)

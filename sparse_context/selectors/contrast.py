@@ -68,34 +68,34 @@ def _barrier(lab: np.ndarray) -> np.ndarray:
     cost = np.full(lab.shape[:2], np.inf, np.float32)
     cost[0] = cost[-1] = 0
     cost[:, 0] = cost[:, -1] = 0
-    colours = np.ascontiguousarray(lab.transpose(0, 2, 1))  # (rows, 3, columns): a row's channels lie side by side
-    highest, lowest = colours.copy(), colours.copy()
+    colours = lab.transpose(0, 2, 1)  # (rows, 3, columns): a row's channels lie side by side
+    # The least of a path is the greatest of what is negated: so one comparison does for both ends of its range
+    colours = np.concatenate([colours, -colours], axis=1)
+    ends = colours.copy()
     for _ in range(2):
         for turn in (False, True):  # down and up, then (transposed) right and left
-            parts = [cost, colours, highest, lowest]
+            parts = [cost, colours, ends]
             if turn:
                 parts = [np.ascontiguousarray(part.T) for part in parts]
             for step in (1, -1):
                 _sweep(*(part[::step] for part in parts))
             if turn:
-                cost, _, highest, lowest = (np.ascontiguousarray(part.T) for part in parts)
-    return cost / NOISE
+                cost, _, ends = (np.ascontiguousarray(part.T) for part in parts)
+    return cost / (3 * NOISE)
 
 
-def _sweep(cost: np.ndarray, colours: np.ndarray, highest: np.ndarray, lowest: np.ndarray) -> None:
-    """Let each row offer its paths to the next one, in place: `cost` is (rows, columns), the others (rows, 3, columns).
+def _sweep(cost: np.ndarray, colours: np.ndarray, ends: np.ndarray) -> None:
+    """Let each row offer its paths to the next one, in place: `cost` is (rows, columns), the others (rows, 6, columns).
 
-    Each call of NumPy here is one of many thousand, for which other threads wait: so there are few of them.
+    Each call of NumPy here is one of thousands, for which other threads wait: so there are few of them.
     """
-    for here in range(1, len(cost)):
-        up = np.maximum(highest[here - 1], colours[here])
-        low = np.minimum(lowest[here - 1], colours[here])
-        offer = np.add.reduce(up - low, axis=0)
-        offer /= 3
-        better = offer < cost[here]
-        np.copyto(cost[here], offer, where=better)
-        np.copyto(highest[here], up, where=better)
-        np.copyto(lowest[here], low, where=better)
+    reach, offer, better = np.empty_like(ends[0]), np.empty_like(cost[0]), np.empty(cost.shape[1], bool)
+    for before, own, here, path in zip(ends, colours[1:], cost[1:], ends[1:], strict=False):
+        np.maximum(before, own, out=reach)
+        np.add.reduce(reach, axis=0, out=offer)
+        np.less(offer, here, out=better)
+        np.copyto(here, offer, where=better)
+        np.copyto(path, reach, where=better)
 
 
 def _centre_prior(height: int, width: int) -> np.ndarray:

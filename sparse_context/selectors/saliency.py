@@ -57,10 +57,11 @@ def convolution(inside: int, outside: int, kernel: int = 1, stride: int = 1, gro
 
 def strided(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """`layer` with TensorFlow's padding, which the trunk was trained with: an odd pixel goes below and right."""
-    if layer.stride[0] == 2:
-        pad = layer.kernel_size[0] // 2 - 1
-        x = F.pad(x, (pad, pad + 1, pad, pad + 1))
-    return layer(x)
+    if layer.stride[0] == 1:
+        return layer(x)
+    # A row and a column of zeros before the kernel shift it as far: the picture, which is larger, need not be copied
+    weight = F.pad(layer.weight, (1, 0, 1, 0))
+    return F.conv2d(x, weight, layer.bias, 2, layer.kernel_size[0] // 2, groups=layer.groups)
 
 
 class Block(nn.Module):
@@ -75,9 +76,9 @@ class Block(nn.Module):
         self.residual = stride == 1 and inside == outside
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = self.project(F.relu6(strided(self.depthwise, y)))
-        return x + y if self.residual else y
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = self.project(F.relu6(strided(self.depthwise, y), inplace=True))
+        return y.add_(x) if self.residual else y
 
 
 class Trunk(nn.Module):
@@ -95,7 +96,7 @@ class Trunk(nn.Module):
             inside = channels
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        x = F.relu6(strided(self.stem, x))
+        x = F.relu6(strided(self.stem, x), inplace=True)
         features = []
         for i, stage in enumerate(self.stages):
             x = stage(x)
@@ -113,7 +114,7 @@ class Refine(nn.Module):
         self.mix = convolution(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mix(F.relu(self.depthwise(F.relu(x))))
+        return x + self.mix(F.relu(self.depthwise(F.relu(x)), inplace=True))
 
 
 class Decoder(nn.Module):

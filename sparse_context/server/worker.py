@@ -165,7 +165,7 @@ class Worker:
         self.engine.pipe(SparseContextConfig(keep=1.0))  # of the embedded model, which has another one for that
         self.batch = self._find_batch()
         self.ready = True
-        log.info("ready, with %d pictures of a call at most", self.batch)
+        log.info("ready, making at most %s a call", "1 picture" if self.batch == 1 else f"{self.batch} pictures")
 
     def _find_batch(self) -> int:
         """As many pictures of a call as the operator says, or as are fastest; 1 where the pipeline takes no more."""

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from ..families.host import Host
-from ..pipelines.engine import call_of
+from ..pipelines.arguments import call_of
 from .batch import Autocast, Encoding, encode, prepare_batch
 from .config import TrainConfig
 from .data import Example

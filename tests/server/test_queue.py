@@ -53,21 +53,27 @@ def together(answer):
     return answer.model_extra["sparse_context"]["pictures"][0]["together"]
 
 
+def fill(service, hold, pool):
+    """One request that runs, and behind it as many as may wait."""
+    running = pool.submit(ask, service, 0)
+    assert hold.entered.wait(PATIENCE)  # or the last one might find the first still waiting
+    waiting = [pool.submit(ask, service, seed, png(seed)) for seed in (1, 2, 3)]
+    wait_for(lambda: service.figure("queue_jobs") == 3)
+    return [running, *waiting]
+
+
 # What waits and what is refused ---------------------------------------------------------------------------------------
 
 
 def test_a_full_queue_refuses_with_a_time_and_serves_what_waits(service, shared_pipe, pool):
     refused = service.figure("refused_total")
     with held(shared_pipe) as hold:
-        running = pool.submit(ask, service, 0)
-        assert hold.entered.wait(PATIENCE)
-        waiting = [pool.submit(ask, service, seed, png(seed)) for seed in (1, 2, 3)]
-        wait_for(lambda: service.figure("queue_jobs") == 3)
+        busy = fill(service, hold, pool)
         with pytest.raises(openai.RateLimitError) as caught:
             ask(service, 4)
         assert service.figure("running_jobs") == 1
         hold.let_go()
-        answers = [each.result(PATIENCE) for each in (running, *waiting)]
+        answers = [each.result(PATIENCE) for each in busy]
     assert caught.value.body["code"] == "queue_full" and caught.value.type == "rate_limit_error"
     assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
     assert str(caught.value.body["message"]).startswith("The queue is full: try again in ")
@@ -79,8 +85,7 @@ def test_a_full_queue_refuses_with_a_time_and_serves_what_waits(service, shared_
 
 def test_the_client_comes_again_by_itself_and_is_served(service, shared_pipe, pool):
     with held(shared_pipe) as hold:
-        busy = [pool.submit(ask, service, seed, png(seed)) for seed in range(4)]
-        wait_for(lambda: service.figure("queue_jobs") == 3)
+        busy = fill(service, hold, pool)
         refused = service.figure("refused_total")
         patient = pool.submit(ask, service, 9, client=service.client(max_retries=5))
         wait_for(lambda: service.figure("refused_total") > refused)
@@ -92,8 +97,7 @@ def test_the_client_comes_again_by_itself_and_is_served(service, shared_pipe, po
 
 def test_a_full_queue_refuses_before_the_body_is_read(service, shared_pipe, pool):
     with held(shared_pipe) as hold:
-        busy = [pool.submit(ask, service, seed, png(seed)) for seed in range(4)]
-        wait_for(lambda: service.figure("queue_jobs") == 3)
+        busy = fill(service, hold, pool)
         with socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE) as connection:
             head = "Host: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000000\r\n\r\n"
             connection.sendall(f"POST /v1/images/edits HTTP/1.1\r\n{head}".encode())

@@ -152,9 +152,13 @@ def _keep_essentials(components: Any, state: PipelineState, call: Call) -> None:
         Flux2ProcessImagesInputStep()(components, mask_state)  # the same scaling and crop as the picture had
         return np.concatenate([seen, to_uint8(mask_state.condition_images[0])[0, ..., :1]], axis=-1)
 
-    grids = _grids(tokens.ids)
+    if pixels is None:
+        grids = _grids(tokens.ids)
+    else:  # without a look at the ids, which are on the device: that would wait for all that it does before
+        side = 2 * components.vae_scale_factor
+        grids = [(image.shape[-2] // side, image.shape[-1] // side) for image in pixels]
 
-    def encode_overviews(overviews: Mapping[int, Overview]) -> ReferenceTokens:
+    def encode_overviews(overviews: Mapping[int, Overview], tokens: ReferenceTokens) -> ReferenceTokens:
         small = PipelineState()  # in which they are all the references that there are
         for name in ("batch_size", "num_images_per_prompt", "generator"):
             small.set(name, state.get(name))
@@ -164,7 +168,7 @@ def _keep_essentials(components: Any, state: PipelineState, call: Call) -> None:
         made = ReferenceTokens(small.image_latents, small.image_latent_ids)
         return place_overviews(made, tokens.ids, grids, overviews)
 
-    kept = call.keep(tokens, grids, picture, encode_overviews=encode_overviews)
+    kept = call.keep(lambda: tokens, grids, picture, encode_overviews=encode_overviews)
     state.set("image_latents", kept.latents)
     state.set("image_latent_ids", kept.ids)
 

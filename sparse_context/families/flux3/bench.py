@@ -54,6 +54,25 @@ def flux3_flops(shape: Shape, tokens: Tokens, mode: str | None) -> int:
     return blocks + attention + modulation + embedded + leaving + embedding
 
 
+def shape_of(transformer: Any, token: int, text: int, steps: int) -> Shape:
+    """The shape of a `Flux3Transformer2DModel`, called with tokens `token` pixels wide and `text` of the prompt."""
+    config = transformer.config
+    return Shape(
+        FLUX3,
+        heads=config.num_attention_heads,
+        double_blocks=config.num_layers,
+        single_blocks=config.num_single_layers,
+        text_width=config.joint_attention_dim,
+        encoder={},
+        steps=steps,
+        guidance=config.flow_map,
+        head_size=config.attention_head_dim,
+        channels=config.in_channels,
+        token=token,
+        text=text,
+    )
+
+
 FLUX3 = Kind(build_flux3, flux3_arguments, flux3_flops, alike=False)
 
 

@@ -53,7 +53,7 @@ def attach(pipe: Any, call: "Call") -> None:
             visible = [_overlaps(canvas["reference_crop"], grids[0], pixels[0].shape[-2] // grids[0][0])]
         tokens = ReferenceTokens(state.image_cond_hidden_states, state.image_cond_ids)
 
-        def encode_overviews(overviews: Mapping[int, Overview]) -> ReferenceTokens:
+        def encode_overviews(overviews: Mapping[int, Overview], tokens: ReferenceTokens) -> ReferenceTokens:
             small = PipelineState()  # in which they are all the references that there are
             for name in ("batch_size", "num_images_per_prompt", "dtype"):
                 small.set(name, state.get(name))
@@ -62,7 +62,7 @@ def attach(pipe: Any, call: "Call") -> None:
                 step(pipe, small)
             return place_overviews(small.image_cond_hidden_states, tokens.ids, grids, overviews)
 
-        kept = call.keep(tokens, grids, picture, visible, encode_overviews)
+        kept = call.keep(lambda: tokens, grids, picture, visible, encode_overviews)
         state.set("image_cond_hidden_states", kept.latents)
         state.set("image_cond_ids", kept.ids)
 

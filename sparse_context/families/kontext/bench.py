@@ -47,6 +47,26 @@ def flux_arguments(transformer: Any, shape: Shape, tokens: Tokens, mode: str | N
     return arguments
 
 
+def shape_of(transformer: Any, token: int, text: int, steps: int) -> Shape:
+    """The shape of either transformer, called with tokens `token` pixels wide and `text` of the prompt."""
+    config = transformer.config
+    return Shape(
+        LONGCAT if "LongCat" in type(transformer).__name__ else FLUX,
+        heads=config.num_attention_heads,
+        double_blocks=config.num_layers,
+        single_blocks=config.num_single_layers,
+        text_width=config.joint_attention_dim,
+        encoder={},
+        steps=steps,
+        guidance=config.get("guidance_embeds", False),
+        head_size=config.attention_head_dim,
+        channels=config.in_channels,
+        token=token,
+        text=text,
+        pooled=0 if "LongCat" in type(transformer).__name__ else config.pooled_projection_dim,
+    )
+
+
 FLUX = Kind(build_flux, flux_arguments, joint_flops)
 LONGCAT = Kind(build_longcat, flux_arguments, joint_flops)
 

@@ -5,6 +5,9 @@ from typing import Any
 
 from PIL import Image
 
+AREA = 1024 * 1024
+"""Pixels that every reference is scaled to, about."""
+
 
 def arguments(
     pipe: Any, images: Sequence[Image.Image], mask: Image.Image | None, height: int | None, width: int | None

@@ -33,7 +33,9 @@ def attach(pipe: Any, call: "Call") -> None:
     pictures = Pictures()
 
     def keep(
-        image: torch.Tensor, tokens: ReferenceTokens, prepare: Callable[[torch.Tensor], ReferenceTokens]
+        image: torch.Tensor,
+        make: Callable[[], ReferenceTokens],
+        prepare: Callable[[torch.Tensor], ReferenceTokens],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         is_latents = image.shape[1] == pipe.vae.config.latent_channels
         side = 2 if is_latents else 2 * pipe.vae_scale_factor
@@ -42,7 +44,7 @@ def attach(pipe: Any, call: "Call") -> None:
         def picture(i: int, mask: np.ndarray | None) -> list[np.ndarray] | None:
             return None if is_latents else pictures.show(image, mask, i)
 
-        def encode_overviews(overviews: Mapping[int, Overview]) -> ReferenceTokens:
+        def encode_overviews(overviews: Mapping[int, Overview], tokens: ReferenceTokens) -> ReferenceTokens:
             made = prepare(shrink(image, grids[0], overviews[0].factor))
             return place_overviews(made, tokens.ids, grids, overviews)
 
@@ -54,7 +56,7 @@ def attach(pipe: Any, call: "Call") -> None:
 
         # An inpainting source is blended back into what is made, and so has one size
         large = None if hasattr(pipe, "prepare_mask_latents") else enlarge
-        kept = call.keep(tokens, grids, picture, encode_overviews=encode_overviews, enlarge=large)
+        kept = call.keep(make, grids, picture, encode_overviews=encode_overviews, enlarge=large)
         return kept.latents, kept.ids
 
     def keep_essentials(prepare_latents, *args, **kwargs):
@@ -71,21 +73,26 @@ def attach(pipe: Any, call: "Call") -> None:
             prepared = prepare_latents(**{**arguments, **others, **({"image_reference": None} if paints else {})})
             return ReferenceTokens(prepared[1], prepared[4 if paints else 3])
 
+        made: list[Any] = []
+
+        def make() -> ReferenceTokens:
+            made[:] = prepare_latents(*args, **kwargs)
+            if not paints:
+                return ReferenceTokens(made[1], made[3])
+            place = 1 if made[2] is None else 2  # of the source's latents, or of a further reference's
+            return ReferenceTokens(made[place], made[place + 3])
+
         if not paints:
-            latents, image_latents, latent_ids, image_ids = prepare_latents(*args, **kwargs)
-            if image_latents is not None:
-                tokens = ReferenceTokens(image_latents, image_ids)
-                image_latents, image_ids = keep(arguments["image"], tokens, prepare)
-            return latents, image_latents, latent_ids, image_ids
+            if arguments.get("image") is None:
+                return prepare_latents(*args, **kwargs)
+            image_latents, image_ids = keep(arguments["image"], make, prepare)
+            return made[0], image_latents, made[2], image_ids
 
         # Inpaint: what it paints over is blended back at every step, so the source's own latents have to stay whole. A
         # reference goes to the transformer in the source's place, and the source's kept tokens go there as one.
-        latents, source, reference, latent_ids, source_ids, reference_ids, noise = prepare_latents(*args, **kwargs)
-        if reference is None:
-            reference, reference_ids = keep(arguments["image"], ReferenceTokens(source, source_ids), prepare)
-        else:
-            tokens = ReferenceTokens(reference, reference_ids)
-            reference, reference_ids = keep(arguments["image_reference"], tokens, prepare)
+        shown = arguments.get("image_reference")
+        reference, reference_ids = keep(arguments["image"] if shown is None else shown, make, prepare)
+        latents, source, _, latent_ids, source_ids, _, noise = made
         return latents, source, reference, latent_ids, source_ids, reference_ids, noise
 
     call.replace("image_processor", pictures.watch)

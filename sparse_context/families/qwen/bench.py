@@ -39,6 +39,24 @@ def _strips(count: int) -> list[tuple[int, int, int]]:
     return [(1, 1, min(1024, count - start)) for start in range(0, count, 1024)]
 
 
+def shape_of(transformer: Any, token: int, text: int, steps: int) -> Shape:
+    """The shape of a `QwenImageTransformer2DModel`, called with tokens `token` pixels wide and `text` of the prompt."""
+    config = transformer.config
+    return Shape(
+        QWEN_IMAGE,
+        heads=config.num_attention_heads,
+        double_blocks=config.num_layers,
+        single_blocks=0,
+        text_width=config.joint_attention_dim,
+        encoder={},
+        steps=steps,
+        head_size=config.attention_head_dim,
+        channels=config.in_channels,
+        token=token,
+        text=text,
+    )
+
+
 QWEN_IMAGE = Kind(build_qwen_image, qwen_image_arguments, joint_flops)
 
 

@@ -7,6 +7,9 @@ from PIL import Image
 
 from .. import family_of
 
+AREA = 1024 * 1024
+"""Pixels that every reference is scaled to, about."""
+
 
 def arguments(
     pipe: Any, images: Sequence[Image.Image], mask: Image.Image | None, height: int | None, width: int | None

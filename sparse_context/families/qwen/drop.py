@@ -60,14 +60,18 @@ def attach(pipe: Any, call: "Call") -> None:
 
     def choose(prepare_latents, *args, **kwargs):
         nonlocal kept
-        prepared = prepare_latents(*args, **kwargs)
+        prepared: tuple[torch.Tensor, ...] = ()
         seen = pictures.preprocessed  # the references, which the pipeline then hands on as views
         side = 2 * pipe.vae_scale_factor
         grids = [(pixels.shape[2] // side, pixels.shape[3] // side) for pixels in seen]
-        tokens = ReferenceTokens(prepared[-1], torch.arange(prepared[-1].shape[1])[:, None])
         shapes = [(1, *grid) for grid in grids]
 
-        def encode_overviews(overviews: Mapping[int, Overview]) -> ReferenceTokens:
+        def make() -> ReferenceTokens:
+            nonlocal prepared
+            prepared = prepare_latents(*args, **kwargs)
+            return ReferenceTokens(prepared[-1], torch.arange(prepared[-1].shape[1])[:, None])
+
+        def encode_overviews(overviews: Mapping[int, Overview], _: ReferenceTokens) -> ReferenceTokens:
             small = [shrink(seen[i], grids[i], each.factor).unsqueeze(2) for i, each in overviews.items()]
             arguments = inspect.signature(type(pipe).prepare_latents).bind(pipe, *args, **kwargs).arguments
             del arguments["self"]
@@ -81,7 +85,7 @@ def attach(pipe: Any, call: "Call") -> None:
             return ReferenceTokens(latents, rows[:, None])
 
         chosen = call.keep(
-            tokens, grids, lambda i, mask: pictures.show(seen[i], mask, i), encode_overviews=encode_overviews
+            make, grids, lambda i, mask: pictures.show(seen[i], mask, i), encode_overviews=encode_overviews
         )
         rows = chosen.ids[:, 0].to(chosen.latents.device, non_blocking=True)
         kept = KeptTokens(rows, (1, 1, len(rows)), shapes)
