@@ -10,6 +10,7 @@ from torch import nn
 
 from ..families.host import Host
 from .config import TrainConfig
+from .frozen import unpack_in_backward
 from .optimisers import drawn_from, make_adamw, make_optimisers
 
 ADAPTER = "default"  # peft's own name of one
@@ -60,6 +61,7 @@ def prepare(host: Host, config: TrainConfig) -> Trainable:
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    unpack_in_backward(transformer)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.train()
