@@ -105,6 +105,6 @@ class _Flash(torch.autograd.Function):
         return made
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.run.flops += 5 * ctx.flops // 2  # five products, where the forward has two
         return *(torch.empty_like(given) for given in ctx.saved_tensors[:3]), None

@@ -106,7 +106,7 @@ def finetune(
     if host.transformer.device.type == "cpu" and host.pipe.vae is not None:
         lay_out_channels_last(host.pipe.vae)
     autocast = contextlib.nullcontext if accelerator is None else accelerator.autocast
-    with _fast(host.transformer, config, record["mixed_precision"]):
+    with fast(host.transformer, config, record["mixed_precision"]):
         average = train(
             trained,
             run_optimisers(host.transformer, trained, config),
@@ -132,7 +132,7 @@ def lay_out_channels_last(vae: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _fast(transformer: nn.Module, config: TrainConfig, mixed_precision: str) -> Iterator[None]:
+def fast(transformer: nn.Module, config: TrainConfig, mixed_precision: str) -> Iterator[None]:
     """What makes the steps of a run faster, around all of them: a second forward of gradient checkpointing is among
     them, and has to be as the first."""
     from peft.helpers import disable_input_dtype_casting

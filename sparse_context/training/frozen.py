@@ -18,12 +18,12 @@ class _Frozen(torch.autograd.Function):
         return linear(x, layer.weight, layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ ctx.layer.weight.dequantize().to(gradient.dtype), None
 
 
 def _forward(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return _Frozen.apply(x, layer)  # type: ignore[no-any-return]
+    return _Frozen.apply(x, layer)
 
 
 def unpack_in_backward(transformer: nn.Module) -> None:
@@ -34,4 +34,4 @@ def unpack_in_backward(transformer: nn.Module) -> None:
     """
     for layer in transformer.modules():
         if isinstance(layer, nn.Linear) and is_traceable_wrapper_subclass(layer.weight):
-            layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+            layer.forward = MethodType(_forward, layer)

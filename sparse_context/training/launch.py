@@ -15,13 +15,14 @@ from PIL import Image
 from torch import nn
 
 from ..families import FAMILIES, find_host
+from ..families.host import Host
 from ..pipelines.embedded import WEIGHTS
 from ..pipelines.hub import class_name_of
 from ..pipelines.load import load
 from ..pipelines.lora_file import NO_LORA
 from ..pipelines.settings import call_settings, most_references
 from ..pipelines.spec import ModelSpec
-from ..samples import check_pictures, needs_datasets, read_samples
+from ..samples import Samples, check_pictures, needs_datasets, read_samples
 from .batch import Encoding, is_wide, text_encoders
 from .cache import Cache
 from .card import EMBEDDED
@@ -49,36 +50,12 @@ def launch(
     """
     if resume not in (None, "latest"):
         raise ValueError(f"resume is {resume!r}: pass latest, or leave it out to start anew.")
-    _check_installed(run.report_to, data, run.validation_data)
-    check_workers(run.dataloader_num_workers)
     check_folder(output, resume is not None, config.max_train_steps)
-    check_base(config, run)
-    most = most_references(model)
-    spec = ModelSpec(model, dtype=run.dtype, lora=NO_LORA, quantization=run.quantization)
-    samples = read_samples(data, most_references=most, **run.source)
-    held_out = []
-    if run.validation_data is not None:
-        source = run.source if run.validation_split is None else {**run.source, "split": run.validation_split}
-        held_out = read_samples(run.validation_data, most_references=most, **source)[: run.num_validation_images]
-    resolution, reference_resolution = run.sides.values()
-    shown = [open_example(sample, resolution, reference_resolution) for sample in held_out]
-    check_pictures(samples)
+    samples, shown, spec = open_data(model, data, config, run)
 
     import torch
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
 
-    mixed_precision = run.mixed_precision
-    if mixed_precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which accelerate launch sets
-        mixed_precision = "bf16" if torch.accelerator.is_available() else "no"
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        log_with=run.report_to,
-        project_dir=output,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # others wait while one validates
-    )
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(f"mixed_precision is {accelerator.mixed_precision!r}: choose no or bf16.")
+    accelerator = start_accelerator(run, output)
 
     def trackers() -> list[Any]:
         if run.report_to and not accelerator.trackers:  # at the first record, for what is refused writes nothing
@@ -101,17 +78,8 @@ def launch(
                 print(note, file=sys.stderr)
             if accelerator.is_main_process and resume and not has_begun(output):
                 print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
-            if _encodes_first(model, run):
-                encoding, prompts = _encode_first(spec, batches, shown, output, config, run, accelerator)
-                pipe = load(spec, leave_out=TEXT_ENCODERS)
-                if not shown:  # which alone would decode
-                    pipe.vae = None
-            else:
-                pipe, prompts = load(spec), None
-                encoding = _encoding(pipe, output, run, accelerator)
-            host = find_host(pipe, call_settings(pipe), config.kv)
-            if prompts is not None:
-                prompts.recall(host.pipe)
+            host, encoding = make_host(model, spec, batches, shown, output, config, run, accelerator)
+            pipe = host.pipe
             narrow = accelerator.mixed_precision == "bf16" or host.transformer.dtype == torch.bfloat16
             if accelerator.is_main_process and narrow and not has_fast_bfloat16(accelerator.device):
                 print(
@@ -156,6 +124,70 @@ def launch(
     return result if accelerator.is_main_process else None
 
 
+def open_data(
+    model: str | None, data: str, config: TrainConfig, run: RunConfig
+) -> tuple[Samples, list[Example], ModelSpec]:
+    """The samples, the examples of validation pictures, and what is to be loaded. Raises what `launch` raises for
+    options and data that are wrong."""
+    _check_installed(run.report_to, data, run.validation_data)
+    check_workers(run.dataloader_num_workers)
+    check_base(config, run)
+    most = most_references(model)
+    spec = ModelSpec(model, dtype=run.dtype, lora=NO_LORA, quantization=run.quantization)
+    samples = read_samples(data, most_references=most, **run.source)
+    held_out = []
+    if run.validation_data is not None:
+        source = run.source if run.validation_split is None else {**run.source, "split": run.validation_split}
+        held_out = read_samples(run.validation_data, most_references=most, **source)[: run.num_validation_images]
+    resolution, reference_resolution = run.sides.values()
+    shown = [open_example(sample, resolution, reference_resolution) for sample in held_out]
+    check_pictures(samples)
+    return samples, shown, spec
+
+
+def start_accelerator(run: RunConfig, output: Path) -> Any:
+    """accelerate's account of the processes of a run, with its mixed precision. Raises ValueError for fp16."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    mixed_precision = run.mixed_precision
+    if mixed_precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which accelerate launch sets
+        mixed_precision = "bf16" if torch.accelerator.is_available() else "no"
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        log_with=run.report_to,
+        project_dir=output,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # others wait while one validates
+    )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision is {accelerator.mixed_precision!r}: choose no or bf16.")
+    return accelerator
+
+
+def make_host(
+    model: str | None,
+    spec: ModelSpec,
+    batches: Batches,
+    shown: Sequence[Example],
+    output: Path,
+    config: TrainConfig,
+    run: RunConfig,
+    accelerator: Any,
+) -> tuple[Host, Encoding]:
+    """What is trained, loaded, and how its batches are made ready; where caches say so the encoders come first."""
+    if not encodes_first(model, run):
+        pipe = load(spec)
+        return find_host(pipe, call_settings(pipe), config.kv), _encoding(pipe, output, run, accelerator)
+    encoding, prompts = _encode_first(spec, batches, shown, output, config, run, accelerator)
+    pipe = load(spec, leave_out=TEXT_ENCODERS)
+    if not shown:  # which alone would decode
+        pipe.vae = None
+    host = find_host(pipe, call_settings(pipe), config.kv)
+    prompts.recall(host.pipe)
+    return host, encoding
+
+
 def _encoding(pipe: Any, output: Path, run: RunConfig, accelerator: Any) -> Encoding:
     """How batches are made ready, with the caches of the pipeline's encoders."""
 
@@ -171,7 +203,7 @@ def _encoding(pipe: Any, output: Path, run: RunConfig, accelerator: Any) -> Enco
     )
 
 
-def _encodes_first(model: str | None, run: RunConfig) -> bool:
+def encodes_first(model: str | None, run: RunConfig) -> bool:
     """Whether all that encoders make is on disk before the transformer is loaded.
 
     Modular pipelines and `Flux2KleinKVPipeline` are not built without a transformer, so theirs stay beside it.

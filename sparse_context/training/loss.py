@@ -180,6 +180,12 @@ class FlowMatching:
                 loss = loss + self.config.teach * self._looking(looks, batch.encoded, tokens)
         return loss
 
+    @property
+    def current(self) -> Encoded:
+        """The batch of the last call."""
+        assert self._current is not None
+        return self._current.encoded
+
     def _looking(self, looks: Looks, encoded: Encoded, kept: TokenSet) -> torch.Tensor:
         """How far the taught heads are from looking where they should, with a set of tokens."""
         source, grids = encoded.source, encoded.grids

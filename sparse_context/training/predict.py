@@ -215,7 +215,7 @@ class _Packed(nn.Linear):
         self.bias = layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Unpacked.apply(x, self)  # type: ignore[no-any-return]
+        return _Unpacked.apply(x, self)
 
 
 class _Unpacked(torch.autograd.Function):
@@ -227,7 +227,7 @@ class _Unpacked(torch.autograd.Function):
         return functional.linear(x, x.new_empty(ctx.size), layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ gradient.new_empty(ctx.size), None
 
 
