@@ -30,6 +30,7 @@ RUNS = (
     "comfyui_tests",
     "core_speed",
     "coverage",
+    "fits",
     "flops",
     "global_keep",
     "headline",

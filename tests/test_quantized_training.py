@@ -125,6 +125,8 @@ def test_what_does_not_go_together_is_refused(monkeypatch):
         RunConfig(quantization="int4")
     with pytest.raises(ValueError, match="full trains all weights, and quantization=int8 stores them in too few bits"):
         check_base(TrainConfig(full=True), RunConfig(quantization="int8"))
+    with pytest.raises(ValueError, match="compile is True and quantization is 'nf4', which are not compiled here"):
+        check_base(TrainConfig(compile=True), RunConfig(quantization="nf4"))
     monkeypatch.setattr("importlib.util.find_spec", lambda asked: None)
     with pytest.raises(ValueError, match="use_8bit_adam is True, which needs bitsandbytes: pip install"):
         check_base(TrainConfig(use_8bit_adam=True), RunConfig())

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from ..families import FAMILIES
+from ..families.host import Host
 from ..families.shape import Tokens
 from ..pipelines.dry import DryRun
 from ..pipelines.predict import ROOM, Parts
@@ -91,17 +92,12 @@ class StepPredictor:
 
     def __init__(self, parts: Parts, class_name: str, config: TrainConfig, plan: Plan) -> None:
         """class_name: of the pipeline. Raises ValueError as `prepare` does, and for one that cannot be trained."""
-        family = FAMILIES[class_name]
-        if family.host is None:
-            raise ValueError(f"{class_name} cannot be trained here.")
         self.parts, self.config, self.plan = parts, config, plan
-        kind = getattr(import_module(f"..families.{family.folder}.train", __package__), family.host)
-        host = kind.__new__(kind)  # of which only the transformer is asked
-        host.transformer = transformer = parts.modules["transformer"]
+        transformer = parts.modules["transformer"]
         if plan.quantization is not None:
             _pack(transformer, plan.quantization)
         frozen = dict(parts.weights) | {"transformer": _bytes(transformer)}
-        trained = prepare(host, config)
+        trained = prepare(host_of(class_name, transformer), config)
         transformer.to("meta")  # a LoRA is drawn on the CPU
         if config.full:
             frozen["transformer"] = _bytes(transformer)
@@ -177,6 +173,18 @@ def _checkpoint(run: DryRun, autocast: Callable, module: nn.Module, *args: Any) 
     return checkpoint(
         module.__call__, *args, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again())
     )
+
+
+def host_of(class_name: str, transformer: Any) -> Host:
+    """The host of a transformer without its pipeline: enough to put a LoRA on it. Raises ValueError for a class of
+    pipelines that cannot be trained."""
+    family = FAMILIES[class_name]
+    if family.host is None:
+        raise ValueError(f"{class_name} cannot be trained here.")
+    kind = getattr(import_module(f"..families.{family.folder}.train", __package__), family.host)
+    host: Host = kind.__new__(kind)
+    host.transformer = transformer
+    return host
 
 
 class _Autocast(TorchFunctionMode):
