@@ -114,7 +114,7 @@ def check() -> dict[str, Any]:
         shape = with_blocks(replace(SHAPES[name], encoder={}, text=128), 1)
         parts = parts_of_shape(shape, torch.float32)
         torch.manual_seed(0)
-        figures[name] = measure(parts, CLASSES[name], shape.kind.build(shape), Tokens(128, 256, 640))
+        figures[name] = measure(parts, CLASSES[name], shape.kind.build(shape), Tokens(128, 128, 128))
     parts, class_name = parts_of_model(str(WEIGHTS), torch.float32), class_name_of(str(WEIGHTS))
     import diffusers
 

@@ -251,8 +251,8 @@ def check_base(config: TrainConfig, run: RunConfig) -> None:
         )
     if config.compile and run.quantization is not None:
         raise ValueError(
-            f"compile is True and quantization is {run.quantization!r}, which are not compiled here: leave one of the two "
-            "out."
+            f"compile is True and quantization is {run.quantization!r}, which are not compiled here: leave one of the "
+            "two out."
         )
     if config.use_8bit_adam:
         check_8bit_adam()
