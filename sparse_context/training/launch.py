@@ -208,8 +208,10 @@ def encodes_first(model: str | None, run: RunConfig) -> bool:
 
     Modular pipelines and `Flux2KleinKVPipeline` are not built without a transformer, so theirs stay beside it.
     """
+    if not (run.cache_latents and run.cache_text):
+        return False
     family = FAMILIES[class_name_of(str(WEIGHTS) if model is None else model)]
-    return run.cache_latents and run.cache_text and not (family.modular or family.kv)
+    return not (family.modular or family.kv)
 
 
 def _encode_first(
