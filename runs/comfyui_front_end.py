@@ -27,7 +27,7 @@ SETTINGS = {
 
 ARRANGE = """
 ([columns, width, gap]) => {
-  const heights = {LoadImage: 340, SparseContext: 640, SparseContextReport: 300, CLIPTextEncode: 130, SaveImage: 360}
+  const heights = {LoadImage: 340, SparseContext: 760, SparseContextReport: 300, CLIPTextEncode: 130, SaveImage: 360}
   const below = {}
   for (const node of window.app.graph.nodes) {
     const column = columns[node.id]

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import comfyui_core as core
-from tables import draw, read, speedup, table
+from tables import draw, machine, read, speedup, table
 
 from sparse_context.bench.figures import Spread
 from sparse_context.result import checkout, write_result
@@ -39,7 +39,8 @@ def comfyui_speed() -> str:
                 f"{row['calculated']:.2f}x",
             ]
         )
-    return table(["references", "FluxKVCache", "tokens kept", "sampling", "as the report calculates"], rows)
+    drawn = table(["references", "FluxKVCache", "tokens kept", "sampling", "as the report calculates"], rows)
+    return f"{drawn}\n\n{machine(read('comfyui_speed'))}"
 
 
 TABLES = {

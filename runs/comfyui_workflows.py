@@ -181,6 +181,8 @@ def settings() -> dict[str, Any]:
         "keep": 0.2,
         "task": "auto",
         "selector": "auto",
+        "phrases": "",
+        "text_model": "",
         "keep_each": "",
         "coverage": "auto",
         "overview": "trained",

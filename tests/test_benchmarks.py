@@ -67,6 +67,9 @@ def test_another_folder_than_that_of_dreambench_is_refused(dreambench, tmp_path)
     (tmp_path / "captions" / "object" / "00.txt").write_text("cat\na\nb\n")
     with pytest.raises(ValueError, match="00.txt has 2 prompts, and not the 9 of DreamBench"):
         read_dreambench(str(tmp_path))
+    (tmp_path / "captions" / "object" / "00.txt").write_text("\n")
+    with pytest.raises(ValueError, match="00.txt has 0 prompts, and not the 9 of DreamBench"):
+        read_dreambench(str(tmp_path))
 
 
 # CustomConcept101 -----------------------------------------------------------------------------------------------------
@@ -129,6 +132,13 @@ def test_concepts_are_read_with_all_pictures_that_outputs_are_compared_with(conc
         (
             lambda folder: (folder / "dataset.json").write_text("[{}]"),
             "entry 1 is not as in CustomConcept101: it has no",
+        ),
+        (lambda folder: (folder / "dataset.json").write_text("[" * 100_000), "dataset.json cannot be read"),
+        (
+            lambda folder: (folder / "dataset.json").write_text(
+                '[{"prompt_filename": "prompts/cat.txt", "class_prompt": 5, "instance_data_dir": "benchmark_dataset"}]'
+            ),
+            "entry 1 is not as in CustomConcept101: class_prompt is 5, which is no text",
         ),
         (lambda folder: (folder / "prompts/cat.txt").unlink(), "cat.txt cannot be read"),
         (lambda folder: (folder / "prompts/cat.txt").write_text("{1}"), "line 1 asks for concept '1', and there are 1"),

@@ -355,7 +355,7 @@ def test_memory_that_runs_out_says_what_to_do(pipe, monkeypatch):
 
 
 def test_a_pipeline_without_an_input_for_guidance_is_not_called_distilled(pipe, monkeypatch):
-    monkeypatch.setattr("sparse_context.pipelines.engine.call_inputs", lambda pipe: ())
+    monkeypatch.setattr("sparse_context.pipelines.arguments.call_inputs", lambda pipe: ())
     is_distilled = pipe.config.is_distilled
     pipe.register_to_config(is_distilled=False)
     try:

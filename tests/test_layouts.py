@@ -87,6 +87,10 @@ def test_pairs_by_their_names(pairs, form, tmp_path):
 
 def test_what_is_wrong_with_pairs_is_named(pairs, tmp_path):
     draw(pairs, "c_start.png", "plain.png")
+    draw(pairs, "d_start0.png", "d_start1.png")  # not one of these is the image to be made
+    assert "d has no d_end image: add it, or leave the others out." in check_samples(pairs)
+    for name in ("d_start0.png", "d_start1.png"):
+        (pairs / name).unlink()
     assert f"{pairs}: 1 other pictures, such as plain.png, are not used." in _notes_of_the_good(pairs)
     (pairs / "b.txt").unlink()
     assert problems(pairs) == (
@@ -203,13 +207,30 @@ def test_a_default_caption_and_masks_of_ai_toolkit(toolkit):
         ({"control_from_same_folder": True}, "has control_from_same_folder, so it draws its controls at random"),
         ({"num_frames": 41}, "has num_frames, so it is of videos, which is not supported"),
         ({"folder_path": None}, "data set 1: the folder None does not exist"),
+        ({"folder_path": "a" * 5000}, "does not exist; correct the path."),
+        ({"trigger_word": 5}, "data set 1: trigger_word is 5: write text"),
+        ({"default_caption": ["a"]}, "data set 1: default_caption is ['a']: write text"),
+        ({"caption_ext": "a/b"}, "data set 1: the suffix of captions is 'a/b': write one such as .txt."),
     ],
 )
 def test_what_is_wrong_with_a_training_file_is_named(settings, said, toolkit):
     assert said in problems(training(toolkit, **settings))
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: 1", "- 1", "config: {process: 3}", "config: {process: [{datasets: 4}]}"])
+def test_a_caption_of_ai_toolkit_may_be_json_or_the_default_of_a_folder(toolkit):
+    (toolkit / "target" / "image2.json").write_text('{"caption": "of json"}')
+    (toolkit / "target" / "default.txt").write_text("of all")
+    (toolkit / "target" / "sub" / "default.txt").write_text("of the folder below")
+    path = training(toolkit, control_path=str(toolkit / "control_1"), caption_ext="json")
+    assert [sample.prompt for sample in read_samples(path)] == ["of json", "of all", "of the folder below"]
+    (toolkit / "target" / "image2.json").write_text("[]")
+    assert "image2.json has no text" in problems(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [", "[" * 5000, "a: 2024-13-45", "a: 1", "- 1", "config: {process: 3}", "config: {process: [{datasets: 4}]}"],
+)
 def test_another_yaml_is_refused(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
     assert f"{tmp_path / 'x.yaml'}" in problems(tmp_path / "x.yaml")
@@ -283,6 +304,8 @@ def test_data_sets_of_musubi_tuner(musubi):
         ("[[datasets]]", "[[sets]]", "has no [[datasets]]"),
         ("[general]", "[general", "cannot be read"),
         ('caption_extension = ".txt"', 'caption_extension = ".cap"', "images/image1.jpg has no caption: write it into"),
+        ('caption_extension = ".txt"', 'caption_extension = "/x"', "the suffix of captions is '/x': write one such as"),
+        ("[general]", "a = " + "[" * 5000, "cannot be read"),
     ],
 )
 def test_what_is_wrong_with_a_toml_is_named(old, new, said, musubi):
@@ -290,9 +313,20 @@ def test_what_is_wrong_with_a_toml_is_named(old, new, said, musubi):
     assert said in problems(musubi)
 
 
+def test_two_files_for_one_place_are_named(musubi):
+    draw(musubi.parent, "images/image2.bmp", "controls/image1.jpg", "controls/image1_1_0.png")
+    assert check_samples(musubi) == [
+        "images/image2.png has the place of image2.bmp too: leave one of them out.",
+        "controls/image1.png has the place of image1.jpg too: leave one of them out.",
+        "controls/image1_1_0000.png has the place of image1_1_0.png too: leave one of them out.",
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        ('{"control_path": "x.png", "control_path_0": "y.png"}', "line 1 has both control_path and control_path_0"),
+        ('{"caption": "a", "caption": "b"}', "rows.jsonl, line 1 has 'caption' twice: write it once."),
         ("{", "rows.jsonl, line 1 is no JSON"),
         ("[]", "rows.jsonl, line 1 is no JSON object"),
         ('{"image_path_0": "x.png"}', "rows.jsonl, line 1 has several images to be made"),
@@ -379,6 +413,8 @@ def test_names_that_braces_stand_for():
     assert list(expand("a-{08..11}.tar")) == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert list(expand("{a,b}/{1..2}.tar")) == ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]
     assert list(expand("plain.tar")) == ["plain.tar"]
+    assert "{0..999999999}.tar stands for more than 100000 shards: name a folder" in problems("{0..999999999}.tar")
+    assert "{5..2}.tar stands for no shard: write the smaller number first." in problems("{5..2}.tar")
 
 
 def test_fields_of_a_shard(tmp_path):
@@ -418,6 +454,23 @@ class Counting(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+def test_shards_as_other_programs_pack_them(tmp_path):
+    """Suffixes in capitals, hidden files and files without a suffix, a caption in a .json, a link to another file."""
+    draw(tmp_path, "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    files = {"._a.image.png": b"", "README": b"", "a.IMAGE.PNG": content, "a.ref.png": content}
+    write_tar(tmp_path / "x.TAR", files | {"a.json": b'{"caption": "red", "prompt": "other"}'})
+    columns = {"prompt": "caption", "references": "ref"}
+    assert read(tmp_path / "x.TAR", columns=columns) == [("red", [content], content)]
+    with tarfile.open(tmp_path / "x.TAR", "a") as tar:
+        for name in ("b.image.png", "b.reference0.png"):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.LNKTYPE, "a.ref.png"
+            tar.addfile(info)
+        tar.addfile(tarfile.TarInfo("b.prompt.txt"))
+    assert read(tmp_path / "x.TAR", columns={"references": "ref"})[1] == ("", [content], content)
 
 
 @pytest.fixture
@@ -472,10 +525,30 @@ def test_what_is_wrong_with_shards_is_named(shards, server):
     content = (shards / "train-000.tar").read_bytes()
     (shards / "train-000.tar").write_bytes(content[:3000])
     assert "train-000.tar' cannot be read (unexpected end of data)" in problems(shards)
+    with tarfile.open(shards / "train-001.tar") as tar:
+        header = [info.offset for info in tar][4]
+    for cut in (header, header + 100):  # in none of these does the library see anything wrong
+        (shards / "train-000.tar").write_bytes(content[:cut])
+        assert "train-000.tar' cannot be read (it is cut short)" in problems(shards)
+    (shards / "train-000.tar").write_bytes(content[:header] + b"x" + content[header + 1 :])
+    assert f"cannot be read (its header at byte {header} is damaged" in problems(shards)
+    (shards / "train-000.tar").write_bytes(content + content)
+    assert "or another .tar follows there)" in problems(shards)
     (shards / "train-000.tar").write_bytes(b"no tar" * 200)
     assert "train-000.tar' cannot be read" in problems(shards)
     write_tar(shards / "train-000.tar", {"a.json": b"{"})
     assert "train-000.tar/a.json is no JSON" in problems(shards)
+    named = {f"{n}.{field}": b"x" for n in "ab" for field in ("image.png", "reference0.png", "prompt.txt")}
+    named |= {"a.json": b'{"name": "one"}', "b.json": b'{"name": "One"}'}
+    write_tar(shards / "train-000.tar", dict(sorted(named.items())))
+    assert "train-000.tar/b has the name 'One', which is 'one' on Windows or macOS, of " in problems(shards)
+    for extra, said in (
+        ("a.image.jpg", "train-000.tar/a has both a.image.jpg and a.image.png: leave one of them out"),
+        ("a.reference00.png", "train-000.tar/a has both a.reference0.png and a.reference00.png: leave one"),
+        ("a.reference_mask1.png", "train-000.tar/a has reference_mask1 and no reference1: add that"),
+    ):
+        write_tar(shards / "train-000.tar", dict(sorted({**named, extra: b"x"}.items())))
+        assert said in problems(shards)
 
 
 # Written down ---------------------------------------------------------------------------------------------------------
@@ -511,6 +584,12 @@ def test_a_manifest_of_a_data_set_has_its_pictures_in_a_folder(tmp_path):
         "image": "m/000001-image.jpg",
     }
     assert read(tmp_path / "m.jsonl") == read(tmp_path / "set")
+    row = {field: values * 2 for field, values in row.items()} | {"name": ["one", "One"]}
+    twice = datasets.Dataset.from_dict(row, datasets.Features(features | {"name": text}))
+    twice.to_parquet(tmp_path / "set" / "train.parquet")
+    with pytest.raises(ManifestError, match="The samples 1 and 2 are named 'one' and 'One', which is one file"):
+        write_manifest(read_samples(tmp_path / "set"), tmp_path / "twice.jsonl")
+    assert not (tmp_path / "twice.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -549,6 +628,18 @@ def test_a_picture_inside_an_archive_is_named_where_it_is_wrong(tmp_path):
     assert "line 4: " in fourth and "gone.tar" in fourth
     good = read_samples(tmp_path / "m.jsonl", needs_image=False)[2]
     assert np.array_equal(good.open_references()[0], picture(96, 64, seed=0))
+
+
+def test_an_archive_of_odd_names_or_of_a_huge_text_ends_in_one_sentence(tmp_path):
+    draw(tmp_path, "a.png")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for kind in ("start", "end"):
+            archive.write(tmp_path / "a.png", f"é_{kind}.png")
+        archive.writestr("é.txt", bytes(2**24 + 1))
+    assert "é.txt' has 16777217 bytes, and at most 16777216 are read; leave it out." in problems(tmp_path / "a.zip")
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(content.replace("é".encode(), b"\xff\xfe"))
+    assert "cannot be read ('utf-8' codec can't decode byte 0xff" in problems(tmp_path / "a.zip")
 
 
 def test_an_archive_that_changes_is_read_anew(tmp_path):

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import CASES
 from tiny_finders import scene
 
@@ -118,6 +119,20 @@ def test_a_session_and_a_function_are_as_good_as_a_file(tmp_path):
     assert np.allclose(scores_of(floats, image), image[..., 0].reshape(8, 8, 8, 8).mean((1, 3)) / 255, atol=1e-5)
 
 
+def test_a_picture_that_is_cut_out_counts_by_its_alpha():
+    """As functions give it that cut a picture out: transparent outside, and inside as dark as it was."""
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+
+    def cut_out(picture):
+        dark = Image.new("RGB", picture.size)
+        dark.putalpha(mask)
+        return dark
+
+    scores = matting(cut_out)(np.zeros((32, 32, 3), np.uint8), (2, 2), np.random.default_rng(0))
+    assert scores.tolist() == [[1, 0], [1, 0]]
+
+
 def test_it_takes_what_says_probabilities_only_if_that_was_said(tmp_path):
     logits, said = save(tmp_path / "l.onnx"), save(tmp_path / "p.onnx", probabilities=True)
     by_logits = scores_of(matting(logits, **PLAIN), pixels())
@@ -162,6 +177,8 @@ def test_a_pipeline_selects_by_it_alone_and_in_a_blend(tmp_path):
         ({"output": "both"}, "output is 'both': choose one of logits, probabilities."),
         ({"mean": (0, 0)}, r"mean is \(0, 0\) and std .*: pass three numbers each, those of std above 0."),
         ({"std": (1, 1, 0)}, r"mean is .* and std \(1, 1, 0\): pass three numbers each, those of std above 0."),
+        ({"size": 2.5}, r"size is 2.5: pass a number of pixels, or \(height, width\)."),
+        ({"size": True}, r"size is True: pass a number of pixels, or \(height, width\)."),
         ({"size": (3, 0)}, r"size is \(3, 0\): pass a number of pixels, or \(height, width\)."),
     ],
 )

@@ -98,6 +98,7 @@ def test_masks_are_runs_over_the_pixels_row_by_row():
         ({"editing_prompt": None}, "is not as in PIE-Bench"),
         ({"original_prompt": None}, "is not as in PIE-Bench"),
         ({"editing_type_id": "12"}, "is not as in PIE-Bench"),
+        ({"editing_type_id": "-1"}, "is not as in PIE-Bench"),
         ({"mask": "none"}, "is not as in PIE-Bench"),
         ({"mask": [1]}, "no list of start and length"),
     ],

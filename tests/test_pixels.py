@@ -59,6 +59,13 @@ def test_they_are_what_diffusers_makes(pictures, size):
     assert type(lazy * 2) is torch.Tensor and torch.equal(lazy * 2, plain * 2)
     assert torch.equal(torch.cat([lazy, lazy]), torch.cat([plain, plain]))
     assert torch.equal(lazy[:, :, 3:9], plain[:, :, 3:9]) and lazy.dtype == torch.float32
+    for given in ((torch.float64, False, True), (torch.bfloat16,)):
+        for kwargs in ({}, {"memory_format": torch.contiguous_format}):
+            moved, expected = (pixels.to(*given, **kwargs) for pixels in (lazy, plain))
+            assert torch.equal(moved, expected) and moved.stride() == expected.stride()
+    copied = lazy.to(torch.float32, copy=True)
+    assert torch.equal(copied, plain) and copied.data_ptr() != lazy.floats.data_ptr()
+    assert torch.zeros(1, dtype=torch.float64).to(lazy).dtype == torch.float32
     assert np.array_equal(np.asarray(lazy), plain.numpy()) and np.array_equal(to_uint8(lazy), to_uint8(plain))
 
 
@@ -107,7 +114,7 @@ def test_copies_and_compiled_functions_get_plain_tensors(tmp_path):
     compiled = torch.compile(lambda x: x * 2 + 1, backend="eager", fullgraph=True)
     for pixels in (lazy, lazy.to(torch.float32)):
         torch.save(pixels, tmp_path / "pixels.pt")
-        for copied in (copy.deepcopy(pixels), torch.load(tmp_path / "pixels.pt", weights_only=False)):
+        for copied in (copy.deepcopy(pixels), torch.load(tmp_path / "pixels.pt", weights_only=True)):
             assert type(copied) is torch.Tensor and torch.equal(copied, plain) and source_of(copied) is None
     assert torch.equal(compiled(lazy.to(torch.float32)), plain * 2 + 1)
 

@@ -1,6 +1,7 @@
 """What a call takes, from shapes alone: held to what tensors take in one, and to what a GPU was seen to take."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from sparse_context.bench.shapes import SHAPES
 from sparse_context.families.shape import Tokens
 from sparse_context.pipelines import Engine, GenerationError, ModelSpec, Request, engine
 from sparse_context.pipelines.dry import DryRun
-from sparse_context.pipelines.predict import Parts, Prediction, Predictor, kept_of, parts_of, parts_of_shape
+from sparse_context.pipelines.predict import Parts, Prediction, Predictor, kept_of, offload_of, parts_of, parts_of_shape
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -175,12 +176,14 @@ def test_an_engine_predicts_what_its_call_keeps(model):
     assert model.largest_keep(ask(), 2**40) == 1.0
 
 
-def out_of_memory(pipe, most):
+def out_of_memory(pipe, most, error=torch.OutOfMemoryError):
     """A hook by which the transformer runs out of memory where it sees more tokens."""
 
     def check(module, args, kwargs):
         if kwargs["hidden_states"].shape[1] > most:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            if error is RuntimeError:
+                torch.empty(2**62, dtype=torch.uint8)  # as torch says it of the machine's own memory
+            raise error("CUDA out of memory.")
 
     return pipe.transformer.register_forward_pre_hook(check, with_kwargs=True)
 
@@ -212,6 +215,37 @@ def test_what_ran_out_of_memory_names_the_keep_that_fits(model, monkeypatch):
     assert model(ask(keep=0.5)).selection.kept == smaller.tokens.references
 
 
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_memory_of_the_machine_runs_out_as_that_of_a_gpu(model, monkeypatch, error):
+    monkeypatch.setattr(engine, "free_memory", lambda device: 1000)
+    handle = out_of_memory(model.pipe(), 0, error)
+    try:
+        with pytest.raises(GenerationError, match="and no keep fits into the 0.0 GiB that were free: ask for"):
+            model(ask())
+    finally:
+        handle.remove()
+
+
+def test_a_compiled_transformer_is_predicted_as_the_one_that_it_was_made_of():
+    pipe = build_flux2(Flux2KleinPipeline)
+    plain = Predictor(parts_of(pipe))([(4, 4)], 8, (8, 8))
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert Predictor(parts_of(pipe))([(4, 4)], 8, (8, 8)) == plain
+
+
+def test_how_a_pipeline_is_offloaded_is_seen():
+    assert offload_of(build_flux2(Flux2KleinPipeline)) is None
+    for name in ("model", "group", "sequential"):
+        pipe = build_flux2(Flux2KleinPipeline)
+        if name == "model":
+            pipe.enable_model_cpu_offload(device="cpu")
+        elif name == "group":
+            pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+        else:
+            pipe.enable_sequential_cpu_offload(device="cpu")
+        assert offload_of(pipe) == ("model" if name == "model" else "group"), name
+
+
 def test_a_vae_of_the_user_s_own_cannot_be_predicted():
     pipe = build_flux2(Flux2KleinPipeline)
 
@@ -239,6 +273,35 @@ def test_configs_alone_say_what_a_model_takes(tiny_model, model, tmp_path):
     assert [fit.keep for fit in fits] == [1.0]
     written = json.loads((tmp_path / "out.json").read_text())["figures"]
     assert written["rows"][1]["peak"] == rows[1].call.peak and written["fits"][0]["keep"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"memory": float("inf")}, "memory is inf: pass gigabytes, a number above 0."),
+        ({"memory": -1.0}, "memory is -1: pass gigabytes, a number above 0."),
+        ({"cpu_offload": "disk"}, "cpu_offload is 'disk': choose model or group."),
+        ({}, r"references is \d+, and this model takes at most \d+: pass fewer."),
+    ],
+)
+def test_wrong_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        predict(BenchConfig(references=(99,)), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("part", "about", "message"),
+    [
+        ("vae", [None, None], "is incomplete: it has no vae."),
+        ("transformer", ["diffusers", "Own"], "do not load: module diffusers has no attribute Own."),
+    ],
+)
+def test_a_model_that_is_not_whole_is_refused(tiny_model, tmp_path, part, about, message):
+    copied = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(json.dumps(index | {part: about}))
+    with pytest.raises(ValueError, match=f"{copied} {message}$"):
+        predict(BenchConfig(references=(1,)), model=str(copied))
 
 
 def test_kv_costs_memory_and_saves_operations():

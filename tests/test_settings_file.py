@@ -28,6 +28,7 @@ VALUES = {
     "lora_scale": 0.5,
     "kv": True,
     "quantization": "int8",
+    "vae": "channels-last",
     "keep": [0.1, 12, "auto"],
     "selector": [None, "edges", {"saliency": 0.7, "edges": 0.3}],
     "task": ["edit", "global", "subject"],
@@ -62,7 +63,7 @@ def test_every_field_without_pictures_is_a_key_of_one_meaning():
 
 def test_what_is_written_is_read_back(tmp_path):
     settings = parse_settings(VALUES)
-    assert settings.spec == ModelSpec("a/b", "float32", "cpu", "model", "none", 0.5, True, "int8")
+    assert settings.spec == ModelSpec("a/b", "float32", "cpu", "model", "none", 0.5, True, "int8", "channels-last")
     assert settings.request.config.keep == [0.1, 12, "auto"] and settings.request.seed == 7
     assert settings.request.config.seed == 0
     write_settings(settings, tmp_path / "settings.json")

@@ -30,12 +30,21 @@ NOTHING_TO_DRAW = (
 
 
 def read_settings(
-    keep: float, keep_each: str, task: str, selector: str, coverage: str, overview: str, seed: int
+    keep: float,
+    keep_each: str,
+    task: str,
+    selector: str,
+    coverage: str,
+    overview: str,
+    seed: int,
+    phrases: str = "",
+    text_model: str = "",
 ) -> Settings:
     """The settings that the node's widgets stand for."""
     share = None if coverage == "auto" else float(coverage.rstrip(" %")) / 100
     small: str | int | None = int(overview) if overview.isdigit() else overview
-    return Settings(keep, keep_each, task, selector, share, None if small == "none" else small, seed)
+    small = None if small == "none" else small
+    return Settings(keep, keep_each, task, selector, share, small, seed, phrases, text_model.strip())
 
 
 def build(

@@ -27,7 +27,8 @@ class Settings:
 
     keep: a ratio for all references. keep_each: text with one value for each reference; empty: `keep` for all. task and
     overview: as in `SparseContextConfig`. selector: a name, or "auto". coverage: a share, or None where the task
-    decides. seed: of the selector "random".
+    decides. seed: of the selector "random". phrases: what is meant in the references, one line for each, the word none
+    for one without; one line is for all. text_model: what finds it, as `SparseContextConfig` has it; empty: the usual.
     """
 
     keep: float = 0.2
@@ -37,12 +38,19 @@ class Settings:
     coverage: float | None = None
     overview: str | int | None = "trained"
     seed: int = 0
+    phrases: str = ""
+    text_model: str = ""
 
     def budget(self) -> float | list[float | int | str]:
         """One ratio, or a list with one ratio, count or "auto" for each reference. Raises ValueError."""
         if not self.keep_each.strip():
             return self.keep
         return [_read_keep(part.strip()) for part in self.keep_each.split(",")]
+
+    def each_phrase(self) -> str | list[str | None] | None:
+        """The phrase for all references, or a list with one, or None, for each."""
+        lines = [None if line.strip() == "none" else line.strip() for line in self.phrases.splitlines() if line.strip()]
+        return lines if len(lines) > 1 else lines[0] if lines else None
 
 
 def _read_keep(text: str) -> float | int | str:
@@ -133,13 +141,27 @@ def choose(
         overview=settings.overview,
         coverage=_coverage(settings, references, trained),
         seed=settings.seed,
+        phrases=settings.each_phrase(),
+        text_model=settings.text_model or None,
     )
     return select_tokens(references.shown(grids), grids, config, trained=trained)
 
 
 def check(settings: Settings, references: References) -> None:
     """Raise ValueError for settings that fit no references at all."""
-    SparseContextConfig(keep=settings.budget(), task=settings.task, overview=settings.overview, seed=settings.seed)
+    phrases = settings.each_phrase()
+    SparseContextConfig(
+        keep=settings.budget(), task=settings.task, overview=settings.overview, seed=settings.seed, phrases=phrases
+    )
+    if phrases is not None and settings.selector not in ("auto", "text"):
+        raise ValueError(
+            f"phrases says what to look for, and the selector {settings.selector} does not read it: choose auto or "
+            "text, or leave phrases empty."
+        )
+    if phrases is not None and not references.pictures:
+        raise ValueError("phrases are looked for in images, and none is connected: connect one for each reference.")
+    if phrases is None and settings.selector == "text":
+        raise ValueError("The selector text needs a phrase: write what to look for into phrases, such as the red car.")
     if not references.pictures and settings.selector not in BLIND:
         raise ValueError(
             f"The selector {settings.selector} looks at images, and none is connected: connect one for each "
@@ -170,7 +192,9 @@ def _selector(
     if i not in references.painted:
         return selector
     if selector is None:
-        selector, _ = task_defaults(settings.task, count, _has_overview(settings, trained))
+        phrases = settings.each_phrase()
+        meant = phrases[i] if isinstance(phrases, list) and i < len(phrases) else phrases
+        selector, _ = task_defaults(settings.task, count, _has_overview(settings, trained), meant is not None)
     return dict(beside_painted(mask([references.painted[i]]), selector))
 
 

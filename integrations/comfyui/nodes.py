@@ -57,6 +57,14 @@ class SparseContext(io.ComfyNode):
                 io.Combo.Input("task", options=[*TASKS], default="auto", tooltip=tip["task"]),
                 io.Combo.Input("selector", options=[*SELECTORS], default="auto", tooltip=tip["selector"]),
                 io.String.Input(
+                    "phrases",
+                    default="",
+                    multiline=True,
+                    tooltip=tip["phrases"],
+                    placeholder="what you mean, such as: the red car",
+                ),
+                io.String.Input("text_model", default="", tooltip=tip["text_model"], advanced=True),
+                io.String.Input(
                     "keep_each", default="", tooltip=tip["keep_each"], placeholder="0.5, 0.1", advanced=True
                 ),
                 io.Combo.Input(
@@ -102,6 +110,8 @@ class SparseContext(io.ComfyNode):
         keep: float,
         task: str,
         selector: str,
+        phrases: str,
+        text_model: str,
         keep_each: str,
         coverage: str,
         overview: str,
@@ -116,7 +126,9 @@ class SparseContext(io.ComfyNode):
                 from .building import build, read_settings
                 from .patch import install
                 from .records import read_records
-            settings = read_settings(keep, keep_each, task, selector, coverage, overview, selection_seed)
+            settings = read_settings(
+                keep, keep_each, task, selector, coverage, overview, selection_seed, phrases, text_model
+            )
             records, problems = read_records(cls.hidden.prompt or {}, cls.hidden.unique_id, folder_paths.get_full_path)
             for problem in problems:
                 tell(problem)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TASKS = ("auto", "edit", "subject", "global")
-SELECTORS = ("auto", "edges", "saliency", "subject", "contrast", "detail", "residual", "uniform", "random")
+SELECTORS = ("auto", "edges", "saliency", "subject", "contrast", "detail", "residual", "uniform", "random", "text")
 COVERAGES = ("auto", "0 %", "5 %", "10 %", "20 %", "30 %", "50 %")
 OVERVIEWS = ("trained", "none", "auto", "2", "4", "8", "16")
 KEEP_HERE = "keep here"
@@ -29,8 +29,17 @@ TIPS: dict[str, dict[str, str]] = {
         "selector": (
             "How to choose tokens. auto: the task decides. edges: outlines. saliency: the main subject. subject: "
             "the subject and its outline. contrast: what differs from the background. detail: texture. residual: "
-            "fine detail. uniform: evenly spread. random: by chance. Only auto, detail, uniform and random work "
-            "without images."
+            "fine detail. uniform: evenly spread. random: by chance. text: what phrases names. Only auto, detail, "
+            "uniform and random work without images."
+        ),
+        "phrases": (
+            "What you mean in each image, such as the red car. One line is for all images; several lines are one for "
+            "each, and the word none is for an image without. A subject keeps what the phrase names, an edit keeps "
+            "everything else."
+        ),
+        "text_model": (
+            "What finds the phrases: the folder or the Hugging Face id of a CLIPSeg, OWLv2, Grounding DINO or SAM 3. "
+            "An id is downloaded. Leave it empty to use CLIPSeg, if it has been downloaded before."
         ),
         "keep_each": (
             "A value for each reference, with commas between, in place of keep: 0.5, 0.1. A value from 0 to 1 is "

@@ -1,5 +1,6 @@
 """What calls would take, from shapes alone: `sparse-context bench --predict`."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..pipelines.embedded import WEIGHTS
 from ..pipelines.load import DTYPES
 from ..pipelines.predict import Parts, Prediction, Predictor, grid_of, parts_of_model, parts_of_shape
 from ..pipelines.settings import read_settings
+from ..pipelines.spec import ModelSpec
 from ..result import write_result
 from .config import BenchConfig
 from .figures import Setting
@@ -59,11 +61,15 @@ def predict(
     no plain pipeline, and for a method that it does not have.
     """
     check_arguments(model, random_weights, None, dtype, output)
-    if memory is not None and not memory > 0:
+    if memory is not None and not 0 < memory < math.inf:
         raise ValueError(f"memory is {memory:g}: pass gigabytes, a number above 0.")
+    ModelSpec(cpu_offload=cpu_offload)  # raises for what is no kind of it
     kind = DTYPES.get(dtype, torch.float32 if model is None and random_weights is None else torch.bfloat16)
     path = str(WEIGHTS) if model is None else model
     settings = {} if random_weights else read_settings(path)
+    most = settings.get("max_references")
+    if most is not None and max(config.references) > most:
+        raise ValueError(f"references is {max(config.references)}, and this model takes at most {most}: pass fewer.")
 
     def parts(kv: bool) -> Parts:
         if random_weights is not None:

@@ -42,8 +42,8 @@ def read_custom_concept(folder: str) -> list[BenchmarkSample]:
 
 def _entries(path: Path) -> list[Any]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path.parent} is no CustomConcept101 folder: {path.name} cannot be read ({error}); get the folder "
             f"customconcept101 from {SOURCE}."
@@ -57,6 +57,9 @@ def _samples(concepts: list[Any], entry: Any, prompts: str, folder: Path, where:
     try:
         file = folder / entry[prompts]
         names = [concept["class_prompt"] for concept in concepts]
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"class_prompt is {name!r}, which is no text")
         folders = [folder / concept["instance_data_dir"] for concept in concepts]
     except (KeyError, TypeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)

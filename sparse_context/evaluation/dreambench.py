@@ -42,7 +42,7 @@ def read_dreambench(folder: str) -> list[BenchmarkSample]:
             lines = captions.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{image} has no captions that can be read ({error}): put {captions} there.") from error
-        subject, *prompts = [line.strip() for line in lines if line.strip()]
+        subject, *prompts = [line.strip() for line in lines if line.strip()] or [""]
         if len(prompts) != len(KINDS):
             raise ValueError(f"{captions} has {len(prompts)} prompts, and not the {len(KINDS)} of DreamBench++.")
         stem = "_".join(place.with_suffix("").parts)

@@ -45,8 +45,8 @@ def read_pie_bench(folder: str | Path) -> list[BenchmarkSample]:
     """
     listing = Path(folder) / "mapping_file.json"
     try:
-        entries = json.loads(listing.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        entries = json.loads(listing.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{folder} is no PIE-Bench folder: its mapping_file.json cannot be read ({error}); get the benchmark from "
             "github.com/cure-lab/PnPInversion."
@@ -63,7 +63,7 @@ def _sample(key: str, entry: Any, folder: Path, listing: Path) -> BenchmarkSampl
         )
         prompt = entry.get("editing_instruction") or caption
         image = find_picture(entry["image_path"], folder / "annotation_images")
-        kind = EDIT_TYPES[int(entry["editing_type_id"])]
+        kind = dict(enumerate(EDIT_TYPES))[int(entry["editing_type_id"])]
         mask = decode_mask(entry["mask"])
         words = entry.get("blended_word", "").split()
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:

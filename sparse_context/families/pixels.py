@@ -23,6 +23,9 @@ _ABOUT = {
 }
 """What is asked of pixels without looking at them."""
 
+_TO = {"device", "dtype", "non_blocking"}
+"""What hosts pass to `Tensor.to`; who asks for a copy or an order of memory gets it of the floats."""
+
 
 class LazyPixels(torch.Tensor):
     """Pixels (B, 3, H, W) in [-1, 1], float32 on the CPU, which are made of their bytes once somebody looks at them.
@@ -97,7 +100,7 @@ class LazyPixels(torch.Tensor):
         cls, function: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is torch.Tensor.to:
+        if function is torch.Tensor.to and isinstance(args[0], cls) and len(args) <= 3 and kwargs.keys() <= _TO:
             return args[0]._to(*args[1:], **kwargs)
         if function in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():

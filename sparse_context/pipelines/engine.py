@@ -27,7 +27,7 @@ from .hub import one_line
 from .load import load
 from .lora_file import NO_LORA
 from .memory import Peak, free_memory
-from .predict import ROOM, Prediction, Predictor, grid_of, kept_of, parts_of
+from .predict import ROOM, Prediction, Predictor, grid_of, kept_of, offload_of, parts_of
 from .settings import call_settings
 from .spec import ModelSpec, Request
 from .steps import Cancel, Preview, Progress, Stop, stepwise, turn
@@ -258,12 +258,13 @@ class Engine:
         prompts = [each.prompt for each in requests]
         generators = [torch.Generator().manual_seed(each.seed) for each in requests]
         asked = (prompts, generators) if len(requests) > 1 else (prompts[0], generators[0])
-        decode, free = find_decode(pipe), free_memory(pipe._execution_device)
+        decode, free = find_decode(pipe), None
         decoded = None if decode is None else partial(decode, pipe, inputs=arguments)
         try:
             with turn(pipe, cancel), progress_bar(pipe, **bar | self._bar), guided(pipe, request.guidance_scale):
                 apply_sparse_context(pipe, config, cache=self.cache, together=self.spec.vae is not None)
                 peak = Peak(pipe._execution_device) if memory else None
+                free = free_memory(pipe._execution_device)  # now that no other call takes any
                 with stepwise(pipe, cancel, progress, preview, decoded), timed(pipe) as times:
                     output = pipe(prompt=asked[0], generator=asked[1], **arguments)
                 images = (output if family.modular else output.images)[: len(requests)]
@@ -273,16 +274,16 @@ class Engine:
             raise Cancelled("The call was cancelled.") from None
         except ValueError:
             raise
-        except torch.OutOfMemoryError as error:
-            raise GenerationError(self._out_of_memory(pipe, requests, free)) from error
         except Exception as error:
+            if _is_out_of_memory(error):
+                raise GenerationError(self._out_of_memory(pipe, requests, free)) from error
             raise GenerationError(f"{name} failed: {one_line(error)}.") from error
 
     def _predictor(self, pipe: Any) -> Predictor:
         with self._loading:
             if pipe not in self._predictors:
                 text = call_settings(pipe).get("max_sequence_length")
-                offload = None if self._wrapped is not None else self.spec.cpu_offload
+                offload = self.spec.cpu_offload if self._wrapped is None else offload_of(pipe)
                 self._predictors[pipe] = Predictor(parts_of(pipe, text, offload))
             return self._predictors[pipe]
 
@@ -307,6 +308,11 @@ class Engine:
         if largest is None:
             return f"The device's memory ran out, and no keep fits into the {gibibytes}: {otherwise}"
         return f"The device's memory ran out: keep={largest:g} fits into the {gibibytes}. Or {otherwise}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of an accelerator, or of the machine, for which torch has no error of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _grids(pipe: Any, request: Request) -> tuple[list[Grid], Grid, int | None]:

@@ -21,7 +21,7 @@ from ..families import FAMILIES, Family, family_of
 from ..families.shape import Shape, Tokens
 from ..selectors.cells import Grid
 from .dry import DryRun
-from .hub import class_name_of
+from .hub import class_name_of, one_line
 
 PHASES = {"text": "text_encoder", "encode": "vae", "denoise": "transformer", "decode": "vae"}
 """Of a call, and the part that works in each."""
@@ -192,11 +192,24 @@ def parts_of(pipe: Any, text: int | None = None, offload: str | None = None) -> 
     Raises ValueError where a part of it is the user's own, of which nobody knows how it is built.
     """
     family = family_of(pipe)
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    modules = {
+        name: getattr(part, "_orig_mod", part)  # a compiled module takes what the one that was compiled takes
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
     twins = {name: _twin(part) for name, part in modules.items() if name in PHASES.values()}
     shape = _shape(family, twins["transformer"], 2 * pipe.vae_scale_factor, text)
     weights = {name: _bytes(part) for name, part in modules.items()}
     return Parts(shape, twins, pipe.vae_scale_factor, weights, family.kv, offload)
+
+
+def offload_of(pipe: Any) -> str | None:
+    """How the weights of a loaded pipeline move, as `ModelSpec.cpu_offload`: "group" also where it is sequential."""
+    if getattr(pipe, "_all_hooks", None):  # of `enable_model_cpu_offload`
+        return "model"
+    registries = [getattr(module, "_diffusers_hook", None) for module in pipe.transformer.modules()]
+    in_groups = any(each is not None and each.get_hook("group_offloading") is not None for each in registries)
+    return "group" if in_groups or any(weight.is_meta for weight in pipe.transformer.parameters()) else None
 
 
 def parts_of_model(
@@ -207,22 +220,17 @@ def parts_of_model(
     text: tokens of its prompts; None: as many as its family has by default. Raises ValueError for a model that is no
     plain pipeline.
     """
-    import diffusers
-    import transformers
-
     class_name = class_name_of(path)
     family = FAMILIES[class_name]
     if family.modular:
         raise ValueError(f"The memory of {path}, a {class_name}, cannot be predicted: name a plain pipeline.")
-    twins = {}
-    for name, (library, kind) in _components(diffusers.DiffusionPipeline.load_config(path)).items():
-        with torch.device("meta"):
-            if library == "diffusers":
-                cls = getattr(diffusers, kind)
-                twin = cls.from_config(cls.load_config(path, subfolder=name))
-            else:
-                twin = getattr(transformers, kind)(transformers.AutoConfig.from_pretrained(path, subfolder=name))
-        twins[name] = torch.nn.Module.to(twin, dtype).eval()
+    try:
+        twins = {name: _twin_of_config(path, name, *about, dtype) for name, about in _components(path).items()}
+    except Exception as error:  # the readers of configs raise many kinds, and all of them mean this
+        raise ValueError(f"The configs of the model {path} do not load: {one_line(error)}.") from error
+    for name in ("transformer", "vae"):
+        if name not in twins:
+            raise ValueError(f"The model {path} is incomplete: it has no {name}.")
     config = twins["vae"].config
     levels = config.temperal_downsample if "temperal_downsample" in config else config.block_out_channels[1:]
     factor = 2 ** len(levels)
@@ -265,11 +273,27 @@ def kept_of(config: SparseContextConfig, grids: Sequence[Grid]) -> int:
     return sum(map(len, kept))
 
 
-def _components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Of a pipeline's index the modules that a call runs: library and class by name."""
+def _twin_of_config(path: str, name: str, library: str, kind: str, dtype: torch.dtype) -> Any:
+    """A part of a model on the meta device, by the config in its folder."""
+    import diffusers
+    import transformers
+
+    with torch.device("meta"):
+        if library == "diffusers":
+            cls = getattr(diffusers, kind)
+            twin = cls.from_config(cls.load_config(path, subfolder=name))
+        else:
+            twin = getattr(transformers, kind)(transformers.AutoConfig.from_pretrained(path, subfolder=name))
+    return torch.nn.Module.to(twin, dtype).eval()
+
+
+def _components(path: str) -> dict[str, tuple[str, str]]:
+    """The modules of a model that a call runs: library and class by name."""
+    from diffusers import DiffusionPipeline
+
     return {
-        name: tuple(about)
-        for name, about in index.items()
+        name: (about[0], about[1])
+        for name, about in DiffusionPipeline.load_config(path).items()
         if name in (*PHASES.values(), "text_encoder_2") and isinstance(about, (list, tuple)) and about[1] is not None
     }
 

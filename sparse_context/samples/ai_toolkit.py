@@ -5,15 +5,17 @@ A source is the .yaml of a training, whose data sets are read, or a folder that 
     data/target/cat.png  data/target/cat.txt  data/control/cat.jpg  data/control_2/cat.png
 
 There the folder with captions holds the images to be made, whatever it is called, and the others, in the order of their
-names, the controls: the references.
+names, the controls: the references. A caption is the text of that file, or "caption" in a .json; where there is none,
+that of default.txt in the same folder.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .layout import Layout, Row, by_number, folder_of, is_image, read_caption, unused
+from .layout import Layout, Row, by_number, caption_suffix, folder_of, is_image, read_caption, unused
 from .sample import ManifestError
 
 USED = {"folder_path", "dataset_path", "caption_ext", "caption_type", "default_caption", "trigger_word", "mask_path"}
@@ -30,9 +32,9 @@ REFUSED = {
 def fits(source: str) -> bool:
     """Whether a source is a .yaml file, or a folder as above."""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(source):
         return path.suffix.lower() in (".yaml", ".yml")
-    return path.is_dir() and len(_folders(path)) > 1 and bool(_captioned(path))
+    return os.path.isdir(source) and len(_folders(path)) > 1 and bool(_captioned(path))
 
 
 def read(source: str, columns: Mapping[str, str]) -> Layout:
@@ -79,7 +81,8 @@ def _rows(
     rows: list[tuple[str, Row]] = []
     for image in sorted(_walk(folder), key=lambda path: by_number(str(path))):
         missing = [each.name for each, names in zip(controls, listed, strict=True) if image.stem not in names]
-        text = read_caption(image.with_suffix(caption))
+        text = _read_caption(image.with_suffix(caption))
+        text = text if text is not None else read_caption(image.with_name("default.txt"))
         text = text or (default if default is not None else text)
         where = str(image.relative_to(folder.parent))
         if not controls or len(missing) == len(controls):
@@ -95,6 +98,20 @@ def _rows(
             }
             rows.append((where, row | ({"mask": str(covers[image.stem])} if image.stem in covers else {})))
     return rows
+
+
+def _read_caption(path: Path) -> str | None:
+    """The text beside a picture: that of a .json is its "caption"."""
+    text = read_caption(path)
+    if text is None or path.suffix.lower() != ".json":
+        return text
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"The caption {path} is no JSON ({error}).") from error
+    if not isinstance(record, dict) or not isinstance(record.get("caption"), str):
+        raise ManifestError(f'The caption {path} has no text: write {{"caption": "..."}}.')
+    return record["caption"].strip()
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
@@ -118,11 +135,11 @@ def _read_training(path: Path) -> Layout:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
         processes = [each for each in record["config"]["process"] if each.get("datasets")]
         parts = [(each.get("trigger_word"), part) for each in processes for part in each["datasets"]]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ManifestError(f"{path} cannot be read ({reason}): pass the .yaml of an ai-toolkit training.") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ManifestError(f"{path} has no config.process with datasets: pass the .yaml of a training.") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: also of a date that is none
+        reason = " ".join(str(error).split())
+        raise ManifestError(f"{path} cannot be read ({reason}): pass the .yaml of an ai-toolkit training.") from error
     rows: list[tuple[str, Row]] = []
     keys: set[str] = set()
     for i, (trigger, part) in enumerate(parts, start=1):
@@ -137,19 +154,23 @@ def _read_training(path: Path) -> Layout:
     return Layout(rows, notes)
 
 
-def _read_part(part: Mapping[str, Any], trigger: str | None, base: Path, where: str) -> list[tuple[str, Row]]:
+def _read_part(part: Mapping[str, Any], trigger: Any, base: Path, where: str) -> list[tuple[str, Row]]:
     for key, what in REFUSED.items():
         if part.get(key) and not (key == "num_frames" and part[key] == 1):
             raise ManifestError(f"{where} has {key}, so it {what}, which is not supported: leave it out.")
+    default, trigger = part.get("default_caption"), part.get("trigger_word") or trigger
+    for key, entry in (("default_caption", default), ("trigger_word", trigger)):
+        if entry is not None and not isinstance(entry, str):
+            raise ManifestError(f"{where}: {key} is {entry!r}: write text, in quotes.")
     named = [part.get(key) for key in CONTROLS]
     entries = [entry for each in named if each for entry in (each if isinstance(each, list) else [each])]
-    caption = str(part.get("caption_ext") or part.get("caption_type") or "txt")
+    caption = part.get("caption_ext") or part.get("caption_type") or "txt"
     masks = part.get("mask_path")
     return _rows(
         folder_of(part.get("dataset_path") or part.get("folder_path"), base, where),
         [folder_of(entry, base, where) for entry in entries],
-        "." + caption.lstrip("."),
-        part.get("default_caption"),
-        part.get("trigger_word") or trigger,
+        caption_suffix(caption, where),
+        default,
+        trigger,
         folder_of(masks, base, where) if masks else None,
     )

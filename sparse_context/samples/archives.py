@@ -11,7 +11,6 @@ import tarfile
 import tempfile
 import threading
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,9 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from ..images import MAX_BYTES, PictureError
+
+TEXT_BYTES = 2**24
+"""Longest text that is read: a few bytes of an archive may unpack to a gigabyte of it."""
 
 KEPT = 2
 """Archives at URLs that a process keeps on disk: a batch reads one of them, and that ahead of it the next."""
@@ -46,14 +48,15 @@ class Member:
         """Whether the archive is at a URL."""
         return is_remote(self.archive)
 
-    def read(self) -> bytes:
-        """Its content. Raises `PictureError` where the archive cannot be read or lacks it, or it is too large."""
+    def read(self, most: int = MAX_BYTES) -> bytes:
+        """Its content. Raises `PictureError` where the archive cannot be read or lacks it, or it has more bytes than
+        `most`."""
         with _opened(self.archive) as (file, index):
             if self.name not in index:
                 raise PictureError(f"{str(self)!r} does not exist; check the name, and what the archive holds")
             offset, size = index[self.name]
-            if size > MAX_BYTES:
-                raise PictureError(f"{str(self)!r} has {size} bytes; leave it out")
+            if size > most:
+                raise PictureError(f"{str(self)!r} has {size} bytes, and at most {most} are read; leave it out")
             if offset is None:
                 with zipfile.ZipFile(file) as archive:
                     return archive.read(self.name)
@@ -104,8 +107,13 @@ def _opened(archive: str) -> Iterator[tuple[BinaryIO, Index]]:
             index = _index_of(archive, status.st_size, status.st_mtime_ns)
             with open(archive, "rb") as file:
                 yield file, index
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        # RuntimeError: a zip that has a password, or is packed in an odd way
+    except PictureError:
+        raise
+    except FileNotFoundError as error:
+        raise PictureError(f"The archive {archive!r} does not exist; check the name and the folder") from error
+    except Exception as error:
+        # Readers of archives raise whatever their parsing ran into: OSError, TarError, UnicodeDecodeError, RuntimeError
+        # for a password ...
         reason = (str(error) or type(error).__name__).rstrip(".")
         raise PictureError(
             f"The archive {archive!r} cannot be read ({reason}); pack it again, as plain .zip or .tar"
@@ -122,8 +130,22 @@ def _read_index(file: BinaryIO, archive: str) -> Index:
     if archive.lower().endswith(".zip"):
         with zipfile.ZipFile(file) as packed:
             return {info.filename: (None, info.file_size) for info in packed.infolist() if not info.is_dir()}
+    index: Index = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        return {info.name: (info.offset_data, info.size) for info in tar if info.isreg() and not info.issparse()}
+        for info in tar:
+            if info.islnk() and info.linkname in index:  # a file that is there under another name
+                index[info.name] = index[info.linkname]
+            elif info.isreg() and not info.issparse():
+                index[info.name] = info.offset_data, info.size
+        # The library takes a damaged header, and a file that was cut between two, for the end
+        file.seek(tar.offset)
+        if len(end := file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it is cut short")
+        while end:
+            if end.strip(b"\0"):
+                raise tarfile.ReadError(f"its header at byte {tar.offset} is damaged, or another .tar follows there")
+            end = file.read(2**20)
+    return index
 
 
 _turn = threading.Lock()
@@ -149,6 +171,13 @@ def _fetch(archive: str) -> tuple[BinaryIO, Index]:
         except ImportError as error:  # of what fsspec needs for this kind of URL
             file.close()
             raise PictureError(f"The archive {archive!r} cannot be fetched ({error})") from error
+        except Exception as error:  # also kinds of the library that fsspec uses for this kind of URL
+            file.close()
+            reason = (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")
+            raise PictureError(
+                f"The archive {archive!r} cannot be fetched and read ({reason}); check the address, and that it is a "
+                "plain .zip or .tar"
+            ) from error
         except BaseException:
             file.close()
             raise

@@ -1,10 +1,12 @@
 """What every layout is read into, and what its readers have in common."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .names import ILLEGAL
 from .sample import ManifestError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
@@ -52,9 +54,17 @@ def folder_of(entry: object, base: Path, where: str) -> Path:
     """
     if isinstance(entry, str) and entry:
         for folder in (base / entry, Path(entry)):
-            if folder.is_dir():
+            if os.path.isdir(folder):  # which, unlike pathlib's, takes names that are too long
                 return folder.absolute()
     raise ManifestError(f"{where}: the folder {entry!r} does not exist; correct the path.")
+
+
+def caption_suffix(entry: object, where: str) -> str:
+    """The suffix of captions that a setting names, with its dot. Raises `ManifestError` for one that no file has."""
+    suffix = "." + str(entry).lstrip(".")
+    if suffix == "." or re.search(ILLEGAL, suffix):
+        raise ManifestError(f"{where}: the suffix of captions is {entry!r}: write one such as .txt.")
+    return suffix
 
 
 def read_caption(path: Path) -> str | None:

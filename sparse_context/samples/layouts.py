@@ -8,6 +8,7 @@
 To add one, write its two functions and give it a line in `LAYOUTS`.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,6 @@ LAYOUTS = {
 def find_layout(source: str | Path) -> Kind | None:
     """The layout of a source; None for a manifest, and for what the `datasets` library reads."""
     path = Path(source)
-    if path.is_dir() and any(path.glob("metadata.*")):  # of a folder of images, as that library has it
+    if os.path.isdir(source) and any(path.glob("metadata.*")):  # of a folder of images, as that library has it
         return None
     return next((kind for kind in LAYOUTS.values() if kind.fits(str(source))), None)

@@ -9,13 +9,15 @@ image_jsonl_file = "rows.jsonl"     # {"image_path": ..., "control_path_0": ...,
 """
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .layout import Layout, Row, by_number, folder_of, is_image, read_caption, unused
+from .layout import Layout, Row, by_number, caption_suffix, folder_of, is_image, read_caption, unused
+from .rows import once_each
 from .sample import ManifestError
 
 USED = {"image_directory", "image_jsonl_file", "control_directory", "caption_extension"}
@@ -29,7 +31,7 @@ REFUSED = {
 def fits(source: str) -> bool:
     """Whether a source is a .toml file."""
     path = Path(source)
-    return path.suffix.lower() == ".toml" and path.is_file()
+    return path.suffix.lower() == ".toml" and os.path.isfile(source)
 
 
 def read(source: str, columns: Mapping[str, str]) -> Layout:
@@ -37,7 +39,7 @@ def read(source: str, columns: Mapping[str, str]) -> Layout:
     path = Path(source)
     try:
         record = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{source} cannot be read ({error}): pass the .toml of musubi-tuner data sets.") from error
     parts, general = record.get("datasets"), record.get("general", {})
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in [general, *parts]) or not parts:
@@ -61,16 +63,22 @@ def read(source: str, columns: Mapping[str, str]) -> Layout:
 def _read_folder(settings: Mapping[str, Any], base: Path, where: str) -> list[tuple[str, Row]]:
     folder = folder_of(settings.get("image_directory"), base, where)
     controls = folder_of(settings.get("control_directory"), base, where)
-    caption = str(settings.get("caption_extension") or ".txt")
-    images = {path.stem: path for path in _pictures(folder)}
-    found: dict[str, list[tuple[int, Path]]] = {stem: [] for stem in images}
+    caption = caption_suffix(settings.get("caption_extension") or ".txt", where)
+    rows: list[tuple[str, Row]] = []
+    images: dict[str, Path] = {}
+    for path in _pictures(folder):
+        if images.setdefault(path.stem, path) != path:
+            rows.append(_both(folder, images[path.stem], path))
+    found: dict[str, dict[int, Path]] = {stem: {} for stem in images}
     for path in _pictures(controls):
         stem, _, number = path.stem.rpartition("_")
         if path.stem in found:  # also where that ends in a number, as the image's name then does too
-            found[path.stem].append((-1, path))
-        elif stem in found and number.isdecimal():
-            found[stem].append((int(number), path))
-    rows: list[tuple[str, Row]] = []
+            stem, number = path.stem, "-1"
+        elif stem not in found or not number.isdecimal():
+            continue
+        other = found[stem].setdefault(int(number), path)
+        if other != path:
+            rows.append(_both(controls, other, path))
     for stem, path in images.items():
         text = read_caption(path.with_suffix(caption))
         label = f"{folder.name}/{path.name}"
@@ -79,9 +87,14 @@ def _read_folder(settings: Mapping[str, Any], base: Path, where: str) -> list[tu
         elif text is None:
             rows.append((label, [f"{label} has no caption: write it into {stem}{caption}."]))
         else:
-            references = [str(each) for _, each in sorted(found[stem])]
+            references = [str(found[stem][number]) for number in sorted(found[stem])]
             rows.append((label, {"references": references, "image": str(path), "prompt": text}))
     return rows
+
+
+def _both(folder: Path, first: Path, second: Path) -> tuple[str, Row]:
+    where = f"{folder.name}/{second.name}"
+    return where, [f"{where} has the place of {first.name} too: leave one of them out."]
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -92,7 +105,7 @@ def _pictures(folder: Path) -> list[Path]:
 def _read_lines(entry: object, base: Path, where: str) -> list[tuple[str, Row]]:
     """The rows of a JSONL file with musubi-tuner's own keys; paths are relative to it, or to where the command runs."""
     files = [base / str(entry), Path(str(entry))]
-    path = next((each for each in files if each.is_file()), None)
+    path = next((each for each in files if os.path.isfile(each)), None)
     if path is None:
         raise ManifestError(f"{where}: the file {entry!r} does not exist; correct the path.")
     try:
@@ -105,14 +118,18 @@ def _read_lines(entry: object, base: Path, where: str) -> list[tuple[str, Row]]:
 
 def _row(line: str, label: str, folder: Path) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=once_each)
+    except ManifestError as error:
+        return [f"{label} {error}"]
     except (ValueError, RecursionError) as error:
         return [f"{label} is no JSON ({error})."]
     if not isinstance(row, dict):
         return [f"{label} is no JSON object: write one as {{...}}."]
     if "image_path_0" in row:
         return [f"{label} has several images to be made, which is not supported: write one as image_path."]
-    controls = {int(key[13:] or 0): row[key] for key in row if re.fullmatch(r"control_path(_\d+)?", key)}
+    controls = {int(key[13:] or 0): row[key] for key in row if re.fullmatch(r"control_path(_\d{1,9})?", key)}
+    if "control_path" in row and "control_path_0" in row:
+        return [f"{label} has both control_path and control_path_0, which are one: leave one of them out."]
     return {
         "references": [_path(controls[number], folder) for number in sorted(controls)],
         "image": _path(row.get("image_path"), folder),
@@ -125,4 +142,4 @@ def _path(entry: object, folder: Path) -> object:
     if not isinstance(entry, str):
         return entry
     inside = folder / entry
-    return str((inside if inside.exists() or not Path(entry).exists() else Path(entry)).absolute())
+    return str((inside if os.path.exists(inside) or not os.path.exists(entry) else Path(entry)).absolute())

@@ -5,24 +5,26 @@
 The first are the references in order, `_end` is the image to be made, and the text is the prompt.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..images import PictureError
-from .archives import Member, members
+from .archives import TEXT_BYTES, Member, members
 from .layout import Layout, Row, is_image, read_caption
 from .sample import ManifestError
 
-_PART = re.compile(r"(?P<root>.+)_(?P<kind>start(?P<number>\d*)|end)\.[^./]+", re.DOTALL)
+_PART = re.compile(r"(?P<root>.+)_(?P<kind>start(?P<number>\d{0,9})|end)\.[^./]+", re.DOTALL)
+END = -1  # in the place of a number; _start0 may be one
 
 
 def fits(source: str) -> bool:
     """Whether a source is a .zip, or a folder with a picture that is called `..._end`."""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(source):
         return path.suffix.lower() == ".zip"
-    return path.is_dir() and any(is_image(file.name) for file in path.glob("*_end.*"))
+    return os.path.isdir(source) and any(is_image(file.name) for file in path.glob("*_end.*"))
 
 
 def read(source: str, columns: Mapping[str, str]) -> Layout:
@@ -32,7 +34,7 @@ def read(source: str, columns: Mapping[str, str]) -> Layout:
     for name in files:
         part = _PART.fullmatch(name)
         if part and is_image(name):
-            number = 0 if part["kind"] == "end" else int(part["number"] or 1)
+            number = END if part["kind"] == "end" else int(part["number"] or 1)
             other = found.setdefault(part["root"], {}).setdefault(number, name)
             if other != name:
                 raise ManifestError(f"{source} has both {other} and {name}: leave one of them out.")
@@ -57,20 +59,22 @@ def _files(path: Path) -> dict[str, Path | Member]:
 
 
 def _row(root: str, parts: Mapping[int, str], files: Mapping[str, Path | Member]) -> Row:
-    references = [str(files[name]) for number, name in sorted(parts.items()) if number]
-    if 0 not in parts or not references:
-        lacks = "_start" if 0 in parts else "_end"
+    references = [str(files[name]) for number, name in sorted(parts.items()) if number != END]
+    if END not in parts or not references:
+        lacks = "_start" if END in parts else "_end"
         return [f"{root} has no {root}{lacks} image: add it, or leave the others out."]
     text = files.get(f"{root}.txt")
     if text is None:
         return [f"{root} has no prompt: write it into {root}.txt."]
-    return {"references": references, "image": str(files[parts[0]]), "prompt": _text(text)}
+    return {"references": references, "image": str(files[parts[END]]), "prompt": _text(text)}
 
 
 def _text(file: Path | Member) -> str | None:
     if isinstance(file, Path):
         return read_caption(file)
     try:
-        return file.read().decode("utf-8-sig").strip()
-    except (PictureError, UnicodeDecodeError) as error:
+        return file.read(TEXT_BYTES).decode("utf-8-sig").strip()
+    except PictureError as error:
+        raise ManifestError(f"{error}.") from error
+    except UnicodeDecodeError as error:
         raise ManifestError(f"The prompt {file} cannot be read as text ({error}): write it in UTF-8.") from error

@@ -11,7 +11,7 @@ from ..images import PictureError
 from .archives import Member
 from .layouts import find_layout
 from .progress import progress
-from .rows import FIELDS, RowRules, Rows, make_sample, read_lines
+from .rows import FIELDS, RowRules, Rows, make_sample, name_apart, read_lines
 from .sample import ManifestError, Picture, Sample, open_any
 from .table import Table
 
@@ -96,7 +96,9 @@ def needs_datasets(source: str | Path) -> bool:
     if find_layout(source) is not None:
         return False
     path = Path(source)
-    return path.is_dir() or bool(not path.is_file() and HUB_NAME.fullmatch(str(source)) and not path.parent.is_dir())
+    return os.path.isdir(source) or bool(
+        not os.path.isfile(source) and HUB_NAME.fullmatch(str(source)) and not os.path.isdir(path.parent)
+    )
 
 
 class Samples(Sequence[Sample]):
@@ -176,18 +178,20 @@ def _open_source(
     if unknown:
         raise ManifestError(f"There is no field {unknown[0]!r} in a sample: the fields are {', '.join(FIELDS)}.")
     path = Path(source)
-    folder = path.parent if path.is_file() else path if path.is_dir() else None
+    folder = path.parent if os.path.isfile(source) else path if os.path.isdir(source) else None
     rules = RowRules(columns or {}, needs_image, most_references, folder)
     kind = find_layout(source)
     notes: Sequence[str] = ()
     if kind is not None:
         layout = kind.read(str(source), columns or {})
         rules, notes = RowRules({}, needs_image, most_references, Path()), layout.notes
-        rows: Rows = [
-            (where, row if isinstance(row, list) else make_sample(row, where, f"{number:06}", rules))
-            for number, (where, row) in enumerate(layout.rows, start=1)
-        ]
-    elif path.is_file():
+        rows: Rows = name_apart(
+            [
+                (where, row if isinstance(row, list) else make_sample(row, where, f"{number:06}", rules))
+                for number, (where, row) in enumerate(layout.rows, start=1)
+            ]
+        )
+    elif os.path.isfile(source):  # which, unlike pathlib's, takes names that are too long
         rows = read_lines(path, partial(make_sample, rules=rules))
     elif needs_datasets(source):
         rows = table = Table(str(source), split, config, rules)

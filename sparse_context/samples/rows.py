@@ -57,29 +57,37 @@ def read_lines(path: Path, make: Callable[[object, str, str], Row | list[str]]) 
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"The manifest {path} cannot be read as text ({error}): pass JSONL in UTF-8.") from error
     rows: list[tuple[str, Row | list[str]]] = []
-    names: dict[str, tuple[int, str]] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"line {number}"
         try:
-            value = json.loads(line, object_pairs_hook=_once_each)
+            value = json.loads(line, object_pairs_hook=once_each)
         except ManifestError as error:
             row: Row | list[str] = [f"{where} {error}"]
         except (ValueError, RecursionError) as error:
             row = [f"{where} is no JSON ({error})."]
         else:
             row = make(value, where, f"{number:06}")
-        if not isinstance(row, list):
-            first, name = names.setdefault(file_key(row.name), (number, row.name))
-            if first != number:
-                other = "" if name == row.name else f", which is {name!r} on Windows or macOS,"
-                row = [f"{where} has the name {row.name!r}{other} of line {first}: give each its own."]
         rows.append((where, row))
-    return rows
+    return name_apart(rows)
 
 
-def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def name_apart(rows: Sequence[tuple[str, Row | list[str]]]) -> list[tuple[str, Row | list[str]]]:
+    """The rows; in the place of one with the name of a row before it, what is wrong with that."""
+    first: dict[str, tuple[str, Row]] = {}
+    apart: list[tuple[str, Row | list[str]]] = []
+    for where, row in rows:
+        if not isinstance(row, list):
+            place, other = first.setdefault(file_key(row.name), (where, row))
+            if other is not row:
+                also = "" if other.name == row.name else f", which is {other.name!r} on Windows or macOS,"
+                row = [f"{where} has the name {row.name!r}{also} of {place}: give each its own."]
+        apart.append((where, row))
+    return apart
+
+
+def once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object. Python's own reader takes the last value of a key that comes twice, without a word."""
     entries: dict[str, object] = {}
     for key, value in pairs:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..images import save_text
 from .archives import Member
+from .names import file_key
 from .progress import progress
 from .sample import ManifestError, Picture, Sample
 
@@ -22,8 +23,15 @@ def write_manifest(samples: Sequence[Sample], path: Path) -> None:
     """
     folder = path.with_suffix("")
     lines = []
+    names: dict[str, int] = {}  # a picture that is written goes by its sample's name
     for i in progress(len(samples), "manifest", "row"):
         sample = samples[i]
+        if names.setdefault(file_key(sample.name), i) != i:
+            first = samples[names[file_key(sample.name)]].name
+            raise ManifestError(
+                f"The samples {names[file_key(sample.name)] + 1} and {i + 1} are named {first!r} and "
+                f"{sample.name!r}, which is one file on some systems: give each its own name."
+            )
         row: dict[str, object] = {
             "name": sample.name,
             "references": [

@@ -58,8 +58,8 @@ def matting(
     """A selector of the subject, by a model that you have: `selector=matting("birefnet-lite.onnx")`.
 
     model: an ONNX file, an `onnxruntime.InferenceSession`, or a function from a PIL picture (RGB) to a mask: a PIL
-    picture, or an array (h, w) of bool, float in [0, 1], or integers in [0, 255]. A mask may have any size; it spans
-    the picture.
+    picture, whose alpha counts where anything in it is transparent, or an array (h, w) of bool, float in [0, 1], or
+    integers in [0, 255]. A mask may have any size; it spans the picture.
 
     The others are for ONNX. mean, std: of the three channels, of pixels in [0, 1]. size: of the input in pixels, one
     side or (height, width); None: the model's own, or 1024 where it takes any. output: what its first output holds,
@@ -79,8 +79,8 @@ def matting(
         channels = np.zeros((2, 3), np.float32)
     if not np.isfinite(channels).all() or (channels[1] <= 0).any():
         raise ValueError(f"mean is {mean!r} and std {std!r}: pass three numbers each, those of std above 0.")
-    sides = (size, size) if isinstance(size, int) else size
-    if sides is not None and not (len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides)):
+    sides = size if size is None or isinstance(size, (tuple, list)) else (size, size)
+    if sides is not None and not (len(sides) == 2 and all(type(side) is int and side > 0 for side in sides)):
         raise ValueError(f"size is {size!r}: pass a number of pixels, or (height, width).")
     if isinstance(model, (str, os.PathLike)):
         path = Path(model).expanduser().resolve()
@@ -148,7 +148,8 @@ class OnnxModel:
 def as_mask(returned: object, label: str) -> np.ndarray:
     """What a function made of a picture, as float32 (h, w) in [0, 1]. Raises ValueError for what is no mask."""
     if isinstance(returned, PillowImage) and returned.mode[0] not in "FI":
-        returned = returned.convert("L")
+        alpha = as_array(returned.convert("RGBA"))[..., 3]
+        returned = alpha if (alpha < 255).any() else returned.convert("L")
     try:
         values = as_array(returned)
         top = 255 if values.dtype.kind in "ui" else 1

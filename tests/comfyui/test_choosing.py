@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from sparse_context_nodes.choosing import References, Settings, check, choose, needs_details
+from tiny_finders import scene
 
 from sparse_context import SparseContextConfig, select_tokens
 from sparse_context.selectors.masks import DROP, KEEP, NEITHER
@@ -37,6 +38,31 @@ def test_with_pictures_it_is_what_the_package_chooses(settings, count):
     assert chosen.index.tolist() == expected.index.tolist()
     assert [kept.selector for kept in chosen.references] == [kept.selector for kept in expected.references]
     assert chosen.coverage == expected.coverage
+
+
+@pytest.mark.parametrize(
+    ("written", "phrases"), [("red\n", "red"), ("red\nnone", ["red", None]), (" red \n\nblue", ["red", "blue"])]
+)
+def test_a_phrase_is_looked_for_as_the_package_does_it(written, phrases, clipseg):
+    pictures = [np.asarray(scene(128, 128, colour)) for colour in ("red", "blue")]
+    chosen = choose(
+        Settings(phrases=written, text_model=str(clipseg)), References([[each] for each in pictures]), [GRID] * 2
+    )
+    config = SparseContextConfig(keep=0.2, phrases=phrases, text_model=str(clipseg))
+    expected = select_tokens(pictures, [GRID] * 2, config)
+    assert chosen.index.tolist() == expected.index.tolist()
+    assert QUARTER[chosen.references[0].mask].all() and "phrase 'red'" in chosen.references[0].selector
+
+
+def test_what_is_painted_goes_before_a_phrase(clipseg):
+    red = np.asarray(scene(128, 128))
+    references = References([[red]], {0: painted(DROP)})
+    settings = Settings(task="subject", phrases="red", text_model=str(clipseg))
+    assert not chosen_in_quarter(choose(settings, references, [GRID]))
+
+
+def chosen_in_quarter(selection):
+    return bool((selection.references[0].mask & QUARTER).any())
 
 
 def test_pictures_of_a_batch_are_one_reference():
@@ -146,6 +172,15 @@ def test_a_picture_may_be_larger_than_its_reference():
         (
             Settings(keep_each="2.5"),
             "keep is 2.5: pass a ratio above 0 and up to 1, a count of at least 2 tokens, or 'auto'.",
+        ),
+        (
+            Settings(phrases="red"),
+            "phrases are looked for in images, and none is connected: connect one for each reference.",
+        ),
+        (
+            Settings(phrases="red", selector="edges"),
+            "phrases says what to look for, and the selector edges does not read it: choose auto or text, or leave "
+            "phrases empty.",
         ),
     ],
 )

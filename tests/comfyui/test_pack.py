@@ -65,7 +65,7 @@ def test_nothing_of_comfyui_is_imported_but_by_the_nodes():
 
 
 def test_the_options_are_those_of_the_package():
-    assert set(SELECTORS) == {"auto", *registry.SELECTORS} - {"mask", "text"}  # ComfyUI has nodes of its own for both
+    assert set(SELECTORS) == {"auto", *registry.SELECTORS} - {"mask"}
     assert set(TASKS) == set(config.TASKS)
     assert {int(each) for each in OVERVIEWS if each.isdigit()} == {2, 4, 8, 16}
 

@@ -146,6 +146,11 @@ def test_an_overview_is_encoded_by_the_vae(address, folder):
     assert not np.array_equal(with_vae, averaged)
 
 
+def test_a_phrase_is_looked_for(address, folder, clipseg):
+    _, report, _ = run(address, folder, graph_of(ONE, phrases="red", text_model=str(clipseg)))
+    assert "outside 'red'" in report.splitlines()[0]  # for one reference is an edit
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -163,6 +168,11 @@ def test_an_overview_is_encoded_by_the_vae(address, folder):
             {"selector": "edges", "images.image1": None, "images.image2": None},
             "The selector edges looks at images, and none is connected: connect one for each reference, or choose "
             "auto, uniform, random or detail. The model is returned unchanged.",
+        ),
+        (
+            {"phrases": "red", "text_model": "/no/such/folder"},
+            "The model /no/such/folder is no folder: pass one that holds a config.json, or a hub id. The model is "
+            "returned unchanged.",
         ),
         (
             {"keep_each": "0.5, 0.1, 0.2"},

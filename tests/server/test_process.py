@@ -41,7 +41,7 @@ def test_the_embedded_model_is_served_until_a_signal_and_what_runs_is_finished(t
             process.kill()
     assert (process.returncode, out) == (-signal.SIGTERM, "")
     lines = err.splitlines()
-    assert "ready, with " in lines[0] and " POST /v1/images/edits 200 " in lines[-1]
+    assert "ready, making at most " in lines[0] and " POST /v1/images/edits 200 " in lines[-1]
     assert "a cat" not in err and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
