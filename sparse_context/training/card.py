@@ -10,6 +10,7 @@ from ..families import family_of
 from ..overview import factor_for
 from ..pipelines.embedded import WEIGHTS, read_call_settings
 from .dropping import FEW
+from .sharding import plain_class
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -48,7 +49,7 @@ def _base(record: Mapping[str, Any]) -> dict[str, str]:
 
 def _code(record: Mapping[str, Any], pipe: Any, transformer: Any) -> dict[str, str]:
     """The lines that load the result."""
-    pipeline, architecture = type(pipe).__name__, type(transformer).__name__
+    pipeline, architecture = type(pipe).__name__, plain_class(transformer).__name__
     full, base = record["full"], str(record["base"])
     name = _name(base)
     trained = f'{architecture}.from_pretrained("transformer", dtype=torch.bfloat16)'

@@ -19,6 +19,8 @@ from .config import TrainConfig
 from .dropping import Dropping
 from .files import not_written
 from .lora import save_lora
+from .processes import Processes
+from .sharding import is_sharded, unsharded, whole
 
 
 def text_autocast(host: Host) -> contextlib.AbstractContextManager:
@@ -32,9 +34,25 @@ def text_autocast(host: Host) -> contextlib.AbstractContextManager:
     )
 
 
-def save_result(host: Host, result: Path, record: Mapping[str, Any], config: TrainConfig) -> None:
-    """Write what was trained to `result`, whole or not at all, and a model card beside it."""
+def save_result(
+    host: Host, result: Path, record: Mapping[str, Any], config: TrainConfig, processes: Processes | None = None
+) -> None:
+    """Write what was trained to `result`, whole or not at all, and a model card beside it.
+
+    processes: those that share the weights; all of them call this, and the main one writes.
+    """
     transformer: Any = host.transformer
+    writes = processes is None or processes.main
+    if config.full:
+        if is_sharded(transformer):
+            transformer = unsharded(transformer, writes)
+    else:
+        from diffusers.training_utils import _collate_lora_metadata
+        from peft import get_peft_model_state_dict
+
+        layers = {name: whole(tensor) for name, tensor in get_peft_model_state_dict(transformer).items()}
+    if not writes:
+        return
     partial = result.parent / "result.partial"
     try:
         remove(partial)
@@ -45,12 +63,9 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Tra
             remove(result)
             put_in_place(partial, result)
         else:
-            from diffusers.training_utils import _collate_lora_metadata
-            from peft import get_peft_model_state_dict
-
             host.pipe.save_lora_weights(
                 partial,
-                transformer_lora_layers=get_peft_model_state_dict(transformer),
+                transformer_lora_layers=layers,
                 weight_name=LORA_FILE,
                 safe_serialization=True,
                 **_collate_lora_metadata({"transformer": transformer}),

@@ -12,6 +12,7 @@ from ..families.host import Host
 from .config import TrainConfig
 from .frozen import unpack_in_backward
 from .optimisers import drawn_from, make_adamw, make_optimisers
+from .sharding import shard
 
 ADAPTER = "default"  # peft's own name of one
 
@@ -29,10 +30,11 @@ class Trainable(nn.Module):
                 self.register_parameter(name.replace(".", "/"), parameter)
 
 
-def prepare(host: Host, config: TrainConfig) -> Trainable:
+def prepare(host: Host, config: TrainConfig, shard_on: torch.device | None = None) -> Trainable:
     """Put a fresh LoRA on the transformer, or open all its weights; what is trained is float32.
 
-    Raises ValueError for layers that the transformer does not have, and for heads that cannot be taught.
+    shard_on: the device on which this process is to hold its part of the weights; None: all of them stay where they
+    are. Raises ValueError for layers that the transformer does not have, and for heads that cannot be taught.
     """
     if config.teach_heads:
         host.check_heads(config.heads)
@@ -65,6 +67,8 @@ def prepare(host: Host, config: TrainConfig) -> Trainable:
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.train()
+    if shard_on is not None:
+        shard(transformer, shard_on)
     return Trainable(transformer)
 
 
