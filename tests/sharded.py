@@ -1,23 +1,32 @@
-"""Runs on one process and on two, for test_sharding.py. Imports once, and forks each process: `python sharded.py FOLDER`.
+"""Runs on one process and on two, for test_sharding.py. `python sharded.py FOLDER` imports once, and forks the processes.
 
-Writes into FOLDER a run each: `lora-1` and `full-1` on one process, `lora-2` and `full-2` sharded over two, and from the
-checkpoint in their middle `lora-1to2`, `lora-2to1` and so on. What a process raises is in `<run>.<rank>.txt`.
+Writes a run each into FOLDER: `lora-1` and `full-1` on one process, `lora-2` and `full-2` sharded over two, and from
+their checkpoints of the middle `lora-1to2` and `full-2to1`. Then, by the command, `whole`, and `killed`: the same with a
+process killed in it twice, the second time under torchrun. stdout has the exit codes as JSON; what processes say is in
+`<run>.<rank>.txt`.
 """
 
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from diffusers import Flux2KleinPipeline
+import cv2
 from call import CALL
+from diffusers import Flux2KleinPipeline
 from tiny import build_flux2, picture
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from sparse_context import cli
 from sparse_context.families import find_host
+from sparse_context.training.checkpoints import newest_step
 from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Example
 from sparse_context.training.dropping import Dropping
@@ -27,17 +36,15 @@ CONFIGS = {
     "lora": {
         "rank": 3,
         "lora_alpha": 3,
-        "learning_rate": 1e-2,
         "subsets": 2,
-        "distillation": 0.0,
-        "preservation": 0.5,
+        "preservation": 0.5,  # a teacher for some batches alone
         "caption_dropout": 0.3,
         "gradient_checkpointing": True,
         "dropping": Dropping(dense=0.4, overview_factors=(2, 4)),
         "teach": 0.1,
         "teach_heads": ("1.0",),
     },
-    "full": {"full": True, "muon_learning_rate": 1e-3, "learning_rate": 1e-3},
+    "full": {"full": True, "muon_learning_rate": 1e-3},
 }
 STEPS, MIDDLE = 4, 2
 
@@ -47,57 +54,85 @@ def example(number: int) -> Example:
 
 
 def train(folder: Path, processes: int) -> None:
+    """Two batches a step, of one process or of two."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True) if processes > 1 else None
     pipe = build_flux2(Flux2KleinPipeline, is_distilled=True)
     pipe.register_to_config(_name_or_path=str(folder.parent))
-    host = find_host(pipe, CALL)
     config = TrainConfig(
         max_train_steps=STEPS,
         checkpointing_steps=MIDDLE,
         validation_steps=MIDDLE,
         gradient_accumulation_steps=2 // processes,
+        learning_rate=1e-2,
+        lr_warmup_steps=0,
         ema=0.9,
         fsdp=processes > 1,
         **CONFIGS[folder.name.partition("-")[0]],
     )
     watch = Watch(validation=[example(100)], log_every=1)
     run = Run(folder, "tiny", "x", resume=True)
-    finetune(host, lambda number: [example(number)], run, config, accelerator=accelerator, watch=watch)
+    finetune(find_host(pipe, CALL), lambda n: [example(n)], run, config, accelerator=accelerator, watch=watch)
     if accelerator is not None:
         accelerator.end_training()
 
 
-def start(count: int, work: Callable[[], None], log: Path, environment: dict[str, str] | None = None) -> list[int]:
-    """The ids of `count` processes that do `work`, with what torchrun would put into their environments."""
+def command(root: Path, folder: Path) -> None:
+    """`sparse-context train`, sharded."""
+    with (root / f"{folder.name}.pids").open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    sys.argv = ["sparse-context", "train", "--data", str(root / "data.jsonl"), "--model", str(root)]
+    sys.argv += ["--output-dir", str(folder), "--resume", "latest", "--max-train-steps", "12", "--resolution", "64"]
+    for setting in ("fsdp=true", "checkpointing_steps=2", "lr_warmup_steps=0", "ema=0.9"):
+        sys.argv += ["--set", setting]
+    cli.main()
+
+
+def start(log: Path, work: Callable[[], None], **environment: str) -> int:
+    """The id of a process that does `work`."""
+    if child := os.fork():
+        return child
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.environ |= environment
+    code = 1
+    try:
+        work()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def start_two(folder: Path, work: Callable[[], None]) -> list[int]:
+    """Two processes, with what a launcher puts into their environments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    found = []
-    for rank in range(count):
-        child = os.fork()
-        if child:
-            found.append(child)
-            continue
-        errors = os.open(f"{log}.{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(errors, 2)
-        if count > 1:
-            os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-        os.environ |= environment or {}
-        code = 1
-        try:
-            work()
-            code = 0
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return found
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    return [
+        start(folder.with_name(f"{folder.name}.{rank}.txt"), work, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in (0, 1)
+    ]
+
+
+def torchrun(work: Callable[[], None]) -> None:
+    """What `torchrun --standalone --nproc-per-node 2 --max-restarts 1` does, with processes that are forked."""
+    settings = LaunchConfig(
+        1,
+        1,
+        2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=1,
+        start_method="fork",
+        local_addr="127.0.0.1",
+    )
+    elastic_launch(settings, work)()
 
 
 def wait(children: list[int]) -> list[int]:
@@ -105,26 +140,62 @@ def wait(children: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def go_on(root: Path, source: str, target: str) -> None:
+def kill_one(root: Path, folder: Path, step: int) -> None:
+    """Kill the process that was started last as soon as there is a checkpoint of that step."""
+    while newest_step(folder) < step:
+        time.sleep(0.005)
+    os.kill(int((root / f"{folder.name}.pids").read_text().split()[-1]), signal.SIGKILL)
+
+
+def go_on(source: Path, target: Path) -> None:
     """Begin a run as the other was in its middle."""
-    shutil.copytree(root / source, root / target)
-    shutil.rmtree(root / target / f"step-{STEPS:07d}")
-    for left in ("pytorch_lora_weights.safetensors", "README.md"):
-        (root / target / left).unlink(missing_ok=True)
-    shutil.rmtree(root / target / "transformer", ignore_errors=True)
+    for name in ("config.json", "log.jsonl", f"step-{MIDDLE:07d}"):
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copy
+        target.mkdir(exist_ok=True)
+        copy(source / name, target / name)
 
 
 def main(root: Path) -> None:
-    import time
-    codes = {}
+    cv2.setNumThreads(0)  # whose threads a fork would leave behind
+    pipe = build_flux2(Flux2KleinPipeline, is_distilled=True)
+    pipe.save_pretrained(root)
     (root / "call.json").write_text(json.dumps({**CALL, "num_inference_steps": 1}))
+    rows = []
+    for i in range(5):
+        for j, name in enumerate(("image", "reference")):
+            picture(64, 64, 2 * i + j).save(root / f"{name}-{i}.png")
+        rows.append({"image": f"image-{i}.png", "references": [f"reference-{i}.png"], "prompt": f"a cat {i}"})
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    codes = {}
+    began = time.time()
+
+    def note(name):
+        print(name, round(time.time() - began, 1), file=sys.stderr)
+
     for kind in CONFIGS:
-        for name, processes in ((f"{kind}-1", 1), (f"{kind}-2", 2), (f"{kind}-1to2", 2), (f"{kind}-2to1", 1)):
-            if "to" in name:
-                go_on(root, name.partition("to")[0], name)
-            t = time.time()
-            codes[name] = wait(start(processes, lambda: train(root / name, processes), root / name))
-            print(name, time.time() - t, file=sys.stderr)
+        train(root / f"{kind}-1", 1)  # here, so that what it imports is there for all others
+        note(kind)
+        codes[f"{kind}-2"] = wait(start_two(root / f"{kind}-2", partial(train, root / f"{kind}-2", 2)))
+        note(kind + "2")
+    go_on(root / "lora-1", root / "lora-1to2")
+    codes["lora-1to2"] = wait(start_two(root / "lora-1to2", partial(train, root / "lora-1to2", 2)))
+    note("1to2")
+    go_on(root / "full-2", root / "full-2to1")
+    train(root / "full-2to1", 1)
+    note("2to1")
+
+    whole, killed = root / "whole", root / "killed"
+    codes["whole"] = wait(start_two(whole, partial(command, root, whole)))
+    note("whole")
+    children = start_two(killed, partial(command, root, killed))
+    kill_one(root, killed, 2)
+    codes["killed"] = wait(children)
+    note("killed")
+    agent = start(root / "torchrun.txt", partial(torchrun, partial(command, root, killed)))
+    kill_one(root, killed, 6)
+    codes["torchrun"] = wait([agent])
+    note("torchrun")
     print(json.dumps(codes))
 
 

@@ -29,8 +29,8 @@ SUMS_FILE = "SHA256SUMS"
 class Progress:
     """What was counted since the last record of the log, which a checkpoint holds, so that no kill changes a record.
 
-    losses: of every step, each the mean over its batches and all processes. skipped: how many steps were; in_a_row: how many of the
-    last steps, whose count goes on over records.
+    losses: of every step, each the mean over its batches and all processes. skipped: how many steps were; in_a_row: how
+    many of the last steps, whose count goes on over records.
     """
 
     losses: list[float] = field(default_factory=list)

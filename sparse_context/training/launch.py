@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,9 +34,11 @@ from .files import alone
 from .finetune import Run, Watch, finetune, lay_out_channels_last
 from .optimisers import check_8bit_adam
 from .options import RunConfig
+from .peers import together
 from .precision import has_fast_bfloat16
 from .processes import Processes
 from .run_folder import check_folder
+from .sharding import is_asked_for
 
 
 def launch(
@@ -56,6 +58,8 @@ def launch(
     import torch
 
     accelerator = start_accelerator(run, output)
+    config = replace(config, fsdp=config.fsdp or is_asked_for(accelerator))
+    check_base(config, run)
 
     def trackers() -> list[Any]:
         if run.report_to and not accelerator.trackers:  # at the first record, for what is refused writes nothing
@@ -72,56 +76,65 @@ def launch(
 
     spec = replace(spec, device=str(accelerator.device))
     batches = Batches(samples, run.train_batch_size, config.seed, *run.sides.values())
-    try:
-        with alone(output) if accelerator.is_main_process else contextlib.nullcontext():
-            for note in samples.notes if accelerator.is_main_process else ():
-                print(note, file=sys.stderr)
-            if accelerator.is_main_process and resume and not has_begun(output):
-                print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
-            host, encoding = make_host(model, spec, batches, shown, output, config, run, accelerator)
-            pipe = host.pipe
-            narrow = accelerator.mixed_precision == "bf16" or host.transformer.dtype == torch.bfloat16
-            if accelerator.is_main_process and narrow and not has_fast_bfloat16(accelerator.device):
-                print(
-                    "This CPU has no instructions for bfloat16, so a step takes many times as long as in float32: pass "
-                    "mixed_precision=no and dtype=float32.",
-                    file=sys.stderr,
-                )
-            if accelerator.is_main_process and config.kv and not getattr(pipe.config, "is_distilled", True):
-                print(
-                    f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "
-                    "validation pictures are made without.",
-                    file=sys.stderr,
-                )
-            result = finetune(
-                host,
-                batches,
-                Run(
-                    output,
-                    model or EMBEDDED,
-                    str(Path(data).resolve()) if Path(data).exists() else data,  # the same from any folder
-                    {
-                        "batch": run.train_batch_size,
-                        "samples": len(samples),
-                        "source": run.source,
-                        "quantization": run.quantization,
-                        "run": asdict(run) | {"cache_dir": None if run.cache_dir is None else str(run.cache_dir)},
-                        **run.sides,
-                    },
-                    resume=resume is not None,
-                ),
-                config,
-                accelerator=accelerator,
-                encoding=encoding,
-                watch=Watch(validation=shown, log=log, log_picture=log_picture),
+    holding = alone(output) if accelerator.is_main_process else contextlib.nullcontext()
+    with together(accelerator), _enough_memory(), holding:
+        for note in samples.notes if accelerator.is_main_process else ():
+            print(note, file=sys.stderr)
+        if accelerator.is_main_process and resume and not has_begun(output):
+            print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
+        host, encoding = make_host(model, spec, batches, shown, output, config, run, accelerator)
+        pipe = host.pipe
+        narrow = accelerator.mixed_precision == "bf16" or host.transformer.dtype == torch.bfloat16
+        if accelerator.is_main_process and narrow and not has_fast_bfloat16(accelerator.device):
+            print(
+                "This CPU has no instructions for bfloat16, so a step takes many times as long as in float32: pass "
+                "mixed_precision=no and dtype=float32.",
+                file=sys.stderr,
             )
+        if accelerator.is_main_process and config.kv and not getattr(pipe.config, "is_distilled", True):
+            print(
+                f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "
+                "validation pictures are made without.",
+                file=sys.stderr,
+            )
+        result = finetune(
+            host,
+            batches,
+            Run(
+                output,
+                model or EMBEDDED,
+                str(Path(data).resolve()) if Path(data).exists() else data,  # the same from any folder
+                {
+                    "batch": run.train_batch_size,
+                    "samples": len(samples),
+                    "source": run.source,
+                    "quantization": run.quantization,
+                    "run": asdict(run) | {"cache_dir": None if run.cache_dir is None else str(run.cache_dir)},
+                    **run.sides,
+                },
+                resume=resume is not None,
+            ),
+            config,
+            accelerator=accelerator,
+            encoding=encoding,
+            watch=Watch(validation=shown, log=log, log_picture=log_picture),
+        )
+    accelerator.end_training()
+    return result if accelerator.is_main_process else None
+
+
+@contextlib.contextmanager
+def _enough_memory() -> Iterator[None]:
+    """What is said where the device's memory runs out."""
+    import torch
+
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "The device's memory ran out: pass a smaller resolution or train_batch_size, or set "
             "gradient_checkpointing=true. With resume='latest' the run continues from its last checkpoint."
         ) from error
-    accelerator.end_training()
-    return result if accelerator.is_main_process else None
 
 
 def open_data(
@@ -146,7 +159,8 @@ def open_data(
 
 
 def start_accelerator(run: RunConfig, output: Path) -> Any:
-    """accelerate's account of the processes of a run, with its mixed precision. Raises ValueError for fp16."""
+    """accelerate's account of the processes of a run, with its mixed precision. Raises ValueError for fp16, and where
+    accelerate does not know of all processes."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -162,6 +176,12 @@ def start_accelerator(run: RunConfig, output: Path) -> Any:
     )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision is {accelerator.mixed_precision!r}: choose no or bf16.")
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != started:  # such as its FSDP on CPUs, of which it makes runs of one process each
+        raise ValueError(
+            f"{started} processes were started, and accelerate takes each for a run of its own, as it does where its "
+            "config asks for FSDP on CPUs: leave that out of its config, and pass fsdp=true here."
+        )
     return accelerator
 
 
@@ -177,15 +197,26 @@ def make_host(
 ) -> tuple[Host, Encoding]:
     """What is trained, loaded, and how its batches are made ready; where caches say so the encoders come first."""
     if not encodes_first(model, run):
-        pipe = load(spec)
+        pipe = _load(spec, config, accelerator)
         return find_host(pipe, call_settings(pipe), config.kv), _encoding(pipe, output, run, accelerator)
     encoding, prompts = _encode_first(spec, batches, shown, output, config, run, accelerator)
-    pipe = load(spec, leave_out=TEXT_ENCODERS)
+    pipe = _load(spec, config, accelerator, leave_out=TEXT_ENCODERS)
     if not shown:  # which alone would decode
         pipe.vae = None
     host = find_host(pipe, call_settings(pipe), config.kv)
     prompts.recall(host.pipe)
     return host, encoding
+
+
+def _load(spec: ModelSpec, config: TrainConfig, accelerator: Any, leave_out: Sequence[str] = ()) -> Any:
+    """A pipeline; with weights to be sharded, its transformer stays on the CPU until each process takes its part."""
+    if not Processes(accelerator, config.fsdp).sharded:
+        return load(spec, leave_out)
+    pipe = load(replace(spec, device="cpu"), leave_out)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module) and name != "transformer":
+            part.to(spec.device)
+    return pipe
 
 
 def _encoding(pipe: Any, output: Path, run: RunConfig, accelerator: Any) -> Encoding:
@@ -226,7 +257,7 @@ def _encode_first(
     """Fill the caches for the batches to come, with the encoders alone; what is loaded for it is let go."""
     from accelerate.utils.memory import clear_device_cache
 
-    processes = Processes(accelerator)
+    processes = Processes(accelerator, config.fsdp)
     pipe = load(replace(spec, quantization=None), leave_out=("transformer",))
     host = find_host(pipe, call_settings(pipe))
     if accelerator.device.type == "cpu":
@@ -236,7 +267,7 @@ def _encode_first(
     taken = batches.taken(newest_step(output) * each, config.max_train_steps * each)[processes.rank :: processes.count]
     examples = map(batches.example, taken)
     fill_caches(host, examples, len(taken), config, encoding, accelerator.autocast, processes.main)
-    if processes.main:
+    if processes.main or processes.sharded:  # who draws validation pictures
         prompts.remember(pipe, shown, accelerator.autocast)
     del pipe, host
     clear_device_cache(garbage_collection=True)
@@ -254,6 +285,11 @@ def check_base(config: TrainConfig, run: RunConfig) -> None:
     if config.compile and run.quantization is not None:
         raise ValueError(
             f"compile is True and quantization is {run.quantization!r}, which are not compiled here: leave one of the "
+            "two out."
+        )
+    if config.fsdp and run.quantization is not None:
+        raise ValueError(
+            f"fsdp is True and quantization is {run.quantization!r}, whose weights cannot be parted: leave one of the "
             "two out."
         )
     if config.use_8bit_adam:

@@ -127,7 +127,8 @@ class FlowMatching:
 
     Each batch is taken `config.subsets` times in a row: call n is of subset n % subsets of batch n // subsets, which is
     batch `processes.number` of the data. All that is random is drawn from (seed, that number), and the sets from the
-    subset as well, so processes draw different ratios, sets and noise, and together what one alone would. What needs no encoder is made ahead, in a thread or by processes; what the encoders and the teacher say of a batch is
+    subset as well. So processes draw different ratios, sets and noise, and together those that one alone would. What
+    needs no encoder is made ahead, in a thread or by processes; what the encoders and the teacher say of a batch is
     kept until the next one.
     """
 

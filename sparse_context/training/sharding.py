@@ -1,13 +1,39 @@
 """FSDP2: each process holds a part of every weight of the transformer, and gathers a block's while that is computed.
 
-torch's own `fully_shard` on all processes, on GPUs as on CPUs. It needs every process in every forward, backward and
+torch's own `fully_shard` on all processes, on GPUs as on CPUs; accelerate's config says that it is wanted, and starts
+the processes. It needs every process in every forward, backward and
 `whole`: one that stays away leaves the others waiting.
 """
 
+import os
 from typing import Any, cast
 
 import torch
 from torch import nn
+
+
+def is_asked_for(accelerator: Any) -> bool:
+    """Whether accelerate's config asks for FSDP. Raises ValueError for what of it is not done here."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return False
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    refused = {
+        f"fsdp_version is {plugin.fsdp_version}": (plugin.fsdp_version != 2, "set it to 2"),
+        "fsdp_activation_checkpointing is true": (
+            plugin.activation_checkpointing,
+            "leave it out, and pass gradient_checkpointing=true here",
+        ),
+        "fsdp_offload_params is true": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "leave it out"),
+        "fsdp_reshard_after_forward is false": (plugin.reshard_after_forward is False, "leave it out"),
+    }
+    for what, (is_so, advice) in refused.items():
+        if is_so:
+            raise ValueError(f"{what} in accelerate's config, which is not for runs here: {advice}.")
+    # With it transformers would give the text encoder its weights in one process alone, and wait for accelerate
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    return True
 
 
 def block_classes(transformer: nn.Module) -> set[type[nn.Module]]:
