@@ -1,9 +1,9 @@
-"""Runs on one process and on two, for test_sharding.py. `python sharded.py FOLDER` imports once, and forks the processes.
+"""Runs on one process and on two, for test_sharding.py: `python sharded.py FOLDER` imports once and forks processes.
 
 Writes a run each into FOLDER: `lora-1` and `full-1` on one process, `lora-2` and `full-2` sharded over two, and from
-their checkpoints of the middle `lora-1to2` and `full-2to1`. Then, by the command, `whole`, and `killed`: the same with a
-process killed in it twice, the second time under torchrun. stdout has the exit codes as JSON; what processes say is in
-`<run>.<rank>.txt`.
+their checkpoints of the middle `lora-1to2` and `full-2to1`. Then, by the command, `whole`, and `killed`: the same with
+a process killed in it twice, the second time under torchrun. stdout has the exit codes as JSON; what processes say is
+in `<run>.<rank>.txt`.
 """
 
 import json
@@ -132,7 +132,11 @@ def torchrun(work: Callable[[], None]) -> None:
         start_method="fork",
         local_addr="127.0.0.1",
     )
-    elastic_launch(settings, work)()
+
+    def worker() -> None:
+        work()
+
+    elastic_launch(settings, worker)()
 
 
 def wait(children: list[int]) -> list[int]:

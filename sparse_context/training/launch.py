@@ -34,11 +34,11 @@ from .files import alone
 from .finetune import Run, Watch, finetune, lay_out_channels_last
 from .optimisers import check_8bit_adam
 from .options import RunConfig
-from .peers import together
 from .precision import has_fast_bfloat16
 from .processes import Processes
 from .run_folder import check_folder
 from .sharding import is_asked_for
+from .together import together
 
 
 def launch(
@@ -169,6 +169,7 @@ def start_accelerator(run: RunConfig, output: Path) -> Any:
     if mixed_precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which accelerate launch sets
         mixed_precision = "bf16" if torch.accelerator.is_available() else "no"
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or else it takes each process on CPUs for a run of its own
         mixed_precision=mixed_precision,
         log_with=run.report_to,
         project_dir=output,

@@ -27,7 +27,7 @@ PATIENCE = 5.0  # seconds in which the processes of a run that fails in all of t
 JOINING = 600.0  # seconds in which all of them come together
 
 DONE, SAID = b"\n", b"!"
-"""What a process says before it closes a connection: it is done, or the run ends and one says why. The dead are mute."""
+"""What a process says before it closes a connection: it is done, or the run ends and one says why. The dead do not."""
 
 
 @contextlib.contextmanager
@@ -63,7 +63,7 @@ class _Watch:
         self._count, self._rank = processes.count, processes.rank
         self.lost, self._closed = threading.Event(), threading.Event()
         self._peers = _connect(processes)
-        self._thread = threading.Thread(target=self._look, name="peers", daemon=True)
+        self._thread = threading.Thread(target=self._look, name="together", daemon=True)
         self._thread.start()
 
     def leave(self) -> None:
