@@ -81,10 +81,11 @@ def train(folder: Path, processes: int) -> None:
 def command(root: Path, folder: Path) -> None:
     """`sparse-context train`, sharded."""
     with (root / f"{folder.name}.pids").open("a") as file:
-        file.write(f"{os.getpid()}\n")
+        file.write(f"{os.environ['RANK']} {os.getpid()}\n")
     sys.argv = ["sparse-context", "train", "--data", str(root / "data.jsonl"), "--model", str(root)]
     sys.argv += ["--output-dir", str(folder), "--resume", "latest", "--max-train-steps", "12", "--resolution", "64"]
-    for setting in ("fsdp=true", "checkpointing_steps=2", "lr_warmup_steps=0", "ema=0.9"):
+    sets = ["checkpointing_steps=2", "ema=0.9", *([] if "ACCELERATE_USE_FSDP" in os.environ else ["fsdp=true"])]
+    for setting in sets:
         sys.argv += ["--set", setting]
     cli.main()
 
@@ -108,12 +109,12 @@ def start(log: Path, work: Callable[[], None], **environment: str) -> int:
         os._exit(code)
 
 
-def start_two(folder: Path, work: Callable[[], None]) -> list[int]:
+def start_two(folder: Path, work: Callable[[], None], **more: str) -> list[int]:
     """Two processes, with what a launcher puts into their environments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **more}
     return [
         start(folder.with_name(f"{folder.name}.{rank}.txt"), work, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
         for rank in (0, 1)
@@ -134,6 +135,7 @@ def torchrun(work: Callable[[], None]) -> None:
     )
 
     def worker() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which is the agent's, in a fork
         work()
 
     elastic_launch(settings, worker)()
@@ -145,10 +147,11 @@ def wait(children: list[int]) -> list[int]:
 
 
 def kill_one(root: Path, folder: Path, step: int) -> None:
-    """Kill the process that was started last as soon as there is a checkpoint of that step."""
+    """Kill the second process that was started last as soon as there is a checkpoint of that step."""
     while newest_step(folder) < step:
         time.sleep(0.005)
-    os.kill(int((root / f"{folder.name}.pids").read_text().split()[-1]), signal.SIGKILL)
+    pids = [line.split() for line in (root / f"{folder.name}.pids").read_text().splitlines()]
+    os.kill(int([pid for rank, pid in pids if rank == "1"][-1]), signal.SIGKILL)
 
 
 def go_on(source: Path, target: Path) -> None:
@@ -190,7 +193,9 @@ def main(root: Path) -> None:
     note("2to1")
 
     whole, killed = root / "whole", root / "killed"
-    codes["whole"] = wait(start_two(whole, partial(command, root, whole)))
+    # What accelerate's config of FSDP comes to; by the last, transformers would load weights in one process alone
+    config = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    codes["whole"] = wait(start_two(whole, partial(command, root, whole), **config))
     note("whole")
     children = start_two(killed, partial(command, root, killed))
     kill_one(root, killed, 2)

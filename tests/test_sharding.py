@@ -113,7 +113,7 @@ def test_a_process_that_is_killed_ends_the_run_in_one_sentence(runs):
 def test_under_torchrun_a_killed_run_starts_again_by_itself_and_ends_where_an_unbroken_one_does(runs):
     root, codes = runs
     assert codes["whole"] == [0, 0] and codes["torchrun"] == [0]
-    assert len((root / "killed.pids").read_text().split()) == 6  # two each: by hand, by torchrun, and again by it
+    assert len((root / "killed.pids").read_text().splitlines()) == 6  # two each: by hand, by torchrun, and again by it
     assert newest_step(root / "killed") == 12
     names = [LORA_FILE, *(f"step-0000012/{name}" for name in TENSORS)]
     assert all((root / "killed" / name).read_bytes() == (root / "whole" / name).read_bytes() for name in names)

@@ -38,7 +38,7 @@ from .precision import has_fast_bfloat16
 from .processes import Processes
 from .run_folder import check_folder
 from .sharding import is_asked_for
-from .together import together
+from .together import meet_anew, together
 
 
 def launch(
@@ -168,8 +168,9 @@ def start_accelerator(run: RunConfig, output: Path) -> Any:
     mixed_precision = run.mixed_precision
     if mixed_precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which accelerate launch sets
         mixed_precision = "bf16" if torch.accelerator.is_available() else "no"
+    meet_anew()
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # or else it takes each process on CPUs for a run of its own
+        cpu=not torch.accelerator.is_available(),  # else each of several is a run of its own to it
         mixed_precision=mixed_precision,
         log_with=run.report_to,
         project_dir=output,
@@ -178,10 +179,10 @@ def start_accelerator(run: RunConfig, output: Path) -> Any:
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision is {accelerator.mixed_precision!r}: choose no or bf16.")
     started = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != started:  # such as its FSDP on CPUs, of which it makes runs of one process each
+    if accelerator.num_processes != started:  # as each would be a run of its own, in the same folder
         raise ValueError(
-            f"{started} processes were started, and accelerate takes each for a run of its own, as it does where its "
-            "config asks for FSDP on CPUs: leave that out of its config, and pass fsdp=true here."
+            f"{started} processes were started, and accelerate knows of {accelerator.num_processes}: start them by "
+            "accelerate launch or torchrun, from one config."
         )
     return accelerator
 

@@ -14,7 +14,11 @@ from torch import nn
 
 def is_asked_for(accelerator: Any) -> bool:
     """Whether accelerate's config asks for FSDP. Raises ValueError for what of it is not done here."""
+    from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):  # which it passes over on CPUs
+        plugin = FullyShardedDataParallelPlugin()
     if plugin is None:
         return False
     from torch.distributed.fsdp import CPUOffloadPolicy

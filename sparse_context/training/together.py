@@ -30,6 +30,27 @@ DONE, SAID = b"\n", b"!"
 """What a process says before it closes a connection: it is done, or the run ends and one says why. The dead do not."""
 
 
+def meet_anew() -> None:
+    """Where torchrun has started the processes of this machine again, let them meet in a store of their own.
+
+    torch 2.13 hands on the store in which the dead wrote their addresses, and who reads one of these waits in vain.
+    On several machines each counts its restarts by itself, so there only TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps,
+    in torchrun's environment.
+    """
+    said = os.environ.get
+    restarts = int(said("TORCHELASTIC_RESTART_COUNT", 0))
+    if not restarts or said("TORCHELASTIC_USE_AGENT_STORE") != "True" or said("GROUP_WORLD_SIZE") != "1":
+        return
+    from torch.distributed import TCPStore
+
+    host, key = os.environ["MASTER_ADDR"], f"sparse-context/{restarts}"
+    store = TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False)
+    if said("RANK") == "0":
+        with socket.create_server((host, 0), family=socket.getaddrinfo(host, None)[0][0]) as free:
+            store.set(key, str(free.getsockname()[1]))
+    os.environ |= {"MASTER_PORT": store.get(key).decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+
 @contextlib.contextmanager
 def together(accelerator: Any) -> Iterator[None]:
     """End this process, with exit code 2, where another of the run dies inside.
