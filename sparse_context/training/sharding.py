@@ -1,8 +1,8 @@
 """FSDP2: each process holds a part of every weight of the transformer, and gathers a block's while that is computed.
 
 torch's own `fully_shard` on all processes, on GPUs as on CPUs; accelerate's config says that it is wanted, and starts
-the processes. It needs every process in every forward, backward and
-`whole`: one that stays away leaves the others waiting.
+the processes. It needs every process in every forward, backward and `whole`: one that stays away leaves the others
+waiting.
 """
 
 import os

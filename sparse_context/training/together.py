@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from .processes import Processes
 
@@ -113,7 +113,7 @@ class _Watch:
                 selector.register(peer, selectors.EVENT_READ)
             while selector.get_map():
                 for key, _ in selector.select():
-                    peer: Any = key.fileobj
+                    peer = cast(socket.socket, key.fileobj)
                     try:
                         said = peer.recv(1)
                     except OSError:  # the system gave its machine up
@@ -150,14 +150,14 @@ def _connect(processes: Processes) -> dict[socket.socket, int]:
         found: list[Any] = [None]
         host, port, token = broadcast_object_list(found)[0]
         try:
-            peer = socket.create_connection((host, port), JOINING)
-            peer.sendall(token + processes.rank.to_bytes(4, "big"))
+            first = socket.create_connection((host, port), JOINING)
+            first.sendall(token + processes.rank.to_bytes(4, "big"))
         except OSError as error:
             raise OSError(
                 f"Process {processes.rank} does not reach the first one at {host}:{port} ({error}): let processes of "
                 "a run connect to each other, on all ports."
             ) from error
-        peers = {peer: 0}
+        peers = {first: 0}
     else:
         host, token = os.environ.get("MASTER_ADDR", "127.0.0.1"), secrets.token_bytes(16)
         family = socket.getaddrinfo(host, None)[0][0]
