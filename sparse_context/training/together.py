@@ -134,8 +134,8 @@ class _Watch:
                 return
         elif self._rank == (1 if rank == 0 else 0):
             print(  # below the bar, which may be there
-                f"\nsparse-context: Process {rank} of {self._count} (counted from 0) died, and the run with it: start it "
-                "again with --resume latest, and it goes on from its last checkpoint.",
+                f"\nsparse-context: Process {rank} of {self._count} (counted from 0) died, and the run with it: start "
+                "it again with --resume latest, and it goes on from its last checkpoint.",
                 file=sys.stderr,
                 flush=True,
             )
