@@ -139,7 +139,10 @@ def test_ray_train_runs_two_processes_on_this_machine(tiny_model, tmp_path):
     if sys.platform == "linux" and os.geteuid() == 0 and shutil.which("unshare"):
         command = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == f"wrote {tmp_path / 'run'}"
