@@ -78,7 +78,7 @@ def predict(model, data, **run):
 
 def test_a_dry_run_says_tokens_memory_and_time(tiny_model, data):
     said = predict(tiny_model, data, cache_latents=True, cache_text=True)
-    rows = {line[:16].strip(): line[16:].split() for line in said.splitlines() if " GiB " in line[16:]}
+    rows = {line[:16].strip(): line[16:].split() for line in said.splitlines() if " GB " in line[16:]}
     assert [rows[name][:3] for name in ("1", "0.5", "overview by 4")] == [
         ["12", "64", "128"],
         ["12", "64", "64"],
@@ -87,6 +87,7 @@ def test_a_dry_run_says_tokens_memory_and_time(tiny_model, data):
     assert re.search(r"Activations with gradient checkpointing: \d", said)
     assert "The encoders come first, alone" in said and "text_encoder" not in said
     assert re.search(r"A batch with all tokens was measured: \d+\.\d\d s", said)
+    assert re.search(r"Beside weights and LoRA it took \d+\.\d\d GB; \d+\.\d\d GB were computed", said)
 
 
 def test_what_cannot_fit_is_refused_with_what_would(tiny_model, data, monkeypatch):
@@ -104,7 +105,7 @@ def test_what_cannot_fit_is_refused_with_what_would(tiny_model, data, monkeypatc
     monkeypatch.setattr("sparse_context.training.launch.load", load)
     sizes.append(1000)
     with pytest.raises(
-        ValueError, match=r"A step takes 0\.0 GB, and 0\.0 GB are free: no setting makes it fit: pass a"
+        ValueError, match=r"The largest step takes 0\.0 GB, and 0\.0 GB are free: no setting makes it fit: pass a"
     ):
         predict(tiny_model, data)
     parts = parts_of(CASES["klein"].build(), text=12)

@@ -7,6 +7,7 @@ is refused before anything is loaded.
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..families import FAMILIES
 from ..families.shape import Tokens
 from ..pipelines.embedded import WEIGHTS
 from ..pipelines.hub import class_name_of
@@ -28,13 +30,14 @@ from .config import TrainConfig
 from .data import Batches
 from .dropping import draw_selection
 from .finetune import fast
+from .launch import encodes_first, make_host, open_data, start_accelerator
 from .loss import FlowMatching
 from .options import RunConfig
 from .predict import Plan, StepPrediction, StepPredictor, fits, settings_that_fit
 from .processes import Processes
 from .trainable import prepare, run_optimisers
 
-GIB, GB = 2**30, 10**9
+GB = 10**9
 SHOWN = (1.0, 0.5, 0.2, 0.1, 0.05)
 """Keep ratios of the report, those of them that the run draws."""
 
@@ -51,8 +54,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Measured:
-    """A step that was made: its seconds, the most bytes that it took beside weights and LoRA, None where nobody knows,
-    and its tokens."""
+    """A step that was made: its seconds, its tokens, and the most bytes that it took beside weights and LoRA; None
+    where nobody knows."""
 
     seconds: float
     memory: int | None
@@ -67,6 +70,7 @@ class Predicted:
         self.config, self.plan = config, plan
         self._path = str(WEIGHTS) if model is None else model
         self._class_name = class_name_of(self._path)
+        self.encoders_can_come_first = encodes_first(model, replace(run, cache_latents=True, cache_text=True))
         wide = torch.float32 if model is None and plan.device == "cpu" else torch.bfloat16
         self._dtype = DTYPES.get(run.dtype, wide)
         self._text = read_settings(self._path).get("max_sequence_length")
@@ -98,10 +102,6 @@ def largest_keep(config: TrainConfig) -> float:
 
 
 def _sizes(class_name: str, token: int, run: RunConfig, references: int) -> Sizes:
-    from importlib import import_module
-
-    from ..families import FAMILIES
-
     area = getattr(import_module(f"..families.{FAMILIES[class_name].folder}.call", __package__), "AREA", None)
     output, reference = run.sides.values()
     return Sizes(
@@ -115,17 +115,22 @@ def check_fits(predicted: Predicted, memory: int | None) -> None:
     largest = predicted.largest()
     if memory is None or fits(largest, memory):
         return
-    made = settings_that_fit(predicted.with_settings, predicted.config, predicted.plan, memory)
+    made = settings_that_fit(
+        predicted.with_settings, predicted.config, predicted.plan, memory, predicted.encoders_can_come_first
+    )
     advice = (
         "no setting makes it fit: pass a smaller resolution, fewer references, or another model"
         if made is None
         else "it fits with " + " ".join(f"--set {change}" for each in made for change in each.split())
     )
-    raise ValueError(f"A step takes {largest.peak / GB:.1f} GB, and {memory / GB:.1f} GB are free: {advice}.")
+    raise ValueError(f"The largest step takes {largest.peak / GB:.1f} GB, and {memory / GB:.1f} GB are free: {advice}.")
 
 
 def measure(host: Any, batches: Batches, config: TrainConfig, encoding: Encoding, accelerator: Any) -> Measured:
-    """Make two steps with all tokens, of one batch and one set each, and time the second. Nothing is written."""
+    """Make two steps with all tokens, of one batch and one set each, and time the second. Nothing is written.
+
+    The most memory is read in the second as well, once AdamW has its moments.
+    """
     every = replace(
         config,
         dropping=replace(config.dropping, dense=1.0),
@@ -176,26 +181,31 @@ def report(predicted: Predicted, memory: int | None, measured: Measured | None =
         step = predicted.step(keep)
         line = (
             f"{name:>16} {step.tokens.text:>7,} {step.tokens.output:>7,} {step.tokens.references:>11,} "
-            f"{step.flops / 1e12:>8.2f} {step.peak / GIB:>5.2f} GiB"
+            f"{step.flops / 1e12:>8.2f} {step.peak / GB:>5.2f} GB"
         )
         lines.append(line + (f" {rate * step.flops:>9.2f}" if rate else ""))
-    parts = [f"{name} {size / GIB:.2f}" for name, size in largest.weights.items()]
-    parts += [f"LoRA and average {largest.trained / GIB:.2f}", f"optimiser {largest.optimiser / GIB:.2f}"]
-    parts += [f"activations and gradients {largest.activations / GIB:.2f}"]
-    lines.append(f"Largest step, in GiB: {', '.join(parts)}; together {largest.peak / GIB:.2f}.")
+    parts = [f"{name} {size / GB:.2f}" for name, size in largest.weights.items()]
+    parts += [f"LoRA and average {largest.trained / GB:.2f}", f"optimiser {largest.optimiser / GB:.2f}"]
+    parts += [f"activations and gradients {largest.activations / GB:.2f}"]
+    lines.append(f"Largest step, in GB: {', '.join(parts)}; together {largest.peak / GB:.2f}.")
     other = replace(config, gradient_checkpointing=not config.gradient_checkpointing)
-    activations = predicted.with_settings(other, predicted.plan).activations / GIB
+    activations = predicted.with_settings(other, predicted.plan).activations / GB
     how = "with" if other.gradient_checkpointing else "without"
-    lines.append(f"Activations {how} gradient checkpointing: {activations:.2f} GiB.")
+    lines.append(f"Activations {how} gradient checkpointing: {activations:.2f} GB.")
     if largest.before:
-        lines.append(f"The encoders come first, alone, and take {largest.before / GIB:.2f} GiB.")
+        lines.append(f"The encoders come first, alone, and take {largest.before / GB:.2f} GB.")
     if memory is not None:
-        lines.append(f"It fits: {memory / GIB:.2f} GiB are free.")
+        lines.append(f"It fits: {memory / GB:.2f} GB are free.")
     if measured is not None and rate is not None:
         step_seconds = rate * predicted.step(mean).flops * config.gradient_accumulation_steps * config.subsets
         hours = step_seconds * config.max_train_steps / 3600
-        took = "" if measured.memory is None else f", and took {measured.memory / GIB:.2f} GiB beside the weights"
-        lines.append(f"A batch with all tokens was measured: {measured.seconds:.2f} s{took}.")
+        lines.append(f"A batch with all tokens was measured: {measured.seconds:.2f} s.")
+        if measured.memory is not None:
+            step = predicted.step(measured.tokens.references)
+            lines.append(
+                f"Beside weights and LoRA it took {measured.memory / GB:.2f} GB; "
+                f"{(step.optimiser + step.activations) / GB:.2f} GB were computed."
+            )
         lines.append(
             f"A step of {config.gradient_accumulation_steps * config.subsets} of the mean takes about "
             f"{step_seconds:.1f} s, and {config.max_train_steps:,} steps {hours:.1f} hours, without encoders and "
@@ -214,8 +224,6 @@ def _mean_kept(config: TrainConfig, sizes: Sizes) -> float:
 
 def dry_run(model: str | None, data: str, config: TrainConfig, run: RunConfig) -> str:
     """What a run would take, as text. Raises ValueError for what is wrong with its options, and where it cannot fit."""
-    from .launch import encodes_first, make_host, open_data, start_accelerator
-
     samples, _, spec = open_data(model, data, config, run)
     most = max((len(samples[i].references) for i in range(min(len(samples), 1000))), default=0)
     with tempfile.TemporaryDirectory() as folder:
