@@ -228,6 +228,11 @@ def dry_run(model: str | None, data: str, config: TrainConfig, run: RunConfig) -
     most = max((len(samples[i].references) for i in range(min(len(samples), 1000))), default=0)
     with tempfile.TemporaryDirectory() as folder:
         accelerator = start_accelerator(run, Path(folder))
+        if accelerator.num_processes > 1:
+            raise ValueError(
+                f"dry_run is for one process, and there are {accelerator.num_processes}: start it with sparse-context "
+                "train instead of accelerate launch."
+            )
         spec = replace(spec, device=str(accelerator.device))
         mixed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
         plan = Plan(

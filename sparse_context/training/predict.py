@@ -286,22 +286,34 @@ def settings_that_fit(
     memory: int,
     encoders_can_come_first: bool = True,
 ) -> list[str] | None:
-    """The first of `CHANGES`, one on top of the other, by which a run would fit; None where all of them do not help.
+    """The names of `CHANGES` with which a run would fit, none of them in vain; None where all of them do not help.
 
     predict: of a config and a plan, the largest step. encoders_can_come_first: whether this pipeline can be built
     without its transformer. What does not go together with the config is not tried.
     """
-    made: list[str] = []
-    for name, change in CHANGES:
-        changed = change(config, plan)
-        if (
-            changed == (config, plan)
-            or (changed[1].quantization != plan.quantization and (config.full or config.compile))
-            or (changed[1].encoders_first and not encoders_can_come_first)
-        ):
+
+    def with_changes(changes: Sequence[Change]) -> tuple[TrainConfig, Plan]:
+        changed = config, plan
+        for _, change in changes:
+            changed = change(*changed)
+        return changed
+
+    def is_refused(changed: Plan) -> bool:
+        quantised = changed.quantization != plan.quantization and (config.full or config.compile)
+        return quantised or (changed.encoders_first and not encoders_can_come_first)
+
+    tried: list[Change] = []
+    for each in CHANGES:
+        changed = with_changes([*tried, each])
+        if changed == with_changes(tried) or is_refused(changed[1]):
             continue
-        config, plan = changed
-        made = [each for each in made if each.partition("=")[0] != name.partition("=")[0]] + [name]
-        if fits(predict(config, plan), memory):
-            return made
-    return None
+        tried.append(each)
+        if fits(predict(*changed), memory):
+            break
+    else:
+        return None
+    for each in reversed(tried[:-1]):  # what costs the most is left out first
+        fewer = [other for other in tried if other is not each]
+        if fits(predict(*with_changes(fewer)), memory):
+            tried = fewer
+    return [name for name, _ in tried]
