@@ -87,7 +87,7 @@ def test_a_dry_run_says_tokens_memory_and_time(tiny_model, data):
     ]
     assert re.search(r"Activations with gradient checkpointing: \d", said)
     assert "The encoders come first, alone" in said and "text_encoder" not in said
-    assert re.search(r"A batch with all tokens was measured: \d+\.\d\d s", said)
+    assert re.search(r"A batch with all its 204 tokens was measured: \d+\.\d\d s", said)
     assert re.search(r"Beside weights and LoRA it took \d+\.\d\d GB; \d+\.\d\d GB were computed", said)
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ..families import FAMILIES
-from ..families.shape import Tokens
 from ..pipelines.embedded import WEIGHTS
 from ..pipelines.hub import class_name_of
 from ..pipelines.load import DTYPES
@@ -46,7 +45,7 @@ DRAWS = 100  # sets of tokens of which the mean is taken
 
 @dataclass(frozen=True)
 class Sizes:
-    """Grids of tokens of the largest batch: of each reference, and of the output."""
+    """Grids of tokens of a sample: of each reference, and of the output."""
 
     references: Sequence[Grid]
     output: Grid
@@ -54,12 +53,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Measured:
-    """A step that was made: its seconds, its tokens, and the most bytes that it took beside weights and LoRA; None
-    where nobody knows."""
+    """A step that was made: its seconds, the sizes of its samples, and the most bytes that it took beside weights and
+    LoRA; None where nobody knows."""
 
     seconds: float
     memory: int | None
-    tokens: Tokens
+    sizes: Sizes
 
 
 class Predicted:
@@ -81,9 +80,10 @@ class Predicted:
         parts = parts_of_model(self._path, self._dtype, config.kv, text=self._text)
         return StepPredictor(parts, self._class_name, config, plan)
 
-    def step(self, keep: float | int) -> StepPrediction:
-        """A step that keeps a share or a count of the tokens of the largest sample."""
-        return self._predictor(self.sizes.references, keep, self.sizes.output)
+    def step(self, keep: float | int, sizes: Sizes | None = None) -> StepPrediction:
+        """A step that keeps a share or a count of the tokens of samples of these sizes; None: of the largest."""
+        sizes = sizes or self.sizes
+        return self._predictor(sizes.references, keep, sizes.output)
 
     def largest(self) -> StepPrediction:
         """The step that takes the most memory."""
@@ -129,7 +129,7 @@ def check_fits(predicted: Predicted, memory: int | None) -> None:
 def measure(host: Any, batches: Batches, config: TrainConfig, encoding: Encoding, accelerator: Any) -> Measured:
     """Make two steps with all tokens, of one batch and one set each, and time the second. Nothing is written.
 
-    The most memory is read in the second as well, once AdamW has its moments.
+    The most memory is that of both, for AdamW makes its moments in the first.
     """
     every = replace(
         config,
@@ -154,11 +154,8 @@ def measure(host: Any, batches: Batches, config: TrainConfig, encoding: Encoding
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
             seconds = now(device) - start
-    encoded = loss.current
-    text = next(iter(encoded.text.values())).shape[1]
-    rows, columns = encoded.target.shape[-2:]
-    references = sum(height * width for height, width in encoded.grids)
-    return Measured(seconds, peak.read(), Tokens(int(text), int(rows * columns), references))
+    rows, columns = loss.current.target.shape[-2:]
+    return Measured(seconds, peak.read(), Sizes(loss.current.grids, (int(rows), int(columns))))
 
 
 def report(predicted: Predicted, memory: int | None, measured: Measured | None = None) -> str:
@@ -176,7 +173,8 @@ def report(predicted: Predicted, memory: int | None, measured: Measured | None =
     shown += [(f"overview by {factor}", max(1, round(total / factor**2))) for factor in dropping.overview_factors]
     mean = round(_mean_kept(config, predicted.sizes)) if total else 0
     shown.append(("mean of a run", mean))
-    rate = None if measured is None else measured.seconds / predicted.step(measured.tokens.references).flops
+    made = None if measured is None else predicted.step(1.0, measured.sizes)
+    rate = None if measured is None or made is None else measured.seconds / made.flops
     for name, keep in shown:
         step = predicted.step(keep)
         line = (
@@ -196,15 +194,14 @@ def report(predicted: Predicted, memory: int | None, measured: Measured | None =
         lines.append(f"The encoders come first, alone, and take {largest.before / GB:.2f} GB.")
     if memory is not None:
         lines.append(f"It fits: {memory / GB:.2f} GB are free.")
-    if measured is not None and rate is not None:
+    if measured is not None and made is not None and rate is not None:
         step_seconds = rate * predicted.step(mean).flops * config.gradient_accumulation_steps * config.subsets
         hours = step_seconds * config.max_train_steps / 3600
-        lines.append(f"A batch with all tokens was measured: {measured.seconds:.2f} s.")
+        lines.append(f"A batch with all its {made.tokens.total:,} tokens was measured: {measured.seconds:.2f} s.")
         if measured.memory is not None:
-            step = predicted.step(measured.tokens.references)
             lines.append(
                 f"Beside weights and LoRA it took {measured.memory / GB:.2f} GB; "
-                f"{(step.optimiser + step.activations) / GB:.2f} GB were computed."
+                f"{(made.optimiser + made.activations) / GB:.2f} GB were computed."
             )
         lines.append(
             f"A step of {config.gradient_accumulation_steps * config.subsets} of the mean takes about "
