@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -73,27 +73,39 @@ class Served:
 @contextlib.contextmanager
 def served(*options: str, threads: int | None = None) -> Iterator[Served]:
     """A server with these options. threads: of the pipeline on a CPU; None: as many as there are cores."""
-    with tempfile.TemporaryDirectory(prefix="served-") as folder, tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryDirectory(prefix="served-") as folder, tempfile.TemporaryFile("a+") as log:
         environment = {**os.environ, "TMPDIR": folder}
         environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
         command = [sys.executable, "-m", "sparse_context", "serve", "--port", "0", *options]
         with subprocess.Popen(command, env=environment, stderr=log) as process:
             try:
-                port = _read_port(process, log)
-                yield Served(process, port, Path(folder))
+                server = Served(process, _read_port(process, log), Path(folder))
+                _wait_until(process, lambda: server.ask("GET", "/ready")[0] == 200)
+                yield server
             finally:
                 process.kill()
 
 
 def _read_port(process: subprocess.Popen, log: TextIO) -> int:
-    """The port, once the log says that the server is ready."""
-    while process.poll() is None:
+    """The port, once the log names it. The log must be open for appending: the server shares our place in it."""
+    found: list[str] = []
+
+    def named() -> bool:
         log.seek(0)
-        text = log.read()
-        port = re.search(r"on http://127\.0\.0\.1:(\d+)$", text, re.MULTILINE)
-        if port is not None and "ready, with" in text:
-            log.seek(0, os.SEEK_END)
-            return int(port[1])
+        found[:] = re.findall(r"on http://127\.0\.0\.1:(\d+)$", log.read(), re.MULTILINE)
+        return bool(found)
+
+    _wait_until(process, named)
+    return int(found[0])
+
+
+def _wait_until(process: subprocess.Popen, is_so: Callable[[], bool], patience: float = 120.0) -> None:
+    """Raises SystemExit if that takes more than `patience` seconds, or the process has ended."""
+    end = time.monotonic() + patience
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(ConnectionError):
+            if is_so():
+                return
         time.sleep(0.2)
     raise SystemExit("The server does not start.")
 

@@ -38,12 +38,15 @@ RUNS = (
     "kv",
     "mini_curves",
     "overview",
+    "overview_held",
     "overview_lora",
     "peers",
     "phrase_models",
+    "ray_kills",
     "saliency",
     "server_load",
     "server_soak",
+    "server_speed",
     "tiled_encoding",
     "time_klein_training",
     "time_parts",
@@ -52,8 +55,6 @@ RUNS = (
     "training_curves",
 )
 """The scripts that have tables."""
-UNMEASURED: tuple[str, ...] = ("ray_kills", "server_speed")
-"""Those whose result no machine has measured in full yet: they move to `RUNS` with it."""
 
 
 def read(name: str) -> dict:

@@ -14,7 +14,8 @@ from tiny import build_flux2, picture
 
 from sparse_context.families import find_host
 from sparse_context.training import RunConfig, TrainConfig
-from sparse_context.training.batch import encode, prepare_batch
+from sparse_context.training.batch import encode, prepare_batch, text_encoders
+from sparse_context.training.cache import Cache
 from sparse_context.training.dropping import Dropping
 from sparse_context.training.encoders import Prompts
 from sparse_context.training.launch import launch as train
@@ -91,7 +92,7 @@ def test_a_run_whose_encoders_went_first_is_that_with_them(tiny_model, data, loa
     assert again is not None and list((tmp_path / "cached" / "cache" / "text").rglob("*.safetensors"))
 
 
-def test_prompts_of_guidance_are_remembered_too(tiny_model):
+def test_prompts_of_guidance_are_remembered_too(tiny_model, tmp_path):
     pipe = build_flux2(Flux2KleinPipeline)
     pipe.register_to_config(_name_or_path=str(tiny_model))  # by which its call settings are found
     host = find_host(pipe, {})
@@ -101,10 +102,11 @@ def test_prompts_of_guidance_are_remembered_too(tiny_model):
     prompts = Prompts()
     prompts.remember(pipe, shown, contextlib.nullcontext)
     assert pipe.transformer is None and len(prompts) == 2
+    texts = Cache(tmp_path, text_encoders(pipe))
     pipe.transformer, pipe.text_encoder = transformer, None
     prompts.recall(pipe)
     assert np.array_equal(draw_validation(host, shown, config), sheet)
     with pytest.raises(ValueError, match="prompt was not encoded before the run, and its text encoder is not loaded"):
         draw_validation(host, [example(5, prompt="another")], config)
     with pytest.raises(OSError, match="A file of the cache of texts is gone or damaged, and its encoder is not loaded"):
-        encode(host, prepare_batch(host, shown, ["the cat"]))
+        encode(host, prepare_batch(host, shown, ["the cat"]), text_cache=texts)

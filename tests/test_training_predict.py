@@ -10,12 +10,13 @@ from test_predict import Real
 from tiny import CASES, picture
 
 from sparse_context.families import find_host
+from sparse_context.families.shape import Tokens
 from sparse_context.pipelines.predict import ROOM, parts_of
 from sparse_context.training import RunConfig
 from sparse_context.training.config import TrainConfig
 from sparse_context.training.dropping import Dropping
 from sparse_context.training.dry_run import dry_run
-from sparse_context.training.predict import Plan, StepPredictor
+from sparse_context.training.predict import Plan, StepPrediction, StepPredictor, settings_that_fit
 from sparse_context.training.trainable import prepare
 
 GRIDS, OUTPUT = [(12, 12)], (8, 8)
@@ -78,7 +79,7 @@ def predict(model, data, **run):
 
 def test_a_dry_run_says_tokens_memory_and_time(tiny_model, data):
     said = predict(tiny_model, data, cache_latents=True, cache_text=True)
-    rows = {line[:16].strip(): line[16:].split() for line in said.splitlines() if " GiB " in line[16:]}
+    rows = {line[:16].strip(): line[16:].split() for line in said.splitlines() if " GB " in line[16:]}
     assert [rows[name][:3] for name in ("1", "0.5", "overview by 4")] == [
         ["12", "64", "128"],
         ["12", "64", "64"],
@@ -86,7 +87,8 @@ def test_a_dry_run_says_tokens_memory_and_time(tiny_model, data):
     ]
     assert re.search(r"Activations with gradient checkpointing: \d", said)
     assert "The encoders come first, alone" in said and "text_encoder" not in said
-    assert re.search(r"A batch with all tokens was measured: \d+\.\d\d s", said)
+    assert re.search(r"A batch with all its 204 tokens was measured: \d+\.\d\d s", said)
+    assert re.search(r"Beside weights and LoRA it took \d+\.\d\d GB; \d+\.\d\d GB were computed", said)
 
 
 def test_what_cannot_fit_is_refused_with_what_would(tiny_model, data, monkeypatch):
@@ -104,7 +106,7 @@ def test_what_cannot_fit_is_refused_with_what_would(tiny_model, data, monkeypatc
     monkeypatch.setattr("sparse_context.training.launch.load", load)
     sizes.append(1000)
     with pytest.raises(
-        ValueError, match=r"A step takes 0\.0 GB, and 0\.0 GB are free: no setting makes it fit: pass a"
+        ValueError, match=r"The largest step takes 0\.0 GB, and 0\.0 GB are free: no setting makes it fit: pass a"
     ):
         predict(tiny_model, data)
     parts = parts_of(CASES["klein"].build(), text=12)
@@ -113,3 +115,26 @@ def test_what_cannot_fit_is_refused_with_what_would(tiny_model, data, monkeypatc
     sizes[0] = int(enough / ROOM) + 1
     with pytest.raises(ValueError, match=r"it fits with --set gradient_checkpointing=true\.$"):
         predict(tiny_model, data)
+
+
+def test_only_settings_that_are_needed_and_possible_are_advised():
+    """The sizes are those of an imagined run: what is asked is which settings are named."""
+
+    def predict(config, plan):
+        weights = {None: 100, "int8": 50, "nf4": 25}[plan.quantization] + (0 if plan.encoders_first else 40)
+        return StepPrediction(
+            Tokens(1, 1, 1), 1, {"transformer": weights}, 0, 0, 10 if config.gradient_checkpointing else 30
+        )
+
+    def advise(size, possible=True, **config):
+        return settings_that_fit(predict, TrainConfig(**config), Plan(), int(size / ROOM) + 1, possible)
+
+    caches = "cache_latents=true cache_text=true"
+    assert advise(150) == ["gradient_checkpointing=true"] and advise(130) == [caches]
+    assert advise(55) == [caches, "quantization=nf4"] and advise(35) == [
+        "gradient_checkpointing=true",
+        caches,
+        "quantization=nf4",
+    ]
+    assert advise(100, possible=False) == ["gradient_checkpointing=true", "quantization=int8"]
+    assert advise(60, full=True) is None and advise(60, compile=True) is None

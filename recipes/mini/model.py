@@ -96,3 +96,11 @@ def encode_pictures(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> torch.Te
     latents = Flux2KleinPipeline._patchify_latents(vae.encode(pictures).latent_dist.mode())
     mean, var = vae.bn.running_mean.view(1, -1, 1, 1), vae.bn.running_var.view(1, -1, 1, 1)
     return (latents - mean) / torch.sqrt(var + vae.config.batch_norm_eps)
+
+
+@torch.no_grad()
+def decode_pictures(vae: AutoencoderKLFlux2, latents: torch.Tensor) -> torch.Tensor:
+    """Normalised latents (B, 32, rows, columns) -> pixels (B, 3, 8 * rows, 8 * columns) in [-1, 1]."""
+    mean, var = vae.bn.running_mean.view(1, -1, 1, 1), vae.bn.running_var.view(1, -1, 1, 1)
+    clean = latents * torch.sqrt(var + vae.config.batch_norm_eps) + mean
+    return vae.decode(Flux2KleinPipeline._unpatchify_latents(clean)).sample

@@ -211,7 +211,7 @@ class OverviewLoss:
             references, ids = reference_tokens(self.vae, encoded.pictures[1:], latents, tokens)
         else:
             if tokens.factor:
-                seen = composite(encoded.pictures[1], latents[0].shape[-2:], tokens.factor, tokens.kept)
+                seen = composite(self.vae, encoded.pictures[1], latents[0].shape[-2:], tokens.factor, tokens.kept)
                 latents = [encode_pictures(self.vae, seen.contiguous(memory_format=torch.channels_last)).float()]
             references = torch.cat([flat(part) for part in latents], 1)
             ids = torch.cat([position_ids(*part.shape[-2:], 10 * (i + 1)).float() for i, part in enumerate(latents)])

@@ -24,7 +24,7 @@ from sparse_context.training.checkpoints import load_average
 
 from .data import load_assets
 from .loss import encode_text, position_ids, text_ids, tokenise
-from .model import encode_pictures
+from .model import decode_pictures, encode_pictures
 from .overview_blocks import grown
 from .overview_sets import TokenSet, composite, reference_tokens
 from .run_folder import autocast, to_tensor
@@ -91,7 +91,7 @@ def make_pictures(pipe: Any, transformers: dict[str, Any], gate: Gate, scenes: S
         for i, scene in enumerate(scenes):  # each with tokens of its own
             tokens = tokens_of(gate, scene)
             if gate.who == "ceiling":
-                seen = composite(picture[i : i + 1], latents.shape[-2:], gate.factor, tokens.kept)
+                seen = composite(vae, picture[i : i + 1], latents.shape[-2:], gate.factor, tokens.kept)
                 part = flat(encode_pictures(vae, seen).float())
                 where = position_ids(*latents.shape[-2:], 10).float()
             else:
@@ -116,10 +116,7 @@ def make_pictures(pipe: Any, transformers: dict[str, Any], gate: Gate, scenes: S
                     return_dict=False,
                 )[0][:, : noise.shape[1]]
                 noise[rows] += (then - now) * velocity.float()
-        mean, var = vae.bn.running_mean.view(1, -1, 1, 1), vae.bn.running_var.view(1, -1, 1, 1)
-        clean = noise.transpose(1, 2).unflatten(2, latents.shape[-2:])
-        clean = clean * torch.sqrt(var + vae.config.batch_norm_eps) + mean
-        pixels = vae.decode(type(pipe)._unpatchify_latents(clean)).sample.float()
+        pixels = decode_pictures(vae, noise.transpose(1, 2).unflatten(2, latents.shape[-2:])).float()
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..pipelines.texts import read_keep, read_overview, read_selector
+from ..texts import read_keep, read_overview, read_selector
 
 if TYPE_CHECKING:
     from PIL import Image

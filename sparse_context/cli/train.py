@@ -111,7 +111,9 @@ def train(
     options.hide_loading_bars()
     if dry_run:
         from ..training.dry_run import dry_run as predict
+        from ..training.memory import return_freed_memory
 
+        return_freed_memory()
         print(predict(settings.model, settings.data, settings.config, settings.run))
         return 0
     from ..training.launch import launch

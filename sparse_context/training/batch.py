@@ -186,18 +186,19 @@ def encode(
     at once.
 
     overviews: those to encode as well, by the number of their reference and their factor. autocast: around each
-    encoder whose weights are float32. Raises OSError where an encoder is needed that is not loaded, for a file of its
-    cache is gone or damaged.
+    encoder whose weights are float32. Raises OSError where a cache lacks something and its encoder is not loaded.
     """
     device = next((host.pipe.vae if host.transformer is None else host.transformer).parameters()).device
 
     def encode_pictures(pixels: torch.Tensor) -> torch.Tensor:
-        _check_loaded(host.pipe.vae, "latents")
+        if latent_cache is not None:
+            _check_loaded(host.pipe.vae, "latents")
         with autocast() if is_wide(host.pipe.vae) else contextlib.nullcontext():
             return host.encode_pictures(pixels)
 
     def encode_text(prompts: Sequence[str], seen: Sequence[tuple[Image.Image, ...]]) -> Text:
-        _check_loaded(host.pipe.text_encoder, "texts")
+        if text_cache is not None:
+            _check_loaded(host.pipe.text_encoder, "texts")
         with autocast() if is_wide(text_encoders(host.pipe)) else contextlib.nullcontext():
             return host.encode_text(prompts, seen)
 

@@ -7,6 +7,7 @@ is refused before anything is loaded.
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..families.shape import Tokens
+from ..families import FAMILIES
 from ..pipelines.embedded import WEIGHTS
 from ..pipelines.hub import class_name_of
 from ..pipelines.load import DTYPES
@@ -28,13 +29,14 @@ from .config import TrainConfig
 from .data import Batches
 from .dropping import draw_selection
 from .finetune import fast
+from .launch import encodes_first, make_host, open_data, start_accelerator
 from .loss import FlowMatching
 from .options import RunConfig
 from .predict import Plan, StepPrediction, StepPredictor, fits, settings_that_fit
 from .processes import Processes
 from .trainable import prepare, run_optimisers
 
-GIB, GB = 2**30, 10**9
+GB = 10**9
 SHOWN = (1.0, 0.5, 0.2, 0.1, 0.05)
 """Keep ratios of the report, those of them that the run draws."""
 
@@ -43,7 +45,7 @@ DRAWS = 100  # sets of tokens of which the mean is taken
 
 @dataclass(frozen=True)
 class Sizes:
-    """Grids of tokens of the largest batch: of each reference, and of the output."""
+    """Grids of tokens of a sample: of each reference, and of the output."""
 
     references: Sequence[Grid]
     output: Grid
@@ -51,12 +53,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Measured:
-    """A step that was made: its seconds, the most bytes that it took beside weights and LoRA, None where nobody knows,
-    and its tokens."""
+    """A step that was made: its seconds, the sizes of its samples, and the most bytes that it took beside weights and
+    LoRA; None where nobody knows."""
 
     seconds: float
     memory: int | None
-    tokens: Tokens
+    sizes: Sizes
 
 
 class Predicted:
@@ -67,6 +69,7 @@ class Predicted:
         self.config, self.plan = config, plan
         self._path = str(WEIGHTS) if model is None else model
         self._class_name = class_name_of(self._path)
+        self.encoders_can_come_first = encodes_first(model, replace(run, cache_latents=True, cache_text=True))
         wide = torch.float32 if model is None and plan.device == "cpu" else torch.bfloat16
         self._dtype = DTYPES.get(run.dtype, wide)
         self._text = read_settings(self._path).get("max_sequence_length")
@@ -77,9 +80,10 @@ class Predicted:
         parts = parts_of_model(self._path, self._dtype, config.kv, text=self._text)
         return StepPredictor(parts, self._class_name, config, plan)
 
-    def step(self, keep: float | int) -> StepPrediction:
-        """A step that keeps a share or a count of the tokens of the largest sample."""
-        return self._predictor(self.sizes.references, keep, self.sizes.output)
+    def step(self, keep: float | int, sizes: Sizes | None = None) -> StepPrediction:
+        """A step that keeps a share or a count of the tokens of samples of these sizes; None: of the largest."""
+        sizes = sizes or self.sizes
+        return self._predictor(sizes.references, keep, sizes.output)
 
     def largest(self) -> StepPrediction:
         """The step that takes the most memory."""
@@ -98,10 +102,6 @@ def largest_keep(config: TrainConfig) -> float:
 
 
 def _sizes(class_name: str, token: int, run: RunConfig, references: int) -> Sizes:
-    from importlib import import_module
-
-    from ..families import FAMILIES
-
     area = getattr(import_module(f"..families.{FAMILIES[class_name].folder}.call", __package__), "AREA", None)
     output, reference = run.sides.values()
     return Sizes(
@@ -115,17 +115,22 @@ def check_fits(predicted: Predicted, memory: int | None) -> None:
     largest = predicted.largest()
     if memory is None or fits(largest, memory):
         return
-    made = settings_that_fit(predicted.with_settings, predicted.config, predicted.plan, memory)
+    made = settings_that_fit(
+        predicted.with_settings, predicted.config, predicted.plan, memory, predicted.encoders_can_come_first
+    )
     advice = (
         "no setting makes it fit: pass a smaller resolution, fewer references, or another model"
         if made is None
         else "it fits with " + " ".join(f"--set {change}" for each in made for change in each.split())
     )
-    raise ValueError(f"A step takes {largest.peak / GB:.1f} GB, and {memory / GB:.1f} GB are free: {advice}.")
+    raise ValueError(f"The largest step takes {largest.peak / GB:.1f} GB, and {memory / GB:.1f} GB are free: {advice}.")
 
 
 def measure(host: Any, batches: Batches, config: TrainConfig, encoding: Encoding, accelerator: Any) -> Measured:
-    """Make two steps with all tokens, of one batch and one set each, and time the second. Nothing is written."""
+    """Make two steps with all tokens, of one batch and one set each, and time the second. Nothing is written.
+
+    The most memory is that of both, for AdamW makes its moments in the first.
+    """
     every = replace(
         config,
         dropping=replace(config.dropping, dense=1.0),
@@ -149,11 +154,8 @@ def measure(host: Any, batches: Batches, config: TrainConfig, encoding: Encoding
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
             seconds = now(device) - start
-    encoded = loss.current
-    text = next(iter(encoded.text.values())).shape[1]
-    rows, columns = encoded.target.shape[-2:]
-    references = sum(height * width for height, width in encoded.grids)
-    return Measured(seconds, peak.read(), Tokens(int(text), int(rows * columns), references))
+    rows, columns = loss.current.target.shape[-2:]
+    return Measured(seconds, peak.read(), Sizes(loss.current.grids, (int(rows), int(columns))))
 
 
 def report(predicted: Predicted, memory: int | None, measured: Measured | None = None) -> str:
@@ -171,31 +173,36 @@ def report(predicted: Predicted, memory: int | None, measured: Measured | None =
     shown += [(f"overview by {factor}", max(1, round(total / factor**2))) for factor in dropping.overview_factors]
     mean = round(_mean_kept(config, predicted.sizes)) if total else 0
     shown.append(("mean of a run", mean))
-    rate = None if measured is None else measured.seconds / predicted.step(measured.tokens.references).flops
+    made = None if measured is None else predicted.step(1.0, measured.sizes)
+    rate = None if measured is None or made is None else measured.seconds / made.flops
     for name, keep in shown:
         step = predicted.step(keep)
         line = (
             f"{name:>16} {step.tokens.text:>7,} {step.tokens.output:>7,} {step.tokens.references:>11,} "
-            f"{step.flops / 1e12:>8.2f} {step.peak / GIB:>5.2f} GiB"
+            f"{step.flops / 1e12:>8.2f} {step.peak / GB:>5.2f} GB"
         )
         lines.append(line + (f" {rate * step.flops:>9.2f}" if rate else ""))
-    parts = [f"{name} {size / GIB:.2f}" for name, size in largest.weights.items()]
-    parts += [f"LoRA and average {largest.trained / GIB:.2f}", f"optimiser {largest.optimiser / GIB:.2f}"]
-    parts += [f"activations and gradients {largest.activations / GIB:.2f}"]
-    lines.append(f"Largest step, in GiB: {', '.join(parts)}; together {largest.peak / GIB:.2f}.")
+    parts = [f"{name} {size / GB:.2f}" for name, size in largest.weights.items()]
+    parts += [f"LoRA and average {largest.trained / GB:.2f}", f"optimiser {largest.optimiser / GB:.2f}"]
+    parts += [f"activations and gradients {largest.activations / GB:.2f}"]
+    lines.append(f"Largest step, in GB: {', '.join(parts)}; together {largest.peak / GB:.2f}.")
     other = replace(config, gradient_checkpointing=not config.gradient_checkpointing)
-    activations = predicted.with_settings(other, predicted.plan).activations / GIB
+    activations = predicted.with_settings(other, predicted.plan).activations / GB
     how = "with" if other.gradient_checkpointing else "without"
-    lines.append(f"Activations {how} gradient checkpointing: {activations:.2f} GiB.")
+    lines.append(f"Activations {how} gradient checkpointing: {activations:.2f} GB.")
     if largest.before:
-        lines.append(f"The encoders come first, alone, and take {largest.before / GIB:.2f} GiB.")
+        lines.append(f"The encoders come first, alone, and take {largest.before / GB:.2f} GB.")
     if memory is not None:
-        lines.append(f"It fits: {memory / GIB:.2f} GiB are free.")
-    if measured is not None and rate is not None:
+        lines.append(f"It fits: {memory / GB:.2f} GB are free.")
+    if measured is not None and made is not None and rate is not None:
         step_seconds = rate * predicted.step(mean).flops * config.gradient_accumulation_steps * config.subsets
         hours = step_seconds * config.max_train_steps / 3600
-        took = "" if measured.memory is None else f", and took {measured.memory / GIB:.2f} GiB beside the weights"
-        lines.append(f"A batch with all tokens was measured: {measured.seconds:.2f} s{took}.")
+        lines.append(f"A batch with all its {made.tokens.total:,} tokens was measured: {measured.seconds:.2f} s.")
+        if measured.memory is not None:
+            lines.append(
+                f"Beside weights and LoRA it took {measured.memory / GB:.2f} GB; "
+                f"{(made.optimiser + made.activations) / GB:.2f} GB were computed."
+            )
         lines.append(
             f"A step of {config.gradient_accumulation_steps * config.subsets} of the mean takes about "
             f"{step_seconds:.1f} s, and {config.max_train_steps:,} steps {hours:.1f} hours, without encoders and "
@@ -214,12 +221,15 @@ def _mean_kept(config: TrainConfig, sizes: Sizes) -> float:
 
 def dry_run(model: str | None, data: str, config: TrainConfig, run: RunConfig) -> str:
     """What a run would take, as text. Raises ValueError for what is wrong with its options, and where it cannot fit."""
-    from .launch import encodes_first, make_host, open_data, start_accelerator
-
     samples, _, spec = open_data(model, data, config, run)
     most = max((len(samples[i].references) for i in range(min(len(samples), 1000))), default=0)
     with tempfile.TemporaryDirectory() as folder:
         accelerator = start_accelerator(run, Path(folder))
+        if accelerator.num_processes > 1:
+            raise ValueError(
+                f"dry_run is for one process, and there are {accelerator.num_processes}: start it with sparse-context "
+                "train instead of accelerate launch."
+            )
         spec = replace(spec, device=str(accelerator.device))
         mixed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
         plan = Plan(

@@ -83,18 +83,11 @@ def launch(
         if accelerator.is_main_process and resume and not has_begun(output):
             print(f"{output} holds no checkpoint, so the run starts anew.", file=sys.stderr)
         host, encoding = make_host(model, spec, batches, shown, output, config, run, accelerator)
-        pipe = host.pipe
         narrow = accelerator.mixed_precision == "bf16" or host.transformer.dtype == torch.bfloat16
         if accelerator.is_main_process and narrow and not has_fast_bfloat16(accelerator.device):
             print(
                 "This CPU has no instructions for bfloat16, so a step takes many times as long as in float32: pass "
                 "mixed_precision=no and dtype=float32.",
-                file=sys.stderr,
-            )
-        if accelerator.is_main_process and config.kv and not getattr(pipe.config, "is_distilled", True):
-            print(
-                f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "
-                "validation pictures are made without.",
                 file=sys.stderr,
             )
         result = finetune(
@@ -198,15 +191,24 @@ def make_host(
     accelerator: Any,
 ) -> tuple[Host, Encoding]:
     """What is trained, loaded, and how its batches are made ready; where caches say so the encoders come first."""
-    if not encodes_first(model, run):
+    prompts = None
+    if encodes_first(model, run):
+        encoding, prompts = _encode_first(spec, batches, shown, output, config, run, accelerator)
+        pipe = _load(spec, config, accelerator, leave_out=TEXT_ENCODERS)
+        if not shown:  # which alone would decode
+            pipe.vae = None
+    else:
         pipe = _load(spec, config, accelerator)
-        return find_host(pipe, call_settings(pipe), config.kv), _encoding(pipe, output, run, accelerator)
-    encoding, prompts = _encode_first(spec, batches, shown, output, config, run, accelerator)
-    pipe = _load(spec, config, accelerator, leave_out=TEXT_ENCODERS)
-    if not shown:  # which alone would decode
-        pipe.vae = None
+        encoding = _encoding(pipe, output, run, accelerator)
+    if accelerator.is_main_process and config.kv and not getattr(pipe.config, "is_distilled", True):
+        print(
+            f"{model} has guidance, which KV mode has not: the result is for its distilled sibling, and the "
+            "validation pictures are made without.",
+            file=sys.stderr,
+        )
     host = find_host(pipe, call_settings(pipe), config.kv)
-    prompts.recall(host.pipe)
+    if prompts is not None:
+        prompts.recall(host.pipe)
     return host, encoding
 
 

@@ -21,7 +21,7 @@ from ..families import FAMILIES
 from ..families.host import Host
 from ..families.shape import Tokens
 from ..pipelines.dry import DryRun
-from ..pipelines.predict import ROOM, Parts
+from ..pipelines.predict import ROOM, Parts, Predictor
 from ..pipelines.quantization import SKIPPED
 from ..selectors.cells import Grid
 from .attention import LARGEST
@@ -56,8 +56,9 @@ class StepPrediction:
 
     weights: the frozen ones and those of all parts that are loaded beside them, by part. trained: the LoRA in float32
     with its average (with `full`, the average alone, for the weights are float32 themselves). optimiser: what it
-    remembers. activations: the most that a forward and backward hold beside all this, gradients included. before: what
-    the encoders take in the pass before the run. tokens, flops: of one batch with one set of tokens.
+    remembers. activations: the most that a forward and backward hold beside all this, gradients included, or the
+    encoders where they work in between. before: what the encoders take in the pass before the run. tokens, flops: of
+    one batch with one set of tokens.
     """
 
     tokens: Tokens
@@ -108,7 +109,7 @@ class StepPredictor:
         self._optimiser = sum(_moments(parameter, config.use_8bit_adam) for parameter in self.trained)
         self._gradients = 4 * count
         beside = {name: size for name, size in frozen.items() if name != "transformer"}
-        self._before = sum(beside.values()) if plan.encoders_first else 0
+        self._encoders, self._encoders_weigh = Predictor(parts), sum(beside.values())
         if plan.encoders_first:
             beside = {name: size for name, size in beside.items() if name == "vae" and plan.validates}
         self._weights = {"transformer": frozen["transformer"], **beside}
@@ -119,9 +120,13 @@ class StepPredictor:
         kept = keep if isinstance(keep, int) else max(len(references), round(keep * total))
         tokens = Tokens(self.parts.shape.text, output[0] * output[1], min(kept, total))
         held, flops = self._step(tokens)
-        return StepPrediction(
-            tokens, flops, self._weights, self._held, self._optimiser, max(held, 2 * self._gradients), self._before
-        )
+        held = max(held, 2 * self._gradients)
+        encoding, before = self._encoders.encoding([*references, output]), 0
+        if self.plan.encoders_first:  # one picture at a time
+            before = self._encoders_weigh + encoding
+        else:
+            held = max(held, self.plan.batch * encoding)
+        return StepPrediction(tokens, flops, self._weights, self._held, self._optimiser, held, before)
 
     def _step(self, tokens: Tokens) -> tuple[int, int]:
         """Bytes and operations of a forward and backward of all samples of a batch."""
@@ -275,19 +280,40 @@ def fits(prediction: StepPrediction, memory: int) -> bool:
 
 
 def settings_that_fit(
-    predict: Callable[[TrainConfig, Plan], StepPrediction], config: TrainConfig, plan: Plan, memory: int
+    predict: Callable[[TrainConfig, Plan], StepPrediction],
+    config: TrainConfig,
+    plan: Plan,
+    memory: int,
+    encoders_can_come_first: bool = True,
 ) -> list[str] | None:
-    """The fewest of `CHANGES`, one on top of the other, by which a run would fit; None where none does.
+    """The names of `CHANGES` with which a run would fit, none of them in vain; None where all of them do not help.
 
-    predict: of a config and a plan, the largest step.
+    predict: of a config and a plan, the largest step. encoders_can_come_first: whether this pipeline can be built
+    without its transformer. What does not go together with the config is not tried.
     """
-    made: list[str] = []
-    for name, change in CHANGES:
-        changed = change(config, plan)
-        if changed == (config, plan) or (config.full and name.startswith("quantization")):
+
+    def with_changes(changes: Sequence[Change]) -> tuple[TrainConfig, Plan]:
+        changed = config, plan
+        for _, change in changes:
+            changed = change(*changed)
+        return changed
+
+    def is_refused(changed: Plan) -> bool:
+        quantised = changed.quantization != plan.quantization and (config.full or config.compile)
+        return quantised or (changed.encoders_first and not encoders_can_come_first)
+
+    tried: list[Change] = []
+    for each in CHANGES:
+        changed = with_changes([*tried, each])
+        if changed == with_changes(tried) or is_refused(changed[1]):
             continue
-        config, plan = changed
-        made = [each for each in made if each.partition("=")[0] != name.partition("=")[0]] + [name]
-        if fits(predict(config, plan), memory):
-            return made
-    return None
+        tried.append(each)
+        if fits(predict(*changed), memory):
+            break
+    else:
+        return None
+    for each in reversed(tried[:-1]):  # what costs the most is left out first
+        fewer = [other for other in tried if other is not each]
+        if fits(predict(*with_changes(fewer)), memory):
+            tried = fewer
+    return [name for name, _ in tried]

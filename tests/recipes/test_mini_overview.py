@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_scenes import make_assets, save_assets
+from torch.nn.functional import interpolate
 
 from recipes.mini import overview, overview_export, overview_looks
 from recipes.mini.attention import speed_up
+from recipes.mini.model import decode_pictures, encode_pictures
 from recipes.mini.overview import train_overview
 from recipes.mini.overview_blocks import FIRST, NEW, first_blocks, grown, new_layer, without_new_blocks
 from recipes.mini.overview_export import export_overview
@@ -25,12 +27,13 @@ from recipes.mini.overview_looks import (
 from recipes.mini.overview_sets import OverviewConfig, TokenSet, composite, draw_set, reference_tokens
 from recipes.mini.overview_start import load_start, save_start
 from recipes.mini.scenes import make_scene
-from sparse_context.overview import shrink
 from sparse_context.pipelines.embedded import WEIGHTS, adapter_record
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.training.cache import fingerprint
 from sparse_context.training.checkpoints import newest_step
+
+NONE = np.zeros(0, np.int64)  # sharp tokens
 
 
 @pytest.fixture
@@ -81,16 +84,20 @@ def test_objects_that_move_have_no_overview(assets):
     assert kinds == {"plain"}
 
 
-def test_a_composite_is_the_picture_where_it_is_sharp_and_the_enlarged_overview_elsewhere(scene):
+@torch.no_grad()
+def test_a_composite_is_the_picture_where_it_is_sharp_and_what_the_overviews_tokens_hold_elsewhere(pipe, scene):
     picture = torch.from_numpy(scene.references[0].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-    whole = composite(picture, (16, 16), 4, np.arange(256))
+    whole = composite(pipe.vae, picture, (16, 16), 4, np.arange(256))
     assert torch.equal(whole, picture)
-    alone = composite(picture, (16, 16), 4, np.zeros(0, np.int64))
-    mixed = composite(picture, (16, 16), 4, np.array([17]))
+    alone = composite(pipe.vae, picture, (16, 16), 4, NONE)
+    tokens, _ = reference_tokens(pipe.vae, [picture], [encode_pictures(pipe.vae, picture)], TokenSet("alone", 4, NONE))
+    small = decode_pictures(pipe.vae, tokens.transpose(1, 2).unflatten(2, (4, 4)))
+    large = interpolate(small.clamp(-1, 1), size=(128, 128), mode="bicubic", align_corners=False)
+    assert torch.allclose(alone, large.clamp(-1, 1), atol=1e-5)
+    mixed = composite(pipe.vae, picture, (16, 16), 4, np.array([17]))
     assert torch.equal(mixed[..., 8:16, 8:16], picture[..., 8:16, 8:16])
     mixed[..., 8:16, 8:16] = alone[..., 8:16, 8:16]
     assert torch.equal(mixed, alone)
-    assert torch.allclose(shrink(alone, (16, 16), 4), shrink(picture, (16, 16), 4), atol=0.15)
 
 
 @torch.no_grad()
