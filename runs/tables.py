@@ -31,6 +31,7 @@ RUNS = (
     "comfyui_tests",
     "core_speed",
     "coverage",
+    "fits",
     "flops",
     "gaze",
     "global_keep",

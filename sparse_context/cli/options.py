@@ -127,8 +127,8 @@ CpuOffload = Annotated[
 Quantization = Annotated[
     str | None,
     typer.Option(
-        help="Quantised weights of the transformer: int8 (torchao), nf4 or int8-bnb (bitsandbytes, needs a GPU), or "
-        "the path of a .gguf file.",
+        help="Quantised weights of the transformer: int8 (torchao), nf4 (bitsandbytes), int8-bnb (bitsandbytes, "
+        "needs a GPU), or the path of a .gguf file.",
         show_default="none",
     ),
 ]

@@ -139,10 +139,19 @@ class Batches:
         return [parts[i] for i in rng.permutation(len(parts))]
 
     def __call__(self, number: int) -> list[Example]:
-        return [
-            open_example(self._samples[int(i)], *self._resolutions, None if self._sizes is None else self._sizes[i])
-            for i in self.indices(number)
-        ]
+        return [self.example(int(i)) for i in self.indices(number)]
+
+    def example(self, index: int) -> Example:
+        """A sample as batches have it."""
+        return open_example(
+            self._samples[index], *self._resolutions, None if self._sizes is None else self._sizes[index]
+        )
+
+    def taken(self, first: int, end: int) -> list[int]:
+        """The samples of batches `first` to `end` - 1, each once, in the order of the data."""
+        if end - first >= 2 * len(self):  # a whole epoch lies between
+            return list(range(len(self._samples)))
+        return sorted({int(i) for number in range(first, end) for i in self.indices(number)})
 
 
 def check_workers(workers: int) -> None:
