@@ -196,7 +196,9 @@ def report(predicted: Predicted, memory: int | None, measured: Measured | None =
         lines.append(f"It fits: {memory / GB:.2f} GB are free.")
     if measured is not None and made is not None and rate is not None:
         step_seconds = rate * predicted.step(mean).flops * config.gradient_accumulation_steps * config.subsets
-        hours = step_seconds * config.max_train_steps / 3600
+        minutes = step_seconds * config.max_train_steps / 60
+        whole = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+        batches = config.gradient_accumulation_steps * config.subsets
         lines.append(f"A batch with all its {made.tokens.total:,} tokens was measured: {measured.seconds:.2f} s.")
         if measured.memory is not None:
             lines.append(
@@ -204,8 +206,8 @@ def report(predicted: Predicted, memory: int | None, measured: Measured | None =
                 f"{(made.optimiser + made.activations) / GB:.2f} GB were computed."
             )
         lines.append(
-            f"A step of {config.gradient_accumulation_steps * config.subsets} of the mean takes about "
-            f"{step_seconds:.1f} s, and {config.max_train_steps:,} steps {hours:.1f} hours, without encoders and "
+            f"A step of {batches} average batches takes about "
+            f"{step_seconds:.1f} s, and {config.max_train_steps:,} steps {whole}, without encoders and "
             "validation images."
         )
     return "\n".join(lines)
