@@ -185,11 +185,14 @@ class Ahead:
         return result
 
     def _by_a_thread(self, first: int) -> Iterator[Any]:
-        with ThreadPoolExecutor(1) as pool:
+        pool = ThreadPoolExecutor(1)
+        try:
             ahead = pool.submit(self._make, first)
             for number in itertools.count(first + 1):
                 ready, ahead = ahead, pool.submit(self._make, number)
                 yield ready.result()
+        finally:  # by the garbage collector maybe, in the middle of a thread's own start, where waiting never ends
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _by_processes(self, first: int) -> Iterator[Any]:
         # Each has one core; and a thread pool of OpenCV's, which a fork leaves behind, would be waited for without end
