@@ -173,9 +173,12 @@ class Ahead:
         self._make, self._workers = make, workers
         self._made: Iterator[Any] = iter(())
         self._next: int | None = None
+        self._pool: ThreadPoolExecutor | None = None
 
     def __call__(self, number: int) -> Any:
         if number != self._next:
+            if self._pool:  # of the numbers before, of which none is made beside the new ones
+                self._pool.shutdown(cancel_futures=True)
             self._made = self._by_processes(number) if self._workers else self._by_a_thread(number)
         self._next = None  # should this one fail
         result = next(self._made)
@@ -185,7 +188,7 @@ class Ahead:
         return result
 
     def _by_a_thread(self, first: int) -> Iterator[Any]:
-        pool = ThreadPoolExecutor(1)
+        pool = self._pool = ThreadPoolExecutor(1)
         try:
             ahead = pool.submit(self._make, first)
             for number in itertools.count(first + 1):
