@@ -178,7 +178,7 @@ class Ahead:
     def __call__(self, number: int) -> Any:
         if number != self._next:
             if self._pool:  # of the numbers before, of which none is made beside the new ones
-                self._pool.shutdown(cancel_futures=True)
+                self._pool.shutdown()
             self._made = self._by_processes(number) if self._workers else self._by_a_thread(number)
         self._next = None  # should this one fail
         result = next(self._made)
