@@ -80,7 +80,7 @@ def draw(runs: Sequence[Course]) -> Image.Image:
     gates = list(dict.fromkeys(gate for run in runs for each in run.gates.values() for gate in each))
     columns = min(COLUMNS, 1 + len(groups))
     rows = -(-(1 + len(groups)) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.6), dpi=105, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for number, run in enumerate(runs):

@@ -181,7 +181,11 @@ def save_text(text: str, path: str | os.PathLike[str]) -> None:
 
     What UTF-8 cannot hold (a file name that is not Unicode) becomes a backslash escape, which JSON reads back.
     """
-    data = text.encode("utf-8", "backslashreplace")
+    save_bytes(text.encode("utf-8", "backslashreplace"), path)
+
+
+def save_bytes(data: bytes, path: str | os.PathLike[str]) -> None:
+    """Write a file, whole or not at all. Raises `PictureError` when it cannot be written."""
     _write_whole(path, lambda file: file.write(data))
 
 

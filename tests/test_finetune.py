@@ -39,6 +39,7 @@ from sparse_context.training.dropping import Dropping, draw_selection
 from sparse_context.training.finetune import Run, Watch, finetune
 from sparse_context.training.lora import extract_lora, save_lora
 from sparse_context.training.loss import FlowMatching, flow_matching_loss, noise_levels, without_adapter
+from sparse_context.training.processes import Processes
 from sparse_context.training.trainable import Trainable, prepare
 from sparse_context.training.validation import draw_validation
 
@@ -294,17 +295,18 @@ def test_a_step_takes_all_subsets_of_its_batches(tmp_path, monkeypatch):
     assert seen == list(range(3 * 2 * 3))
 
 
-def test_processes_and_steps_draw_differently_and_equal_ones_alike():
-    losses = {}
-    for rank in (0, 1):
-        host = klein()
-        config = TrainConfig(**SMALL)
+def test_processes_and_steps_draw_differently_and_together_as_one_process_alone():
+    def losses(rank, count, numbers):
+        host, config = klein(), TrainConfig(**SMALL)
         prepare(host, config)
-        processes = SimpleNamespace(rank=rank, count=2)
+        processes = Processes(SimpleNamespace(is_main_process=rank == 0, num_processes=count, process_index=rank))
         loss = FlowMatching(host, lambda number: batches(0), config, processes=processes)
-        losses[rank] = [loss(number).item() for number in (0, 1, 0)]
-    assert losses[0][0] == losses[0][2] and losses[1][0] == losses[1][2]
-    assert len({losses[0][0], losses[0][1], losses[1][0], losses[1][1]}) == 4
+        return [loss(number).item() for number in numbers]
+
+    one, other = (losses(rank, 2, (0, 1, 0)) for rank in (0, 1))
+    assert one[0] == one[2] and other[0] == other[2]
+    assert losses(0, 1, range(4)) == [one[0], other[0], one[1], other[1]]
+    assert len({*one, *other}) == 4
 
 
 # KV mode ---------------------------------------------------------------------------------------------------------

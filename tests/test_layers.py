@@ -31,7 +31,7 @@ ROOMS = {
         "selection",
         "selectors",
     },
-    "pictures and records": {"images", "preview", "samples", "result", "cache"},
+    "pictures and records": {"images", "preview", "samples", "result", "cache", "texts"},
     "what is installed": {"context"},
     "families": {"families"},
     "apply, remove, ask": {"sparsify"},

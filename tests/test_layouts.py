@@ -584,6 +584,11 @@ def test_a_manifest_of_a_data_set_has_its_pictures_in_a_folder(tmp_path):
         "image": "m/000001-image.jpg",
     }
     assert read(tmp_path / "m.jsonl") == read(tmp_path / "set")
+    write_manifest(read_samples(tmp_path / "set"), tmp_path / "m.jsonl")  # what is there already is as it should be
+    (tmp_path / "m" / "000001-image.jpg").write_bytes(b"mine")
+    with pytest.raises(ManifestError, match="000001-image.jpg is there already and would be overwritten"):
+        write_manifest(read_samples(tmp_path / "set"), tmp_path / "m.jsonl")
+    assert (tmp_path / "m" / "000001-image.jpg").read_bytes() == b"mine"
     row = {field: values * 2 for field, values in row.items()} | {"name": ["one", "One"]}
     twice = datasets.Dataset.from_dict(row, datasets.Features(features | {"name": text}))
     twice.to_parquet(tmp_path / "set" / "train.parquet")

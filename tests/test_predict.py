@@ -289,6 +289,12 @@ def test_wrong_settings_are_refused(arguments, message):
         predict(BenchConfig(references=(99,)), **arguments)
 
 
+def test_more_references_than_a_family_takes_are_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxKontextPipeline"}')
+    with pytest.raises(ValueError, match=r"^references is 2, and this model takes at most 1: pass fewer\.$"):
+        predict(BenchConfig(references=(1, 2)), model=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("part", "about", "message"),
     [

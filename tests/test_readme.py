@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from sparse_context.families import FAMILIES
+from sparse_context.samples import read_samples
 from sparse_context.selection import selection_version
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +209,15 @@ def test_example_runs(name, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out
     written = list(tmp_path.iterdir())
     assert bool(written) == (name != "own_selector") and all(path.suffix == ".png" for path in written)
+
+
+def test_the_data_of_the_first_lora_can_be_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_data", str(tmp_path), "--samples", "1"])
+    runpy.run_path(str(EXAMPLES / "first_lora" / "make_data.py"), run_name="__main__")
+    for part in ("train", "test"):
+        (sample,) = read_samples(str(tmp_path / f"{part}.jsonl"))
+        assert sample.prompt.startswith("Make the background plain") and len(sample.references) == 1
+        assert sample.open_image().size == (128, 128)
 
 
 @pytest.mark.slow

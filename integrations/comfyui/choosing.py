@@ -12,6 +12,7 @@ from sparse_context import Selection, SparseContextConfig, mask, select_tokens
 from sparse_context.config import task_defaults
 from sparse_context.selectors.cells import Grid
 from sparse_context.selectors.registry import SelectorLike, beside_painted
+from sparse_context.texts import read_keep
 from sparse_context.trained import Trained
 
 BLIND = ("auto", "uniform", "random", "detail")
@@ -45,26 +46,21 @@ class Settings:
         """One ratio, or a list with one ratio, count or "auto" for each reference. Raises ValueError."""
         if not self.keep_each.strip():
             return self.keep
-        return [_read_keep(part.strip()) for part in self.keep_each.split(",")]
+        values = []
+        for part in self.keep_each.split(","):
+            try:
+                values.append(read_keep(part.strip()))
+            except ValueError:
+                raise ValueError(
+                    f"keep_each has {part.strip()!r}: write one value for each reference, such as 0.5, 0.1. A value is "
+                    "a share, a number of tokens, or auto."
+                ) from None
+        return values
 
     def each_phrase(self) -> str | list[str | None] | None:
         """The phrase for all references, or a list with one, or None, for each."""
         lines = [None if line.strip() == "none" else line.strip() for line in self.phrases.splitlines() if line.strip()]
         return lines if len(lines) > 1 else lines[0] if lines else None
-
-
-def _read_keep(text: str) -> float | int | str:
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    if text == "auto":
-        return text
-    raise ValueError(
-        f"keep_each has {text!r}: write one value for each reference, such as 0.5, 0.1. A value is a share, a number "
-        "of tokens, or auto."
-    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,7 +82,7 @@ class SparsePatch:
     def run(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around the sampler."""
         self.last = Run()
-        if self.needs_details:  # the latents may be others
+        if self.needs_details:  # each choice has its latents' details beside it
             self._chosen.clear()
         result = executor(*args, **kwargs)
         if not self.last.forwards and not self.last.problems:
@@ -148,11 +148,11 @@ class SparsePatch:
         if not all(map(is_still, latents)):
             raise ValueError("A reference is a video, and this node takes still images.")
         grids = [token_grid((each.shape[-2], each.shape[-1]), self.patch) for each in latents]
-        key = (*grids, kv)
+        details = None
+        if self.needs_details:  # nothing else tells whether these are the latents of the last forward
+            details = [detail(each, self.patch, self.family.packed) for each in latents]
+        key = (*grids, kv, *(each.tobytes() for each in details or ()))
         if key not in self._chosen:
-            details = None
-            if self.needs_details:
-                details = [detail(each, self.patch, self.family.packed) for each in latents]
             self._chosen[key] = self.choose(grids, details, kv)
             for note in self._chosen[key].notes:
                 logging.info("Sparse Context: %s", note)

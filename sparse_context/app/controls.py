@@ -14,8 +14,8 @@ from ..budget import SHARES
 from ..config import TASKS, SparseContextConfig
 from ..overview import LAYOUTS
 from ..pipelines.spec import ModelSpec, Request
-from ..pipelines.texts import read_keep, read_selector
 from ..selectors.registry import SELECTORS
+from ..texts import read_keep, read_selector
 from .scene import Reference, Scene
 from .sessions import Session
 

@@ -14,7 +14,7 @@ from ..embedded.demo import KEEP as KEEP_OF_TASK
 from ..embedded.demo import read_examples
 from ..pipelines.engine import Engine
 from ..pipelines.spec import ModelSpec, Request
-from ..pipelines.texts import read_keep, read_selector
+from ..texts import read_keep, read_selector
 from . import answers, copies, drawing
 from .controls import OWN, SLOTS, WIDTH, Controls
 from .layout import Layout

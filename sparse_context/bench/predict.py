@@ -11,7 +11,7 @@ import torch
 from ..pipelines.embedded import WEIGHTS
 from ..pipelines.load import DTYPES
 from ..pipelines.predict import Parts, Prediction, Predictor, grid_of, parts_of_model, parts_of_shape
-from ..pipelines.settings import read_settings
+from ..pipelines.settings import most_references, read_settings
 from ..pipelines.spec import ModelSpec
 from ..result import write_result
 from .config import BenchConfig
@@ -67,7 +67,7 @@ def predict(
     kind = DTYPES.get(dtype, torch.float32 if model is None and random_weights is None else torch.bfloat16)
     path = str(WEIGHTS) if model is None else model
     settings = {} if random_weights else read_settings(path)
-    most = settings.get("max_references")
+    most = None if random_weights else most_references(path)
     if most is not None and max(config.references) > most:
         raise ValueError(f"references is {max(config.references)}, and this model takes at most {most}: pass fewer.")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..pipelines.texts import read_keep, read_overview, read_selector
+from ..texts import read_keep, read_overview, read_selector
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -127,8 +127,8 @@ CpuOffload = Annotated[
 Quantization = Annotated[
     str | None,
     typer.Option(
-        help="Quantised weights of the transformer: int8 (torchao), nf4 or int8-bnb (bitsandbytes, needs a GPU), or "
-        "the path of a .gguf file.",
+        help="Quantised weights of the transformer: int8 (torchao), nf4 (bitsandbytes), int8-bnb (bitsandbytes, "
+        "needs a GPU), or the path of a .gguf file.",
         show_default="none",
     ),
 ]

@@ -55,6 +55,14 @@ def train(
             "first samples with the tokens that batches keep, and exit without training.",
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what a run takes in tokens, memory and time, with one measured step, and exit. What cannot fit "
+            "is refused with the settings that would.",
+        ),
+    ] = False,
     validation_data: Annotated[
         str | None, typer.Option(help="Data as in --data; its first samples are drawn during the run.")
     ] = None,
@@ -101,6 +109,13 @@ def train(
         return _check(settings, output_dir, most)
 
     options.hide_loading_bars()
+    if dry_run:
+        from ..training.dry_run import dry_run as predict
+        from ..training.memory import return_freed_memory
+
+        return_freed_memory()
+        print(predict(settings.model, settings.data, settings.config, settings.run))
+        return 0
     from ..training.launch import launch
     from ..training.memory import keep_freed_memory
 

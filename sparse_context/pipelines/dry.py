@@ -24,7 +24,7 @@ class DryRun(TorchDispatchMode):
         super().__init__()
         self.flops = self.peak = self._held = 0
         self._storages: dict[int, ref] = {}
-        self._attention = _FlashAttention(self)
+        self._attention = self.attention()
 
     def __enter__(self) -> "DryRun":
         super().__enter__()
@@ -34,6 +34,11 @@ class DryRun(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         self._attention.__exit__(*error)
         super().__exit__(*error)
+
+    def attention(self) -> TorchFunctionMode:
+        """What counts attention, which is also within this object's own block. Where gradient checkpointing computes
+        again, in the backward, torch leaves all modes of this kind, and they are to be entered anew."""
+        return _FlashAttention(self)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = _tensors((args, kwargs))
@@ -82,8 +87,24 @@ class _FlashAttention(TorchFunctionMode):
         if function is not torch.nn.functional.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         query, key, value = args[:3] if len(args) >= 3 else ((kwargs or {})[name] for name in ("query", "key", "value"))
+        return _Flash.apply(query, key, value, self.run)
+
+
+class _Flash(torch.autograd.Function):
+    """What the kernel takes, forward and backward: it computes the scores again, and keeps what theirs add up to."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, run: DryRun) -> torch.Tensor:
         *batch, heads, length, depth = query.shape
-        self.run.flops += 2 * query[..., 0].numel() * key.shape[-2] * (depth + value.shape[-1])
+        ctx.flops = 2 * query[..., 0].numel() * key.shape[-2] * (depth + value.shape[-1])
+        run.flops += ctx.flops
         made = query.new_empty(*batch, length, heads, value.shape[-1]).transpose(-2, -3)
-        query.new_empty(query.shape[:-1], dtype=torch.float32)  # what each query's scores add up to
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.run = run
+        ctx.save_for_backward(query, key, value, made, sums)
         return made
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ctx.run.flops += 5 * ctx.flops // 2  # five products, where the forward has two
+        return *(torch.empty_like(given) for given in ctx.saved_tensors[:3]), None

@@ -1,5 +1,6 @@
 """Loading a pipeline: its class, device, dtype, quantisation, offloading and LoRA."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from .embedded import ADAPTERS, WEIGHTS, adapter_record
 from .hub import KLEIN, KLEIN_KV, class_name_of, clock, one_line
 from .lora import ADAPTER_NAME, load_lora
 from .lora_file import NO_LORA, LoraFile, check_lora_file, read_lora
-from .quantization import GgufTransformer, Quantized, QuantizedTransformer, find_quantization
+from .quantization import GgufTransformer, Nf4OnCpu, Quantized, QuantizedTransformer, find_quantization
 from .spec import ModelSpec
 
 DTYPES = {
@@ -25,8 +26,11 @@ DTYPES = {
 }
 
 
-def load(spec: ModelSpec | None = None) -> Any:
+def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
     """The pipeline that `spec` names, on its device, with its LoRA; the embedded model without one.
+
+    leave_out: parts of a plain pipeline that are not loaded and stay None; without the transformer `spec` is to name no
+    LoRA, no quantisation and no KV mode.
 
     Only safetensors are read (and a GGUF file that was named), and nothing is fetched but a hub id that was named.
     Raises ValueError, in one sentence, for what is not there, does not belong together or does not load.
@@ -52,7 +56,9 @@ def load(spec: ModelSpec | None = None) -> Any:
     transformer = find_quantization(spec, device, dtype)
     try:
         with clock(f"loading {path}"):
-            pipe = (_load_modular if modular else _load_plain)(path, dtype, transformer)
+            pipe = (
+                _load_modular(path, dtype, transformer) if modular else _load_plain(path, dtype, transformer, leave_out)
+            )
     except Exception as error:  # the loaders raise many kinds, and all of them mean this
         raise ValueError(f"The model {path} does not load: {one_line(error)}.") from error
     _check_complete(path, pipe)
@@ -60,8 +66,10 @@ def load(spec: ModelSpec | None = None) -> Any:
         if not pipe.config.is_distilled:
             raise ValueError(f"kv has no guidance, which {path} needs: name its distilled sibling, or leave kv out.")
         pipe = in_kv_mode(pipe)
+    if isinstance(transformer, Nf4OnCpu):
+        transformer.place(pipe.transformer)
     trained = read_folder(Path(path) / "transformer")
-    if trained is not None:
+    if trained is not None and pipe.transformer is not None:
         note_trained(pipe.transformer, trained)
     if file is not None:
         load_lora(pipe, file, spec.lora_scale)
@@ -134,11 +142,14 @@ def _place(pipe: Any, device: torch.device, cpu_offload: str | None, modular: bo
         pipe.to(device)
 
 
-def _load_plain(path: str, dtype: torch.dtype, transformer: Quantized | None = None) -> Any:
+def _load_plain(
+    path: str, dtype: torch.dtype, transformer: Quantized | None = None, leave_out: Sequence[str] = ()
+) -> Any:
     from diffusers import DiffusionPipeline
 
     local = Path(path).is_dir()
-    parts: dict[str, Any] = {}
+    has = DiffusionPipeline.load_config(path, local_files_only=local) if leave_out else {}
+    parts: dict[str, Any] = {name: None for name in leave_out if name in has}
     if isinstance(transformer, GgufTransformer):
         parts["transformer"] = transformer.load(path, dtype, local)
     elif isinstance(transformer, QuantizedTransformer):

@@ -142,6 +142,12 @@ class Predictor:
             low, high = (middle, high) if peak(middle) <= fits else (low, middle)
         return low / 100
 
+    def encoding(self, grids: Sequence[Grid]) -> int:
+        """The most bytes that encoding a prompt or a picture of one of these grids takes beside all weights; of what is
+        not known, nothing."""
+        largest = max(grids, key=lambda grid: grid[0] * grid[1])
+        return max(self._text() or 0, self._code("encode", largest) or 0)
+
     def _text(self) -> int | None:
         """The one encoder that klein has. Others want pictures too, or are two: their phase stays unknown."""
         encoder, count = self.parts.modules.get("text_encoder"), self.parts.shape.text

@@ -62,7 +62,38 @@ class GgufTransformer:
             raise ValueError(f"{self.file} is no GGUF file of its transformer: {reason}") from error
 
 
-Quantized = QuantizedTransformer | GgufTransformer
+@dataclass(frozen=True)
+class Nf4OnCpu:
+    """The transformer's linear layers become nf4 once it is loaded, for diffusers loads none where there is no GPU.
+
+    dtype: what they compute in.
+    """
+
+    dtype: torch.dtype
+
+    def place(self, transformer: Any) -> None:
+        """Replace the layers, but for `SKIPPED` and those that the model keeps in float32."""
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        kept = {*SKIPPED, *(getattr(transformer, "_keep_in_fp32_modules", None) or ())}
+        for name, layer in list(transformer.named_modules()):
+            if type(layer) is not torch.nn.Linear or kept & set(name.split(".")):
+                continue
+            with torch.device("meta"):
+                placed = Linear4bit(
+                    layer.in_features, layer.out_features, compute_dtype=self.dtype, compress_statistics=False
+                )
+            weight = Params4bit(layer.weight.data, quant_type="nf4", compress_statistics=False, module=placed)
+            placed.weight, placed.bias = weight.to("cpu"), layer.bias
+            # Else a forward in evaluation mode packs the weights for the CPU's own instructions, after which every
+            # gradient through them is lost without an error
+            placed.support_avx512bf16_for_cpu = False
+            transformer.set_submodule(name, placed)
+        transformer.requires_grad_(False)
+        transformer.is_loaded_in_4bit = True  # by which peft knows such layers
+
+
+Quantized = QuantizedTransformer | GgufTransformer | Nf4OnCpu
 
 
 def find_quantization(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Quantized | None:
@@ -82,9 +113,11 @@ def find_quantization(spec: ModelSpec, device: torch.device, dtype: torch.dtype)
         from torchao.quantization import Int8WeightOnlyConfig
 
         return QuantizedTransformer(TorchAoConfig(Int8WeightOnlyConfig()))
-    if device.type not in ("cuda", "xpu"):
+    if device.type not in (("cuda", "xpu", "cpu") if name == "nf4" else ("cuda", "xpu")):
         raise ValueError(f"quantization is {name!r}, which needs a GPU, and the device is {device}: choose int8.")
     _check_installed(name, "bitsandbytes")
+    if device.type == "cpu":
+        return Nf4OnCpu(dtype)
     from diffusers import BitsAndBytesConfig
 
     if name == "nf4":

@@ -29,9 +29,10 @@ class ModelSpec:
         without a LoRA is refused when the model is loaded.
     kv: run a klein model as `Flux2KleinKVPipeline`, for a LoRA that was trained for it (`train --kv`). The embedded
         model then has its adapter for KV mode. Other pipelines, and klein models that need guidance, are refused.
-    quantization: how the transformer's weights are stored. "int8": torchao, on any device. "nf4" and "int8-bnb":
-        bitsandbytes, on a GPU. The path of a `.gguf` file: the transformer is read from that file, everything else from
-        the model. The other parts of the pipeline keep `dtype`. Each needs a package of `sparse-context[quantization]`.
+    quantization: how the transformer's weights are stored. "int8": torchao, on any device. "nf4": bitsandbytes, on a
+        GPU or a CPU. "int8-bnb": bitsandbytes, on a GPU. The path of a `.gguf` file: the transformer is read from that
+        file, everything else from the model. The other parts of the pipeline keep `dtype`. Each needs a package of
+        `sparse-context[quantization]`.
     vae: how the VAE runs; its latents then differ in their last digits. "channels-last": with weights in the order in
         which convolutions read pixels. "compiled": that, and by `torch.compile`, which needs a C++ compiler and takes
         its time at the first call of each size. None: as it is loaded.

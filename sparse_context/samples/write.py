@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..images import save_text
+from ..images import save_bytes, save_text
 from .archives import Member
 from .names import file_key
 from .progress import progress
@@ -92,5 +92,8 @@ def _write(content: bytes, stem: Path) -> Path:
         raise ManifestError(f"The sample {stem.name} has a picture that is too large ({error}).") from error
     path = stem.with_name(stem.name + suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    if not path.exists():
+        save_bytes(content, path)
+    elif path.read_bytes() != content:
+        raise ManifestError(f"{path} is there already and would be overwritten: name another manifest, or move it.")
     return path

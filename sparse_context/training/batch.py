@@ -182,18 +182,23 @@ def encode(
     overviews: Collection[tuple[int, int]] = (),
     autocast: Autocast = contextlib.nullcontext,
 ) -> Encoded:
-    """Encode a batch, on the device of the transformer. With a cache, one by one, else all at once.
+    """Encode a batch, on the device of the transformer (without one, of the VAE). With a cache, one by one, else all
+    at once.
 
     overviews: those to encode as well, by the number of their reference and their factor. autocast: around each
-    encoder whose weights are float32.
+    encoder whose weights are float32. Raises OSError where a cache lacks something and its encoder is not loaded.
     """
-    device = next(host.transformer.parameters()).device
+    device = next((host.pipe.vae if host.transformer is None else host.transformer).parameters()).device
 
     def encode_pictures(pixels: torch.Tensor) -> torch.Tensor:
+        if latent_cache is not None:
+            _check_loaded(host.pipe.vae, "latents")
         with autocast() if is_wide(host.pipe.vae) else contextlib.nullcontext():
             return host.encode_pictures(pixels)
 
     def encode_text(prompts: Sequence[str], seen: Sequence[tuple[Image.Image, ...]]) -> Text:
+        if text_cache is not None:
+            _check_loaded(host.pipe.text_encoder, "texts")
         with autocast() if is_wide(text_encoders(host.pipe)) else contextlib.nullcontext():
             return host.encode_text(prompts, seen)
 
@@ -230,3 +235,11 @@ def encode(
         batch.source.to(device),
         {(i, factor): latents(shrink(batch.references[i], grids[i], factor)) for i, factor in overviews},
     )
+
+
+def _check_loaded(encoder: Any, made: str) -> None:
+    if encoder is None:
+        raise OSError(
+            f"A file of the cache of {made} is gone or damaged, and its encoder is not loaded beside the transformer: "
+            "resume the run, which fills its caches first."
+        )

@@ -5,12 +5,13 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..images import FULL, error_number, follow_folder, put_in_place
 
@@ -20,6 +21,9 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256(str(type(module)).encode())
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if is_traceable_wrapper_subclass(tensor):  # torchao's, which has no view of what it stores
+            digest.update(type(tensor).__name__.encode())
+            tensor = cast(torch.Tensor, tensor).dequantize()
         digest.update(tensor.flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -10,6 +10,7 @@ from ..families import family_of
 from ..overview import factor_for
 from ..pipelines.embedded import WEIGHTS, read_call_settings
 from .dropping import FEW
+from .sharding import plain_class
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -48,7 +49,7 @@ def _base(record: Mapping[str, Any]) -> dict[str, str]:
 
 def _code(record: Mapping[str, Any], pipe: Any, transformer: Any) -> dict[str, str]:
     """The lines that load the result."""
-    pipeline, architecture = type(pipe).__name__, type(transformer).__name__
+    pipeline, architecture = type(pipe).__name__, plain_class(transformer).__name__
     full, base = record["full"], str(record["base"])
     name = _name(base)
     trained = f'{architecture}.from_pretrained("transformer", dtype=torch.bfloat16)'
@@ -86,7 +87,7 @@ def _keep(dropping: Mapping[str, Any]) -> str:
 def _settings(record: Mapping[str, Any]) -> dict[str, str]:
     """The rows of the table."""
     dropping, data = record["dropping"], str(record["data"])
-    muon = record["muon_learning_rate"]
+    muon, quantization = record["muon_learning_rate"], record.get("quantization")
     numbers = {name: f"{record[name]:g}" for name in ("learning_rate", "distillation", "preservation", "unseen")}
     return numbers | {
         "steps": str(record["steps"]),
@@ -105,6 +106,7 @@ def _settings(record: Mapping[str, Any]) -> dict[str, str]:
         "muon": "" if muon is None else f", of Muon {muon:g}",
         "schedule": record["lr_scheduler"],
         "focus": f"{1 + record['focus']:g}",
+        "quantization": "" if quantization is None else f"\n| frozen weights | {quantization} |",
         "kv": "\n| KV mode | yes: for pipelines that cache the references |" if record["kv"] else "",
         "version": record["version"],
     }

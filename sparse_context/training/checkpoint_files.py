@@ -16,6 +16,7 @@ from torch import nn
 
 from ..images import follow_folder
 from .files import reason
+from .sharding import parted_as, whole
 
 TENSORS = ("weights.safetensors", "average.safetensors", "optimiser.safetensors")
 
@@ -28,8 +29,8 @@ SUMS_FILE = "SHA256SUMS"
 class Progress:
     """What was counted since the last record of the log, which a checkpoint holds, so that no kill changes a record.
 
-    losses: of every batch, each the mean over all processes. skipped: how many steps were; in_a_row: how many of the
-    last steps, whose count goes on over records.
+    losses: of every step, each the mean over its batches and all processes. skipped: how many steps were; in_a_row: how
+    many of the last steps, whose count goes on over records.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -44,14 +45,11 @@ def write_checkpoint(
     optimisers: Sequence[torch.optim.Optimizer],
     progress: Progress,
 ) -> None:
-    """Write the files of a checkpoint into an empty `folder`, and have them on the disk."""
-    state = {
-        f"{i}.{index}.{name}": tensor
-        for i, optimiser in enumerate(optimisers)
-        for index, entry in optimiser.state_dict()["state"].items()
-        for name, tensor in entry.items()
-    }
-    for name, tensors in zip(TENSORS, (module.state_dict(), average.state_dict(), state), strict=True):
+    """Write the files of a checkpoint into an empty `folder`, and have them on the disk.
+
+    Of sharded weights one process writes, while the others `gather`.
+    """
+    for name, tensors in zip(TENSORS, _contents(module, average, optimisers), strict=True):
         save_file(_apart(tensors), folder / name)
     (folder / PROGRESS_FILE).write_bytes(json.dumps(asdict(progress)).encode())
     sums = [f"{_sha256(folder / name)}  {name}\n" for name in (*TENSORS, PROGRESS_FILE)]
@@ -59,6 +57,27 @@ def write_checkpoint(
     follow_folder(folder)
     for path in (*folder.iterdir(), folder):
         sync(path)
+
+
+def gather(module: nn.Module, average: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> None:
+    """What processes with parts of the weights do while one of them writes a checkpoint: hand theirs over."""
+    for tensors in _contents(module, average, optimisers):
+        for tensor in tensors.values():
+            whole(tensor)
+
+
+def _contents(
+    module: nn.Module, average: nn.Module, optimisers: Sequence[torch.optim.Optimizer]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """What each file of a checkpoint holds, in an order that is the same in all processes."""
+    yield module.state_dict()
+    yield average.state_dict()
+    yield {
+        f"{i}.{index}.{name}": torch.as_tensor(value)
+        for i, optimiser in enumerate(optimisers)
+        for index, parameter in enumerate(parameters_of(optimiser))
+        for name, value in optimiser.state.get(parameter, {}).items()
+    }
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -110,38 +129,72 @@ def verify(checkpoint: Path) -> bool:
 
 
 def load_module(module: nn.Module, file: Path) -> None:
-    """Load tensors of just the names, shapes and types of `module`; torch itself would cast them."""
+    """Load tensors of just the names, shapes and types of `module`; torch itself would cast them. Where that holds
+    parts, it gets its parts of them."""
     tensors = load_file(file)
     for name, tensor in module.state_dict().items():
         if name in tensors and tensors[name].dtype != tensor.dtype:
             raise ValueError(f"{name} in {file.name} is {tensors[name].dtype} and not {tensor.dtype}")
+        if name in tensors and tensors[name].shape == tensor.shape:  # of another one torch says so
+            tensors[name] = parted_as(tensors[name], tensor)
     module.load_state_dict(tensors)
 
 
-STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
-"""What each kind of optimiser remembers of a parameter that had a gradient: a count, or a tensor of its shape."""
+Layout = dict[str, tuple[torch.Size, torch.dtype]]
+
+BLOCK = 256  # values that share a scale in bitsandbytes' 8 bits, and entries of its tables
+
+
+def layout_of(optimiser: torch.optim.Optimizer, parameter: torch.Tensor) -> Layout | None:
+    """Shape and type of what an optimiser remembers of a parameter that had a gradient; None for one not known here.
+
+    bitsandbytes counts its steps in an int, which a checkpoint holds as a tensor.
+    """
+    same, scalar = (parameter.shape, parameter.dtype), torch.Size()
+    kind = type(optimiser).__name__
+    if kind == "AdamW":
+        return {"step": (scalar, torch.float32), "exp_avg": same, "exp_avg_sq": same}
+    if kind == "Muon":
+        return {"momentum_buffer": same}
+    if kind != "AdamW8bit":
+        return None
+    narrow = parameter.numel() >= optimiser.args.min_8bit_size  # type: ignore[attr-defined]
+    moment = (parameter.shape, torch.uint8 if narrow else torch.float32)
+    layout: Layout = {"step": (scalar, torch.int64), "state1": moment, "state2": moment}
+    if narrow:
+        blocks = torch.Size([-(-parameter.numel() // BLOCK)])
+        layout |= {name: (torch.Size([BLOCK]), torch.float32) for name in ("qmap1", "qmap2")}
+        layout |= {name: (blocks, torch.float32) for name in ("absmax1", "absmax2")}
+    return layout
 
 
 def load_states(optimisers: Sequence[torch.optim.Optimizer], file: Path) -> None:
     """Load the optimisers' states. Raises ValueError for other names, shapes and types than they have."""
-    states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in optimisers]
+    states: list[dict[int, dict[str, torch.Tensor | int]]] = [{} for _ in optimisers]
     for key, tensor in load_file(file).items():
         found = re.fullmatch(r"(\d+)\.(\d+)\.(\w+)", key)
         which, index = (int(found[1]), int(found[2])) if found else (len(optimisers), 0)
         parameters = [] if which >= len(optimisers) else parameters_of(optimisers[which])
         if found is None or index >= len(parameters):
             raise ValueError(f"{file.name} has {key}, of which the optimisers know nothing")
-        like = parameters[index].new_empty((), dtype=torch.float32) if found[3] == "step" else parameters[index]
-        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+        parameter = parameters[index]
+        layout = layout_of(optimisers[which], parameter) or {}
+        shape, dtype = layout.get(found[3], (parameter.shape, parameter.dtype))
+        if (tensor.shape, tensor.dtype) != (shape, dtype):
             raise ValueError(
-                f"{key} in {file.name} is {tensor.dtype} of shape {tuple(tensor.shape)} and not {like.dtype} of "
-                f"{tuple(like.shape)}"
+                f"{key} in {file.name} is {tensor.dtype} of shape {tuple(tensor.shape)} and not {dtype} of "
+                f"{tuple(shape)}"
             )
         # A copy, for torch keeps the tensor itself: as long as it is mapped, Windows removes no checkpoint
-        states[which].setdefault(index, {})[found[3]] = tensor.clone()
+        is_count = shape == () and dtype == torch.int64
+        value = int(tensor) if is_count else tensor.clone()
+        if isinstance(value, torch.Tensor) and found[3] != "step":
+            value = parted_as(value, parameter)
+        states[which].setdefault(index, {})[found[3]] = value
     for i, (optimiser, state) in enumerate(zip(optimisers, states, strict=True)):
+        parameters = parameters_of(optimiser)
         for index, entry in state.items():
-            wanted = STATE.get(type(optimiser).__name__, entry.keys())
+            wanted = (layout_of(optimiser, parameters[index]) or entry).keys()
             if entry.keys() != wanted:
                 names = ", ".join(sorted(entry.keys() ^ wanted))
                 raise ValueError(f"{file.name} has other names than {type(optimiser).__name__} at {i}.{index}: {names}")
@@ -172,5 +225,9 @@ def sync(path: Path) -> None:
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies: safetensors refuses tensors that share memory, as tied embeddings do."""
-    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    """Contiguous copies: safetensors refuses tensors that share memory, as tied embeddings do. Parts come together, and
+    each goes to the CPU at once, for no device need hold all of them."""
+    return {
+        name: tensor.detach().clone().contiguous() if (gathered := whole(tensor)) is tensor else gathered.detach().cpu()
+        for name, tensor in tensors.items()
+    }

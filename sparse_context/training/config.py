@@ -31,12 +31,14 @@ class TrainConfig:
     it, else at no reference. A head is "block.head" of FLUX.2's single blocks, both counted from 0.
 
     The optimiser: AdamW, or where `muon_learning_rate` is given Muon at that rate on the matrices inside the
-    transformer's blocks and AdamW on the rest; `lr_scheduler` is a name of `SCHEDULES`; `ema` is the decay of the
+    transformer's blocks and AdamW on the rest; with `use_8bit_adam` AdamW is that of bitsandbytes, whose state takes a
+    quarter of the memory; `lr_scheduler` is a name of `SCHEDULES`; `ema` is the decay of the
     weights' average, of which the result is made (0: of the last weights). A step is `gradient_accumulation_steps`
     batches, with all their subsets.
 
     `compile`: run the transformer's blocks compiled, which takes a minute or more first (compiled.py); not with
-    `teach`.
+    `teach`. `fsdp`: several processes share the transformer's weights, and what is trained of them, instead of each
+    holding all (FSDP2, sharding.py); not with `compile` or `use_8bit_adam`.
     """
 
     rank: int = 4
@@ -59,6 +61,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
     muon_learning_rate: float | None = None
+    use_8bit_adam: bool = False
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 100
     adam_weight_decay: float = 1e-4
@@ -66,6 +69,7 @@ class TrainConfig:
     ema: float = 0.0
     gradient_checkpointing: bool = False
     compile: bool = False
+    fsdp: bool = False
     seed: int = 0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -118,6 +122,7 @@ class TrainConfig:
                     "copy: leave one of the two out."
                 )
         self._check_teaching()
+        self._check_sharding()
         SparseContextConfig(keep=self.validation_keep)
 
     def _check_teaching(self) -> None:
@@ -134,6 +139,15 @@ class TrainConfig:
                 "compile is True and teach_heads has entries, but compiled blocks do not show where their heads look: "
                 "leave one of the two out."
             )
+
+    def _check_sharding(self) -> None:
+        whole = {
+            "use_8bit_adam": "whose state in 8 bits cannot be parted",
+            "compile": "which compiles blocks that hold all their weights",
+        }
+        for name, reason in whole.items():
+            if self.fsdp and getattr(self, name):
+                raise ValueError(f"fsdp is True and so is {name}, {reason}: leave one of the two out.")
 
     @property
     def heads(self) -> list[tuple[int, int]]:

@@ -139,10 +139,19 @@ class Batches:
         return [parts[i] for i in rng.permutation(len(parts))]
 
     def __call__(self, number: int) -> list[Example]:
-        return [
-            open_example(self._samples[int(i)], *self._resolutions, None if self._sizes is None else self._sizes[i])
-            for i in self.indices(number)
-        ]
+        return [self.example(int(i)) for i in self.indices(number)]
+
+    def example(self, index: int) -> Example:
+        """A sample as batches have it."""
+        return open_example(
+            self._samples[index], *self._resolutions, None if self._sizes is None else self._sizes[index]
+        )
+
+    def taken(self, first: int, end: int) -> list[int]:
+        """The samples of batches `first` to `end` - 1, each once, in the order of the data."""
+        if end - first >= 2 * len(self):  # a whole epoch lies between
+            return list(range(len(self._samples)))
+        return sorted({int(i) for number in range(first, end) for i in self.indices(number)})
 
 
 def check_workers(workers: int) -> None:
@@ -164,9 +173,12 @@ class Ahead:
         self._make, self._workers = make, workers
         self._made: Iterator[Any] = iter(())
         self._next: int | None = None
+        self._pool: ThreadPoolExecutor | None = None
 
     def __call__(self, number: int) -> Any:
         if number != self._next:
+            if self._pool:  # of the numbers before, of which none is made beside the new ones
+                self._pool.shutdown()
             self._made = self._by_processes(number) if self._workers else self._by_a_thread(number)
         self._next = None  # should this one fail
         result = next(self._made)
@@ -176,11 +188,14 @@ class Ahead:
         return result
 
     def _by_a_thread(self, first: int) -> Iterator[Any]:
-        with ThreadPoolExecutor(1) as pool:
+        pool = self._pool = ThreadPoolExecutor(1)
+        try:
             ahead = pool.submit(self._make, first)
             for number in itertools.count(first + 1):
                 ready, ahead = ahead, pool.submit(self._make, number)
                 yield ready.result()
+        finally:  # by the garbage collector maybe, in the middle of a thread's own start, where waiting never ends
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _by_processes(self, first: int) -> Iterator[Any]:
         # Each has one core; and a thread pool of OpenCV's, which a fork leaves behind, would be waited for without end

@@ -19,19 +19,40 @@ from .config import TrainConfig
 from .dropping import Dropping
 from .files import not_written
 from .lora import save_lora
+from .processes import Processes
+from .sharding import is_sharded, unsharded, whole
 
 
 def text_autocast(host: Host) -> contextlib.AbstractContextManager:
     """Autocast to the text encoder's type where the transformer has another: a pipeline does not cast what it hands
     over, and `full` makes the transformer alone float32."""
-    weight = next(host.transformer.parameters())
-    encoder = next(host.pipe.text_encoder.parameters()).dtype
-    return contextlib.nullcontext() if encoder == weight.dtype else torch.autocast(weight.device.type, encoder)
-
-
-def save_result(host: Host, result: Path, record: Mapping[str, Any], config: TrainConfig) -> None:
-    """Write what was trained to `result`, whole or not at all, and a model card beside it."""
     transformer: Any = host.transformer
+    # They are of one type, and a text encoder may be left out
+    encoder = (host.pipe.vae if host.pipe.text_encoder is None else host.pipe.text_encoder).dtype
+    return (
+        contextlib.nullcontext() if encoder == transformer.dtype else torch.autocast(transformer.device.type, encoder)
+    )
+
+
+def save_result(
+    host: Host, result: Path, record: Mapping[str, Any], config: TrainConfig, processes: Processes | None = None
+) -> None:
+    """Write what was trained to `result`, whole or not at all, and a model card beside it.
+
+    processes: those that share the weights; all of them call this, and the main one writes.
+    """
+    transformer: Any = host.transformer
+    writes = processes is None or processes.main
+    if config.full:
+        if is_sharded(transformer):
+            transformer = unsharded(transformer, writes)
+    else:
+        from diffusers.training_utils import _collate_lora_metadata
+        from peft import get_peft_model_state_dict
+
+        layers = {name: whole(tensor) for name, tensor in get_peft_model_state_dict(transformer).items()}
+    if not writes:
+        return
     partial = result.parent / "result.partial"
     try:
         remove(partial)
@@ -42,12 +63,9 @@ def save_result(host: Host, result: Path, record: Mapping[str, Any], config: Tra
             remove(result)
             put_in_place(partial, result)
         else:
-            from diffusers.training_utils import _collate_lora_metadata
-            from peft import get_peft_model_state_dict
-
             host.pipe.save_lora_weights(
                 partial,
-                transformer_lora_layers=get_peft_model_state_dict(transformer),
+                transformer_lora_layers=layers,
                 weight_name=LORA_FILE,
                 safe_serialization=True,
                 **_collate_lora_metadata({"transformer": transformer}),
@@ -87,6 +105,7 @@ def training_record(record: Mapping[str, Any]) -> dict:
         "distillation": record["distillation"],
         "preservation": record["preservation"],
         "unseen": record["unseen"],
+        "quantization": record.get("quantization"),
         **trained,
         "version": record["version"],
     }

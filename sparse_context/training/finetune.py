@@ -32,6 +32,7 @@ from .compiled import compiled_blocks
 from .config import TrainConfig
 from .data import Example
 from .export import LORA_FILE, save_result, text_autocast
+from .files import reason
 from .loop import LoopConfig, train
 from .loss import FlowMatching
 from .processes import Processes
@@ -94,19 +95,20 @@ def finetune(
     batches: (number) -> the examples of a batch. accelerator: an `accelerate.Accelerator`, or None for one plain
     process. Raises ValueError and OSError in one sentence.
     """
-    processes, watch = Processes(accelerator), watch or Watch()
+    processes, watch = Processes(accelerator, config.fsdp), watch or Watch()
     check_folder(run.output, run.resume, config.max_train_steps)
     record = _record(host, run, config, accelerator)
     check_same(run.output, record, run.resume)
-    trained = prepare(host, config)
+    processes.agree_on_base(record["base_weights"])
+    trained = prepare(host, config, accelerator.device if processes.sharded else None)
     note_trained(host.transformer, config.dropping.trained(host.kv), None if config.full else ADAPTER)
     if processes.main:
         run.output.mkdir(parents=True, exist_ok=True)
         save_text(json.dumps(record, indent=2) + "\n", run.output / "config.json")
-    if host.transformer.device.type == "cpu":
-        _lay_out_channels_last(host.pipe.vae)
+    if host.transformer.device.type == "cpu" and host.pipe.vae is not None:
+        lay_out_channels_last(host.pipe.vae)
     autocast = contextlib.nullcontext if accelerator is None else accelerator.autocast
-    with _fast(host.transformer, config, record["mixed_precision"]):
+    with fast(host.transformer, config, record["mixed_precision"]):
         average = train(
             trained,
             run_optimisers(host.transformer, trained, config),
@@ -114,17 +116,17 @@ def finetune(
             run.output,
             _loop_config(config, watch, limits or Limits()),
             accelerator=accelerator,
-            show=_sheets(host, trained, run, config, watch, autocast) if watch.validation else None,
+            show=_sheets(host, trained, run, config, watch, autocast, processes) if watch.validation else None,
             log=watch.log,
         )
     result = run.output / ("transformer" if config.full else LORA_FILE)
-    if processes.main:
+    if processes.main or processes.sharded:
         with weights_of(average, trained):
-            save_result(host, result, record | {"steps": newest_step(run.output)}, config)
+            save_result(host, result, record | {"steps": newest_step(run.output)}, config, processes)
     return result
 
 
-def _lay_out_channels_last(vae: nn.Module) -> None:
+def lay_out_channels_last(vae: nn.Module) -> None:
     """Give convolutions the layout in which a CPU computes them: else it lays out their inputs anew each time."""
     for layer in vae.modules():
         if isinstance(layer, nn.Conv2d):
@@ -132,7 +134,7 @@ def _lay_out_channels_last(vae: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _fast(transformer: nn.Module, config: TrainConfig, mixed_precision: str) -> Iterator[None]:
+def fast(transformer: nn.Module, config: TrainConfig, mixed_precision: str) -> Iterator[None]:
     """What makes the steps of a run faster, around all of them: a second forward of gradient checkpointing is among
     them, and has to be as the first."""
     from peft.helpers import disable_input_dtype_casting
@@ -186,17 +188,27 @@ def _sheets(
     config: TrainConfig,
     watch: Watch,
     autocast: Autocast,
+    processes: Processes,
 ) -> Callable[[int, nn.Module], None]:
-    """(step, average) -> None: draws the validation pictures of a step."""
+    """(step, average) -> None: draws the validation pictures of a step; with sharded weights in all processes, of which
+    the main one writes them."""
 
     def show(step: int, average: nn.Module) -> None:
+        sheet = None
         try:
             with weights_of(average, trained), evaluating(host.transformer), autocast(), text_autocast(host):
                 sheet = draw_validation(host, watch.validation, config)
+            if not processes.main:
+                return
             folder = run.output / "validation"
             folder.mkdir(exist_ok=True)
             save_picture(sheet, folder / f"step-{step:07d}.webp")
         except (ValueError, GenerationError, OSError) as error:
+            if processes.sharded and sheet is None:  # the others may wait for this one in the midst of a picture
+                raise ValueError(
+                    f"The validation pictures of step {step} could not be drawn ({reason(error)}), and with fsdp all "
+                    "processes draw them together: leave validation_data out, and resume."
+                ) from error
             # Such as memory that suffices for training alone, or a picture that is open in a viewer on Windows: no run
             # ends by its pictures
             return tqdm.write(f"No validation pictures at step {step}: {error}")

@@ -21,10 +21,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .checkpoint_files import gather
 from .checkpoints import Checkpoints, Progress
 from .files import writing
 from .pace import Pace, scaled
 from .processes import Processes
+from .sharding import is_sharded, part, whole
 
 SKIPPED = 20  # steps in a row without finite gradients, by which a run ends
 
@@ -79,20 +81,22 @@ def train(
 
     Step s averages the gradients of `loss(s * accumulate)` to `loss(s * accumulate + accumulate - 1)`, and with an
     `accelerate.Accelerator` those of all its processes; each must draw its own batches. `module` may be a part of what
-    the loss runs through, as an adapter is: nothing is wrapped, gradients are averaged where they end up. A step
-    whose gradients are not finite changes nothing, and the log counts it as `skipped`.
+    the loss runs through, as an adapter is: nothing is wrapped, gradients are averaged where they end up. Where its
+    weights are sharded (sharding.py), the average and the optimisers' states are so too, and checkpoints are as without
+    that. A step whose gradients are not finite changes nothing, and the log counts it as `skipped`.
 
     Continues from the newest checkpoint in `folder`, if there is one. `show(step, average)` runs every `show_every`
     steps and after the last, by the clock too (0: never), for sample sheets, and again where a run goes on from such a
-    step, for a kill may have come before it; `log(step, record)` beside every record of the log.
+    step, for a kill may have come before it: in the main process, and with sharded weights in all.
+    `log(step, record)` runs beside every record of the log.
     Raises OSError, in one sentence, where a file cannot be written or a checkpoint not be continued, and ValueError
     where `SKIPPED` steps in a row were skipped; what was written before stays whole.
     """
-    processes, checkpoints = Processes(accelerator), Checkpoints(folder, config.keep_last)
+    processes, checkpoints = Processes(accelerator, is_sharded(module)), Checkpoints(folder, config.keep_last)
     average = copy.deepcopy(module).eval().requires_grad_(False) if config.ema else module
     first, progress, proven = _start(checkpoints, processes, module, average, optimisers)
     pace = Pace(config.steps, config.warmup, config.schedule, config.stop_after, config.seconds, processes)
-    show = show if show is not None and processes.main else None
+    show = show if processes.main or processes.sharded else None
     if show is not None and first > 0 and config.shows(first, first == config.steps):
         show(first, average)
     losses: list[torch.Tensor] = []  # those that are still on the device
@@ -119,7 +123,7 @@ def train(
         logs = taken % config.log_every == 0 or taken == config.steps
         saves = taken % config.save_every == 0 or last or stops
         if logs or saves:
-            progress.losses += processes.mean(torch.stack(losses)).tolist()
+            progress.losses += processes.mean(torch.stack(losses).view(-1, config.accumulate).mean(1)).tolist()
             losses.clear()
         if logs:
             record = _record(progress, taken, norm, pace)
@@ -128,6 +132,8 @@ def train(
                 _write(folder, record, rates[0] * factor, log)
         if saves and processes.main:
             checkpoints.save(taken, module, average, optimisers, progress)
+        elif saves and processes.sharded:
+            gather(module, average, optimisers)
         if show is not None and config.shows(taken, last):
             show(taken, average)
         if taken % config.save_every == 0 or config.shows(taken, last):
@@ -165,7 +171,7 @@ def _bar(name: str, first: int, steps: int, processes: Processes) -> Any:
 
 def _update(module: nn.Module, optimisers: Sequence[torch.optim.Optimizer], clip: float) -> torch.Tensor:
     """Take a step, unless gradients are not finite; returns their norm."""
-    norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
+    norm = whole(nn.utils.clip_grad_norm_(module.parameters(), clip))
     if torch.isfinite(norm):
         for optimiser in optimisers:
             optimiser.step()
@@ -207,6 +213,6 @@ def _write(folder: Path, record: dict[str, Any], rate: float, log: Callable[[int
 
 @torch.no_grad()
 def _follow(average: nn.Module, module: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+    torch._foreach_lerp_([part(p) for p in average.parameters()], [part(p) for p in module.parameters()], 1 - decay)
     for kept, new in zip(average.buffers(), module.buffers(), strict=True):
         kept.copy_(new)

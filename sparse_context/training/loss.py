@@ -125,9 +125,9 @@ class Noised:
 class FlowMatching:
     """The loss of a run, for loop.py: a call with `number` gives that of one set of tokens of one batch.
 
-    Each batch is taken `config.subsets` times in a row: call n is of subset n % subsets of batch n // subsets. That
-    batch of process `processes.rank` is batch * processes.count + rank of the data. All that is random is drawn from
-    (seed, batch, rank), and the sets from the subset as well, so processes draw different ratios, sets and noise. What
+    Each batch is taken `config.subsets` times in a row: call n is of subset n % subsets of batch n // subsets, which is
+    batch `processes.number` of the data. All that is random is drawn from (seed, that number), and the sets from the
+    subset as well. So processes draw different ratios, sets and noise, and together those that one alone would. What
     needs no encoder is made ahead, in a thread or by processes; what the encoders and the teacher say of a batch is
     kept until the next one.
     """
@@ -180,6 +180,12 @@ class FlowMatching:
                 loss = loss + self.config.teach * self._looking(looks, batch.encoded, tokens)
         return loss
 
+    @property
+    def current(self) -> Encoded:
+        """The batch of the last call."""
+        assert self._current is not None
+        return self._current.encoded
+
     def _looking(self, looks: Looks, encoded: Encoded, kept: TokenSet) -> torch.Tensor:
         """How far the taught heads are from looking where they should, with a set of tokens."""
         source, grids = encoded.source, encoded.grids
@@ -188,13 +194,13 @@ class FlowMatching:
 
     def _draw(self, number: int) -> Drawn:
         """A batch before any encoder saw it, and which tokens it keeps; in a thread or process ahead of the steps."""
-        config, rank = self.config, self.processes.rank
-        examples = self.batches(number * self.processes.count + rank)
-        rng = np.random.default_rng([config.seed, 2, number, rank])
+        config, number = self.config, self.processes.number(number)
+        examples = self.batches(number)
+        rng = np.random.default_rng([config.seed, 2, number, 0])
         emptied = rng.random(len(examples)) < config.caption_dropout
         prompts = ["" if empty else example.prompt for empty, example in zip(emptied, examples, strict=True)]
         batch = prepare_batch(self.host, examples, prompts)
-        seed = [config.seed, 3, number, rank]
+        seed = [config.seed, 3, number, 0]
         seeds = [seed, *([*seed, subset] for subset in range(1, config.subsets))]  # the first is as without others
         grids = batch.grids(self.host.token)
         selections = [draw_selection(config.dropping, batch.pictures, grids, seed) for seed in seeds]
@@ -212,7 +218,10 @@ class FlowMatching:
         noise = torch.randn(encoded.target.shape, generator=generator).to(self.device)
         total = sum(rows * columns for rows, columns in batch.grids(self.host.token))
         teacher = None
-        if self.config.distillation or any(self._preservation(tokens, total) for tokens in subsets):
+        asked = bool(self.config.distillation) or any(self._preservation(tokens, total) for tokens in subsets)
+        if self.processes.sharded:  # the weights come together for all or for none
+            asked = self.processes.any(asked)
+        if asked:
             with self._forward():
                 teacher = dense_answer(self.host, encoded, sigma, noise)
         teaches = bool((batch.source >= 0).any())  # here, for it is on the CPU

@@ -31,6 +31,10 @@ RECORDED = {"base_weights", "batch", "samples", "source", "processes", "version"
 """What the record of a run holds beside its settings; nothing is read of it here."""
 
 
+TRAINED_ON = ("int8", "nf4")
+"""Quantised weights that a LoRA is trained on top of."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What a run reads, in which sizes and types, and what it reports. Raises ValueError that names the field.
@@ -40,12 +44,14 @@ class RunConfig:
     side, larger references to `reference_resolution` (None: the same).
 
     `mixed_precision`: "no" or "bf16" (None: what accelerate launch says, else bf16 on an accelerator). `dtype`: of the
-    frozen weights, "auto", "bfloat16" or "float32". `train_batch_size`: samples a batch and process.
+    frozen weights, "auto", "bfloat16" or "float32". `quantization`: of the transformer's, "int8" or "nf4", as in
+    `ModelSpec`; what is trained stays float32. `train_batch_size`: samples a batch and process.
     `dataloader_num_workers`: processes that open images and choose tokens ahead of the steps; 0 is a thread.
 
     The first `num_validation_images` samples of `validation_data`, of its `validation_split` (None: `split`), are drawn
     during the run. `cache_latents`, `cache_text`: keep what the encoders make on disk, in `cache_dir` (None: `cache`
-    in the run's folder). `report_to`: "tensorboard", beside log.jsonl.
+    in the run's folder). With both, all of it is made before the first step, and no text encoder is loaded beside the
+    transformer. `report_to`: "tensorboard", beside log.jsonl.
     """
 
     train_batch_size: int = 1
@@ -53,6 +59,7 @@ class RunConfig:
     reference_resolution: int | None = None
     mixed_precision: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None
     dataloader_num_workers: int = 0
     split: str = "train"
     dataset_config_name: str | None = None
@@ -74,6 +81,8 @@ class RunConfig:
             raise ValueError(f"report_to is {self.report_to!r}: pass tensorboard, or leave it out.")
         if self.dtype in ("float16", "fp16"):
             raise ValueError(f"dtype is {self.dtype!r}, in which gradients vanish: choose auto, bfloat16 or float32.")
+        if self.quantization not in (None, *TRAINED_ON):
+            raise ValueError(f"quantization is {self.quantization!r}: choose {' or '.join(TRAINED_ON)}.")
         for name, side in self.sides.items():
             if side < 64:
                 raise ValueError(f"{name} is {side}: pass 64 or more pixels.")

@@ -67,11 +67,12 @@ FREE = (
     "validation_steps",
     "validation_keep",
     "gradient_checkpointing",
+    "fsdp",
     "version",
 )
 """What may change when a run is resumed: its length, and what does not decide its weights (the base is told by its own,
 not by its name; what of `run` decides them has a place of its own in the record). So may a warm-up, where no step that
-is left tells."""
+is left tells, and the number of processes, where `gradient_accumulation_steps` makes up for it."""
 
 
 ALWAYS = {"base_weights": str, "data": str, "processes": int, "mixed_precision": str, "dropping": dict}
@@ -99,6 +100,14 @@ def check_same(output: Path, record: dict, resume: bool) -> None:
             for step in ahead
         ):
             changed.remove("lr_warmup_steps")
+    each = earlier["processes"] * earlier["gradient_accumulation_steps"]
+    if record["processes"] * record["gradient_accumulation_steps"] == each:  # the same batches, in the same steps
+        changed = [name for name in changed if name not in ("processes", "gradient_accumulation_steps")]
+    elif "processes" in changed and each % record["processes"] == 0:
+        raise ValueError(
+            f"The run in {output} takes {each} batches a step, on {earlier['processes']} processes until now: on "
+            f"{record['processes']}, pass gradient_accumulation_steps={each // record['processes']}."
+        )
     if changed:
         says = "; ".join(f"{name} was {earlier.get(name)!r} and is now {record[name]!r}" for name in changed)
         raise ValueError(f"The run in {output} was started with other settings: {says}. Resume it with its own.")

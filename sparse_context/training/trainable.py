@@ -10,7 +10,9 @@ from torch import nn
 
 from ..families.host import Host
 from .config import TrainConfig
-from .optimisers import drawn_from, make_optimisers
+from .frozen import unpack_in_backward
+from .optimisers import drawn_from, make_adamw, make_optimisers
+from .sharding import shard
 
 ADAPTER = "default"  # peft's own name of one
 
@@ -28,10 +30,11 @@ class Trainable(nn.Module):
                 self.register_parameter(name.replace(".", "/"), parameter)
 
 
-def prepare(host: Host, config: TrainConfig) -> Trainable:
+def prepare(host: Host, config: TrainConfig, shard_on: torch.device | None = None) -> Trainable:
     """Put a fresh LoRA on the transformer, or open all its weights; what is trained is float32.
 
-    Raises ValueError for layers that the transformer does not have, and for heads that cannot be taught.
+    shard_on: the device on which this process is to hold its part of the weights; None: all of them stay where they
+    are. Raises ValueError for layers that the transformer does not have, and for heads that cannot be taught.
     """
     if config.teach_heads:
         host.check_heads(config.heads)
@@ -60,19 +63,25 @@ def prepare(host: Host, config: TrainConfig) -> Trainable:
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    unpack_in_backward(transformer)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.train()
+    if shard_on is not None:
+        shard(transformer, shard_on)
     return Trainable(transformer)
 
 
 def run_optimisers(transformer: nn.Module, trained: Trainable, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW on what is trained; with Muon, that on the matrices of the transformer's blocks and AdamW on the rest."""
+    """AdamW on what is trained, of 8 bits if so asked; with Muon, that on the matrices of the transformer's blocks and
+    AdamW on the rest."""
     decay = config.adam_weight_decay
     if config.muon_learning_rate is None:
-        return [torch.optim.AdamW(trained.parameters(), lr=config.learning_rate, weight_decay=decay)]
+        return [make_adamw(trained.parameters(), config.learning_rate, decay, config.use_8bit_adam)]
     blocks = [f"{name}/" for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)]
-    return make_optimisers(trained, blocks, config.learning_rate, config.muon_learning_rate, decay)
+    return make_optimisers(
+        trained, blocks, config.learning_rate, config.muon_learning_rate, decay, config.use_8bit_adam
+    )
 
 
 @contextlib.contextmanager

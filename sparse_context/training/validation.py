@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from PIL import Image
 from torch import nn
@@ -30,6 +31,13 @@ SHEET_SIDE = 16_383
 """Pixels that a side of a validation picture may have, in webp. A larger one is scaled down, for no run ends by it."""
 
 
+def validation_request(example: Example, pipe: Any, keep: float) -> Request:
+    """What a picture of an example asks of the pipeline."""
+    token = 2 * pipe.vae_scale_factor
+    width, height = (side // token * token for side in example.image.size)
+    return Request(example.prompt, example.references, SparseContextConfig(keep=keep), height=height, width=width)
+
+
 def draw_validation(host: Host, examples: Sequence[Example], config: TrainConfig) -> Image.Image:
     """For each example one row: its references, the truth, the dense and the sparse output, from the same noise.
 
@@ -44,14 +52,7 @@ def draw_validation(host: Host, examples: Sequence[Example], config: TrainConfig
         for example in examples:
             outputs = []
             for keep in (1.0, config.validation_keep):
-                request = Request(
-                    example.prompt,
-                    example.references,
-                    SparseContextConfig(keep=keep),
-                    height=example.image.height // host.token * host.token,
-                    width=example.image.width // host.token * host.token,
-                )
-                result = engine(request)
+                result = engine(validation_request(example, pipe, keep))
                 overviews = result.selection.overviews.values() if result.selection else ()
                 by = " or ".join(dict.fromkeys(str(overview.factor) for overview in overviews))
                 kept = "all tokens" if keep == 1 else f"keep {keep:g}"

@@ -111,6 +111,15 @@ def test_latents_choose_anew_in_each_run():
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_latents_of_other_references_choose_for_themselves_within_a_run():
+    """Two conditionings may have references of one size, and steps go from one to the other."""
+    settings = Settings(keep=0.25, selector="detail")
+    alone = [numbers(Host(make_patch(settings))(latents((4, 4), seed=seed)))[0] for seed in (0, 1)]
+    host = Host(make_patch(settings))
+    assert [numbers(host(latents((4, 4), seed=seed)))[0] for seed in (0, 1, 0, 1)] == alone * 2
+    assert alone[0] != alone[1] and len(host.patch.last.selections) == 2
+
+
 def test_each_reference_has_its_own_budget():
     seen = Host(make_patch(Settings(keep_each="0.5, 3", selector="uniform")))(latents(*GRIDS))
     assert seen.transformer_options[COUNTS] == [8, 3]

@@ -31,6 +31,6 @@ def read_selector(text: str) -> Any:
         return None
     if "=" not in text:
         return text
-    from ..selectors.registry import read_weights
+    from .selectors.registry import read_weights
 
     return read_weights("selector", text, "saliency=0.7,edges=0.3")
