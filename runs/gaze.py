@@ -4,7 +4,7 @@
 
 Each head of the single blocks gives a score to each reference token: the attention that output tokens pay it in the
 first step, when they are noise. Read twice: with all tokens, by the embedded base, and from an overview by 4 alone, by
-what was trained to read one so far (`recipes/mini/overview_start.safetensors`). One head is chosen on validation
+what was trained to read one so far (the embedded model's weights for overviews). One head is chosen on validation
 scenes, that of which the worst area of all tasks is best, and measured on the test split: by itself and times saliency,
 beside selectors that look at the picture alone.
 
@@ -31,10 +31,8 @@ from tqdm import tqdm
 from recipes.mini.data import Assets, load_assets
 from recipes.mini.loss import encode_text, position_ids, text_ids, tokenise
 from recipes.mini.model import encode_pictures
-from recipes.mini.overview_blocks import grown
 from recipes.mini.overview_gates import psnr
 from recipes.mini.overview_sets import TokenSet, reference_tokens
-from recipes.mini.overview_start import load_start
 from recipes.mini.run_folder import autocast, to_tensor
 from recipes.mini.samples import tasks_of
 from recipes.mini.scenes import SHOWS, TOKEN, Scene, make_scene
@@ -43,7 +41,7 @@ from sparse_context import apply_sparse_context, mask
 from sparse_context.evaluation.statistics import bootstrap_interval
 from sparse_context.families.host import flat
 from sparse_context.pipelines.load import load
-from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.lora_file import NO_LORA, OVERVIEW_LORA
 from sparse_context.pipelines.settings import call_inputs, call_settings
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import checkout, write_result
@@ -114,8 +112,7 @@ class Eyes:
             pipe.tokenizer,
             pipe.transformer,
         )
-        self.student = grown(load(ModelSpec(dtype="float32", device="cpu")).transformer)
-        load_start(self.student)
+        self.student = load(ModelSpec(dtype="float32", device="cpu", lora=OVERVIEW_LORA)).transformer
 
     @torch.no_grad()
     def __call__(self, scene: Scene, seed: int) -> dict[str, dict[str, list[np.ndarray]]]:

@@ -17,7 +17,7 @@ from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, read_call_setti
 from sparse_context.pipelines.engine import Engine
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec, Request
-from sparse_context.trained import Trained, trained_for
+from sparse_context.trained import trained_for
 
 
 @pytest.fixture(scope="module")
@@ -134,16 +134,48 @@ def test_four_references_at_a_fraction_of_the_tokens(pipe):
     assert made.image.size == (128, 128)
 
 
-def say_trained_for(monkeypatch, *factors):
-    """The package's weights say that they were trained for overviews by these factors."""
-    monkeypatch.setattr("sparse_context.pipelines.load.read_folder", lambda folder: None)
-    monkeypatch.setattr(
-        "sparse_context.pipelines.load.read_record", lambda record: Trained(factors, kv=record.get("kv"))
-    )
+def test_weights_for_overviews_are_loaded_on_request_and_say_so():
+    plain, shows = load(ModelSpec(device="cpu")), load(ModelSpec(device="cpu", lora="overview"))
+    assert trained_for(plain.transformer).factors == () and trained_for(shows.transformer).factors == (4,)
+    blocks = [len(pipe.transformer.single_transformer_blocks) for pipe in (plain, shows)]
+    assert blocks == [8, 12] == [pipe.transformer.config.num_single_layers for pipe in (plain, shows)]
+    assert {weight.dtype for weight in shows.transformer.parameters()} == {torch.float32}
+    assert ADAPTERS["overview"].stat().st_size < 6 * 2**20
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({"model": "black-forest-labs/FLUX.2-klein-4B"}, "which the embedded model alone has"),
+        ({"kv": True}, "which was not trained for KV mode"),
+        ({"lora_scale": 0.5}, "which has no scale, and lora_scale is 0.5"),
+        ({"quantization": "int8"}, "which no quantised weights take, and quantization is 'int8'"),
+    ],
+)
+def test_weights_for_overviews_are_refused_where_they_do_not_belong(other, said):
+    with pytest.raises(ValueError, match=f"^lora is 'overview', {said}"):
+        load(ModelSpec(device="cpu", lora="overview", **other))
+
+
+def test_an_engine_takes_the_weights_that_a_request_needs():
+    engine = Engine(ModelSpec(device="cpu"), bar=False)
+    needs = {
+        "overview": SparseContextConfig(keep=0.2, overview=4),
+        None: SparseContextConfig(keep=0.2),
+        "none": SparseContextConfig(keep=1.0, overview=4),
+    }
+    for lora, config in needs.items():
+        wanted = load(ModelSpec(device="cpu", lora=lora)).transformer.state_dict()
+        found = engine.pipe(config).transformer.state_dict()
+        assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+    example = next(example for example in read_examples() if example["name"] == "grey")
+    assert engine.select(Request(example["prompt"], example["references"], needs["overview"])).overviews[0].layout == "spread"
+    kv = Engine(ModelSpec(device="cpu", kv=True), bar=False)
+    assert len(kv.pipe(needs["overview"]).transformer.single_transformer_blocks) == 8
 
 
 def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, monkeypatch):
-    say_trained_for(monkeypatch)
+    monkeypatch.setitem(ADAPTERS, "overview", tmp_path / "missing")
     examples = read_examples()
     first = [next(e for e in examples if e["tasks"] == ["global"]), examples[-1]]
     monkeypatch.setattr("sparse_context.embedded.demo.read_examples", lambda: first)
@@ -166,18 +198,17 @@ def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, monkeypatch):
 
 
 def test_the_demo_shows_an_overview_beside_dropping_where_the_whole_picture_is_edited(tmp_path, monkeypatch):
-    """By what the weights say that they were trained for; the figures are those of the pictures."""
-    say_trained_for(monkeypatch, 4)
+    """The figures are those of the pictures; in KV mode there are no weights for overviews, and all tokens are kept."""
     by_name = {example["name"]: example for example in read_examples()}
     monkeypatch.setattr("sparse_context.embedded.demo.read_examples", lambda: [by_name["grey"], by_name["placed"]])
     grey, placed = report = run_demo(tmp_path / "demo")
     ways = ("dropping", "sparse", "sparse kv")
-    assert [grey[way]["selection"]["kept"] for way in ways] == 3 * [round(0.2 * 256)]
+    assert [grey[way]["selection"]["kept"] for way in ways] == [round(0.2 * 256), round(0.2 * 256), 256]
     assert set(grey["speedup"]) == set(ways) and "dropping" not in placed
     example, made = by_name["grey"], {}
     for way, overview in (("dropping", None), ("sparse", 4)):
-        config = SparseContextConfig(keep=0.2, task="global", overview=overview, overview_layout="spread")
-        made[way] = Engine(pipe=load(ModelSpec(device="cpu")))(
+        config = SparseContextConfig(keep=0.2, task="global", overview=overview)
+        made[way] = Engine(ModelSpec(device="cpu"))(
             Request(example["prompt"], example["references"], config)
         )
         assert made[way].selection.kept == 51 and bool(made[way].selection.overviews) == (way == "sparse")
@@ -202,15 +233,12 @@ GLOBAL = [example["name"] for example in read_examples() if example["tasks"] == 
 @pytest.mark.parametrize("name", GLOBAL)
 def test_an_overview_is_far_ahead_of_dropping_where_the_whole_picture_is_edited(name):
     """On each scene of the demo, with a fifth of the tokens: by 6 dB or more, against the truth."""
-    model = load(ModelSpec(device="cpu"))
-    trained = trained_for(model.transformer)
-    if trained is None or not trained.factors:
-        pytest.skip("the package's weights do not say that they were trained for overviews")
+    engine = Engine(ModelSpec(device="cpu"))
     example = next(example for example in read_examples() if example["name"] == name)
     reached = []
-    for overview in (None, "trained"):
+    for overview in (None, 4):
         config = SparseContextConfig(keep=0.2, task="global", overview=overview)
-        made = Engine(pipe=model)(Request(example["prompt"], example["references"], config))
+        made = engine(Request(example["prompt"], example["references"], config))
         reached.append(psnr(made.image, example["truth"]))
     assert reached[1] - reached[0] >= 6, reached
 

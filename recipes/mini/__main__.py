@@ -212,26 +212,14 @@ def overview_gate(
 
 
 @app.command()
-def overview_start(
-    folder: Folder = Path("checkpoints"),
-    name: Annotated[str, typer.Option(help="Of the run, as in `overview`.")] = "overview",
-) -> None:
-    """Keep what a run of overviews learned beside the recipe, for later runs to begin at."""
-    from .overview import keep_start
-
-    print(f"wrote {keep_start(folder, name)}")
-
-
-@app.command()
 def overview_export(
     folder: Folder = Path("checkpoints"),
     name: Annotated[str, typer.Option(help="Of the run, as in `overview`.")] = "overview",
-    rank: Annotated[int, typer.Option(min=1, help="Of the LoRAs.")] = 28,
 ) -> None:
-    """Make what a run of overviews learned the embedded model's own: its base, its LoRA, and that for KV mode."""
+    """Make what a run of overviews learned the embedded model's weights for them, which later runs begin at, too."""
     from .overview_export import export_overview
 
-    print(f"wrote {export_overview(folder, name, rank=rank)}")
+    print(f"wrote {export_overview(folder, name)}")
 
 
 @app.command()

@@ -5,8 +5,8 @@ the two lie to each other, so attention has to look at the covering token by hea
 each of the 4 x 4 cells that an overview by 4 covers, the inner four of which serve an overview by 2. The model's own
 heads are taken, so new blocks bring new ones. They add nothing to what the model says until they are trained.
 
-What is trained is the model with its LoRA for dropped tokens, whose first blocks stay as they are. The result is
-exported as another such LoRA: whoever keeps all tokens has the base, untouched.
+What is trained is the model with its LoRA for dropped tokens, whose first blocks stay as they are. The result lies
+beside the model, for whoever asks for an overview: all others have the model without it.
 
 What to do with what is found is learned from a teacher: the base as it was, which sees *all* tokens of the picture that
 overview and sharp tokens hold (the enlarged overview, with sharp cells where there are sharp tokens). Its answer has no
@@ -18,7 +18,6 @@ Every batch of encoded scenes is taken with several sets of tokens: some of them
 overview and sharp tokens.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,10 +28,12 @@ import torch
 from torch import nn
 
 from sparse_context.families.host import flat
+from sparse_context.pipelines.embedded import ADAPTERS
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.overview_blocks import FIRST, NEW, grown, load_blocks
 from sparse_context.pipelines.spec import ModelSpec
-from sparse_context.training.checkpoints import has_begun, load_average, start_from
+from sparse_context.training.checkpoints import has_begun, start_from
 from sparse_context.training.data import Ahead
 from sparse_context.training.loop import LoopConfig, train
 from sparse_context.training.loss import noise_levels
@@ -45,7 +46,6 @@ from .base import IN_TURN, batch_number
 from .data import load_assets
 from .loss import TOWARDS_NOISE, encode_text, position_ids, text_ids
 from .model import encode_pictures
-from .overview_blocks import FIRST, NEW, first_blocks, grown, without_new_blocks
 from .overview_looks import (
     COPYING,
     READING,
@@ -66,7 +66,6 @@ from .overview_sets import (
     make_batch,
     reference_tokens,
 )
-from .overview_start import START, load_start, save_start
 from .run_folder import autocast, check_config, default_device, save_config, to_unit
 from .teaching import watched_heads
 
@@ -221,6 +220,15 @@ class OverviewLoss:
         return run_forward(teacher, noisy, sigma, encoded.text, references, ids, behind, heads)
 
 
+def first_blocks(transformer: Any, count: int) -> Any:
+    """A transformer of the first `count` single blocks of this one, which are this one's own modules."""
+    with torch.device("meta"):
+        short = type(transformer).from_config(dict(transformer.config) | {"num_single_layers": count})
+    for name, part in transformer.named_children():
+        setattr(short, name, part[:count] if name == "single_transformer_blocks" else part)
+    return short.eval()
+
+
 def overview_optimisers(student: Any, config: OverviewConfig) -> list[torch.optim.Optimizer]:
     """Those of the new blocks at the config's rates, and those of the old blocks behind them at a share of these."""
     fresh = tuple(f"single_transformer_blocks.{number}." for number in range(FIRST, FIRST + NEW))
@@ -240,7 +248,7 @@ def train_overview(
     workers: int = 0,
     by_the_clock: bool = False,
 ) -> None:
-    """Train, or continue, the run `folder/name`, from what earlier runs learned (`overview_start`), or where that is
+    """Train, or continue, the run `folder/name`, from what earlier runs learned (`overview_export`), or where that is
     not there from the package's base and its LoRA.
 
     workers, stop_after: as in `train_base`. by_the_clock: whether learning rates decay so that they end
@@ -251,7 +259,7 @@ def train_overview(
     device = default_device()
     pipe = load(ModelSpec(dtype="float32", device=str(device), lora=NO_LORA))
     dropper = load(ModelSpec(dtype="float32", device=str(device))).transformer
-    base = without_new_blocks(pipe.transformer)
+    base = pipe.transformer
     with drawn_from(config.seed):
         student = grown(dropper)
     student.to(device)
@@ -273,7 +281,8 @@ def train_overview(
 
     loss = OverviewLoss(config, encoded, pipe.vae, student, base, dropper)
     if not has_begun(folder / name):
-        load_start(student)
+        if ADAPTERS["overview"].is_file():
+            load_blocks(student, ADAPTERS["overview"])
         start_from(student, folder / name)
     save_config(folder / name, config)
     train(
@@ -290,13 +299,3 @@ def train_overview(
             seconds=stop_after if by_the_clock else None,
         ),
     )
-
-
-def keep_start(folder: Path, name: str) -> Path:
-    """Write the average of the run `folder/name` as what later runs begin at, and return the file."""
-    begun = grown(load(ModelSpec(dtype="float32", device="cpu")).transformer)
-    student = copy.deepcopy(begun)
-    earlier = load_start(copy.deepcopy(begun))
-    steps = load_average(folder / name, student)
-    save_start(student, begun, earlier + steps)
-    return START

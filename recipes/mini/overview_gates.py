@@ -19,13 +19,13 @@ from sparse_context.families.host import flat
 from sparse_context.overview import residual
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.overview_blocks import grown
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.training.checkpoints import load_average
 
 from .data import load_assets
 from .loss import encode_text, position_ids, text_ids, tokenise
 from .model import decode_pictures, encode_pictures
-from .overview_blocks import grown
 from .overview_sets import TokenSet, composite, reference_tokens
 from .run_folder import autocast, to_tensor
 from .scenes import TOKEN, Scene, make_scene

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from sparse_context.overview import overview_grid
+from sparse_context.pipelines.overview_blocks import FIRST, NEW
 
 from . import teaching
-from .overview_blocks import FIRST, NEW
 from .overview_sets import TokenSet
 from .teaching import attention_scores
 

@@ -103,7 +103,7 @@ Floor = Annotated[int, typer.Option(help="Fewest tokens per reference, as far as
 Lora = Annotated[
     str | None,
     typer.Option(
-        help="LoRA for this model, as a safetensors file, or the word none.",
+        help="LoRA for this model, as a safetensors file, or the word none; of the embedded model also overview.",
         show_default="the model's own, if it has one",
     ),
 ]

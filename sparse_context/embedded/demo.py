@@ -1,7 +1,7 @@
 """The main job on pictures that the embedded model has not seen: kept tokens, dense beside sparse, the times.
 
 With all tokens it runs without its adapter for dropped ones. Where the package has an adapter for KV mode, also sparse
-in that mode. Where its weights know overviews, an edit of the whole picture has one, beside what dropping alone makes
+in that mode. Where it has weights for overviews, an edit of the whole picture has one, beside what dropping alone makes
 of as many tokens.
 """
 
@@ -9,7 +9,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from ..config import SparseContextConfig
 from ..images import check_output, open_picture, save_picture, save_text
 from ..pipelines.embedded import ADAPTERS
-from ..trained import trained_for
+from ..pipelines.lora_file import OVERVIEW_LORA
 
 EXAMPLES = Path(__file__).parent / "examples"
 
@@ -52,7 +51,7 @@ def read_examples(folder: Path = EXAMPLES) -> list[dict]:
 
 def run_demo(output: Path, keep: float | int | str | None = None) -> list[dict]:
     """Run every example dense, sparse and, where the package has an adapter for it, sparse in KV mode; write a sheet
-    for each and one of all into `output`. None keeps the shares of `KEEP`; by weights that know no overviews an edit of
+    for each and one of all into `output`. None keeps the shares of `KEEP`; without an overview, as in KV mode, an edit of
     the whole picture keeps all its tokens in any case, as keep="auto" does.
 
     Returns the report that is also written to `output`/report.json. Raises ValueError for a keep out of range and
@@ -68,30 +67,33 @@ def run_demo(output: Path, keep: float | int | str | None = None) -> list[dict]:
     from ..preview import column
 
     plain = Engine(bar=False)
-    engines = {"dense": plain, "dropping": plain, "sparse": plain}
-    if ADAPTERS["kv"].is_file():
-        engines["sparse kv"] = Engine(ModelSpec(kv=True), bar=False)
-    knows = {way: _knows_overviews(engine.pipe(), kv=way == "sparse kv") for way, engine in engines.items()}
+    in_kv_mode = Engine(ModelSpec(kv=True), bar=False) if ADAPTERS["kv"].is_file() else None
+    with_overviews = Engine(ModelSpec(lora=OVERVIEW_LORA), bar=False) if ADAPTERS["overview"].is_file() else None
     examples = read_examples()
 
-    def ways(example: dict) -> list[str]:
-        return [way for way in engines if way != "dropping" or (_is_global(example) and knows["sparse"])]
+    def engines(example: dict) -> dict[str, Engine]:
+        ways = {"dense": plain, "sparse": plain}
+        if _is_global(example) and with_overviews is not None:
+            ways = {"dense": plain, "dropping": plain, "sparse": with_overviews}
+        return ways if in_kv_mode is None else {**ways, "sparse kv": in_kv_mode}
 
     def request(way: str, example: dict) -> Request:
         config = SparseContextConfig(keep=1.0, task=example["tasks"])
-        if way != "dense" and (knows[way] or not _is_global(example)):
+        drops = {"dense": False, "sparse kv": not _is_global(example)}
+        if drops.get(way, not _is_global(example) or with_overviews is not None):
             config = replace(config, keep=[_share(task) for task in example["tasks"]] if keep is None else keep)
-        if way == "dropping":
-            config = replace(config, overview=None)
         return Request(example["prompt"], example["references"], config)
 
-    for way, engine in engines.items():
-        if way != "dropping":  # which is "sparse" with another config
-            engine.warm_up(request(way, examples[-1]))
+    warm: set[tuple[int, bool]] = set()
+    for example in examples:
+        for way, engine in engines(example).items():
+            if (key := (id(engine), way == "dense")) not in warm:  # with all tokens it loads other weights
+                warm.add(key)
+                engine.warm_up(request(way, example))
 
     sheets, report = [], []
     for example in tqdm(examples, desc="demo", unit="scene"):
-        results = {way: engines[way](request(way, example)) for way in ways(example)}
+        results = {way: engine(request(way, example)) for way, engine in engines(example).items()}
         speedups = {way: Comparison(result, results["dense"]).speedup for way, result in results.items()}
         sheet = _draw(example, results, speedups)
         save_picture(sheet, output / f"{example['name']}.png")
@@ -128,11 +130,6 @@ def _is_global(example: dict) -> bool:
 
 def _share(task: str) -> float:
     return WITH_OVERVIEW if task == "global" else KEEP[task]
-
-
-def _knows_overviews(pipe: Any, kv: bool) -> bool:
-    trained = trained_for(pipe.transformer, kv)
-    return trained is not None and bool(trained.factors)
 
 
 def _draw(example: dict, results: dict, speedups: dict[str, float]) -> Image.Image:

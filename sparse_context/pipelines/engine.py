@@ -25,7 +25,7 @@ from .embedded import ADAPTERS, adapter_record
 from .errors import Cancelled, GenerationError
 from .hub import one_line
 from .load import load
-from .lora_file import NO_LORA
+from .lora_file import NO_LORA, OVERVIEW_LORA
 from .memory import Peak, free_memory
 from .predict import ROOM, Prediction, Predictor, grid_of, kept_of, offload_of, parts_of
 from .settings import call_settings
@@ -92,7 +92,8 @@ class Engine:
     one with the same scheduler, disturbs it.
 
     The pipeline is loaded by the first call that needs it, or by `warm_up`. The embedded model's own adapter is for
-    dropped tokens, so requests that keep all of them are answered by a second pipeline, without it.
+    dropped tokens, so requests that keep all of them are answered by a second pipeline, without it; and those that name
+    an overview by a third one, with the weights for that.
     """
 
     def __init__(
@@ -129,9 +130,12 @@ class Engine:
         if self._wrapped is not None:
             return self._wrapped
         spec = self.spec
-        has_adapter = spec.model is None and spec.lora is None and not spec.kv and ADAPTERS["plain"].is_file()
-        if has_adapter and config is not None and _keeps_all(config):
-            spec = replace(spec, lora=NO_LORA, lora_scale=1.0)
+        has_adapter = spec.model is None and spec.lora in (None, OVERVIEW_LORA) and not spec.kv
+        if has_adapter and config is not None and ADAPTERS["plain"].is_file():
+            if _keeps_all(config):
+                spec = replace(spec, lora=NO_LORA, lora_scale=1.0)
+            elif config.names_overview and spec.lora_scale == 1 and spec.quantization is None:
+                spec = replace(spec, lora=OVERVIEW_LORA)
         with self._loading:
             if spec not in self._pipes:
                 self._pipes[spec] = load(spec)
@@ -186,7 +190,7 @@ class Engine:
         score: as `select_tokens` takes it, such as that of a cache. Raises ValueError for a request that this model
         does not take.
         """
-        pipe = self.pipe()
+        pipe = self.pipe(request.config)
         config, _, images = call_of(pipe, request)
         trained = trained_for(getattr(pipe, "transformer", None), family_of(pipe).kv)
         return select_pictures(images, config, 2 * pipe.vae_scale_factor, trained, score, place_of(pipe))

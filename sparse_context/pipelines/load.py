@@ -12,7 +12,8 @@ from ..trained import note_trained, read_folder, read_record, trained_for
 from .embedded import ADAPTERS, WEIGHTS, adapter_record
 from .hub import KLEIN, KLEIN_KV, class_name_of, clock, one_line
 from .lora import ADAPTER_NAME, load_lora
-from .lora_file import NO_LORA, LoraFile, check_lora_file, read_lora
+from .lora_file import NO_LORA, OVERVIEW_LORA, LoraFile, check_lora_file, read_lora
+from .overview_blocks import with_overviews
 from .quantization import GgufTransformer, Nf4OnCpu, Quantized, QuantizedTransformer, find_quantization
 from .spec import ModelSpec
 
@@ -39,8 +40,11 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
     device = find_device(spec.device)
     path = str(WEIGHTS) if spec.model is None else spec.model
     adapter = ADAPTERS["kv" if spec.kv else "plain"]
-    has_adapter = spec.lora is None and spec.model is None and adapter.is_file()
-    lora = None if spec.lora == NO_LORA else spec.lora
+    shows_overviews = spec.lora == OVERVIEW_LORA
+    if shows_overviews:
+        _check_overview(spec)
+    has_adapter = (spec.lora is None or shows_overviews) and spec.model is None and adapter.is_file()
+    lora = None if spec.lora == NO_LORA or shows_overviews else spec.lora
     if lora is not None:
         check_lora_file(lora)
     elif spec.lora_scale != 1 and not has_adapter:
@@ -80,10 +84,28 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
         pipe.unload_lora_weights()  # what was fused stays
         if trained is not None:
             note_trained(pipe.transformer, trained)
+    if shows_overviews:
+        pipe.transformer = with_overviews(pipe.transformer, ADAPTERS["overview"])
+        note_trained(pipe.transformer, read_record(adapter_record(ADAPTERS["overview"])))
     if spec.vae is not None:
         speed_up_vae(pipe.vae, spec.vae)
     _place(pipe, device, spec.cpu_offload, modular)
     return pipe
+
+
+def _check_overview(spec: ModelSpec) -> None:
+    """Raise ValueError where the embedded model's weights for overviews do not go with the rest."""
+    said = f"lora is {OVERVIEW_LORA!r}"
+    if spec.model is not None:
+        raise ValueError(f"{said}, which the embedded model alone has: leave it out, or name a LoRA of {spec.model}.")
+    if spec.kv:
+        raise ValueError(f"{said}, which was not trained for KV mode: leave one of the two out.")
+    if spec.lora_scale != 1:
+        raise ValueError(f"{said}, which has no scale, and lora_scale is {spec.lora_scale:g}: leave it out.")
+    if spec.quantization is not None:
+        raise ValueError(f"{said}, which no quantised weights take, and quantization is {spec.quantization!r}: leave one out.")
+    if not ADAPTERS["overview"].is_file():
+        raise ValueError(f"{ADAPTERS['overview']} is missing: install sparse-context again, or leave lora out.")
 
 
 def _check_kv(path: str, class_name: str, kv: bool, lora: str | None) -> None:

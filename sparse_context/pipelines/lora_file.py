@@ -230,6 +230,8 @@ def one_sentence(path: str) -> Iterator[None]:
 
 
 NO_LORA = "none"
+OVERVIEW_LORA = "overview"
+"""The embedded model's weights for overviews, which is more than a LoRA (overview_blocks.py)."""
 
 
 def check_lora_scale(lora_scale: float) -> None:

@@ -1,7 +1,6 @@
 """How the embedded base learns overviews."""
 
 import copy
-import shutil
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ from torch.nn.functional import interpolate
 from recipes.mini import overview, overview_export, overview_looks
 from recipes.mini.attention import speed_up
 from recipes.mini.model import decode_pictures, encode_pictures
-from recipes.mini.overview import train_overview
-from recipes.mini.overview_blocks import FIRST, NEW, first_blocks, grown, new_layer, without_new_blocks
+from recipes.mini.overview import first_blocks, train_overview
 from recipes.mini.overview_export import export_overview
 from recipes.mini.overview_looks import (
     COPYING,
@@ -25,12 +23,12 @@ from recipes.mini.overview_looks import (
     watched_copies,
 )
 from recipes.mini.overview_sets import OverviewConfig, TokenSet, composite, draw_set, reference_tokens
-from recipes.mini.overview_start import load_start, save_start
 from recipes.mini.scenes import make_scene
-from sparse_context.pipelines.embedded import WEIGHTS, adapter_record
+from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
 from sparse_context.pipelines.load import load
+from sparse_context.pipelines.overview_blocks import FIRST, NEW, grown, is_new
 from sparse_context.pipelines.spec import ModelSpec
-from sparse_context.training.cache import fingerprint
+from sparse_context.trained import Trained, trained_for
 from sparse_context.training.checkpoints import newest_step
 
 NONE = np.zeros(0, np.int64)  # sharp tokens
@@ -189,8 +187,12 @@ def test_reading_is_judged_where_the_overview_alone_shows_the_source():
 
 @pytest.fixture
 def student(pipe):
-    """One whose first new block and the one behind the new ones have learned something, of rank 2."""
-    student = grown(pipe.transformer)
+    return learned(pipe.transformer)
+
+
+def learned(base):
+    """A student whose first new block and the one behind the new ones have learned something, of rank 2."""
+    student = grown(base)
     generator = torch.Generator().manual_seed(0)
     blocks = student.single_transformer_blocks
     for block in (blocks[FIRST], blocks[FIRST + NEW]):
@@ -199,55 +201,42 @@ def student(pipe):
     return student
 
 
-def test_without_its_new_blocks_a_transformer_is_what_it_was(pipe, student):
-    assert without_new_blocks(pipe.transformer) is pipe.transformer
-    short = without_new_blocks(grown(pipe.transformer))
-    assert short.config.num_single_layers == 8
-    assert all(torch.equal(tensor, short.state_dict()[name]) for name, tensor in pipe.transformer.state_dict().items())
-    assert torch.equal(  # of one that has them already, `grown` makes a copy
-        grown(student).single_transformer_blocks[FIRST].attn.to_out.weight,
-        student.single_transformer_blocks[FIRST].attn.to_out.weight,
-    )
-
-
-def test_a_later_run_begins_at_what_an_earlier_one_learned(tmp_path, pipe, student):
-    path = tmp_path / "start.safetensors"
-    begun = grown(pipe.transformer)
-    assert load_start(copy.deepcopy(begun), path) == 0
-    save_start(student, begun, 7, path)
-    later = copy.deepcopy(begun)
-    assert load_start(later, path) == 7
-    for name, tensor in student.state_dict().items():
-        change = (later.state_dict()[name] - tensor).norm()
-        if name.startswith(f"single_transformer_blocks.{FIRST + NEW}."):  # as bfloat16, and of rank 2 at most
-            assert change <= 0.01 * (begun.state_dict()[name] - tensor).norm()
-        elif new_layer(name):  # eight bits
-            assert change <= 0.05 * tensor.norm()
-        else:
-            assert change == 0
+def test_of_a_transformer_that_has_new_blocks_already_a_copy_is_made(student):
+    again = grown(student)
+    assert again is not student and again.config.num_single_layers == student.config.num_single_layers
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in student.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-def test_an_export_is_the_base_without_its_lora_and_the_student_with_it(tmp_path, pipe, student, monkeypatch, inputs):
-    """The export in the package's place, loaded as a user does: dense as before, bit by bit."""
-    weights = tmp_path / "weights"
-    shutil.copytree(WEIGHTS, weights)
+def test_an_export_is_what_users_load_and_what_later_runs_begin_at(tmp_path, monkeypatch):
+    """In the package's place, as `lora="overview"`: its new blocks as eight-bit floats, those behind as a LoRA; and the
+    model without it stays as it was."""
+    path, plain = tmp_path / "overview.safetensors", load(ModelSpec(device="cpu")).transformer
+    begun, student = grown(plain).state_dict(), learned(plain)
 
     def load_average(folder, module):
         module.load_state_dict(student.state_dict())
         return 3
 
     monkeypatch.setattr(overview_export, "load_average", load_average)
-    export_overview(tmp_path, "overview", weights, rank=8)
-    with torch.no_grad():
-        base = type(pipe.transformer).from_pretrained(weights / "transformer", dtype=torch.float32)
-        assert torch.equal(base(**inputs)[0], pipe.transformer(**inputs)[0])
-        assert adapter_record(weights / "pytorch_lora_weights.safetensors")["base_weights"] == fingerprint(base)
-        assert adapter_record(weights / "kv.safetensors")["base_weights"] == fingerprint(base)
-        adapter = str(weights / "pytorch_lora_weights.safetensors")
-        loaded = load(ModelSpec(str(weights), dtype="float32", device="cpu", lora=adapter))
-        wanted, before = student(**inputs)[0], pipe.transformer(**inputs)[0]
-        assert (loaded.transformer(**inputs)[0] - wanted).norm() < 0.1 * (before - wanted).norm()
+    monkeypatch.setitem(ADAPTERS, "overview", path)
+    assert export_overview(tmp_path, "overview", path) == path and adapter_record(path)["steps"] == 3
+    export_overview(tmp_path, "overview", path)
+    record = adapter_record(path)
+    assert record["steps"] == 6 and record["base_weights"] == adapter_record(ADAPTERS["plain"])["base_weights"]
+    assert trained_for(load(ModelSpec(device="cpu")).transformer).factors == ()
+    loaded = load(ModelSpec(device="cpu", lora="overview")).transformer
+    assert trained_for(loaded) == Trained((4,), "spread", False, (0.03, 0.5625))
+    for name, tensor in student.state_dict().items():
+        change = (loaded.state_dict()[name] - tensor).norm()
+        if name == f"single_transformer_blocks.{FIRST + NEW}.attn.to_out.weight":  # bfloat16, and of rank 64 at most
+            assert change <= 0.01 * (begun[name] - tensor).norm()
+        elif is_new(name):  # eight bits
+            assert change <= 0.05 * tensor.norm()
+        else:
+            assert torch.equal(loaded.state_dict()[name], begun[name])
+    after = load(ModelSpec(device="cpu")).transformer.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in plain.state_dict().items())
 
 
 COMPILES = pytest.mark.filterwarnings(  # of torch's compiler, by itself

@@ -1,0 +1,72 @@
+"""The embedded model's weights for overviews: blocks that are added to it, and what changes behind them.
+
+To read an overview takes more attention heads than the embedded model has, so its weights for overviews bring blocks of
+their own. They lie in a file beside the model, and whoever asks for no overview has the model without them.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+SINGLE = 8  # single blocks of the embedded model before any are added
+NEW = 4  # blocks that are added
+FIRST = 4  # single block before which they come
+
+
+def grown(base: Any) -> Any:
+    """A copy of the transformer with `NEW` single blocks before block `FIRST`, which add nothing yet; of one that has
+    them already, a mere copy."""
+    if base.config.num_single_layers > SINGLE:
+        return copy.deepcopy(base)
+    config = dict(base.config) | {"num_single_layers": base.config.num_single_layers + NEW}
+    student = type(base).from_config(config)
+    state = {}
+    for name, tensor in base.state_dict().items():
+        head, _, rest = name.partition("single_transformer_blocks.")
+        if rest and not head:
+            number, _, part = rest.partition(".")
+            moved = int(number) + NEW * (int(number) >= FIRST)
+            name = f"single_transformer_blocks.{moved}.{part}"
+        state[name] = tensor
+    for number in range(FIRST, FIRST + NEW):
+        block = student.single_transformer_blocks[number]
+        nn.init.zeros_(block.attn.to_out.weight)
+        state |= {f"single_transformer_blocks.{number}.{name}": t for name, t in block.state_dict().items()}
+    student.load_state_dict(state)
+    return student
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter belongs to a new block."""
+    head, _, rest = name.partition("single_transformer_blocks.")
+    return not head and bool(rest) and FIRST <= int(rest.partition(".")[0]) < FIRST + NEW
+
+
+@torch.no_grad()
+def load_blocks(student: Any, path: Path) -> None:
+    """Take what a file says of new blocks, and of those behind them, into `student`, which is `grown`.
+
+    The file has the new blocks' own weights, and the change of others as a LoRA without a scale.
+    """
+    tensors, state = load_file(path), student.state_dict()
+    for name, tensor in tensors.items():
+        if ".lora_A." in name:
+            weight = state[name.removeprefix("transformer.").replace(".lora_A.weight", ".weight")]
+            weight += (tensors[name.replace(".lora_A.", ".lora_B.")].float() @ tensor.float()).to(weight)
+        elif ".lora_B." not in name:
+            state[name].copy_(tensor.to(state[name].dtype))
+
+
+def with_overviews(transformer: Any, path: Path) -> Any:
+    """The embedded model's transformer with its LoRA folded in -> the one that knows overviews, in the same dtype and
+    on the same device."""
+    place = next(transformer.parameters())
+    with torch.random.fork_rng(devices=[]):  # new modules are drawn before their weights are known
+        student = grown(transformer)
+    nn.Module.to(student, place.device, place.dtype).eval()  # diffusers' own warns of each change of the dtype
+    load_blocks(student, path)
+    return student
