@@ -4,15 +4,16 @@
     python runs/overview.py --split test                           # what won there, once a release
     python runs/overview.py --split test --assets checkpoints/cutouts.safetensors --output results/overview_cutouts.json
 
-The embedded model, on the scenes of runs/mini_curves.py and their noise. On "validation" an overview of each factor is
-measured alone, and with sharp tokens by each rule of overview_ways.py; the best in a group at a keep, by its mean, is
-chosen, and the result says which. On "test" what was chosen is read from `--rules`, and measured under the name
-"overview and sharp". The ways to do without are `dropping`, which keeps what the tasks choose, `random`, `merged` with
-as many averages (`merge=1`), and `downscaled`, that of the benchmark; `default` names nothing but the keep. Differences
-are to the dense base without an adapter, scene by scene; the result also has those of every way to `dropping`, and of
-"overview and sharp" to every way without. `--masks` adds the objects' true masks, a bound and no method: nothing is
-chosen by them. `--kv` is the same in KV mode, where nothing is scaled down. `--pictures` draws the curves, and the
-scenes of each group, the worst first. Stopped at any point, it goes on there.
+The embedded model, on the scenes of runs/mini_curves.py and their noise, with its weights for overviews; the ways to do
+without have its LoRA for dropped tokens. On "validation" an overview of each factor is measured alone, and with sharp
+tokens by each rule of overview_ways.py; the best in a group at a keep, by its mean, is chosen, and the result says
+which. On "test" what was chosen is read from `--rules`, and measured under the name "overview and sharp". The ways to
+do without are `dropping`, which keeps what the tasks choose, `random`, `merged` with as many averages (`merge=1`), and
+`downscaled`, that of the benchmark; `default` names nothing but the keep, and `dropping, same weights` is dropping by
+the weights that know overviews. Differences are to the dense base without an adapter, scene by scene; the result also
+has those of every way to `dropping`, and of "overview and sharp" to every way without. `--masks` adds the objects' true
+masks, a bound and no method: nothing is chosen by them. `--kv` is the same in KV mode, where nothing is scaled down.
+`--pictures` draws the curves, and the scenes of each group, the worst first. Stopped at any point, it goes on there.
 
 It needs the scenes' objects: `python -m recipes.mini data`, and for the last line `python -m recipes.mini cutouts`.
 """
@@ -32,6 +33,7 @@ from overview_ways import (
     DEFAULT,
     MASKED,
     RULES,
+    SAME_WEIGHTS,
     TRUE_MASK,
     WITHOUT,
     by_group,
@@ -53,7 +55,7 @@ from sparse_context.evaluation.grid import DENSE, Cell, Maker, grid
 from sparse_context.evaluation.metrics import find_metrics
 from sparse_context.evaluation.statistics import summarise
 from sparse_context.pipelines.load import load
-from sparse_context.pipelines.lora_file import NO_LORA
+from sparse_context.pipelines.lora_file import NO_LORA, OVERVIEW_LORA
 from sparse_context.pipelines.settings import call_settings
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.result import checkout, write_result
@@ -73,9 +75,10 @@ def curves(name: str) -> str:
         settings = result["figures"]["groups"].get(group, {})
         for keep in (f"{keep:g}" for keep in result["config"]["keeps"]):
             alone = next((cell for cell in settings if cell.endswith(f"alone {keep}")), "")
-            cells = [*(f"{way} {keep}" for way in without), alone, f"{CHOSEN} {keep}", f"{DEFAULT} {keep}"]
+            named = (f"{way} {keep}" for way in (*without, SAME_WEIGHTS))
+            cells = [*named, alone, f"{CHOSEN} {keep}", f"{DEFAULT} {keep}"]
             rows.append([group, keep, *(difference(score_of(settings, cell, of)) for cell in cells)])
-    return table(["task", "keep", *without, "overview alone", CHOSEN, DEFAULT], rows)
+    return table(["task", "keep", *without, SAME_WEIGHTS, "overview alone", CHOSEN, DEFAULT], rows)
 
 
 def chosen_over(name: str) -> str:
@@ -112,7 +115,7 @@ def tables() -> dict[str, Any]:
         if "chosen_over" not in read(name)["figures"]:
             continue  # of another run
         found |= {name: partial(curves, name), f"{name}-over": partial(chosen_over, name)}
-        if any(", " in way for way in read(name)["config"]["ways"]):
+        if any(way.startswith("overview ") and ", " in way for way in read(name)["config"]["ways"]):
             found[f"{name}-rules"] = partial(rules, name)
     return found
 
@@ -128,11 +131,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Overviews against dropping, at equal numbers of tokens.")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation")
     parser.add_argument("--model", help="a folder; the weights in the package without it")
-    parser.add_argument("--lora", help="a file or the word none; the package's own without it")
+    parser.add_argument("--lora", help="a file or the word none; the package's for overviews, or for KV, without it")
     parser.add_argument("--kv", action="store_true", help="in KV mode")
     parser.add_argument("--masks", action="store_true", help="true masks too")
-    parser.add_argument("--keeps", type=float, nargs="+", default=[0.3, 0.25, 0.2, 0.1, 0.0625])
-    parser.add_argument("--factors", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.3, 0.2, 0.1, 0.0625])
+    parser.add_argument("--factors", type=int, nargs="+", help="what the weights were trained for without it")
     parser.add_argument("--layout", help="of the overviews; what the weights were trained for without it")
     parser.add_argument("--rules", type=Path, help="a result on validation; that in results/ for the test split")
     parser.add_argument("--turns", nargs="+", default=TURNS, choices=sum(GROUPS.values(), ()), help="kinds of scenes")
@@ -166,18 +169,26 @@ def read_rules(arguments: argparse.Namespace) -> Chosen | None:
 
 
 def cells_of(
-    arguments: argparse.Namespace, make: Maker, downscale: Maker | None, chosen: Chosen | None, about: Mapping[str, str]
+    arguments: argparse.Namespace,
+    make: Maker,
+    without: Maker,
+    downscale: Maker | None,
+    chosen: Chosen | None,
+    weights: tuple[str, str],
 ) -> dict[str, Cell]:
-    """The settings by name: "WAY KEEP"; each way's name is in its `about`."""
-    cells = grid([1.0])
+    """The settings by name: "WAY KEEP"; each way's name is in its `about`. without: makes those without an overview,
+    and downscale those of smaller pictures. weights: the fingerprints of those of `make` and of `without`."""
+    cells, about = grid([1.0]), {"weights": weights[0]}
     for keep in arguments.keeps:
-        ways = [way for way in (*WITHOUT, DEFAULT) if way != "downscaled" or downscale is not None]
+        ways = [way for way in (*WITHOUT, SAME_WEIGHTS, DEFAULT) if way != "downscaled" or downscale is not None]
         ways += ways_at(keep, arguments.factors, RULES if chosen is None else ())
         ways += [MASKED, *ways_at(keep, arguments.factors, [TRUE_MASK])] if arguments.masks else []
         for way in dict.fromkeys(ways):
-            how = downscale if way == "downscaled" else with_masks(make) if TRUE_MASK in way else make
+            how = with_masks(make) if TRUE_MASK in way else without if way in (*WITHOUT, MASKED) else make
             config = config_of(way, keep, arguments.layout)
-            cells[f"{way} {keep:g}"] = Cell(config, make=how, about={**about, "way": way})
+            by = weights[1] if how is without else weights[0]
+            how = downscale if way == "downscaled" else how
+            cells[f"{way} {keep:g}"] = Cell(config, make=how, about={"weights": by, "way": way})
         if chosen is not None:
             how, told = by_group(make, chosen, arguments.layout), {"way": CHOSEN, "chosen": chosen}
             cells[f"{CHOSEN} {keep:g}"] = Cell(SparseContextConfig(keep=keep), make=how, about={**about, **told})
@@ -222,8 +233,13 @@ def main() -> None:
     assets = load_assets(arguments.assets).split(arguments.split)
     samples, scenes = scene_samples(assets, arguments.scenes, FIRST_SEED[arguments.split], arguments.turns)
     dense = load(ModelSpec(arguments.model, lora=NO_LORA))
-    pipe = load(ModelSpec(arguments.model, lora=arguments.lora, kv=arguments.kv))
-    make, downscale = scene_maker(pipe, scenes), None if arguments.kv else peer_maker(pipe, "downscaled")
+    own = arguments.model is None and arguments.lora is None
+    plain = load(ModelSpec(arguments.model, lora=arguments.lora, kv=arguments.kv))
+    pipe = load(ModelSpec(lora=OVERVIEW_LORA)) if own and not arguments.kv else plain
+    make, without = scene_maker(pipe, scenes), scene_maker(plain, scenes)
+    downscale = None if arguments.kv else peer_maker(plain, "downscaled")
+    trained = trained_for(pipe.transformer, arguments.kv)
+    arguments.factors = arguments.factors or (trained.factors if trained is not None else ()) or [2, 4]
     about = {
         "split": arguments.split,
         "assets": arguments.assets.name,
@@ -231,10 +247,10 @@ def main() -> None:
         "lora": arguments.lora or "the package's own",
         "kv": arguments.kv,
         "weights": fingerprint(dense),
-        "trained": None if (trained := trained_for(pipe.transformer, arguments.kv)) is None else write_record(trained),
+        "trained": None if trained is None else write_record(trained),
         "call": call_settings(dense),
     }
-    cells = cells_of(arguments, make, downscale, chosen, {"weights": fingerprint(pipe)})
+    cells = cells_of(arguments, make, without, downscale, chosen, (fingerprint(pipe), fingerprint(plain)))
     evaluate(scene_maker(dense, scenes), samples, cells, find_metrics(["psnr"]), arguments.folder, about=about)
 
     rows = rows_of(arguments.folder, cells, {name: scene for name, (scene, _, _) in scenes.items()})
@@ -261,7 +277,7 @@ def main() -> None:
         save_curves(groups, arguments.pictures)
         keep, ours = f"{arguments.pictured:g}", by_group(make, chosen, layout)
         makers = {
-            "dropping": (make, config_of("dropping", arguments.pictured), f"dropping {keep}"),
+            "dropping": (without, config_of("dropping", arguments.pictured), f"dropping {keep}"),
             CHOSEN: (ours, SparseContextConfig(keep=arguments.pictured), f"{CHOSEN} {keep}"),
         }
         save_pages(samples, rows, makers, arguments.folder / DENSE, arguments.pictures, arguments.most)

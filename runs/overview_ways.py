@@ -16,7 +16,10 @@ from sparse_context.selectors.cells import cell_means
 from sparse_context.selectors.residual import Residual
 
 WITHOUT = ("dropping", "random", "merged", "downscaled")
-"""Without an overview: what the tasks choose, tokens by chance, what the tasks choose as averages, smaller pictures."""
+"""Without an overview, by the weights for dropping: what the tasks choose, tokens by chance, what the tasks choose as
+averages, smaller pictures."""
+SAME_WEIGHTS = "dropping, same weights"
+"""`dropping` by the weights that know overviews."""
 CHOSEN = "overview and sharp"
 """The overview and the rule that were chosen for a scene's group."""
 DEFAULT = "default"

@@ -11,9 +11,10 @@ from PIL import Image
 
 from recipes.mini.loss import position_ids
 from sparse_context import SparseContextConfig
+from sparse_context.embedded import demo
 from sparse_context.embedded.demo import psnr, read_examples, run_demo, table
 from sparse_context.evaluation import metrics
-from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, read_call_settings
+from sparse_context.pipelines.embedded import ADAPTERS, OVERVIEW, WEIGHTS, read_call_settings
 from sparse_context.pipelines.engine import Engine
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec, Request
@@ -140,7 +141,7 @@ def test_weights_for_overviews_are_loaded_on_request_and_say_so():
     blocks = [len(pipe.transformer.single_transformer_blocks) for pipe in (plain, shows)]
     assert blocks == [8, 12] == [pipe.transformer.config.num_single_layers for pipe in (plain, shows)]
     assert {weight.dtype for weight in shows.transformer.parameters()} == {torch.float32}
-    assert ADAPTERS["overview"].stat().st_size < 6 * 2**20
+    assert OVERVIEW.stat().st_size < 6 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -169,13 +170,16 @@ def test_an_engine_takes_the_weights_that_a_request_needs():
         found = engine.pipe(config).transformer.state_dict()
         assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
     example = next(example for example in read_examples() if example["name"] == "grey")
-    assert engine.select(Request(example["prompt"], example["references"], needs["overview"])).overviews[0].layout == "spread"
+    assert (
+        engine.select(Request(example["prompt"], example["references"], needs["overview"])).overviews[0].layout
+        == "spread"
+    )
     kv = Engine(ModelSpec(device="cpu", kv=True), bar=False)
     assert len(kv.pipe(needs["overview"]).transformer.single_transformer_blocks) == 8
 
 
 def test_the_demo_leaves_its_pictures_and_a_report(tmp_path, monkeypatch):
-    monkeypatch.setitem(ADAPTERS, "overview", tmp_path / "missing")
+    monkeypatch.setattr(demo, "OVERVIEW", tmp_path / "missing")
     examples = read_examples()
     first = [next(e for e in examples if e["tasks"] == ["global"]), examples[-1]]
     monkeypatch.setattr("sparse_context.embedded.demo.read_examples", lambda: first)
@@ -208,9 +212,7 @@ def test_the_demo_shows_an_overview_beside_dropping_where_the_whole_picture_is_e
     example, made = by_name["grey"], {}
     for way, overview in (("dropping", None), ("sparse", 4)):
         config = SparseContextConfig(keep=0.2, task="global", overview=overview)
-        made[way] = Engine(ModelSpec(device="cpu"))(
-            Request(example["prompt"], example["references"], config)
-        )
+        made[way] = Engine(ModelSpec(device="cpu"))(Request(example["prompt"], example["references"], config))
         assert made[way].selection.kept == 51 and bool(made[way].selection.overviews) == (way == "sparse")
         assert grey["psnr"][way] == pytest.approx(metrics.psnr(made[way].image, example["truth"]), abs=2e-3)
     assert psnr(example["truth"], example["truth"]) == 100

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Qwen2Tokenizer
 
 from sparse_context.images import save_text
-from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
+from sparse_context.pipelines.embedded import ADAPTERS, OVERVIEW, adapter_record
 from sparse_context.training.cache import fingerprint
 from sparse_context.training.checkpoints import load_average
 from sparse_context.training.optimisers import drawn_from
@@ -63,7 +63,7 @@ def export(folder: Path, destination: Path, dtype: torch.dtype = torch.bfloat16)
     }
     save_text(json.dumps(settings, indent=2) + "\n", partial / "call.json")
     destination.mkdir(parents=True, exist_ok=True)
-    for adapter in (destination / own.name for own in ADAPTERS.values()):
+    for adapter in (*(destination / own.name for own in ADAPTERS.values()), destination.with_name(OVERVIEW.name)):
         if adapter.is_file() and adapter_record(adapter).get("base_weights") != now:
             adapter.unlink()
     for part in sorted(partial.iterdir()):

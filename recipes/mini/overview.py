@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from sparse_context.families.host import flat
-from sparse_context.pipelines.embedded import ADAPTERS
+from sparse_context.pipelines.embedded import OVERVIEW
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.overview_blocks import FIRST, NEW, grown, load_blocks
@@ -281,8 +281,8 @@ def train_overview(
 
     loss = OverviewLoss(config, encoded, pipe.vae, student, base, dropper)
     if not has_begun(folder / name):
-        if ADAPTERS["overview"].is_file():
-            load_blocks(student, ADAPTERS["overview"])
+        if OVERVIEW.is_file():
+            load_blocks(student, OVERVIEW)
         start_from(student, folder / name)
     save_config(folder / name, config)
     train(

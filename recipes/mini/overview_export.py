@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sparse_context.images import put_in_place
-from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
+from sparse_context.pipelines.embedded import ADAPTERS, OVERVIEW, adapter_record
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.overview_blocks import FIRST, NEW, grown, is_new
 from sparse_context.pipelines.spec import ModelSpec
@@ -40,7 +40,7 @@ def save_blocks(student: Any, begun: Any, record: Mapping[str, Any], path: Path)
     put_in_place(partial, path)
 
 
-def export_overview(folder: Path, name: str = "overview", path: Path = ADAPTERS["overview"]) -> Path:
+def export_overview(folder: Path, name: str = "overview", path: Path = OVERVIEW) -> Path:
     """Write the average of the run `folder/name` as the embedded model's weights for overviews; returns the file. Its
     record counts the steps of the runs before, too."""
     begun = grown(load(ModelSpec(dtype="float32", device="cpu")).transformer)

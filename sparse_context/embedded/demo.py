@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..config import SparseContextConfig
 from ..images import check_output, open_picture, save_picture, save_text
-from ..pipelines.embedded import ADAPTERS
+from ..pipelines.embedded import ADAPTERS, OVERVIEW
 from ..pipelines.lora_file import OVERVIEW_LORA
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -51,8 +51,8 @@ def read_examples(folder: Path = EXAMPLES) -> list[dict]:
 
 def run_demo(output: Path, keep: float | int | str | None = None) -> list[dict]:
     """Run every example dense, sparse and, where the package has an adapter for it, sparse in KV mode; write a sheet
-    for each and one of all into `output`. None keeps the shares of `KEEP`; without an overview, as in KV mode, an edit of
-    the whole picture keeps all its tokens in any case, as keep="auto" does.
+    for each and one of all into `output`. None keeps the shares of `KEEP`; without an overview, as in KV mode, an edit
+    of the whole picture keeps all its tokens in any case, as keep="auto" does.
 
     Returns the report that is also written to `output`/report.json. Raises ValueError for a keep out of range and
     PictureError where `output` cannot be written, before any work starts.
@@ -68,7 +68,7 @@ def run_demo(output: Path, keep: float | int | str | None = None) -> list[dict]:
 
     plain = Engine(bar=False)
     in_kv_mode = Engine(ModelSpec(kv=True), bar=False) if ADAPTERS["kv"].is_file() else None
-    with_overviews = Engine(ModelSpec(lora=OVERVIEW_LORA), bar=False) if ADAPTERS["overview"].is_file() else None
+    with_overviews = Engine(ModelSpec(lora=OVERVIEW_LORA), bar=False) if OVERVIEW.is_file() else None
     examples = read_examples()
 
     def engines(example: dict) -> dict[str, Engine]:

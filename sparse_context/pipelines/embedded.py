@@ -11,13 +11,11 @@ WEIGHTS = Path(__file__).parents[1] / "embedded" / "weights"
 CALL_FILE = "call.json"
 
 
-ADAPTERS = {
-    "plain": WEIGHTS / "pytorch_lora_weights.safetensors",
-    "kv": WEIGHTS / "kv.safetensors",
-    "overview": WEIGHTS.with_name("overview.safetensors"),
-}
-"""The embedded model's own LoRA for dropped tokens, that for KV mode, and what goes on top of the first for overviews
-(overview_blocks.py): its defaults, where the package has them."""
+ADAPTERS = {"plain": WEIGHTS / "pytorch_lora_weights.safetensors", "kv": WEIGHTS / "kv.safetensors"}
+"""The embedded model's own LoRA for dropped tokens, and that for KV mode: its defaults, where the package has them."""
+
+OVERVIEW = WEIGHTS.with_name("overview.safetensors")
+"""What goes on top of the first for overviews (overview_blocks.py), where the package has it."""
 
 
 def adapter_record(path: Path) -> dict:

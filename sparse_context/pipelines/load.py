@@ -9,7 +9,7 @@ import torch
 from ..families import FAMILIES
 from ..families.flux2.kv import in_kv_mode
 from ..trained import note_trained, read_folder, read_record, trained_for
-from .embedded import ADAPTERS, WEIGHTS, adapter_record
+from .embedded import ADAPTERS, OVERVIEW, WEIGHTS, adapter_record
 from .hub import KLEIN, KLEIN_KV, class_name_of, clock, one_line
 from .lora import ADAPTER_NAME, load_lora
 from .lora_file import NO_LORA, OVERVIEW_LORA, LoraFile, check_lora_file, read_lora
@@ -85,8 +85,8 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
         if trained is not None:
             note_trained(pipe.transformer, trained)
     if shows_overviews:
-        pipe.transformer = with_overviews(pipe.transformer, ADAPTERS["overview"])
-        note_trained(pipe.transformer, read_record(adapter_record(ADAPTERS["overview"])))
+        pipe.transformer = with_overviews(pipe.transformer, OVERVIEW)
+        note_trained(pipe.transformer, read_record(adapter_record(OVERVIEW)))
     if spec.vae is not None:
         speed_up_vae(pipe.vae, spec.vae)
     _place(pipe, device, spec.cpu_offload, modular)
@@ -103,8 +103,10 @@ def _check_overview(spec: ModelSpec) -> None:
     if spec.lora_scale != 1:
         raise ValueError(f"{said}, which has no scale, and lora_scale is {spec.lora_scale:g}: leave it out.")
     if spec.quantization is not None:
-        raise ValueError(f"{said}, which no quantised weights take, and quantization is {spec.quantization!r}: leave one out.")
-    if not ADAPTERS["overview"].is_file():
+        raise ValueError(
+            f"{said}, which no quantised weights take, and quantization is {spec.quantization!r}: leave one out."
+        )
+    if not OVERVIEW.is_file():
         raise ValueError(f"{ADAPTERS['overview']} is missing: install sparse-context again, or leave lora out.")
 
 

@@ -22,7 +22,7 @@ from recipes.mini.data import (
 from recipes.mini.export import export
 from recipes.mini.scenes import make_scene
 from sparse_context.embedded.demo import read_examples
-from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, read_call_settings
+from sparse_context.pipelines.embedded import ADAPTERS, OVERVIEW, WEIGHTS, read_call_settings
 from sparse_context.training.cache import fingerprint
 from sparse_context.training.checkpoints import load_average
 
@@ -155,7 +155,7 @@ def test_a_restored_base_trains_and_is_exported_without_the_adapter_of_the_old_o
     weights = tmp_path / "weights"
     weights.mkdir()
     about = {"base_weights": fingerprint(pipe.transformer)}
-    adapters = [weights / own.name for own in ADAPTERS.values()]
+    adapters = [*(weights / own.name for own in ADAPTERS.values()), tmp_path / OVERVIEW.name]
     for adapter in adapters:
         save_torch({"weight": torch.ones(1)}, adapter, {"sparse_context": json.dumps(about)})
     export(tmp_path, weights)

@@ -219,7 +219,7 @@ def test_an_export_is_what_users_load_and_what_later_runs_begin_at(tmp_path, mon
         return 3
 
     monkeypatch.setattr(overview_export, "load_average", load_average)
-    monkeypatch.setitem(ADAPTERS, "overview", path)
+    monkeypatch.setattr("sparse_context.pipelines.load.OVERVIEW", path)
     assert export_overview(tmp_path, "overview", path) == path and adapter_record(path)["steps"] == 3
     export_overview(tmp_path, "overview", path)
     record = adapter_record(path)
