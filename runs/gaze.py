@@ -11,15 +11,18 @@ beside selectors that look at the picture alone.
 Per reference and in the mean over scenes: the area under the ROC curve of the object's tokens against all others, the
 share of the best tenth of the tokens that show the object, and where a reference holds a second object that the prompt
 does not name, the area against that one's tokens alone: a half is a toss-up. Then pictures are made from the tokens
-that attention chooses (as if the first step had been free), beside those of the default rule and of the true masks.
+that attention chooses (as if the first step had been free), beside those of the default rule and of the true masks:
+those of edits by the weights for overviews, with one by 4, and those of subjects without. What the first step takes to
+look is measured apart, as a share of the call with the default rule.
 
 It needs the scenes' objects: `python -m recipes.mini data`.
 """
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,17 +36,17 @@ from recipes.mini.loss import encode_text, position_ids, text_ids, tokenise
 from recipes.mini.model import encode_pictures
 from recipes.mini.overview_gates import psnr
 from recipes.mini.overview_sets import TokenSet, reference_tokens
-from recipes.mini.run_folder import autocast, to_tensor
+from recipes.mini.run_folder import to_tensor
 from recipes.mini.samples import tasks_of
 from recipes.mini.scenes import SHOWS, TOKEN, Scene, make_scene
 from recipes.mini.teaching import attention_scores, watched_heads
-from sparse_context import apply_sparse_context, mask
+from sparse_context import SparseContextConfig, mask
 from sparse_context.evaluation.statistics import bootstrap_interval
 from sparse_context.families.host import flat
+from sparse_context.pipelines.engine import Engine
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA, OVERVIEW_LORA
-from sparse_context.pipelines.settings import call_inputs, call_settings
-from sparse_context.pipelines.spec import ModelSpec
+from sparse_context.pipelines.spec import ModelSpec, Request
 from sparse_context.result import checkout, write_result
 from sparse_context.selectors import SELECTORS
 from sparse_context.selectors.registry import SelectorsLike
@@ -63,6 +66,8 @@ WORDS = {
 }
 DRAWN = ("saliency", "saliency x all", "saliency x overview", "true mask")
 """Ways whose tokens make pictures, beside the default rule."""
+LOOKS = ("saliency x all", "saliency x overview")
+"""Ways that need a first step to look."""
 
 Scores = Mapping[str, Sequence[np.ndarray]]
 """By what gave them, scores (rows, columns) of each reference's tokens."""
@@ -92,13 +97,25 @@ def gaze_pictures() -> str:
             for way in DRAWN:
                 low, high = ways[way]["interval"]
                 cells.append(f"{ways[way]['won']:+.1f} ({low:+.1f} to {high:+.1f})")
+            cells += [f"{100 * ways[way]['look']:.0f} %" for way in LOOKS]
             rows.append([task, keep, *cells])
-    return table(["task", "keep", "default rule, dB", *(WORDS.get(way, way) for way in DRAWN)], rows)
+    looks = ["look, all tokens", "look, overview alone"]
+    return table(["task", "keep", "default rule, dB", *(WORDS.get(way, way) for way in DRAWN), *looks], rows)
 
 
 TABLES = {"gaze": gaze, "gaze-pictures": gaze_pictures}
 
 # The run --------------------------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """What a model looks at. references: tokens (1, N, C), with their ids. grids: of each reference."""
+
+    transformer: Any
+    text: torch.Tensor
+    references: torch.Tensor
+    ids: torch.Tensor
+    grids: Sequence[tuple[int, int]]
 
 
 class Eyes:
@@ -117,21 +134,35 @@ class Eyes:
     @torch.no_grad()
     def __call__(self, scene: Scene, seed: int) -> dict[str, dict[str, list[np.ndarray]]]:
         """By "all" and "overview", by the head as "block, head", the scores of each reference."""
-        pictures = [to_tensor([picture]) for picture in scene.references]
-        with autocast("cpu"):
-            text = encode_text(self.text_encoder, *tokenise(self.tokenizer, [scene.prompt]))
-            latents = [encode_pictures(self.vae, picture).float() for picture in pictures]
-            grids = [(part.shape[-2], part.shape[-1]) for part in latents]
-            whole = torch.cat([flat(part) for part in latents], 1)
-            ids = torch.cat([position_ids(*grid, 10 * (i + 1)).float() for i, grid in enumerate(grids)])
-            found = {"all": self._look(self.base, text, whole, ids, grids, seed)}
-            alone = TokenSet("alone", FACTOR, np.zeros(0, np.int64))
-            coarse = [(rows // FACTOR, columns // FACTOR) for rows, columns in grids]
-            tokens = reference_tokens(self.vae, pictures, latents, alone)
-            read = self._look(self.student, text, *tokens, coarse, seed)
+        found = {way: self._look(*view, seed) for way, view in self._views(scene).items()}
         enlarge = np.ones((FACTOR, FACTOR))
-        found["overview"] = {head: [np.kron(part, enlarge) for part in scores] for head, scores in read.items()}
+        found["overview"] = {head: [np.kron(part, enlarge) for part in of] for head, of in found["overview"].items()}
         return found
+
+    @torch.no_grad()
+    def seconds(self, scene: Scene, seed: int, heads: Mapping[str, str]) -> dict[str, float]:
+        """What a first step takes that reads one head, by way. What it takes to encode is a part of the call anyway."""
+        taken = {}
+        for way, view in self._views(scene).items():
+            start = time.perf_counter()
+            self._look(*view, seed, heads[way])
+            taken[way] = time.perf_counter() - start
+        return taken
+
+    def _views(self, scene: Scene) -> dict[str, View]:
+        pictures = [to_tensor([picture]) for picture in scene.references]
+        text = encode_text(self.text_encoder, *tokenise(self.tokenizer, [scene.prompt]))
+        latents = [encode_pictures(self.vae, picture).float() for picture in pictures]
+        grids = [(part.shape[-2], part.shape[-1]) for part in latents]
+        whole = torch.cat([flat(part) for part in latents], 1)
+        ids = torch.cat([position_ids(*grid, 10 * (i + 1)).float() for i, grid in enumerate(grids)])
+        alone = TokenSet("alone", FACTOR, np.zeros(0, np.int64))
+        coarse = [(rows // FACTOR, columns // FACTOR) for rows, columns in grids]
+        tokens = reference_tokens(self.vae, pictures, latents, alone)
+        return {
+            "all": View(self.base, text, whole, ids, grids),
+            "overview": View(self.student, text, *tokens, coarse),
+        }
 
     def _look(
         self,
@@ -141,9 +172,11 @@ class Eyes:
         ids: torch.Tensor,
         grids: Sequence[tuple[int, int]],
         seed: int,
+        only: str | None = None,
     ) -> dict[str, list[np.ndarray]]:
         config = transformer.config
         heads = [(b, h) for b in range(config.num_single_layers) for h in range(config.num_attention_heads)]
+        heads = [each for each in heads if only in (None, f"{each[0]}, {each[1]}")]
         noise = torch.randn(1, 256, references.shape[-1], generator=torch.Generator().manual_seed(seed))
         ids = torch.cat([position_ids(16, 16, 0).float(), ids])
         texts = text_ids(text.shape[1]).float()
@@ -239,25 +272,19 @@ def measure(eyes: Eyes, assets: Assets, task: str, scenes: int) -> dict[str, dic
 
 
 class Pen:
-    """Makes pictures with the package's LoRA, from tokens that a selector chose."""
+    """Makes pictures from tokens that a selector chose: of edits beside an overview."""
 
     def __init__(self) -> None:
-        self.pipe = load(ModelSpec(device="cpu"))
-        self.pipe.set_progress_bar_config(disable=True)
-        settings = call_settings(self.pipe)
-        self.given = {dial: value for dial, value in settings.items() if dial in call_inputs(self.pipe)}
+        self.engine = Engine(ModelSpec(device="cpu"), bar=False)
 
-    def __call__(self, scene: Scene, seed: int, keep: float, selector: SelectorsLike) -> float:
-        """PSNR against the truth in the mask of the objects, in dB. selector: None is that of the tasks."""
-        apply_sparse_context(self.pipe, keep=keep, task=tasks_of(scene), selector=selector, overview=None)
-        picture = self.pipe(
-            image=[Image.fromarray(picture) for picture in scene.references],
-            prompt=scene.prompt,
-            guidance_scale=1.0,
-            generator=torch.Generator().manual_seed(seed),
-            **self.given,
-        ).images[0]
-        return psnr(np.asarray(picture), scene)
+    def __call__(self, scene: Scene, seed: int, keep: float, selector: SelectorsLike) -> tuple[float, float]:
+        """PSNR against the truth in the mask of the objects, in dB, and seconds. selector: None is the tasks' own."""
+        tasks = tasks_of(scene)
+        overview = None if "subject" in tasks else FACTOR
+        config = SparseContextConfig(keep=keep, task=tasks, selector=selector, overview=overview)
+        references = [Image.fromarray(picture) for picture in scene.references]
+        made = self.engine(Request(scene.prompt, references, config, seed))
+        return psnr(np.asarray(made.image), scene), made.times.total
 
 
 def by_scores(scores: Sequence[np.ndarray]) -> SelectorsLike:
@@ -269,19 +296,29 @@ def by_scores(scores: Sequence[np.ndarray]) -> SelectorsLike:
 def make_pictures(eyes: Eyes, assets: Assets, heads: Mapping[str, str], scenes: int) -> dict[str, Any]:
     """By task and keep, the mean PSNR of each way and its difference to the default rule with an interval."""
     pen, found = Pen(), {}
+    seen = {way: heads[f"saliency x {way}"] for way in ("all", "overview")}
     for task in PICTURED:
         levels: dict[str, dict[str, list[float]]] = {f"{keep:g}": {} for keep in KEEPS}
+        taken: dict[str, dict[str, list[float]]] = {f"{keep:g}": {} for keep in KEEPS}
         for seed in tqdm(range(scenes), desc=f"pictures, {task}", unit="scene"):
             scene = make_scene(assets, task, seed)
             looks = products(eyes(scene, seed), selected(scene, seed)["saliency"])
+            seconds = eyes.seconds(scene, seed, seen)
             ways: dict[str, SelectorsLike] = {way: by_scores(look[heads[way]]) for way, look in looks.items()}
             ways |= {"default": None, "saliency": "saliency", "true mask": mask([*scene.reference_masks])}
-            for keep in KEEPS:
+            for keep in (f"{keep:g}" for keep in KEEPS):
                 for way, selector in ways.items():
-                    levels[f"{keep:g}"].setdefault(way, []).append(pen(scene, seed, keep, selector))
+                    level, call = pen(scene, seed, float(keep), selector)
+                    levels[keep].setdefault(way, []).append(level)
+                    if way == "default":
+                        for view, look in seconds.items():
+                            taken[keep].setdefault(f"saliency x {view}", []).append(look / call)
         found[task] = {
             keep: {way: against(each, of["default"]) for way, each in of.items()} for keep, of in levels.items()
         }
+        for keep, of in taken.items():
+            for way, shares in of.items():
+                found[task][keep][way]["look"] = round(float(np.median(shares)), 4)
     return found
 
 
