@@ -385,14 +385,16 @@ def score_references(
         mean = _mean(scores)
         return mean if inside is None else np.where(inside, mean, BELOW_ALL), _mean(found) if found else None
 
-    # Side by side, unless a function of the user's own is asked, which need not be safe for threads
-    count = len(plan.grids)
+    # Side by side, unless a function of the user's own is asked, which need not be safe for threads. One reference takes
+    # two cores: a net's threads, and thousands of small NumPy calls, which wait for each other beside those of another
+    count = min(len(plan.grids), max(1, (os.cpu_count() or 1) // 2))
     asked = [selector for selector in plan.selectors if selector is not None]
-    if len(asked) > 1 and all(name_of(selector) is not None for selector in asked):
-        with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
-            made = list(pool.map(score_reference, range(count)))
+    references = range(len(plan.grids))
+    if count > 1 and len(asked) > 1 and all(name_of(selector) is not None for selector in asked):
+        with ThreadPoolExecutor(count) as pool:
+            made = list(pool.map(score_reference, references))
     else:
-        made = [score_reference(i) for i in range(count)]
+        made = [score_reference(i) for i in references]
     return [scores for scores, _ in made], [found for _, found in made]
 
 
