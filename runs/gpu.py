@@ -4,9 +4,10 @@
     python runs/gpu.py --tiny --device cpu      # a rehearsal: tiny shapes, and nothing that is written means anything
 
 Each part is written into a folder of its own as soon as it is done, and one that is there is not run again. A part is
-begun only where the minutes that are left hold what it takes on an H200. Whole calls are timed without waiting between
-their phases (`pipelines.timing`). At the end what was reached is held against what is asked (`ASKED`). No page has
-these figures yet, for it has run on a CPU alone: those of the pages are from `bench_gpu.sh`.
+begun only where the minutes that are left hold what it takes on an H200, and one that fails leaves the minutes to the
+others. Whole calls are timed without waiting between their phases (`pipelines.timing`). At the end what was reached is
+held against what is asked (`ASKED`). No page has these figures yet, for it has run on a CPU alone: those of the pages
+are from `bench_gpu.sh`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -66,7 +68,7 @@ class Kit:
 
     @property
     def size(self) -> int:
-        return 64 if self.tiny else 1024
+        return 128 if self.tiny else 1024  # half of it is the least that the pipeline takes
 
     def shape_of(self, name: str) -> Shape:
         """A shape, or one like it in miniature."""
@@ -230,7 +232,7 @@ def main() -> None:
     end = time.monotonic() + 60 * arguments.minutes
     folder = arguments.folder or (ROOT / ("checkpoints/gpu-rehearsal" if arguments.tiny else "results/gpu"))
     folder.mkdir(parents=True, exist_ok=True)
-    kit = Kit(find_device(arguments.device), arguments.tiny)
+    kit, failed = Kit(find_device(arguments.device), arguments.tiny), []
     for name in arguments.parts:
         seconds, part = PARTS[name]
         target = folder / f"{name}.json"
@@ -241,7 +243,14 @@ def main() -> None:
             print(f"{name}: wants {seconds} s, and {max(0, end - time.monotonic()):.0f} s are left: run this again")
             break
         start = time.monotonic()
-        figures = part(kit, folder)
+        try:
+            figures = part(kit, folder)
+        except Exception as error:  # whatever a part cannot do, the minutes are for the others too
+            traceback.print_exc()
+            print(f"{name}: FAILED ({type(error).__name__}), the next one follows", flush=True)
+            kit.shape, kit.pipe = "", None
+            failed.append(name)
+            continue
         about = {
             "device": _name(kit.device),
             "keep": KEEP,
@@ -252,6 +261,8 @@ def main() -> None:
         print(f"{name}: {about['took']} s", flush=True)
     for name, (value, bound, is_reached) in reached(folder).items():
         print(f"{'yes' if is_reached else 'NO ':3} {name}: {value:.2f}, asked {bound:g}")
+    if failed:
+        sys.exit(f"gpu: {', '.join(failed)} failed; run this again for {'it' if len(failed) == 1 else 'them'} alone.")
 
 
 def _name(device: torch.device) -> str:
