@@ -24,7 +24,7 @@ CHOSEN = "overview and sharp"
 """The overview and the rule that were chosen for a scene's group."""
 DEFAULT = "default"
 """What a user gets who names nothing but a keep, by what the weights were trained for."""
-RULES = ("residual", "residual x saliency", "residual x subject", "edges", "subject")
+RULES = ("residual", "residual x saliency", "residual x subject", "residual + subject", "subject")
 """What chooses the sharp tokens beside an overview."""
 TRUE_MASK = "residual x true mask"
 MASKED = "dropping, true mask"
@@ -58,6 +58,8 @@ def config_of(way: str, keep: float, layout: str | None = None) -> SparseContext
 
 def selector_of(rule: str, factor: int, mask: np.ndarray | None = None) -> Any:
     """What scores the sharp tokens beside an overview of `factor`. mask: for `TRUE_MASK`, uint8 (H, W)."""
+    if " + " in rule:
+        return dict.fromkeys(rule.split(" + "), 0.5)
     _, times, where = rule.partition(" x ")
     if not times:
         return rule

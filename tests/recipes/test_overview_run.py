@@ -69,6 +69,7 @@ def test_a_rule_weighs_the_residual_of_its_factor():
     np.testing.assert_allclose(inside[:8], plain[:8], rtol=1e-6)
     np.testing.assert_allclose(inside[8:], plain[8:] / 11, rtol=1e-6)
     assert selector_of("edges", 2) == "edges"
+    assert selector_of("residual + subject", 2) == {"residual": 0.5, "subject": 0.5}
     assert selector_of("residual x saliency", 4).__name__ == "residual x saliency"  # by which a cell is told apart
 
 
