@@ -97,7 +97,8 @@ def gaze_pictures() -> str:
             for way in DRAWN:
                 low, high = ways[way]["interval"]
                 cells.append(f"{ways[way]['won']:+.1f} ({low:+.1f} to {high:+.1f})")
-            cells += [f"{100 * ways[way]['look']:.0f} %" for way in LOOKS]
+            looks = [ways[way].get("look") for way in LOOKS]  # a result of before has none
+            cells += ["" if look is None else f"{100 * look:.0f} %" for look in looks]
             rows.append([task, keep, *cells])
     looks = ["look, all tokens", "look, overview alone"]
     return table(["task", "keep", "default rule, dB", *(WORDS.get(way, way) for way in DRAWN), *looks], rows)

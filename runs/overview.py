@@ -9,11 +9,12 @@ without have its LoRA for dropped tokens. On "validation" an overview of each fa
 tokens by each rule of overview_ways.py; the best in a group at a keep, by its mean, is chosen, and the result says
 which. On "test" what was chosen is read from `--rules`, and measured under the name "overview and sharp". The ways to
 do without are `dropping`, which keeps what the tasks choose, `random`, `merged` with as many averages (`merge=1`), and
-`downscaled`, that of the benchmark; `default` names nothing but the keep, and `dropping, same weights` is dropping by
-the weights that know overviews. Differences are to the dense base without an adapter, scene by scene; the result also
-has those of every way to `dropping`, and of "overview and sharp" to every way without. `--masks` adds the objects' true
-masks, a bound and no method: nothing is chosen by them. `--kv` is the same in KV mode, where nothing is scaled down.
-`--pictures` draws the curves, and the scenes of each group, the worst first. Stopped at any point, it goes on there.
+`downscaled`, that of the benchmark; `default` names nothing but the keep, by the weights for overviews, and
+`dropping, same weights` is dropping by them. Differences are to the dense base without an adapter, scene by scene; the
+result also has those of every way to `dropping`, and of "overview and sharp" to every way without. `--masks` adds the
+objects' true masks, a bound and no method: nothing is chosen by them. `--kv` is the same in KV mode, where nothing is
+scaled down. `--pictures` draws the curves, and the scenes of each group, the worst first. Stopped at any point, it goes
+on there.
 
 It needs the scenes' objects: `python -m recipes.mini data`, and for the last line `python -m recipes.mini cutouts`.
 """
@@ -75,7 +76,7 @@ def curves(name: str) -> str:
         settings = result["figures"]["groups"].get(group, {})
         for keep in (f"{keep:g}" for keep in result["config"]["keeps"]):
             alone = next((cell for cell in settings if cell.endswith(f"alone {keep}")), "")
-            named = (f"{way} {keep}" for way in (*without, SAME_WEIGHTS))
+            named = (f"{way} {keep}" for way in (*without, SAME_WEIGHTS))  # the latter where they are others
             cells = [*named, alone, f"{CHOSEN} {keep}", f"{DEFAULT} {keep}"]
             rows.append([group, keep, *(difference(score_of(settings, cell, of)) for cell in cells)])
     return table(["task", "keep", *without, SAME_WEIGHTS, "overview alone", CHOSEN, DEFAULT], rows)
@@ -178,9 +179,11 @@ def cells_of(
 ) -> dict[str, Cell]:
     """The settings by name: "WAY KEEP"; each way's name is in its `about`. without: makes those without an overview,
     and downscale those of smaller pictures. weights: the fingerprints of those of `make` and of `without`."""
-    cells, about = grid([1.0]), {"weights": weights[0]}
+    cells = grid([1.0])
+    absent = {"downscaled"} if downscale is None else set()
+    absent |= {SAME_WEIGHTS} if weights[0] == weights[1] else set()
     for keep in arguments.keeps:
-        ways = [way for way in (*WITHOUT, SAME_WEIGHTS, DEFAULT) if way != "downscaled" or downscale is not None]
+        ways = [way for way in (*WITHOUT, SAME_WEIGHTS, DEFAULT) if way not in absent]
         ways += ways_at(keep, arguments.factors, RULES if chosen is None else ())
         ways += [MASKED, *ways_at(keep, arguments.factors, [TRUE_MASK])] if arguments.masks else []
         for way in dict.fromkeys(ways):
@@ -191,7 +194,8 @@ def cells_of(
             cells[f"{way} {keep:g}"] = Cell(config, make=how, about={"weights": by, "way": way})
         if chosen is not None:
             how, told = by_group(make, chosen, arguments.layout), {"way": CHOSEN, "chosen": chosen}
-            cells[f"{CHOSEN} {keep:g}"] = Cell(SparseContextConfig(keep=keep), make=how, about={**about, **told})
+            about = {"weights": weights[0], **told}
+            cells[f"{CHOSEN} {keep:g}"] = Cell(SparseContextConfig(keep=keep), make=how, about=about)
     return cells
 
 

@@ -23,7 +23,7 @@ SAME_WEIGHTS = "dropping, same weights"
 CHOSEN = "overview and sharp"
 """The overview and the rule that were chosen for a scene's group."""
 DEFAULT = "default"
-"""What a user gets who names nothing but a keep, by what the weights were trained for."""
+"""What `lora="overview"` gives whoever names nothing but a keep."""
 RULES = ("residual", "residual x saliency", "residual x subject", "residual + subject", "subject")
 """What chooses the sharp tokens beside an overview."""
 TRUE_MASK = "residual x true mask"

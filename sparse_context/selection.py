@@ -385,7 +385,7 @@ def score_references(
         mean = _mean(scores)
         return mean if inside is None else np.where(inside, mean, BELOW_ALL), _mean(found) if found else None
 
-    # Side by side, unless a function of the user's own is asked, which need not be safe for threads. One reference takes
+    # Side by side, unless a function of the user's own is asked, which need not be safe for threads. A reference takes
     # two cores: a net's threads, and thousands of small NumPy calls, which wait for each other beside those of another
     count = min(len(plan.grids), max(1, (os.cpu_count() or 1) // 2))
     asked = [selector for selector in plan.selectors if selector is not None]

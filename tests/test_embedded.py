@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from recipes.mini.loss import position_ids
 from sparse_context import SparseContextConfig
@@ -147,15 +148,41 @@ def test_weights_for_overviews_are_loaded_on_request_and_say_so():
 @pytest.mark.parametrize(
     "other, said",
     [
-        ({"model": "black-forest-labs/FLUX.2-klein-4B"}, "which the embedded model alone has"),
-        ({"kv": True}, "which was not trained for KV mode"),
-        ({"lora_scale": 0.5}, "which has no scale, and lora_scale is 0.5"),
-        ({"quantization": "int8"}, "which no quantised weights take, and quantization is 'int8'"),
+        ({"model": "some/model"}, "^lora is 'overview', which the embedded model alone has: .* one of some/model"),
+        ({"kv": True}, "weights for overviews were not trained for KV mode: leave kv out, or the overview"),
+        ({"lora_scale": 0.5}, "weights for overviews have no scale, and lora_scale is 0.5: leave it out"),
+        ({"quantization": "int8"}, "weights for overviews are not quantised, and quantization is 'int8': leave it out"),
     ],
 )
 def test_weights_for_overviews_are_refused_where_they_do_not_belong(other, said):
-    with pytest.raises(ValueError, match=f"^lora is 'overview', {said}"):
+    with pytest.raises(ValueError, match=said):
         load(ModelSpec(device="cpu", lora="overview", **other))
+    if "model" not in other and "kv" not in other:  # and in a request that needs them
+        with pytest.raises(ValueError, match=said):
+            Engine(ModelSpec(device="cpu", **other)).pipe(SparseContextConfig(overview=4))
+
+
+def test_weights_for_overviews_that_are_missing_or_broken_are_an_error_in_a_sentence(tmp_path, monkeypatch):
+    broken = tmp_path / "overview.safetensors"
+    for module in ("load", "engine"):
+        monkeypatch.setattr(f"sparse_context.pipelines.{module}.OVERVIEW", broken)
+    with pytest.raises(ValueError, match="are incomplete, .*overview.safetensors missing: install"):
+        load(ModelSpec(device="cpu", lora="overview"))
+    engine = Engine(ModelSpec(device="cpu"))
+    assert engine.pipe(SparseContextConfig(overview=4)) is engine.pipe()  # with none, what there is
+    tensors = load_file(OVERVIEW)
+    name = "single_transformer_blocks.4.attn.to_out.weight"
+    for content, said in (
+        ({key: tensor for key, tensor in tensors.items() if key != name}, f"{name} is missing"),
+        (tensors | {name: torch.zeros(3, 3)}, "size"),
+        (tensors | {"what": torch.zeros(3)}, "what"),
+    ):
+        save_file(content, broken, {"sparse_context": "{}"})
+        with pytest.raises(ValueError, match=rf"overview.safetensors cannot be read \(.*{said}"):
+            load(ModelSpec(device="cpu", lora="overview"))
+    broken.write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"overview.safetensors cannot be read \("):
+        load(ModelSpec(device="cpu", lora="overview"))
 
 
 def test_an_engine_takes_the_weights_that_a_request_needs():
@@ -174,6 +201,10 @@ def test_an_engine_takes_the_weights_that_a_request_needs():
         engine.select(Request(example["prompt"], example["references"], needs["overview"])).overviews[0].layout
         == "spread"
     )
+    shows = Engine(ModelSpec(device="cpu", lora="overview"), bar=False)
+    whole = SparseContextConfig(keep="auto", task="global")  # with an overview, not all tokens
+    assert len(shows.pipe(whole).transformer.single_transformer_blocks) == 12
+    assert engine.pipe(whole) is engine.pipe(needs["none"])
     kv = Engine(ModelSpec(device="cpu", kv=True), bar=False)
     assert len(kv.pipe(needs["overview"]).transformer.single_transformer_blocks) == 8
 

@@ -25,6 +25,7 @@ from tiny_finders import scene
 from sparse_context import SparseContextConfig
 from sparse_context.cli import main
 from sparse_context.config import task_defaults
+from sparse_context.embedded.demo import read_examples
 from sparse_context.evaluation.evaluate import evaluate, fingerprint
 from sparse_context.evaluation.grid import DENSE, Cell, grid, maker
 from sparse_context.evaluation.metrics import Metric, find_metrics, psnr
@@ -682,6 +683,21 @@ def test_the_command_evaluates_and_goes_on(manifest, tiny_model, tmp_path, monke
     assert call(monkeypatch, arguments) == 0
     assert (tmp_path / "out" / "cells" / "dense.json").read_bytes() == dense
     assert (tmp_path / "out" / "cells" / "random-0.25.json").is_file()
+
+
+def test_the_embedded_model_has_its_weights_for_overviews_in_cells_that_name_one(tmp_path, monkeypatch):
+    example = next(example for example in read_examples() if example["name"] == "grey")
+    row = {"references": [str(example["files"][0])], "image": str(example["files"][0]), "prompt": example["prompt"]}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    arguments = ["--data", tmp_path / "samples.jsonl", "--output", tmp_path / "out", "--keep", "0.2", "--steps", "2"]
+    arguments += ["--task", "global", "--overview", "none", "--overview", "4", "--metric", "psnr", "--device", "cpu"]
+    assert call(monkeypatch, ["evaluate", *map(str, arguments)]) == 0
+    made = {}
+    for name in ("auto-0.2-global-overview=none", "auto-0.2-global-overview=4"):
+        config = json.loads((tmp_path / "out" / "cells" / f"{name}.json").read_text())["config"]
+        made[name] = config["weights"]
+    wanted = [fingerprint(load(ModelSpec(device="cpu", lora=lora))) for lora in (None, "overview")]
+    assert [*made.values()] == wanted
 
 
 def test_other_weights_in_the_same_folder_are_noticed(manifest, tiny_model, tmp_path, monkeypatch, capsys):

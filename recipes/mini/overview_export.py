@@ -8,6 +8,7 @@ global edits to ranks of 26; and everyone else had four blocks more to pass thro
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparse_context.pipelines.overview_blocks import FIRST, NEW, grown, is_new
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.training.checkpoints import load_average
 from sparse_context.training.lora import extract_lora, save_lora
+from sparse_context.training.run_folder import read_record
 
 from .overview_sets import OverviewConfig
 
@@ -42,19 +44,19 @@ def save_blocks(student: Any, begun: Any, record: Mapping[str, Any], path: Path)
 
 def export_overview(folder: Path, name: str = "overview", path: Path = OVERVIEW) -> Path:
     """Write the average of the run `folder/name` as the embedded model's weights for overviews; returns the file. Its
-    record counts the steps of the runs before, too."""
+    record counts the steps of this run, which began at what the file held before."""
     begun = grown(load(ModelSpec(dtype="float32", device="cpu")).transformer)
     student = copy.deepcopy(begun)
-    steps, config = load_average(folder / name, student), OverviewConfig()
-    kinds = dict(config.mix)
+    steps, config = load_average(folder / name, student), asdict(OverviewConfig()) | read_record(folder / name)
+    kinds = dict(config["mix"])
     record = {
         "base": "the embedded model",
         "base_weights": adapter_record(ADAPTERS["plain"])["base_weights"],
-        "steps": steps + (adapter_record(path)["steps"] if path.is_file() else 0),
-        "keep": [config.keep[0], config.keep[1] + max(factor**-2 for factor in config.factors)],
-        "overview": {"factors": list(config.factors), "layout": "spread", "alone": kinds["alone"]},
+        "steps": steps,
+        "keep": [config["keep"][0], config["keep"][1] + max(factor**-2 for factor in config["factors"])],
+        "overview": {"factors": list(config["factors"]), "layout": "spread", "alone": kinds["alone"]},
         "plain": kinds["plain"],
-        "subsets": config.subsets,
+        "subsets": config["subsets"],
         "kv": False,
         "version": adapter_record(ADAPTERS["plain"])["version"],
     }

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from sparse_context.families import find_host
 from sparse_context.images import put_in_place
-from sparse_context.pipelines.embedded import ADAPTERS, WEIGHTS, adapter_record
+from sparse_context.pipelines.embedded import ADAPTERS, OVERVIEW, WEIGHTS, adapter_record
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
 from sparse_context.pipelines.settings import call_settings
@@ -255,6 +255,8 @@ def export_adapter(folder: Path, destination: Path = WEIGHTS, scale: float = 1.0
     with writing(result):
         save_lora(weights, partial, metadata)
         put_in_place(partial, result)
+    if not about["kv"]:  # which those for overviews lie on top of
+        destination.with_name(OVERVIEW.name).unlink(missing_ok=True)
     return result
 
 

@@ -68,7 +68,7 @@ class Work:
 
     def _kind(self, request: Request) -> tuple:
         kept = self.engine.select(request, self.score).kept if request.references else 0
-        return self.engine.spec, kept, request.height, request.width
+        return self.engine.spec, kept, request.config.names_overview, request.height, request.width
 
     def _answer(self, request: Request) -> Any:
         return lambda progress: self.engine(request, cancel=self._cancel, progress=progress, memory=True)

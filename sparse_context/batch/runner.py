@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 
 from ..cache import ReferenceCache
-from ..evaluation.evaluate import fingerprint
+from ..evaluation.evaluate import engine_fingerprint
 from ..pipelines.engine import Engine
 from ..pipelines.errors import Cancelled
 from ..pipelines.hub import one_line
@@ -19,7 +19,7 @@ class Runner:
 
     def __init__(self, spec: ModelSpec, folder: Folder, threads: int | None = None, weights: str | None = None) -> None:
         """Load the pipeline. threads: of a CPU to compute with; None: torch's own choice. weights: what those of the
-        model have to be told apart by (`evaluation.evaluate.fingerprint`); None: they may be any.
+        model have to be told apart by (`evaluation.evaluate.engine_fingerprint`); None: they may be any.
 
         Raises what `load` raises, and ValueError for other weights.
         """
@@ -30,7 +30,7 @@ class Runner:
         hide_loading_bars()
         self.folder = folder
         self.engine = Engine(spec, bar=False, cache=ReferenceCache())
-        self.weights = fingerprint(self.engine.pipe())
+        self.weights = engine_fingerprint(self.engine)
         if weights not in (None, self.weights):
             name = spec.model or "the embedded model"
             raise ValueError(

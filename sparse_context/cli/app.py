@@ -34,6 +34,8 @@ def app(
     from dataclasses import replace
 
     chosen = options.settings_of(context, settings)
+    if models and chosen.spec.lora == "overview":
+        raise ValueError("lora is 'overview', which the embedded model alone has: leave --lora or --model out.")
     if models and len(models) > 1 and chosen.spec.lora not in (None, "none"):
         raise ValueError(
             f"The LoRA {chosen.spec.lora} is for one model, and there are {len(models)}: name one --model."

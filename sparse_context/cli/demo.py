@@ -12,7 +12,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("demo"),
     keep: Annotated[
         str | None,
-        typer.Option(help="Ratio, count or auto.", show_default="a fifth of subjects, half of edits"),
+        typer.Option(help="Ratio, count or auto.", show_default="half of edits in place, a fifth of the rest"),
     ] = None,
 ) -> None:
     """Run the embedded model on unseen images: kept tokens, dense, sparse and KV outputs, and their times."""

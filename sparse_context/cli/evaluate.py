@@ -1,6 +1,7 @@
 """`sparse-context evaluate`: quality against the tokens that are kept."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -88,7 +89,7 @@ def evaluate(
     from ..evaluation.plots import check_installed, draw_all
     from ..evaluation.report import table
     from ..images import save_text
-    from ..pipelines.load import load
+    from ..pipelines.engine import Engine
     from ..pipelines.settings import check_references, most_references
     from ..pipelines.spec import ModelSpec
     from ..samples import read_samples, source_of
@@ -136,7 +137,8 @@ def evaluate(
     open_folder(output)
     for count in sorted({len(sample.references) for sample in samples}):
         check_references(model, count, inpaint=False)
-    pipe = load(spec)
+    engine = Engine(spec, bar=False)
+    pipe = engine.pipe()
     pipe.set_progress_bar_config(disable=True)
     about = {
         "data": data,
@@ -152,6 +154,12 @@ def evaluate(
         **({"quantization": quantization} if quantization else {}),
     }
     make = maker(pipe, steps=steps, guidance_scale=guidance_scale)
+    for name, cell in cells.items():
+        own = engine.pipe(cell.config) if cell.config.names_overview else pipe
+        if own is not pipe:  # the embedded model has weights of their own for overviews
+            own.set_progress_bar_config(disable=True)
+            by = maker(own, steps=steps, guidance_scale=guidance_scale)
+            cells[name] = replace(cell, make=by, about={**cell.about, "weights": fingerprint(own)})
     result = evaluate(make, samples, cells, metrics, output, seed=seed, about=about, keep_outputs=judge is not None)
     written = [output / "result.json", *draw_all(result, output, samples)]
     if chosen is not None:

@@ -84,11 +84,12 @@ def run_demo(output: Path, keep: float | int | str | None = None) -> list[dict]:
             config = replace(config, keep=[_share(task) for task in example["tasks"]] if keep is None else keep)
         return Request(example["prompt"], example["references"], config)
 
-    warm: set[tuple[int, bool]] = set()
+    warm = set()
     for example in examples:
         for way, engine in engines(example).items():
-            if (key := (id(engine), way == "dense")) not in warm:  # with all tokens it loads other weights
-                warm.add(key)
+            pipe = engine.pipe(request(way, example).config)
+            if id(pipe) not in warm:  # an engine has several, by what a request needs
+                warm.add(id(pipe))
                 engine.warm_up(request(way, example))
 
     sheets, report = [], []
@@ -142,7 +143,7 @@ def _draw(example: dict, results: dict, speedups: dict[str, float]) -> Image.Ima
     if "dropping" in results:
         without, with_overview = (psnr(results[way].image, example["truth"]) for way in ("dropping", "sparse"))
         columns[f"{results['dropping'].selection.kept} tokens, {without:.1f} dB"] = results["dropping"].image
-        said = f"{selection.kept} with an overview, {with_overview:.1f} dB"
+        said = f"{selection.kept} {'with an overview' if selection.overviews else 'tokens'}, {with_overview:.1f} dB"
     columns[said] = results["sparse"].image
     if "sparse kv" in results:
         columns[f"and KV, {speedups['sparse kv']:.1f}x as fast"] = results["sparse kv"].image

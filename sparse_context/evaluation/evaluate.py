@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from ..config import SparseContextConfig
 from ..images import check_output, open_picture, save_picture
+from ..pipelines.embedded import OVERVIEW
+from ..pipelines.engine import Engine
 from ..pipelines.errors import GenerationError
 from ..pipelines.hub import one_line
 from ..preview import draw_selection
@@ -55,6 +57,14 @@ def fingerprint(pipe: Any) -> str:
             values = weight.detach().flatten()
             digest.update(values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def engine_fingerprint(engine: Engine) -> str:
+    """`fingerprint` of all that an engine may answer with: the embedded model has weights of its own for overviews."""
+    found = fingerprint(engine.pipe())
+    if not engine.has_own_weights or not OVERVIEW.is_file():
+        return found
+    return hashlib.sha256(found.encode() + OVERVIEW.read_bytes()).hexdigest()[:16]
 
 
 def evaluate(

@@ -23,7 +23,7 @@ from ..pipelines.settings_file import Settings, write_settings
 from ..pipelines.spec import Request
 from ..result import write_result
 from ..samples import Sample
-from .evaluate import evaluate, fingerprint
+from .evaluate import engine_fingerprint, evaluate
 from .grid import DENSE, Cell, grid
 from .metrics import METRICS, find_metrics
 from .recommendation import Recommendation, Tried, Way, Won, draw_sheet
@@ -100,7 +100,8 @@ def _factors(engine: Engine) -> list[int]:
     """Overviews that a model is tried with: by what its weights were trained for, or else by 4."""
     from ..trained import trained_for
 
-    trained = trained_for(getattr(engine.pipe(), "transformer", None), engine.spec.kv)
+    pipe = engine.pipe(SparseContextConfig(overview="auto"))
+    trained = trained_for(getattr(pipe, "transformer", None), engine.spec.kv)
     return list(trained.factors) if trained is not None and trained.factors else [4]
 
 
@@ -135,7 +136,7 @@ class Search:
             "width",
             "guidance_scale",
         )
-        self.about = {"weights": fingerprint(engine.pipe()), **{key: given.get(key) for key in dials}}
+        self.about = {"weights": engine_fingerprint(engine), **{key: given.get(key) for key in dials}}
 
     def dense(self) -> float:
         """Make what all are compared with; seconds of a call."""

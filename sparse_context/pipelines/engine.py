@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,9 +20,9 @@ from ..preview import label, select_pictures, side_by_side
 from ..selection import Score, Selection, score_tokens
 from ..selectors.cells import Grid
 from ..sparsify import apply_sparse_context, last_selection
-from ..trained import read_record, trained_for
+from ..trained import Trained, read_record, trained_for
 from .arguments import call_of, guided, progress_bar
-from .embedded import ADAPTERS, adapter_record
+from .embedded import ADAPTERS, OVERVIEW, adapter_record
 from .errors import Cancelled, GenerationError
 from .hub import one_line
 from .load import load
@@ -87,7 +88,8 @@ class Engine:
         engine = Engine(ModelSpec("black-forest-labs/FLUX.2-klein-4B"))
         generation = engine(Request("the cat on the sofa", [cat, sofa], SparseContextConfig(keep=0.2)))
 
-    Any number of threads may call it; their requests are answered one after the other, each with its own config.
+    Any number of threads may call it; what one pipeline answers is answered one after the other, each request with its
+    own config.
     Engines around the same pipeline object share its lock. Whoever calls that pipeline directly meanwhile, or another
     one with the same scheduler, disturbs it.
 
@@ -130,16 +132,32 @@ class Engine:
         if self._wrapped is not None:
             return self._wrapped
         spec = self.spec
-        has_adapter = spec.model is None and spec.lora in (None, OVERVIEW_LORA) and not spec.kv
-        if has_adapter and config is not None and ADAPTERS["plain"].is_file():
-            if _keeps_all(config):
+        if self.has_own_weights and config is not None:
+            shows = OVERVIEW.is_file() and (spec.lora == OVERVIEW_LORA or config.names_overview)
+            if config.keeps_all() and config.keeps_all(_trained_for(OVERVIEW if shows else ADAPTERS["plain"])):
                 spec = replace(spec, lora=NO_LORA, lora_scale=1.0)
-            elif config.names_overview and spec.lora_scale == 1 and spec.quantization is None:
+            elif shows:
                 spec = replace(spec, lora=OVERVIEW_LORA)
         with self._loading:
             if spec not in self._pipes:
                 self._pipes[spec] = load(spec)
             return self._pipes[spec]
+
+    def load(self) -> None:
+        """Load all pipelines that requests may need: of the embedded model there are several. Raises what `load`
+        raises."""
+        self.pipe()
+        if self.has_own_weights:
+            self.pipe(SparseContextConfig(keep=1.0))
+            if OVERVIEW.is_file() and self.spec.lora_scale == 1 and self.spec.quantization is None:
+                self.pipe(SparseContextConfig(overview="auto"))
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether this is the embedded model, with whichever of its weights a request needs."""
+        spec = self.spec
+        is_own = self._wrapped is None and spec.model is None and spec.lora in (None, OVERVIEW_LORA) and not spec.kv
+        return is_own and ADAPTERS["plain"].is_file()
 
     def __call__(
         self,
@@ -335,9 +353,9 @@ def all_tokens(request: Request) -> Request:
     return replace(request, config=SparseContextConfig(keep=1.0, task=request.config.task))
 
 
-def _keeps_all(config: SparseContextConfig) -> bool:
-    """Whether the embedded model would keep all tokens of any references with its adapter."""
-    return config.keeps_all() and config.keeps_all(read_record(adapter_record(ADAPTERS["plain"])))
+def _trained_for(file: Path) -> Trained:
+    """What the embedded model's own weights in a file were trained for."""
+    return read_record(adapter_record(file))
 
 
 def _check_together(requests: Sequence[Request], family: Family, name: str) -> None:

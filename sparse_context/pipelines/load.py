@@ -95,19 +95,22 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
 
 def _check_overview(spec: ModelSpec) -> None:
     """Raise ValueError where the embedded model's weights for overviews do not go with the rest."""
-    said = f"lora is {OVERVIEW_LORA!r}"
     if spec.model is not None:
-        raise ValueError(f"{said}, which the embedded model alone has: leave it out, or name a LoRA of {spec.model}.")
+        raise ValueError(
+            f"lora is {OVERVIEW_LORA!r}, which the embedded model alone has: leave it out, or name one of {spec.model}."
+        )
+    said = "The embedded model's weights for overviews"
     if spec.kv:
-        raise ValueError(f"{said}, which was not trained for KV mode: leave one of the two out.")
+        raise ValueError(f"{said} were not trained for KV mode: leave kv out, or the overview.")
     if spec.lora_scale != 1:
-        raise ValueError(f"{said}, which has no scale, and lora_scale is {spec.lora_scale:g}: leave it out.")
+        raise ValueError(f"{said} have no scale, and lora_scale is {spec.lora_scale:g}: leave it out, or the overview.")
     if spec.quantization is not None:
         raise ValueError(
-            f"{said}, which no quantised weights take, and quantization is {spec.quantization!r}: leave one out."
+            f"{said} are not quantised, and quantization is {spec.quantization!r}: leave it out, or the overview."
         )
-    if not OVERVIEW.is_file():
-        raise ValueError(f"{ADAPTERS['overview']} is missing: install sparse-context again, or leave lora out.")
+    missing = [str(file) for file in (ADAPTERS["plain"], OVERVIEW) if not file.is_file()]
+    if missing:
+        raise ValueError(f"{said} are incomplete, {' and '.join(missing)} missing: install sparse-context again.")
 
 
 def _check_kv(path: str, class_name: str, kv: bool, lora: str | None) -> None:

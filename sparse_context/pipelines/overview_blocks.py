@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -50,15 +51,23 @@ def is_new(name: str) -> bool:
 def load_blocks(student: Any, path: Path) -> None:
     """Take what a file says of new blocks, and of those behind them, into `student`, which is `grown`.
 
-    The file has the new blocks' own weights, and the change of others as a LoRA without a scale.
+    The file has the new blocks' own weights, and the change of others as a LoRA without a scale. Raises ValueError for
+    one that cannot be read, or holds less or other than that.
     """
-    tensors, state = load_file(path), student.state_dict()
-    for name, tensor in tensors.items():
-        if ".lora_A." in name:
-            weight = state[name.removeprefix("transformer.").replace(".lora_A.weight", ".weight")]
-            weight += (tensors[name.replace(".lora_A.", ".lora_B.")].float() @ tensor.float()).to(weight)
-        elif ".lora_B." not in name:
-            state[name].copy_(tensor.to(state[name].dtype))
+    state = student.state_dict()
+    try:
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if ".lora_A." in name:
+                weight = state[name.removeprefix("transformer.").replace(".lora_A.weight", ".weight")]
+                weight += (tensors[name.replace(".lora_A.", ".lora_B.")].float() @ tensor.float()).to(weight)
+            elif ".lora_B." not in name:
+                state[name].copy_(tensor.to(state[name].dtype))
+        if missing := [name for name in state if is_new(name) and name not in tensors]:
+            raise KeyError(f"{missing[0]} is missing")
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read ({reason}): install sparse-context again.") from error
 
 
 def with_overviews(transformer: Any, path: Path) -> Any:

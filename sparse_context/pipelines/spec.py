@@ -25,7 +25,8 @@ class ModelSpec:
     device: a torch device; None takes an accelerator if there is one. cpu_offload: "model" or "group".
     lora: a safetensors file for this model, under any of the common names (lora.py), or "none". None is the same as
         "none", except that the embedded model then has its own adapter, for dropped tokens, folded into its weights.
-        "overview" are the embedded model's weights for overviews: that adapter, and four blocks more that read them.
+        "overview" are the embedded model's weights for overviews: that adapter, and four blocks more that read them. An
+        `Engine` takes them by itself for requests that name an overview.
     lora_scale: how much of the LoRA's change of the weights to take, 0 or more; 1 takes all of it. Another value than 1
         without a LoRA is refused when the model is loaded.
     kv: run a klein model as `Flux2KleinKVPipeline`, for a LoRA that was trained for it (`train --kv`). The embedded

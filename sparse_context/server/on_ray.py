@@ -19,7 +19,6 @@ from typing import Any
 
 from PIL import Image
 
-from ..config import SparseContextConfig
 from ..families import FAMILIES
 from ..images import save_text
 from ..pipelines.embedded import WEIGHTS
@@ -95,7 +94,7 @@ class Replica:
         self.failure: Exception | None = None
         try:
             self.engine.warm_up()
-            self.engine.pipe(SparseContextConfig(keep=1.0))
+            self.engine.load()
         except Exception as error:  # which Ray would try again, and wrap in its own words
             self.failure = _plain(error)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from PIL import Image
 
-from ..config import SparseContextConfig
 from ..families import family_of
 from ..pipelines.engine import WARM_UP_STEPS, Engine, Generation
 from ..pipelines.errors import Cancelled, GenerationError
@@ -162,7 +161,7 @@ class Worker:
 
     def _load(self) -> None:
         self.engine.warm_up()
-        self.engine.pipe(SparseContextConfig(keep=1.0))  # of the embedded model, which has another one for that
+        self.engine.load()
         self.batch = self._find_batch()
         self.ready = True
         log.info("ready, making at most %s a call", "1 picture" if self.batch == 1 else f"{self.batch} pictures")

@@ -23,6 +23,7 @@ from recipes.mini.overview_looks import (
     watched_copies,
 )
 from recipes.mini.overview_sets import OverviewConfig, TokenSet, composite, draw_set, reference_tokens
+from recipes.mini.run_folder import save_config
 from recipes.mini.scenes import make_scene
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
 from sparse_context.pipelines.load import load
@@ -220,13 +221,15 @@ def test_an_export_is_what_users_load_and_what_later_runs_begin_at(tmp_path, mon
 
     monkeypatch.setattr(overview_export, "load_average", load_average)
     monkeypatch.setattr("sparse_context.pipelines.load.OVERVIEW", path)
-    assert export_overview(tmp_path, "overview", path) == path and adapter_record(path)["steps"] == 3
-    export_overview(tmp_path, "overview", path)
+    config = OverviewConfig(keep=(0.1, 0.4), mix=(("plain", 0.5), ("alone", 0.3), ("sharp", 0.2)))
+    save_config(tmp_path / "overview", config)
+    assert export_overview(tmp_path, "overview", path) == path
     record = adapter_record(path)
-    assert record["steps"] == 6 and record["base_weights"] == adapter_record(ADAPTERS["plain"])["base_weights"]
+    assert (record["steps"], record["plain"], record["overview"]["alone"]) == (3, 0.5, 0.3)
+    assert record["base_weights"] == adapter_record(ADAPTERS["plain"])["base_weights"]
     assert trained_for(load(ModelSpec(device="cpu")).transformer).factors == ()
     loaded = load(ModelSpec(device="cpu", lora="overview")).transformer
-    assert trained_for(loaded) == Trained((4,), "spread", False, (0.03, 0.5625))
+    assert trained_for(loaded) == Trained((4,), "spread", False, (0.1, 0.4625))
     for name, tensor in student.state_dict().items():
         change = (loaded.state_dict()[name] - tensor).norm()
         if name == f"single_transformer_blocks.{FIRST + NEW}.attn.to_out.weight":  # bfloat16, and of rank 64 at most
@@ -275,7 +278,7 @@ def test_a_run_trains_the_new_blocks_and_those_behind_them_alone_and_goes_on(tmp
     with pytest.raises(ValueError, match="was begun with batch 4"):
         train_overview(tmp_path, OverviewConfig(steps=2, batch=16, subsets=1, warmup=1, reading=1))
     trained = load_file(tmp_path / "overview" / "step-0000002" / "weights.safetensors")
-    before = grown(load(ModelSpec(dtype="float32", device="cpu")).transformer).state_dict()  # with its LoRA
+    before = load(ModelSpec(device="cpu", lora="overview")).transformer.state_dict()  # where a run begins
     changed = {name.split(".")[1] for name, weight in trained.items() if not torch.equal(weight, before[name])}
     frozen = {str(number) for number in range(FIRST)}
-    assert changed & frozen == set() and {str(FIRST + NEW), str(FIRST + NEW + 3)} <= changed
+    assert changed & frozen == set() and {str(number) for number in range(FIRST, FIRST + NEW + 4)} <= changed
