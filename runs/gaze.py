@@ -93,7 +93,8 @@ def gaze_pictures() -> str:
     rows = []
     for task, keeps in read("gaze")["figures"]["pictures"].items():
         for keep, ways in keeps.items():
-            cells = [f"{ways['default']['psnr']:.1f}"]
+            dense = ways.get("all tokens")  # which a result of before has not
+            cells = ["" if dense is None else f"{dense['psnr']:.1f}", f"{ways['default']['psnr']:.1f}"]
             for way in DRAWN:
                 low, high = ways[way]["interval"]
                 cells.append(f"{ways[way]['won']:+.1f} ({low:+.1f} to {high:+.1f})")
@@ -101,7 +102,9 @@ def gaze_pictures() -> str:
             cells += ["" if look is None else f"{100 * look:.0f} %" for look in looks]
             rows.append([task, keep, *cells])
     looks = ["look, all tokens", "look, overview alone"]
-    return table(["task", "keep", "default rule, dB", *(WORDS.get(way, way) for way in DRAWN), *looks], rows)
+    return table(
+        ["task", "keep", "all tokens, dB", "default rule, dB", *(WORDS.get(way, way) for way in DRAWN), *looks], rows
+    )
 
 
 TABLES = {"gaze": gaze, "gaze-pictures": gaze_pictures}
@@ -307,7 +310,9 @@ def make_pictures(eyes: Eyes, assets: Assets, heads: Mapping[str, str], scenes: 
             seconds = eyes.seconds(scene, seed, seen)
             ways: dict[str, SelectorsLike] = {way: by_scores(look[heads[way]]) for way, look in looks.items()}
             ways |= {"default": None, "saliency": "saliency", "true mask": mask([*scene.reference_masks])}
+            dense, _ = pen(scene, seed, 1.0, None)
             for keep in (f"{keep:g}" for keep in KEEPS):
+                levels[keep].setdefault("all tokens", []).append(dense)
                 for way, selector in ways.items():
                     level, call = pen(scene, seed, float(keep), selector)
                     levels[keep].setdefault(way, []).append(level)

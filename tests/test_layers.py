@@ -338,6 +338,7 @@ def test_the_wheel_holds_the_package_and_its_weights_and_no_recipe(wheel):
     assert {f"sparse_context/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob("*.py")} <= files
     assert "sparse_context/selectors/saliency.safetensors" in files
     assert any(file.startswith("sparse_context/embedded/weights/") for file in files)
+    assert "sparse_context/embedded/overview.safetensors" in files
 
 
 def test_installing_the_base_layer_moves_nothing(wheel):
