@@ -163,6 +163,9 @@ class OverviewLoss:
             loss = torch.zeros((), device=noisy.device)
             if not reads:
                 weights = 1 + config.focus * encoded.batch.focus.to(noisy.device)
+                if tokens.factor:
+                    places = find_sources(encoded.batch.source, (rows, columns), tokens)
+                    weights = weights + config.sharp * (places.sharp >= 0).to(noisy.device)
                 error = (answer.velocity - wanted.velocity).square().mean(-1)
                 loss = (error * weights).sum() / weights.sum()
                 loss = loss + config.follow * follow_loss(answer.states[2:], wanted.states, weights)

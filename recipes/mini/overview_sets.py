@@ -35,7 +35,8 @@ class OverviewConfig:
     reading: the first steps, in which the new blocks learn to read overviews and nothing else is done.
     taught: heads that one step tells where to look. teach: weight of the loss of where they look. read: that of what
         new blocks add. follow: that of the blocks' distance to the teacher.
-    focus: an output token counts 1 + `focus` * what the scene's focus is there.
+    focus, sharp: an output token counts 1 + `focus` * what the scene's focus is there, and `sharp` more where its source
+        is a sharp token beside an overview.
     seed: of all that is drawn.
     """
 
@@ -48,7 +49,7 @@ class OverviewConfig:
     warmup: int = 100
     ema: float = 0.998
     factors: tuple[int, ...] = (4,)
-    mix: tuple[tuple[str, float], ...] = (("plain", 0.2), ("alone", 0.25), ("sharp", 0.55))
+    mix: tuple[tuple[str, float], ...] = (("plain", 0.15), ("alone", 0.2), ("sharp", 0.65))
     scenes: tuple[tuple[str, float], ...] = (
         ("edit_background", 0.3),
         ("edit_object", 0.2),
@@ -65,6 +66,7 @@ class OverviewConfig:
     read: float = 0.5
     follow: float = 0.5
     focus: float = 2.0
+    sharp: float = 2.0
     seed: int = 0
 
 
