@@ -35,8 +35,8 @@ class OverviewConfig:
     reading: the first steps, in which the new blocks learn to read overviews and nothing else is done.
     taught: heads that one step tells where to look. teach: weight of the loss of where they look. read: that of what
         new blocks add. follow: that of the blocks' distance to the teacher.
-    focus, sharp: an output token counts 1 + `focus` * what the scene's focus is there, and `sharp` more where its source
-        is a sharp token beside an overview.
+    focus, sharp: an output token counts 1 + `focus` * what the scene's focus is there, and `sharp` more where its
+        source is a sharp token beside an overview.
     seed: of all that is drawn.
     """
 
