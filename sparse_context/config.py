@@ -196,7 +196,7 @@ class SparseContextConfig:
     def keeps_all(self, trained: Trained | None = None) -> bool:
         """Whether all tokens of any references are kept: by a ratio of 1, or by "auto" where the task is "global" and
         there is no overview. trained: what the weights were trained for; None: for no overviews."""
-        none = (None,) if trained is not None and trained.factors else (None, "trained")
+        none = (None,) if trained is not None and trained.shows("global") else (None, "trained")
         lengths = len(spread_out(self.keep, 1)), len(spread_out(self.task, 1)), len(spread_out(self.overview, 1))
         count = max(lengths)
         keep, task = per_reference("keep", self.keep, count), per_reference("task", self.task, count)

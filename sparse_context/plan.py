@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .budget import Pool, check_budget, is_count, is_per_reference, keeps_all, pools
-from .config import SparseContextConfig, check_length, needs_overview, per_reference, task_defaults
+from .config import SparseContextConfig, check_length, meaning_of, needs_overview, per_reference, task_defaults
 from .overview import COARSEST, Overview, coarser, factor_for, overview_grid
 from .phrases import is_text, plan_phrases, say_of_phrase
 from .selectors.cells import Grid
@@ -78,7 +78,8 @@ def plan_selection(
     grids = [(int(rows), int(columns)) for rows, columns in grids]
     sizes = [rows * columns for rows, columns in grids]
     tasks = per_reference("task", config.task, count)
-    overviews, notes = _plan_overviews(config, grids, shown or [True] * count, trained or UNTRAINED)
+    meanings = [meaning_of(task, count) for task in tasks]
+    overviews, notes = _plan_overviews(config, grids, shown or [True] * count, trained or UNTRAINED, meanings)
     keep, ratios = config.keep, per_reference("keep", config.keep, count)
     all_of_it = [
         ratio == "auto" and task == "global" and overview is None
@@ -150,9 +151,9 @@ def _check_masks(selectors: SelectorsLike, count: int) -> None:
 
 
 def _plan_overviews(
-    config: SparseContextConfig, grids: Sequence[Grid], shown: Sequence[bool], trained: Trained
+    config: SparseContextConfig, grids: Sequence[Grid], shown: Sequence[bool], trained: Trained, tasks: Sequence[str]
 ) -> tuple[list[Overview | None], list[str]]:
-    """The overview of each reference, and what the report says of them."""
+    """The overview of each reference, and what the report says of them. tasks: none of them "auto"."""
     choices = per_reference("overview", config.overview, len(grids))
     sizes = [rows * columns for rows, columns in grids]
     factors: dict[int, int] = {}
@@ -165,6 +166,12 @@ def _plan_overviews(
         for i in pool.members:
             ratio = _ratio_of(config.keep, i, pool, size)
             candidates[i] = _candidates(choices[i], factor_for(ratio, grids[i]), trained)
+            if choices[i] == "trained" and trained.factors and not trained.shows(tasks[i]):
+                candidates[i] = []
+                known = " or ".join(trained.tasks)
+                notes.append(
+                    f"reference {i + 1} has no overview, because the weights learned them of task {known} alone"
+                )
             if candidates[i] and not shown[i] and choices[i] != "trained":
                 raise ValueError(
                     f"Reference {i + 1} was passed as latents, and an overview is made from pixels: pass the picture, "

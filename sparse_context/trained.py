@@ -18,22 +18,26 @@ from .overview import COARSEST, FINEST, LAYOUTS
 KEY = "sparse_context"
 FILE = f"{KEY}.json"
 
+MEANINGS = ("edit", "global", "subject")  # of a task; "auto" is one of these by the number of references
+
 ATTRIBUTE = "_sparse_context_trained"  # of a module whose weights these are
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What weights were trained for. Raises ValueError for a factor or a layout that is none.
+    """What weights were trained for. Raises ValueError for a factor, a layout or a task that is none.
 
     factors: of overviews, ascending; empty where they never saw one. layout: of these. kv: whether references go
-    through the model once a call. keep: least and greatest share of tokens that was kept, overviews included. The last
-    two are None where nobody says.
+    through the model once a call. keep: least and greatest share of tokens that was kept, overviews included. These two
+    are None where nobody says. tasks: of the references whose overviews were trained, "edit", "global" or "subject";
+    empty: of all.
     """
 
     factors: tuple[int, ...] = ()
     layout: str = "spread"
     kv: bool | None = None
     keep: tuple[float, float] | None = None
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not all(type(factor) is int and FINEST <= factor <= COARSEST for factor in self.factors):
@@ -43,7 +47,14 @@ class Trained:
             )
         if self.layout not in LAYOUTS:
             raise ValueError(f"The layout of overviews is {self.layout!r}: choose one of {', '.join(LAYOUTS)}.")
+        if not set(self.tasks) <= set(MEANINGS):
+            raise ValueError(f"The tasks of overviews are {[*self.tasks]!r}: choose of {', '.join(MEANINGS)}.")
         object.__setattr__(self, "factors", tuple(sorted(set(self.factors))))
+        object.__setattr__(self, "tasks", tuple(sorted(set(self.tasks))))
+
+    def shows(self, task: str) -> bool:
+        """Whether a reference with this task has an overview by default."""
+        return bool(self.factors) and (not self.tasks or task in self.tasks)
 
 
 def read_record(record: Mapping[str, Any]) -> Trained:
@@ -59,6 +70,7 @@ def read_record(record: Mapping[str, Any]) -> Trained:
             layout=overview.get("layout", "spread"),
             kv=record.get("kv"),
             keep=None if keep is None else (float(keep[0]), float(keep[1])),
+            tasks=tuple(overview.get("tasks", ())),
         )
     except (AttributeError, TypeError, IndexError, KeyError) as error:
         raise ValueError(f"The record {KEY!r} of these weights cannot be read ({error}): save them anew.") from error
@@ -66,7 +78,10 @@ def read_record(record: Mapping[str, Any]) -> Trained:
 
 def write_record(trained: Trained) -> dict[str, Any]:
     """The entries of a record that `read_record` reads."""
-    overview = {"factors": list(trained.factors), "layout": trained.layout} if trained.factors else None
+    overview: dict[str, Any] | None = None
+    if trained.factors:
+        overview = {"factors": list(trained.factors), "layout": trained.layout}
+        overview |= {"tasks": list(trained.tasks)} if trained.tasks else {}
     return {"overview": overview, "kv": trained.kv, "keep": None if trained.keep is None else list(trained.keep)}
 
 
@@ -104,8 +119,8 @@ def trained_for(model: Any, kv: bool = False) -> Trained | None:
 def combine(notes: Iterable[Trained], kv: bool = False) -> Trained | None:
     """What several weights that are in effect together were trained for; None where there are none.
 
-    Of several that know overviews, the factors that all of them know count, if their layouts are one. kv: the mode that
-    the model runs in; weights that were trained for the other one do not count.
+    Of several that know overviews, the factors and the tasks that all of them know count, if their layouts are one. kv:
+    the mode that the model runs in; weights that were trained for the other one do not count.
     """
     noted = {trained for trained in notes if trained.kv in (None, kv)}
     if not noted:
@@ -113,12 +128,17 @@ def combine(notes: Iterable[Trained], kv: bool = False) -> Trained | None:
     showing = [trained for trained in noted if trained.factors]
     layouts = {trained.layout for trained in showing}
     factors = set.intersection(*(set(trained.factors) for trained in showing)) if len(layouts) == 1 else set()
+    named = [set(trained.tasks) for trained in showing if trained.tasks]
+    tasks = set.intersection(*named) if named else set()
+    if named and not tasks:
+        factors = set()
     ranges = [trained.keep for trained in noted if trained.keep is not None]
     return Trained(
         factors=tuple(factors),
         layout=layouts.pop() if factors else "spread",
         kv=kv,
         keep=(max(least for least, _ in ranges), min(most for _, most in ranges)) if ranges else None,
+        tasks=tuple(tasks) if factors else (),
     )
 
 

@@ -128,6 +128,18 @@ def test_weights_have_overviews_that_they_were_trained_for(settings, expected):
     assert factors(grids, None, **settings) == factors(grids, Trained(), **settings) == [None, None]
 
 
+def test_weights_have_overviews_of_the_tasks_that_they_were_trained_for():
+    edits, grids = Trained((4,), tasks=("edit", "global")), [(16, 16), (16, 16)]
+    assert factors(grids, edits, keep=0.2) == [None, None]  # several references are subjects
+    assert factors(grids[:1], edits, keep=0.2) == [4]  # one is an edit
+    assert factors(grids, edits, keep=0.2, task=["subject", "edit"]) == [None, 4]
+    assert factors(grids, edits, keep=0.2, overview=4) == [4, 4]  # as the user says
+    plan = plan_selection(Config(keep=0.2, task="subject", selector="uniform"), grids[:1], None, edits)
+    assert plan.notes == ["reference 1 has no overview, because the weights learned them of task edit or global alone"]
+    assert Config(keep="auto", task="global").keeps_all(Trained((4,), tasks=("edit",)))
+    assert not Config(keep="auto", task="global").keeps_all(edits)
+
+
 def test_the_finest_is_the_last_resort_of_weights_that_know_no_coarser_one():
     assert factors([(16, 16)], Trained((2,)), keep=0.26) == [2]
     assert factors([(16, 16)], Trained((2,)), keep=0.2) == [None]

@@ -17,7 +17,17 @@ from sparse_context.pipelines import embedded
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.tokens import ReferenceTokens
-from sparse_context.trained import FILE, KEY, Trained, note_trained, read_folder, read_record, trained_for, write_record
+from sparse_context.trained import (
+    FILE,
+    KEY,
+    Trained,
+    combine,
+    note_trained,
+    read_folder,
+    read_record,
+    trained_for,
+    write_record,
+)
 
 # Several adapters in one model are the purpose
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
@@ -32,6 +42,7 @@ BY_4 = Trained((4,), "spread", False, (0.05, 0.5))
         Trained((2, 4), "reference", True, (0.03, 1.0)),
         Trained((), "spread", False, (0.05, 1.0)),
         Trained((8,), kv=None),
+        Trained((4,), tasks=("global", "edit")),
     ],
 )
 def test_a_record_is_read_as_it_was_written(trained):
@@ -50,6 +61,10 @@ def test_a_record_of_before_knows_no_overviews():
         ({"overview": {"factors": ["4"]}}, r"are by \['4'\]"),
         ({"overview": {"factors": [4], "layout": "over"}}, "layout of overviews is 'over': choose one of spread, ref"),
         ({"overview": {"factors": 4}}, "cannot be read .*: save them anew"),
+        (
+            {"overview": {"factors": [4], "tasks": ["auto"]}},
+            r"tasks of overviews are \['auto'\]: choose of edit, global",
+        ),
         ({"overview": 4}, "cannot be read"),
         ({"keep": [0.1]}, "cannot be read"),
         ({"keep": "much"}, "could not convert|cannot be read"),
@@ -58,6 +73,15 @@ def test_a_record_of_before_knows_no_overviews():
 def test_a_record_that_says_it_in_another_way_is_refused(record, says):
     with pytest.raises(ValueError, match=says):
         read_record(record)
+
+
+def test_of_several_weights_the_tasks_that_all_know_have_overviews():
+    edits, subjects, every = (Trained((4,), tasks=tasks) for tasks in (("edit", "global"), ("edit", "subject"), ()))
+    assert combine([edits, every]).tasks == ("edit", "global") and combine([edits, every]).factors == (4,)
+    assert combine([edits, subjects]).tasks == ("edit",)
+    assert combine([Trained((4,), tasks=("global",)), subjects]).factors == ()
+    assert [edits.shows(task) for task in ("edit", "global", "subject")] == [True, True, False]
+    assert every.shows("subject") and not Trained().shows("edit")
 
 
 def test_factors_are_in_order_and_named_once():

@@ -54,7 +54,12 @@ def export_overview(folder: Path, name: str = "overview", path: Path = OVERVIEW)
         "base_weights": adapter_record(ADAPTERS["plain"])["base_weights"],
         "steps": steps,
         "keep": [config["keep"][0], config["keep"][1] + max(factor**-2 for factor in config["factors"])],
-        "overview": {"factors": list(config["factors"]), "layout": "spread", "alone": kinds["alone"]},
+        "overview": {
+            "factors": list(config["factors"]),
+            "layout": "spread",
+            "tasks": ["edit", "global"],
+            "alone": kinds["alone"],
+        },
         "plain": kinds["plain"],
         "subsets": config["subsets"],
         "kv": False,
