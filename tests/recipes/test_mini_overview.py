@@ -229,7 +229,7 @@ def test_an_export_is_what_users_load_and_what_later_runs_begin_at(tmp_path, mon
     assert record["base_weights"] == adapter_record(ADAPTERS["plain"])["base_weights"]
     assert trained_for(load(ModelSpec(device="cpu")).transformer).factors == ()
     loaded = load(ModelSpec(device="cpu", lora="overview")).transformer
-    assert trained_for(loaded) == Trained((4,), "spread", False, (0.1, 0.4625))
+    assert trained_for(loaded) == Trained((4,), "spread", False, (0.1, 0.4625), ("edit", "global"))
     for name, tensor in student.state_dict().items():
         change = (loaded.state_dict()[name] - tensor).norm()
         if name == f"single_transformer_blocks.{FIRST + NEW}.attn.to_out.weight":  # bfloat16, and of rank 64 at most
