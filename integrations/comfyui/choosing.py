@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sparse_context import Selection, SparseContextConfig, mask, select_tokens
-from sparse_context.config import task_defaults
+from sparse_context.config import meaning_of, task_defaults
 from sparse_context.selectors.cells import Grid
 from sparse_context.selectors.registry import SelectorLike, beside_painted
 from sparse_context.texts import read_keep
@@ -125,7 +125,8 @@ def choose(
     """
     check(settings, references)
     budget = settings.budget()
-    if not references.pictures and budget != settings.keep and "auto" in budget and _has_overview(settings, trained):
+    measures = budget != settings.keep and "auto" in budget and _has_overview(settings, trained, len(grids))
+    if measures and not references.pictures:
         raise ValueError(
             "keep_each has auto, which measures an overview against images: connect them, or write numbers."
         )
@@ -135,7 +136,7 @@ def choose(
         task=settings.task,
         selector=[_selector(settings, references, i, len(grids), details, trained) for i in range(len(grids))],
         overview=settings.overview,
-        coverage=_coverage(settings, references, trained),
+        coverage=_coverage(settings, references, trained, len(grids)),
         seed=settings.seed,
         phrases=settings.each_phrase(),
         text_model=settings.text_model or None,
@@ -180,7 +181,7 @@ def _selector(
 ) -> SelectorLike | None:
     selector: SelectorLike | None = None if settings.selector == "auto" else settings.selector
     if not references.pictures:
-        if settings.selector == "auto" and settings.task == "global" and not _has_overview(settings, trained):
+        if settings.selector == "auto" and settings.task == "global" and not _has_overview(settings, trained, count):
             selector = "uniform"
         elif needs_details(settings, references):
             assert details is not None
@@ -190,23 +191,23 @@ def _selector(
     if selector is None:
         phrases = settings.each_phrase()
         meant = phrases[i] if isinstance(phrases, list) and i < len(phrases) else phrases
-        selector, _ = task_defaults(settings.task, count, _has_overview(settings, trained), meant is not None)
+        selector, _ = task_defaults(settings.task, count, _has_overview(settings, trained, count), meant is not None)
     return dict(beside_painted(mask([references.painted[i]]), selector))
 
 
-def _has_overview(settings: Settings, trained: Trained | None) -> bool:
+def _has_overview(settings: Settings, trained: Trained | None, count: int) -> bool:
     if settings.overview == "trained":
-        return trained is not None and bool(trained.factors)
+        return trained is not None and trained.shows(meaning_of(settings.task, count))
     return settings.overview is not None
 
 
-def _coverage(settings: Settings, references: References, trained: Trained | None) -> float | None:
+def _coverage(settings: Settings, references: References, trained: Trained | None, count: int) -> float | None:
     if settings.coverage is not None:
         return settings.coverage
     if references.painted:  # tokens that are spread evenly would lie where nothing is to be kept
         return 0.0
     if not references.pictures and settings.selector == "auto":
-        return 0.0 if settings.task == "global" or _has_overview(settings, trained) else SPREAD
+        return 0.0 if settings.task == "global" or _has_overview(settings, trained, count) else SPREAD
     return None
 
 
