@@ -41,6 +41,7 @@ RUNS = (
     "overview",
     "overview_held",
     "overview_lora",
+    "overview_speed",
     "peers",
     "phrase_models",
     "ray_kills",
