@@ -4,8 +4,8 @@
     python runs/training_curves.py RUN_FOLDER... --output FILE.webp     # of other runs
 
 A run's folder holds `log.jsonl`, with a record every so many steps (`training/loop.py`). It may hold `gates.jsonl`,
-with a record {"step": ..., "psnr": {gate: {group: dB}}} of each time that it was measured. What was measured once, such
-as the model before training, is a dashed line. A table says where each run is. Runs may go on meanwhile.
+with a record {"step": ..., "psnr": {gate: {group: dB}}} of each time that it was measured. What was measured once and no
+more, such as the model before training, is a dashed line. A table says where each run is. Runs may go on meanwhile.
 """
 
 import argparse
@@ -27,6 +27,7 @@ PICTURE = RESULTS.parent / "docs" / "images" / "training-curves.webp"
 COLUMNS = 3  # of panels
 SMOOTHED = 10  # records, over which the loss is averaged
 LINES = ("-", "--", ":", "-.")  # by run, in panels that show several
+MARKERS = ("o", "s", "^", "D")  # the same
 
 Curve = list[tuple[int, float]]
 """Steps, and what was measured there."""
@@ -95,11 +96,12 @@ def draw(runs: Sequence[Course]) -> Image.Image:
         for number, run in enumerate(runs):
             for gate, curve in run.gates.get(group, {}).items():
                 colour = f"C{gates.index(gate)}"
-                if len(curve) == 1:
+                last_gate = max(each[-1][0] for each in run.gates[group].values())
+                if len(curve) == 1 and curve[0][0] < last_gate:
                     line = axis.axhline(curve[0][1], color=colour, linestyle="--", linewidth=1)
                 else:
-                    style = f"o{LINES[number % len(LINES)]}"
-                    (line,) = axis.plot(*zip(*curve, strict=True), style, color=colour, markersize=3, linewidth=1.5)
+                    style = MARKERS[number % len(MARKERS)] + LINES[number % len(LINES)]
+                    (line,) = axis.plot(*zip(*curve, strict=True), style, color=colour, markersize=4, linewidth=1.5)
                 drawn.setdefault(gate, line)
         axis.set_title(f"{group}, dB", fontsize=10)
     last = max(run.log[-1]["step"] for run in runs)
