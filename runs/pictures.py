@@ -2,7 +2,8 @@
 
     sparse-context demo --output demo
     python runs/pictures.py [--demo demo/demo.png] [--coverage checkpoints/coverage.webp] \\
-        [--recommend recommendation/sheet.png] [--batch out] [--server http://127.0.0.1:8000]
+        [--overview checkpoints/overview] [--batch out] [--server http://127.0.0.1:8000] \\
+        [--recommend recommendation/sheet.png]
 
 A picture whose file is not named is left as it is. Each is WebP of at most 150 KB, since every version of it stays in
 the history. The charts need `pip install 'sparse-context[plots]'`.
@@ -249,6 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The pictures of the documents.")
     parser.add_argument("--demo", type=Path, help="the sheet of all scenes that the demo writes")
     parser.add_argument("--coverage", type=Path, help="coverage.webp of runs/coverage.py")
+    parser.add_argument("--overview", type=Path, help="folder of the --pictures of runs/overview.py")
     parser.add_argument("--recommend", type=Path, help="sheet.png of the command recommend")
     parser.add_argument("--batch", type=Path, help="output folder of the command batch")
     parser.add_argument("--server", help="address of `serve` with the embedded model")
@@ -265,6 +267,11 @@ def main() -> None:
         save(scaled(stacked(rows), 1000), "failures")
     if arguments.coverage:
         save(Image.open(arguments.coverage), "coverage")
+    if arguments.overview:
+        parts = [Image.open(arguments.overview / f"{name}.webp") for name in ("curves-psnr", "edits", "global-edits")]
+        width = min(part.width for part in parts)
+        parts = [part.resize((width, round(part.height * width / part.width))) for part in parts]
+        save(column(parts, gap=12), "overview")
     if arguments.recommend:
         save(Image.open(arguments.recommend), "recommend")
     if arguments.batch:
