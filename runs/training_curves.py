@@ -4,8 +4,8 @@
     python runs/training_curves.py RUN_FOLDER... --output FILE.webp     # of other runs
 
 A run's folder holds `log.jsonl`, with a record every so many steps (`training/loop.py`). It may hold `gates.jsonl`,
-with a record {"step": ..., "psnr": {gate: {group: dB}}} of each time that it was measured. What was measured once and no
-more, such as the model before training, is a dashed line. A table says where each run is. Runs may go on meanwhile.
+with a record {"step": ..., "psnr": {gate: {group: dB}}} of each time that it was measured. What was measured once and
+no more, such as the model before training, is a dashed line. A table says where each run is. Runs may go on meanwhile.
 """
 
 import argparse
