@@ -44,7 +44,9 @@ def task_defaults(
       it is the first reference's.)
 
     Beside an overview, edits of either kind take sharp tokens where the overview is wrong ("residual"), and none that
-    are spread, for no region is blind then. A subject takes the same as without.
+    are spread, for no region is blind then. An edit that keeps the layout gives "subject" the other half: whatever it
+    spares is looked at closest there (chosen on the embedded model's scenes, docs/benchmarks/notebook.md). A subject
+    takes the same as without.
 
     A phrase takes the place of saliency for a subject. The source of an edit keeps what is outside of it: at half of
     the weight, all of that goes before all that is inside, and the rule without a phrase decides among equals. Inside,
@@ -54,7 +56,9 @@ def task_defaults(
     if meaning == "subject":
         return "text" if phrase else "subject", 0.0
     if overview:
-        return {"text": 0.5, "residual": 0.5} if phrase and meaning == "edit" else "residual", 0.0
+        if meaning == "global":
+            return "residual", 0.0
+        return {"text" if phrase else "subject": 0.5, "residual": 0.5}, 0.0
     if meaning == "global":
         return "uniform", 0.0
     if phrase:
