@@ -58,7 +58,7 @@ def task_defaults(
     if overview:
         if meaning == "global":
             return "residual", 0.0
-        return {"text" if phrase else "subject": 0.5, "residual": 0.5}, 0.0
+        return {"text": 0.5, "residual": 0.5} if phrase else {"residual": 0.5, "subject": 0.5}, 0.0
     if meaning == "global":
         return "uniform", 0.0
     if phrase:

@@ -299,7 +299,10 @@ def test_each_reference_has_its_own_keep_and_selector(generate):
         "--keep 0.5 --overview 2": {"kept": [32, 32], "overview": [overview_by(2, "reference")] * 2},
         "--overview none --overview 4 --overview-layout spread": {"overview": [None, overview_by(4, "spread")]},
         "--overview trained": {"overview": [None, None]},
-        "--task edit --overview auto": {"selector": ["residual"] * 2, "overview": [overview_by(4, "reference")] * 2},
+        "--task edit --overview auto": {
+            "selector": ["0.5 residual + 0.5 subject"] * 2,
+            "overview": [overview_by(4, "reference")] * 2,
+        },
         "--task subject --coverage 0": {"coverage": [0.0, 0.0], "selector": ["subject"] * 2},
         "--selector saliency=3,edges=1": {"coverage": [0.0, 0.0], "selector": ["0.75 saliency + 0.25 edges"] * 2},
     }.items(),
