@@ -74,7 +74,7 @@ def curves(name: str) -> str:
     rows = []
     for group, of in SCORES.items():
         settings = result["figures"]["groups"].get(group, {})
-        for keep in (f"{keep:g}" for keep in result["config"]["keeps"]):
+        for keep in (f"{keep:g}" for keep in result["config"]["keeps"]) if settings else ():
             alone = next((cell for cell in settings if cell.endswith(f"alone {keep}")), "")
             named = (f"{way} {keep}" for way in (*without, SAME_WEIGHTS))  # the latter where they are others
             cells = [*named, alone, f"{CHOSEN} {keep}", f"{DEFAULT} {keep}"]
@@ -87,7 +87,7 @@ def chosen_over(name: str) -> str:
     figures = read(name)["figures"]
     rows = []
     for group, of in SCORES.items():
-        for keep, won in figures["chosen_over"].items():
+        for keep, won in figures["chosen_over"].items() if group in figures["groups"] else ():
             cells = [difference(score_of(won.get(way, {}).get(group, {}), CHOSEN, of)) for way in WITHOUT]
             rows.append([group, keep, figures["chosen"].get(group, {}).get(keep, ""), *cells])
     return table(["task", "keep", "chosen", *(f"over {way}" for way in WITHOUT)], rows)
