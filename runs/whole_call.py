@@ -85,7 +85,7 @@ def call_at(folder: Path, keep: float, calls: int) -> dict[str, float]:
     """Seconds by phase, by the code in `folder`."""
     environment = os.environ | {"PYTHONPATH": str(folder)}
     command = [sys.executable, "-c", CALL, str(keep), str(calls)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"whole_call: the code in {folder} fails.\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -125,7 +125,9 @@ def main() -> None:
         for commit, name in COMMITS.items():
             folders[name] = Path(place) / commit
             subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, folders[name]], check=True)
-            hash_of = subprocess.run(["git", "rev-parse", commit], cwd=ROOT, check=True, capture_output=True, text=True)
+            hash_of = subprocess.run(
+                ["git", "rev-parse", commit], cwd=ROOT, check=True, capture_output=True, encoding="utf-8"
+            )
             subprocess.run(["git", "checkout", "--quiet", hash_of.stdout.strip()], cwd=folders[name], check=True)
         for turn in tqdm(range(arguments.turns), desc="turns"):
             order = list(folders) if turn % 2 else list(reversed(folders))
