@@ -146,7 +146,8 @@ def _draw(example: dict, results: dict, speedups: dict[str, float]) -> Image.Ima
         said = f"{selection.kept} {'with an overview' if selection.overviews else 'tokens'}, {with_overview:.1f} dB"
     columns[said] = results["sparse"].image
     if "sparse kv" in results:
-        columns[f"and KV, {speedups['sparse kv']:.1f}x as fast"] = results["sparse kv"].image
+        also = "and KV" if results["sparse kv"].selection.kept == selection.kept else "all tokens and KV"
+        columns[f"{also}, {speedups['sparse kv']:.1f}x as fast"] = results["sparse kv"].image
     pictures = [
         label(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), text) for text, picture in columns.items()
     ]
