@@ -390,7 +390,7 @@ def score_references(
     count = min(len(plan.grids), max(1, (os.cpu_count() or 1) // 2))
     asked = [selector for selector in plan.selectors if selector is not None]
     references = range(len(plan.grids))
-    if count > 1 and len(asked) > 1 and all(name_of(selector) is not None for selector in asked):
+    if len(asked) > 1 and all(name_of(selector) is not None for selector in asked):
         with ThreadPoolExecutor(count) as pool:
             made = list(pool.map(score_reference, references))
     else:

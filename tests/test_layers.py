@@ -272,7 +272,7 @@ from sparse_context import SparseContextConfig, select_tokens
 image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
 for selector in ("edges", "contrast", "uniform"):
     print(select_tokens([image], [(8, 8)], SparseContextConfig(keep=0.25, selector=selector)).kept)
-print(len(select_tokens([image], [(8, 8)], SparseContextConfig(keep=0.25, overview=4)).index))
+print(len(select_tokens([image], [(8, 8)], SparseContextConfig(keep=0.25, overview=4, task="global")).index))
 try:
     select_tokens([image], [(8, 8)], SparseContextConfig(keep=0.25))
 except ImportError as error:

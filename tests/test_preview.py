@@ -207,7 +207,7 @@ def test_the_label_counts_both_parts():
     config = SparseContextConfig(keep=0.3, overview=4)
     (shown,) = select_tokens([np.asarray(picture(384, 256))], [(8, 12)], config).references
     sheet = draw_selection(Selection((shown,), "auto", (0.0,), 0.0), height=256)
-    expected = label(draw_kept(shown.picture, shown), "29 of 96 tokens, overview by 4, residual")
+    expected = label(draw_kept(shown.picture, shown), "29 of 96 tokens, overview by 4, 0.5 residual + 0.5 subject")
     assert np.array_equal(sheet, expected)
 
 
