@@ -13,9 +13,9 @@ from .budget import Value, check_budget, spread_out
 from .overview import COARSEST, FINEST, LAYOUTS
 from .selectors.registry import SelectorLike, SelectorsLike, each_selector, reads_phrases, resolve
 from .selectors.text import check_phrases
-from .trained import Trained
+from .trained import MEANINGS, Trained
 
-TASKS = ("auto", "edit", "global", "subject")
+TASKS = ("auto", *MEANINGS)
 
 
 def meaning_of(task: str, references: int) -> str:

@@ -1,8 +1,8 @@
 """What is kept of a run of overviews: the embedded model's file for them, which later runs begin at, too.
 
 It holds the new blocks as eight-bit floats, and what changed in the blocks behind them as a LoRA of the package's own
-weights: a seventh of a checkpoint. As a part of the base and its LoRA, within the size of these, it lost 1.4 dB of
-global edits to ranks of 26; and everyone else had four blocks more to pass through.
+weights: a seventh of a checkpoint. It is no part of the base and its LoRA, for within the size of these, ranks would be
+too small to hold it, and everyone else would have four blocks more to pass through.
 """
 
 import copy
