@@ -183,6 +183,8 @@ def test_weights_for_overviews_that_are_missing_or_broken_are_an_error_in_a_sent
     broken.write_bytes(b"half")
     with pytest.raises(ValueError, match=r"overview.safetensors cannot be read \("):
         load(ModelSpec(device="cpu", lora="overview"))
+    with pytest.raises(ValueError, match=r"overview.safetensors cannot be read \(.*\): save or fetch it anew"):
+        Engine(ModelSpec(device="cpu")).pipe(SparseContextConfig(keep=1.0, overview=4))  # asks what it was trained for
 
 
 def test_an_engine_takes_the_weights_that_a_request_needs():

@@ -835,6 +835,11 @@ def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_mac
     assert "| learning rate | 0.0001, of Muon 0.0007, constant |" in own
     assert "height=128, width=128, num_inference_steps=8, max_sequence_length=32, text_encoder_out_layers=[2]" in own
     assert "KV mode" in own and f"`{tmp_path.name}`" in own and str(tmp_path.parent) not in own
+    assert "| steps | 3 |\n" in own
+    several = {"gradient_accumulation_steps": 2, "processes": 4}
+    assert "| steps | 3, 2 batches a step on each of 4 processes |" in model_card(
+        {**record, **several, "base": EMBEDDED}, pipe, pipe.transformer
+    )
     local = model_card({**record, "base": str(tmp_path)}, pipe, pipe.transformer)
     assert f'from_pretrained("path/to/{tmp_path.name}", ' in local and str(tmp_path.parent) not in local
     hub = model_card({**record, "base": "owner/name"}, pipe, pipe.transformer)

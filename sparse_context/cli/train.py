@@ -146,11 +146,10 @@ def _check(settings: "Settings", output_dir: Path, most: int | None) -> int:
         source = run.source if run.validation_split is None else {**run.source, "split": run.validation_split}
         duplicates = find_duplicates(samples, read_samples(run.validation_data, most_references=most, **source))
         print("\n".join(duplicates) if duplicates else f"{run.validation_data}: no image is in the data too.")
+    token = 8 if settings.model is None else 16  # of the embedded model, and of all others
+    drawn = draw_sheet(samples, settings.config.dropping, token=token, seed=settings.config.seed, **run.sides)
     output_dir.mkdir(parents=True, exist_ok=True)
     sheet = output_dir / "check-data.png"
-    token = 8 if settings.model is None else 16  # of the embedded model, and of all others
-    save_picture(
-        draw_sheet(samples, settings.config.dropping, token=token, seed=settings.config.seed, **run.sides), sheet
-    )
+    save_picture(drawn, sheet)
     print(f"wrote {sheet}")
     return 2 if run.validation_data is not None and duplicates else 0

@@ -23,12 +23,16 @@ def adapter_record(path: Path) -> dict:
     mode. `trained.read_record` has of it what decides defaults.
 
     Of the embedded model's own also `scale`, the share of what was learned that it takes. Empty for a file that says
-    nothing of the kind, as those of others do.
+    nothing of the kind, as those of others do. Raises ValueError for a file that cannot be read.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(KEY, "{}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY, "{}")
+    except (OSError, SafetensorError) as error:
+        again = "install sparse-context again" if path.is_relative_to(WEIGHTS.parent) else "save or fetch it anew"
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): {again}.") from error
     try:
         record = json.loads(text)
     except ValueError:

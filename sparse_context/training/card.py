@@ -90,9 +90,7 @@ def _settings(record: Mapping[str, Any]) -> dict[str, str]:
     muon, quantization = record["muon_learning_rate"], record.get("quantization")
     numbers = {name: f"{record[name]:g}" for name in ("learning_rate", "distillation", "preservation", "unseen")}
     return numbers | {
-        "steps": str(record["steps"]),
-        "batches": str(record["gradient_accumulation_steps"]),
-        "processes": str(record["processes"]),
+        "steps": _steps(record),
         "data": Path(data).name if Path(data).exists() else data,
         "keep_min": f"{dropping['keep_min']:g}",
         "keep_max": f"{dropping['keep_max']:g}",
@@ -110,6 +108,14 @@ def _settings(record: Mapping[str, Any]) -> dict[str, str]:
         "kv": "\n| KV mode | yes: for pipelines that cache the references |" if record["kv"] else "",
         "version": record["version"],
     }
+
+
+def _steps(record: Mapping[str, Any]) -> str:
+    """The row of the table: what one step was, too, where that was more than a batch of one process."""
+    batches, processes = record["gradient_accumulation_steps"], record["processes"]
+    each = "one batch" if batches == 1 else f"{batches} batches"
+    on = "" if processes == 1 else f" on each of {processes} processes"
+    return f"{record['steps']}" + (f", {each} a step{on}" if batches > 1 or processes > 1 else "")
 
 
 def _overviews(dropping: Mapping[str, Any]) -> str:
