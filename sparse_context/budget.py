@@ -140,6 +140,7 @@ def choose_tokens(
         total = _count(cast("float", keep), size)
         reference = np.repeat(np.arange(len(scores)), [part.size for part in scores])
         order = _floor_first(rank_tokens(scores, coverage), reference, floor, spent)
+        order = _within(order, reference, usual - spent)
     else:
         budgets = own_budgets(keep, usual, floor, auto)
         total = int(budgets.sum())
@@ -149,9 +150,10 @@ def choose_tokens(
 
     total = _round_to_multiple(total, multiple_of, size)
     if floor and total - spent.sum() < np.count_nonzero(spent == 0):
+        taken = f", of which overviews take {spent.sum()}" if spent.any() else ""
         raise ValueError(
-            f"keep is {keep!r}, which makes {total} tokens for {len(usual)} references: keep one each or more, "
-            "or let references end up empty with floor=0."
+            f"keep is {keep!r}, which makes {total} tokens for {len(usual)} references{taken}: keep more, so that each "
+            "has one, or let references end up empty with floor=0."
         )
     if total < spent.sum():
         raise ValueError(
@@ -239,6 +241,16 @@ def _rank_by_progress(
     ]
     reference = np.repeat(np.arange(len(turns)), [len(turn) for turn in turns])
     return _floor_first(np.argsort(np.concatenate(progress), kind="stable"), reference, floor, spent)
+
+
+def _within(order: np.ndarray, reference: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """An order of all tokens in which those that a reference has no room for come last."""
+    own = reference[order]
+    place = np.empty_like(order)
+    for i in range(len(room)):
+        place[own == i] = np.arange(np.count_nonzero(own == i))
+    beyond = place >= room[own]
+    return np.concatenate([order[~beyond], order[beyond]])
 
 
 def is_per_reference(value: Value | Sequence[Value]) -> TypeGuard[Sequence[Value]]:

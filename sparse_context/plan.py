@@ -186,11 +186,26 @@ def _plan_overviews(
         by = " or ".join(map(str, trained.factors))
         notes.append(f"the weights were trained for overviews by {by}, laid out as {trained.layout!r}")
     layout = config.overview_layout or (trained.layout if trained.factors else "reference")
+    if factors and trained.factors:
+        notes += _unlearnt(factors, layout, trained)
     overviews = [
         Overview(factors[i], layout, overview_grid(grid, factors[i])) if i in factors else None
         for i, grid in enumerate(grids)
     ]
     return overviews, notes
+
+
+def _unlearnt(factors: Mapping[int, int], layout: str, trained: Trained) -> list[str]:
+    """What the report says of overviews that the weights did not learn so, though they learned others."""
+    by = " or ".join(map(str, trained.factors))
+    notes = [
+        f"the overview of reference {i + 1} is by {factor}, and the weights learned overviews by {by}"
+        for i, factor in sorted(factors.items())
+        if factor not in trained.factors
+    ]
+    if layout != trained.layout:
+        notes.append(f"overviews are laid out as {layout!r}, and the weights learned {trained.layout!r}")
+    return notes
 
 
 def _ratio_of(keep: float | str | Sequence[float | str], i: int, pool: Pool, size: int) -> float:
@@ -202,12 +217,15 @@ def _ratio_of(keep: float | str | Sequence[float | str], i: int, pool: Pool, siz
 
 
 def _candidates(choice: str | int | None, suitable: int, trained: Trained) -> list[int]:
-    """The factors that a setting allows, the first choice first, then coarser ones. suitable: what "auto" takes."""
+    """The factors that a setting allows, the first choice first, then coarser ones. suitable: what "auto" takes, of
+    what the weights were trained for."""
     if choice is None:
         return []
+    factors = [factor for factor in trained.factors if factor >= suitable] or [*trained.factors[-1:]]
     if choice == "trained":
-        return [factor for factor in trained.factors if factor >= suitable] or [*trained.factors[-1:]]
-    factors = [suitable if choice == "auto" else int(choice)]
+        return factors
+    if choice != "auto" or not factors:
+        factors = [suitable if choice == "auto" else int(choice)]
     while (above := coarser(factors[-1])) is not None:
         factors.append(above)
     return factors

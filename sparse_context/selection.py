@@ -6,6 +6,7 @@ This is the whole idea in one call, without a host: `select_tokens(images, grids
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import time
@@ -422,3 +423,10 @@ def selection_version() -> str:
     rules = [(task, count, task_defaults(task, count)) for task in TASKS for count in (1, 2)]
     weights = WEIGHTS.read_bytes() if WEIGHTS.is_file() else b""
     return hashlib.sha256(repr(rules).encode() + weights).hexdigest()[:12]
+
+
+def version_beside() -> str:
+    """What the tasks choose by beside an overview or a phrase: a digest of those rules."""
+    ways = itertools.product(TASKS, (1, 2), (False, True), (False, True))
+    rules = [(*way, task_defaults(*way)) for way in ways]
+    return hashlib.sha256(repr(rules).encode()).hexdigest()[:12]

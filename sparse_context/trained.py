@@ -102,7 +102,7 @@ def note_trained(model: Any, trained: Trained, adapter: str | None = None) -> No
 
     The note is on the very weights that it is about: it goes where they go, and is gone when they are unloaded.
     """
-    holders = [model] if adapter is None else [layer.lora_A[adapter] for layer in _layers_with(model, adapter)]
+    holders = [_plain(model)] if adapter is None else [layer.lora_A[adapter] for layer in _layers_with(model, adapter)]
     for holder in holders:
         vars(holder)[ATTRIBUTE] = trained
 
@@ -145,12 +145,18 @@ def combine(notes: Iterable[Trained], kv: bool = False) -> Trained | None:
 def _notes(model: Any) -> Iterator[Trained]:
     if model is None:
         return
-    yield from [vars(model)[ATTRIBUTE]] if ATTRIBUTE in vars(model) else []
+    own = vars(_plain(model))
+    yield from [own[ATTRIBUTE]] if ATTRIBUTE in own else []
     for layer in _layers_with(model):
         active = () if layer.disable_adapters else layer.active_adapters
         for name in {*active, *layer.merged_adapters} & layer.lora_A.keys():
             if ATTRIBUTE in vars(layer.lora_A[name]) and layer.scaling[name] != 0:
                 yield vars(layer.lora_A[name])[ATTRIBUTE]
+
+
+def _plain(model: Any) -> Any:
+    """The model itself where `torch.compile` has put a module of its own around it."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _layers_with(model: Any, adapter: str | None = None) -> Iterator[Any]:

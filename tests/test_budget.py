@@ -337,6 +337,11 @@ def test_a_budget_below_one_token_each_is_refused():
         assert sum(counts(choose_tokens(scores, 2, share=share, floor=0))) == 2
 
 
+def test_a_budget_that_overviews_take_whole_says_so():
+    with pytest.raises(ValueError, match="makes 16 tokens for 2 references, of which overviews take 16: keep more"):
+        choose_tokens([np.zeros((64, 64))] * 2, 16, share="joint", reserved=[16, 0])
+
+
 def test_scores_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"scores of reference 2 have shape \(4,\)"):
         choose_tokens([np.zeros((4, 4)), np.zeros(4)], 0.5)

@@ -97,6 +97,14 @@ def test_all_tokens_of_the_embedded_model_are_answered_without_its_adapter(monke
         assert Engine(spec).pipe(SparseContextConfig(keep=1.0)) == spec
 
 
+def test_a_layout_that_the_weights_for_overviews_do_not_know_is_answered_without_them(monkeypatch):
+    monkeypatch.setattr("sparse_context.pipelines.engine.load", lambda spec: spec)
+    embedded = Engine(ModelSpec())
+    named = SparseContextConfig(overview=4)
+    assert embedded.pipe(named) == embedded.pipe(replace(named, overview_layout="spread")) == ModelSpec(lora="overview")
+    assert embedded.pipe(replace(named, overview_layout="reference")) == ModelSpec()
+
+
 def test_an_engine_is_of_a_spec_or_of_a_pipeline(engine, spec):
     with pytest.raises(TypeError, match="a ModelSpec or a pipeline, not both"):
         Engine(spec, pipe=engine.pipe())

@@ -1,6 +1,8 @@
 """References in a larger size than their hosts make of them, at the same budget: sharp tokens of the larger picture."""
 
+import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -29,7 +31,7 @@ from sparse_context import (
 from sparse_context.budget import choose_tokens
 from sparse_context.families.pictures import to_uint8
 from sparse_context.large import large_grid, large_ids, large_tokens, tiles
-from sparse_context.pipelines import Request
+from sparse_context.pipelines import Engine, Request
 from sparse_context.pipelines.arguments import call_of
 from sparse_context.preview import draw_selection
 
@@ -369,6 +371,21 @@ def test_the_engine_leaves_it_to_the_pipeline_to_scale(pixels):
     assert image.width * image.height == pytest.approx(pixels or MEGAPIXEL, rel=1e-2)
 
 
+def test_an_engine_looks_at_larger_pictures_in_their_usual_size_and_previews_them(tmp_path):
+    host, drawn = Host("klein"), []
+    host.pipe.register_to_config(_name_or_path=str(tmp_path))
+    (tmp_path / "call.json").write_text(json.dumps({"max_sequence_length": 12, "text_encoder_out_layers": [1, 2]}))
+    engine = Engine(pipe=host.pipe, bar=False)
+    request = Request("a cat", [host.picture(1.6)], SparseContextConfig(overview=4, reference_max_pixels=4 * MEGAPIXEL))
+    made = engine(replace(request, steps=2), preview=lambda step, steps, draw: drawn.extend(draw()))
+    chosen = engine.select(request)
+    assert made.selection.references[0].grid == (25, 25)
+    assert (chosen.kept, chosen.total) == (made.selection.kept, made.selection.total) == (51, 256)
+    assert [each.size for each in drawn] == [made.image.size] * 2 == [(1024, 1024)] * 2
+    usual = replace(request, config=replace(request.config, reference_max_pixels=None))
+    assert engine.predict(request) == engine.predict(usual)
+
+
 @given(references(), shares, st.data())
 def test_as_many_tokens_are_kept_of_larger_pictures(scores, share, data):
     """And none beyond those that the usual ones have, whatever their budget is."""
@@ -386,6 +403,7 @@ def test_as_many_tokens_are_kept_of_larger_pictures(scores, share, data):
     assert sum(map(len, chosen)) == sum(map(len, usual))
     if share == "equal":
         assert [*map(len, chosen)] == [*map(len, usual)]
+    assert all(len(index) <= size - taken for index, size, taken in zip(chosen, sizes, spent, strict=True))
     assert all(len(index) == 0 or index[-1] < part.size for index, part in zip(chosen, larger, strict=True))
 
 

@@ -145,6 +145,24 @@ def test_the_finest_is_the_last_resort_of_weights_that_know_no_coarser_one():
     assert factors([(16, 16)], Trained((2,)), keep=0.2) == [None]
 
 
+@pytest.mark.parametrize(
+    ("known", "keep", "factor"), [((4,), 0.3, 4), ((2, 4), 0.3, 2), ((2, 4), 0.2, 4), ((8,), 0.5, 8), ((2,), 0.2, 4)]
+)
+def test_auto_takes_what_the_weights_know(known, keep, factor):
+    assert factors([(16, 16)], Trained(known), keep=keep, overview="auto") == [factor]
+
+
+def test_the_report_says_which_overviews_the_weights_did_not_learn():
+    assert notes([(16, 16)], BY_2_AND_4, keep=0.2, overview=4) == []
+    assert notes([(16, 16)] * 2, BY_2_AND_4, keep=0.2, overview=[4, 8]) == [
+        "the overview of reference 2 is by 8, and the weights learned overviews by 2 or 4"
+    ]
+    assert notes([(16, 16)], BY_2_AND_4, keep=0.2, overview=4, overview_layout="reference") == [
+        "overviews are laid out as 'reference', and the weights learned 'spread'"
+    ]
+    assert notes([(16, 16)], keep=0.2, overview=8) == []  # weights that know none
+
+
 def test_a_layout_is_what_the_user_says_then_what_was_trained_then_a_reference():
     def layout(trained=None, **settings):
         return plan_selection(Config(selector="uniform", **settings), [(8, 8)], None, trained).overviews[0].layout

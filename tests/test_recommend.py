@@ -14,7 +14,7 @@ from sparse_context.evaluation.recommend import recommend
 from sparse_context.evaluation.recommendation import Tried, Way
 from sparse_context.evaluation.tolerance import TOLERANCES, Tolerance, find_tolerance
 from sparse_context.images import open_picture
-from sparse_context.pipelines import Engine
+from sparse_context.pipelines import Engine, ModelSpec
 from sparse_context.pipelines.settings_file import parse_settings, read_settings
 from sparse_context.samples import Sample
 
@@ -158,6 +158,19 @@ def test_a_pipeline_without_overviews_is_tried_without(settings, samples, tmp_pa
     assert [(way.task, way.overview) for way in found.ways] == [("edit", None)]
     with pytest.raises(ValueError, match="takes none"):
         recommend(settings, samples[:1], anything, tmp_path / "b", keeps=[0.5], tasks=["edit"], overviews=[4])
+
+
+def test_weights_for_overviews_that_do_not_go_with_the_rest_are_not_tried():
+    assert search._factors(Engine(ModelSpec(device="cpu", lora_scale=0.5))) == []
+    assert search._factors(Engine(ModelSpec(device="cpu", quantization="int8"))) == []
+
+
+def test_larger_references_are_tried_as_they_will_be_used(settings, samples, tmp_path):
+    config = replace(settings.request.config, overview=4, reference_max_pixels=2**21)
+    larger = replace(settings, request=replace(settings.request, config=config))
+    anything = Tolerance("any", {"psnr": 0.0})
+    found = recommend(larger, samples[:1], anything, tmp_path, keeps=[0.5], tasks=["edit"], overviews=[None, 4])
+    assert [way.tried[0].config.reference_max_pixels for way in found.ways] == [None, 2**21]
 
 
 def test_a_keep_that_is_no_ratio(settings, samples, tmp_path):

@@ -108,6 +108,14 @@ def test_weights_of_which_nothing_is_noted_were_trained_for_nothing(transformer)
     assert trained_for(transformer) is None
 
 
+def test_a_model_that_is_compiled_was_trained_for_the_same(transformer):
+    note_trained(transformer, BY_4)
+    assert trained_for(torch.compile(transformer, backend="eager")) == BY_4
+    whole = torch.compile(CASES["klein"].build().transformer, backend="eager")
+    note_trained(whole, BY_4)
+    assert trained_for(whole._orig_mod) == BY_4
+
+
 def test_an_adapter_counts_while_it_is_there(transformer):
     add(transformer, "overview", BY_4)
     assert trained_for(transformer) == BY_4
@@ -257,6 +265,13 @@ def test_a_lora_says_what_it_was_trained_for(model, tmp_path):
     assert trained_for(off.transformer) is None
     pipe.unload_lora_weights()
     assert trained_for(pipe.transformer) is None
+
+
+def test_a_lora_whose_record_cannot_be_read_is_refused_by_its_name(model, tmp_path):
+    lora = save_adapter(tmp_path / "lora.safetensors", BY_4)
+    save_file(load_file(lora), lora, {"format": "pt", KEY: json.dumps({"keep": ["m", 1]})})
+    with pytest.raises(ValueError, match="lora.safetensors says in no known way what it was trained for: .*'m'"):
+        load(ModelSpec(str(model), lora=lora, dtype="float32", device="cpu"))
 
 
 def test_a_lora_in_kv_mode_says_so(model, tmp_path):

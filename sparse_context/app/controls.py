@@ -5,7 +5,7 @@ field that they get is on the page at once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, get_type_hints
 
 import gradio as gr
@@ -145,7 +145,16 @@ class Controls:
     """All controls that say what the scene is. They are made where this is made, within a page."""
 
     def __init__(self, models: Sequence[str], start: Request) -> None:
-        """models: their names. start: what the controls say at first; it has no references."""
+        """models: their names. start: what the controls say at first; it has no references.
+
+        Raises ValueError where that says something of each reference for which the page has one control for all.
+        """
+        for each in OF_CONFIG:
+            value = getattr(start.config, each.name)
+            if isinstance(value, (list, tuple)):
+                if len(set(value)) > 1:
+                    raise ValueError(f"{each.name} is {value!r}, and the page has one for all references: pass one.")
+                start = replace(start, config=replace(start.config, **{each.name: value[0]}))
         self.models, self.start = models, start
         self.slots: list[Slot] = []
         self.config: list[gr.components.Component] = []

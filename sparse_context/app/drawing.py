@@ -35,7 +35,7 @@ def card(number: int, name: str, kept: Kept) -> str:
     number: of the reference, from 1, as prompts count them.
     """
     assert kept.picture is not None  # the app has pixels of every reference
-    size = kept.scores.size
+    size = kept.total
     overview = f", overview by {kept.overview.factor}" if kept.overview else ""
     said = f"{kept.count} of {size} tokens{overview}"
     by = "" if kept.count == size else f" by {kept.selector}"

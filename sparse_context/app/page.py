@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,15 @@ class Page:
 
     def _scene(self, request: gr.Request, values: tuple) -> tuple[Session, Scene]:
         session = self.sessions.of(request.session_hash)
-        return session, self.controls.scene(session, self.specs, values)
+        return session, self._known(self.controls.scene(session, self.specs, values), values)
+
+    def _known(self, scene: Scene, values: tuple) -> Scene:
+        """The scene, with what the weights that answer it were trained for, where a painted mask is to stand beside
+        what they choose by. Raises ValueError for settings that do not fit."""
+        config = scene.selection_config()
+        if all(each.painted is None for each in scene.references):
+            return scene
+        return replace(scene, trained=self.engines[values[1]].trained(config))
 
     def redraw(self, request: gr.Request, *values: Any) -> list[Any]:
         """The kept tokens over each reference, and the scene as text. What does not fit is said above the references,
@@ -96,7 +105,7 @@ class Page:
     def _draw(self, session: Session, values: tuple) -> list[Any]:
         try:
             scene = self.controls.scene(session, self.specs, values)
-            scene.selection_config()  # which says what does not fit, before anything is written of it
+            scene = self._known(scene, values)  # which says what does not fit, before anything is written of it
             texts = [copies.to_python(scene), copies.to_command(scene), self._files(session, scene)]
             if not scene.references:
                 return ["", *[""] * SLOTS, *texts]

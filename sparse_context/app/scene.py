@@ -15,6 +15,7 @@ from ..config import SparseContextConfig, meaning_of, task_defaults
 from ..pipelines.spec import ModelSpec, Request
 from ..selectors.masks import mask
 from ..selectors.registry import SelectorLike, beside_painted
+from ..trained import Trained
 
 Value = TypeVar("Value")
 
@@ -42,7 +43,8 @@ class Scene:
     """References, a prompt, a model, and how to call it.
 
     keep: one budget for all references; None: each has its own. config: further fields of `SparseContextConfig`, such
-    as coverage. call: further fields of `Request`, such as seed. What is left out there has its default.
+    as coverage. call: further fields of `Request`, such as seed. What is left out there has its default. trained: what
+    the model's weights were trained for, if anybody knows: it says which references have an overview by default.
     """
 
     references: Sequence[Reference] = ()
@@ -51,6 +53,7 @@ class Scene:
     keep: float | str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
+    trained: Trained | None = None
 
     def selection_config(self) -> SparseContextConfig:
         """What to keep of the references. Raises ValueError that names what does not fit."""
@@ -103,10 +106,15 @@ class Scene:
         if selector == "mask":
             return [(reference.painted, 1.0)]
         if selector is None:
-            overview = self.config.get("overview", "trained") not in ("trained", None)
             phrase = bool(reference.phrase.strip())
-            selector, _ = task_defaults(reference.task, len(self.references), overview, phrase)
+            selector, _ = task_defaults(reference.task, len(self.references), self._has_overview(reference), phrase)
         return beside_painted(reference.painted, selector)
+
+    def _has_overview(self, reference: Reference) -> bool:
+        choice = self.config.get("overview", "trained")
+        if choice != "trained":
+            return choice is not None
+        return self.trained is not None and self.trained.shows(meaning_of(reference.task, len(self.references)))
 
 
 def one_or_all(values: Sequence[Value]) -> Value | list[Value]:

@@ -35,7 +35,7 @@ from ..pipelines.hub import one_line
 from ..preview import draw_selection
 from ..result import checkout, write_result
 from ..samples import LONGEST_NAME, Sample, name_problem, open_any, same_file
-from ..selection import selection_version
+from ..selection import selection_version, version_beside
 from ..selectors.masks import mask as masks_of
 from ..selectors.registry import find_text
 from .benchmark import BenchmarkSample
@@ -101,6 +101,7 @@ def evaluate(
         raise ValueError("There are samples that are not made with all tokens: raise the limit of the dense cell.")
     measured = sorted(name if metric.model is None else f"{name}={metric.model}" for name, metric in metrics.items())
     settings = {**(about or {}), "seed": seed, "metrics": measured, "selection": selection_version()}
+    settings["selection_beside"] = version_beside()
     configs = {
         name: {**settings, "samples": counts[name], "digest": _digest(samples[: counts[name]]), **cell.to_dict()}
         for name, cell in cells.items()

@@ -98,10 +98,10 @@ def _duration(seconds: float) -> str:
 
 def _factors(engine: Engine) -> list[int]:
     """Overviews that a model is tried with: by what its weights were trained for, or else by 4."""
-    from ..trained import trained_for
-
-    pipe = engine.pipe(SparseContextConfig(overview="auto"))
-    trained = trained_for(getattr(pipe, "transformer", None), engine.spec.kv)
+    try:
+        trained = engine.trained(SparseContextConfig(overview="auto"))
+    except ValueError:  # the embedded model's weights for overviews do not go with, say, its quantisation
+        return []
     return list(trained.factors) if trained is not None and trained.factors else [4]
 
 
@@ -182,6 +182,8 @@ class Search:
             key: getattr(config, key)
             for key in ("overview_layout", "share", "floor", "multiple_of", "phrases", "text_model")
         }
+        if overview is not None:  # without one, nothing shows the whole of a larger picture
+            others["reference_max_pixels"] = config.reference_max_pixels
         ways: dict[str, Any] = {
             "tasks": [task],
             "coverages": [config.coverage],

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..trained import KEY
+from ..trained import KEY, Trained, read_record
 
 WEIGHTS = Path(__file__).parents[1] / "embedded" / "weights"
 
@@ -38,6 +38,16 @@ def adapter_record(path: Path) -> dict:
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def read_trained(path: Path) -> Trained:
+    """What the weights in an adapter's file were trained for. Raises ValueError for a file, or a record, that cannot be
+    read."""
+    record = adapter_record(path)
+    try:
+        return read_record(record)
+    except ValueError as error:
+        raise ValueError(f"{path} says in no known way what it was trained for: {error}") from error
 
 
 def read_call_settings(path: Path) -> dict | None:

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,9 +19,9 @@ from ..preview import label, select_pictures, side_by_side
 from ..selection import Score, Selection, score_tokens
 from ..selectors.cells import Grid
 from ..sparsify import apply_sparse_context, last_selection
-from ..trained import Trained, read_record, trained_for
+from ..trained import Trained, trained_for
 from .arguments import call_of, guided, progress_bar
-from .embedded import ADAPTERS, OVERVIEW, adapter_record
+from .embedded import ADAPTERS, OVERVIEW, read_trained
 from .errors import Cancelled, GenerationError
 from .hub import one_line
 from .load import load
@@ -133,8 +132,8 @@ class Engine:
             return self._wrapped
         spec = self.spec
         if self.has_own_weights and config is not None:
-            shows = OVERVIEW.is_file() and (spec.lora == OVERVIEW_LORA or config.names_overview)
-            if config.keeps_all() and config.keeps_all(_trained_for(OVERVIEW if shows else ADAPTERS["plain"])):
+            shows = OVERVIEW.is_file() and (spec.lora == OVERVIEW_LORA or _asks_for_overviews(config))
+            if config.keeps_all() and config.keeps_all(read_trained(OVERVIEW if shows else ADAPTERS["plain"])):
                 spec = replace(spec, lora=NO_LORA, lora_scale=1.0)
             elif shows:
                 spec = replace(spec, lora=OVERVIEW_LORA)
@@ -205,13 +204,22 @@ class Engine:
     def select(self, request: Request, score: Score = score_tokens) -> Selection:
         """What a call would keep of the references, without the call: nothing is generated, and nobody is waited for.
 
+        The references are looked at in the size that the model usually has them in: a call with `reference_max_pixels`
+        keeps as many tokens, of larger pictures.
+
         score: as `select_tokens` takes it, such as that of a cache. Raises ValueError for a request that this model
         does not take.
         """
         pipe = self.pipe(request.config)
-        config, _, images = call_of(pipe, request)
-        trained = trained_for(getattr(pipe, "transformer", None), family_of(pipe).kv)
+        config, _, images = call_of(pipe, _in_usual_size(request))
+        trained = self.trained(request.config)
         return select_pictures(images, config, 2 * pipe.vae_scale_factor, trained, score, place_of(pipe))
+
+    def trained(self, config: SparseContextConfig) -> Trained | None:
+        """What the weights that answer requests with this config were trained for; None where nothing says so. Raises
+        what `load` raises."""
+        pipe = self.pipe(config)
+        return trained_for(getattr(pipe, "transformer", None), family_of(pipe).kv)
 
     def predict(self, request: Request) -> Prediction:
         """What a call would take: tokens, operations, and memory by phase, from shapes alone; nothing is generated.
@@ -339,7 +347,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _grids(pipe: Any, request: Request) -> tuple[list[Grid], Grid, int | None]:
     """Of a request the grids of its references, that of its output, and the steps."""
-    _, arguments, images = call_of(pipe, request)
+    _, arguments, images = call_of(pipe, _in_usual_size(request))
     token, area = 2 * pipe.vae_scale_factor, find_area(pipe)
     grids = [grid_of(*image.size, token, area) for image in images]
     usual = getattr(pipe, "default_sample_size", 128) * pipe.vae_scale_factor
@@ -348,14 +356,19 @@ def _grids(pipe: Any, request: Request) -> tuple[list[Grid], Grid, int | None]:
     return grids, grid_of(width, height, token), arguments.get("num_inference_steps")
 
 
+def _in_usual_size(request: Request) -> Request:
+    """The same request, whose references are no larger than the model usually has them."""
+    return replace(request, config=replace(request.config, reference_max_pixels=None))
+
+
 def all_tokens(request: Request) -> Request:
     """The same request with all tokens of its references, which its tasks still scale."""
     return replace(request, config=SparseContextConfig(keep=1.0, task=request.config.task))
 
 
-def _trained_for(file: Path) -> Trained:
-    """What the embedded model's own weights in a file were trained for."""
-    return read_record(adapter_record(file))
+def _asks_for_overviews(config: SparseContextConfig) -> bool:
+    """Whether a config names an overview, in a layout that the embedded model's weights for overviews know."""
+    return config.names_overview and config.overview_layout in (None, read_trained(OVERVIEW).layout)
 
 
 def _check_together(requests: Sequence[Request], family: Family, name: str) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from ..families import FAMILIES
 from ..families.flux2.kv import in_kv_mode
-from ..trained import note_trained, read_folder, read_record, trained_for
-from .embedded import ADAPTERS, OVERVIEW, WEIGHTS, adapter_record
+from ..trained import note_trained, read_folder, trained_for
+from .embedded import ADAPTERS, OVERVIEW, WEIGHTS, adapter_record, read_trained
 from .hub import KLEIN, KLEIN_KV, class_name_of, clock, one_line
 from .lora import ADAPTER_NAME, load_lora
 from .lora_file import NO_LORA, OVERVIEW_LORA, LoraFile, check_lora_file, read_lora
@@ -52,6 +52,7 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
     class_name = class_name_of(path)
     _check_kv(path, class_name, spec.kv, lora)
     file = _read_lora(class_name, str(adapter) if has_adapter else lora)
+    lora_trained = None if file is None else read_trained(Path(file.path))
     modular = FAMILIES[class_name].modular
     if modular and spec.cpu_offload == "model":
         raise ValueError("cpu_offload is 'model', which a modular pipeline does not have: choose group.")
@@ -75,9 +76,9 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
     trained = read_folder(Path(path) / "transformer")
     if trained is not None and pipe.transformer is not None:
         note_trained(pipe.transformer, trained)
-    if file is not None:
+    if file is not None and lora_trained is not None:
         load_lora(pipe, file, spec.lora_scale)
-        note_trained(pipe.transformer, read_record(adapter_record(Path(file.path))), ADAPTER_NAME)
+        note_trained(pipe.transformer, lora_trained, ADAPTER_NAME)
     if has_adapter and spec.quantization is None:
         pipe.fuse_lora()
         trained = trained_for(pipe.transformer, spec.kv)
@@ -86,7 +87,7 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
             note_trained(pipe.transformer, trained)
     if shows_overviews:
         pipe.transformer = with_overviews(pipe.transformer, OVERVIEW)
-        note_trained(pipe.transformer, read_record(adapter_record(OVERVIEW)))
+        note_trained(pipe.transformer, read_trained(OVERVIEW))
     if spec.vae is not None:
         speed_up_vae(pipe.vae, spec.vae)
     _place(pipe, device, spec.cpu_offload, modular)

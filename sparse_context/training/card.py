@@ -94,7 +94,7 @@ def _settings(record: Mapping[str, Any]) -> dict[str, str]:
         "data": Path(data).name if Path(data).exists() else data,
         "keep_min": f"{dropping['keep_min']:g}",
         "keep_max": f"{dropping['keep_max']:g}",
-        "law": f"as many below {FEW:g} as above" if dropping["overview_factors"] else "log-uniform",
+        "law": _law(dropping),
         "dense": f"{dropping['dense']:g}",
         "overviews": _overviews(dropping),
         "subsets": str(record["subsets"]),
@@ -108,6 +108,12 @@ def _settings(record: Mapping[str, Any]) -> dict[str, str]:
         "kv": "\n| KV mode | yes: for pipelines that cache the references |" if record["kv"] else "",
         "version": record["version"],
     }
+
+
+def _law(dropping: Mapping[str, Any]) -> str:
+    """How keep ratios are drawn."""
+    has_few = bool(dropping["overview_factors"]) and dropping["keep_min"] < FEW < dropping["keep_max"]
+    return f"as many below {FEW:g} as above" if has_few else "log-uniform"
 
 
 def _steps(record: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from sparse_context.app.scene import Reference, Scene
 from sparse_context.cli.generate import generate
 from sparse_context.pipelines.settings_file import ALL_KEYS, read_settings
 from sparse_context.selectors.masks import DROP, KEEP, NEITHER
+from sparse_context.trained import Trained
 
 
 def kept(scene):
@@ -59,6 +60,21 @@ def test_one_budget_for_all_goes_before_their_own(cat, room):
 def test_a_scene_without_references_is_a_request():
     request = Scene(prompt="the cat", call={"seed": 3, "steps": 2}).request()
     assert (request.prompt, request.references, request.seed, request.steps) == ("the cat", (), 3, 2)
+
+
+def test_beside_what_is_painted_the_task_chooses_as_its_weights_say(cat):
+    named = Scene([replace(cat, task="edit", painted=painted(keep=((0, 2), (0, 4))))])
+    mask = named.references[0].painted
+
+    def parts(scene):
+        return [part for part, _ in scene.blend_of(scene.references[0]) if part is not mask]
+
+    beside = ["residual", "subject"]
+    assert parts(named) == ["edges", "saliency"]
+    assert parts(replace(named, config={"overview": 4})) == beside
+    assert parts(replace(named, trained=Trained((4,)))) == beside
+    assert parts(replace(named, trained=Trained((4,), tasks=("subject",)))) == ["edges", "saliency"]
+    assert parts(replace(named, trained=Trained((4,)), config={"overview": None})) == ["edges", "saliency"]
 
 
 @pytest.mark.parametrize("selector", [None, "uniform", {"edges": 1.0, "random": 3.0}])

@@ -95,6 +95,12 @@ def make_controls(start):
     return controls
 
 
+def test_what_the_page_has_one_control_for_is_the_same_for_all_references():
+    in_a_loop(make_controls, Request("", config=SparseContextConfig(overview=[4, 4])))
+    with pytest.raises(ValueError, match=r"overview is \[4, None\], and the page has one for all references: pass one"):
+        in_a_loop(make_controls, Request("", config=SparseContextConfig(overview=[4, None])))
+
+
 # What the page says at first ------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ...preview import fit_reference
+
 
 def arguments(
     pipe: Any, images: Sequence[Image.Image], mask: Image.Image | None, height: int | None, width: int | None
@@ -23,8 +25,10 @@ def decode(pipe: Any, latents: torch.Tensor, inputs: Mapping[str, Any]) -> list[
     this instance takes its decoding for the end of the call.
     """
     token = 2 * pipe.vae_scale_factor
-    images = inputs.get("image") or [Image.new("L", (pipe.default_sample_size * pipe.vae_scale_factor,) * 2)]
-    width, height = (inputs.get(name) or side for name, side in zip(("width", "height"), images[0].size, strict=True))
+    images = inputs.get("image")
+    size = images[0].size if images else (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
+    usual = fit_reference(Image.new("L", size)).size  # as the pipeline scales a larger one down by itself
+    width, height = (inputs.get(name) or side for name, side in zip(("width", "height"), usual, strict=True))
     grid = latents.new_empty(len(latents), 1, height // token, width // token)
     ids = pipe._prepare_latent_ids(grid).to(latents.device)
     with torch.no_grad():
