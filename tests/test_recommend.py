@@ -17,6 +17,7 @@ from sparse_context.images import open_picture
 from sparse_context.pipelines import Engine, ModelSpec
 from sparse_context.pipelines.settings_file import parse_settings, read_settings
 from sparse_context.samples import Sample
+from sparse_context.trained import Trained, note_trained
 
 KEEPS = (0.5, 0.25, 0.1)
 
@@ -161,8 +162,15 @@ def test_a_pipeline_without_overviews_is_tried_without(settings, samples, tmp_pa
 
 
 def test_weights_for_overviews_that_do_not_go_with_the_rest_are_not_tried():
-    assert search._factors(Engine(ModelSpec(device="cpu", lora_scale=0.5))) == []
-    assert search._factors(Engine(ModelSpec(device="cpu", quantization="int8"))) == []
+    assert search._overviews_of(Engine(ModelSpec(device="cpu", lora_scale=0.5))) == []
+    assert search._overviews_of(Engine(ModelSpec(device="cpu", quantization="int8"))) == []
+
+
+def test_weights_that_know_overviews_are_tried_with_what_suits_each_budget(tiny_model):
+    engine = Engine(ModelSpec(str(tiny_model), dtype="float32", device="cpu"))
+    assert search._overviews_of(engine) == [4]
+    note_trained(engine.pipe().transformer, Trained((2, 4)))
+    assert search._overviews_of(engine) == ["auto"]
 
 
 def test_larger_references_are_tried_as_they_will_be_used(settings, samples, tmp_path):

@@ -49,8 +49,8 @@ def recommend(
     sheet.png, recommendation.json, and every call that was made.
 
     settings: model, seed and all that is not tried. keeps, tasks, overviews: what is tried, each task with each
-    overview; overviews None: without one, and by the factors that the weights were trained for, or else by 4. say: is
-    told what the search costs, before it begins.
+    overview; overviews None: without one, and by a factor that suits each budget, of those that the weights were
+    trained for, or else by 4. say: is told what the search costs, before it begins.
 
     Raises ValueError for values that do not fit, and what an engine raises.
     """
@@ -59,8 +59,8 @@ def recommend(
             raise ValueError(f"keep is {keep:g}: pass ratios above 0 and below 1.")
     keeps = sorted(set(keeps), reverse=True)
     engine = Engine(settings.spec, bar=False)
-    factors: Sequence[int | str | None] = [None, *_factors(engine)] if overviews is None else overviews
-    most = len(samples) * (1 + len(keeps) * len(tasks) * len(factors)) + 2 * TURNS
+    shown: Sequence[int | str | None] = [None, *_overviews_of(engine)] if overviews is None else overviews
+    most = len(samples) * (1 + len(keeps) * len(tasks) * len(shown)) + 2 * TURNS
     say(f"at most {most} calls of the model for {len(samples)} scene{'s' * (len(samples) > 1)}")
     dense = SparseContextConfig(keep=1.0, task=tasks[0] if len(tasks) == 1 else "auto")
     search = Search(settings, engine, samples, tolerance, folder, dense, most)
@@ -69,7 +69,7 @@ def recommend(
         say(f"a call with all tokens takes {seconds:.1f} s, so at most {_duration(seconds * search.bar.total)} in all")
         ways = []
         for task in tasks:
-            for overview in factors:
+            for overview in shown:
                 try:
                     ways.append(Way(task, overview, search.downward(task, overview, keeps)))
                 except ValueError:
@@ -96,13 +96,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _factors(engine: Engine) -> list[int]:
-    """Overviews that a model is tried with: by what its weights were trained for, or else by 4."""
+def _overviews_of(engine: Engine) -> list[int | str]:
+    """Overviews that a model is tried with: of what its weights were trained for, or else by 4."""
     try:
         trained = engine.trained(SparseContextConfig(overview="auto"))
     except ValueError:  # the embedded model's weights for overviews do not go with, say, its quantisation
         return []
-    return list(trained.factors) if trained is not None and trained.factors else [4]
+    return ["auto"] if trained is not None and trained.factors else [4]
 
 
 class Search:
