@@ -57,6 +57,8 @@ GATES = (
     Gate("student", 4, 0.1),
     Gate("student", 4, 0.2),
     Gate("student", 4, 0.3),
+    Gate("student", 2),
+    Gate("student", 2, 0.3),
 )
 
 

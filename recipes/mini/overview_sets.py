@@ -48,7 +48,7 @@ class OverviewConfig:
     old: float = 0.75
     warmup: int = 100
     ema: float = 0.998
-    factors: tuple[int, ...] = (4,)
+    factors: tuple[int, ...] = (2, 4)
     mix: tuple[tuple[str, float], ...] = (("plain", 0.15), ("alone", 0.2), ("sharp", 0.65))
     scenes: tuple[tuple[str, float], ...] = (
         ("edit_background", 0.3),
