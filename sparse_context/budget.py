@@ -17,6 +17,8 @@ import numpy as np
 
 from .selectors.order import uniform_order
 
+MOST = 2**31 - 1  # tokens that a floor or a multiple may name
+
 SHARES = ("joint", "equal")
 
 Value = TypeVar("Value", str, float, float | str, str | int | None)
@@ -326,13 +328,13 @@ def check_budget(
             )
     if share not in SHARES:
         raise ValueError(f"share is {share!r}: choose 'joint' or 'equal'.")
-    if not _is_count_at(floor, 0):
-        raise ValueError(f"floor is {floor!r}: pass the least number of tokens per reference, 0 or more.")
+    if not _is_count_at(floor, 0) or floor > MOST:
+        raise ValueError(f"floor is {floor!r}: pass the least number of tokens per reference, from 0 to {MOST}.")
     for spread in spread_out(coverage, 1):
         if not _is_within(spread, 0, 1):
             raise ValueError(f"coverage is {spread!r}: pass a share from 0 to 1.")
-    if not _is_count_at(multiple_of, 1):
-        raise ValueError(f"multiple_of is {multiple_of!r}: pass a whole number of tokens, 1 or more.")
+    if not _is_count_at(multiple_of, 1) or multiple_of > MOST:
+        raise ValueError(f"multiple_of is {multiple_of!r}: pass a whole number of tokens, from 1 to {MOST}.")
     if not _is_within(mass, 0, 1, above=True):
         raise ValueError(f"mass is {mass!r}: pass a share above 0 and up to 1.")
     if not _is_within(merge, 0, 1):

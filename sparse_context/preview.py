@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .config import SparseContextConfig
+from .images import MAX_PIXELS
 from .overview import enlarge, shrink_picture
 from .selection import Kept, Score, Selection, score_tokens, select_tokens
 from .selectors.cells import rgb_pixels, whole_cells
@@ -32,7 +33,7 @@ def fit_reference(
     pixels; without `side` it keeps its size, unless it is above `max_area` pixels, one megapixel: that is scaled down
     as the FLUX.2 pipelines themselves do it. No side is below 64 pixels. Transparent parts are laid on white; their
     alpha stays, as a mask. A pipeline that is not `narrow` takes every size, so where `side` is None too, the size is
-    kept.
+    kept. Raises ValueError for a strip that would have more than `MAX_PIXELS` once it is padded.
     """
     if picture.mode == "RGBA":  # its parts apart, because Pillow blackens what is transparent when it scales
         white = Image.new("RGBA", picture.size, "white")
@@ -44,6 +45,11 @@ def fit_reference(
     width, height = picture.size
     if max(width, height) > MAX_ASPECT * min(width, height):
         size = max(width, math.ceil(height / MAX_ASPECT)), max(height, math.ceil(width / MAX_ASPECT))
+        if size[0] * size[1] > MAX_PIXELS:
+            raise ValueError(
+                f"A reference has {width}x{height} pixels, too long a strip to be padded to {MAX_ASPECT}:1: crop it, "
+                "or scale it down."
+            )
         padded = Image.new(picture.mode, size, 0 if picture.mode == "L" else "white")
         padded.paste(picture, ((size[0] - width) // 2, (size[1] - height) // 2))
         picture, (width, height) = padded, size

@@ -1,6 +1,31 @@
-"""Settings as people write them: the texts of options and of fields on a page."""
+"""Settings as people write them: the texts of options, of fields on a page, and of JSON files."""
 
 from typing import Any
+
+WORDS = {"selector": "auto", "overview": "none"}
+"""By the name of a setting, what people write for None."""
+
+
+class TwiceError(ValueError):
+    """A key comes twice in a JSON object."""
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `object_pairs_hook`. Python's own reader takes the last value of a key that comes twice,
+    without a word. Raises `TwiceError`."""
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise TwiceError(f"has {key[:80]!r} twice: write it once.")
+        entries[key] = value
+    return entries
+
+
+def read_word(name: str, value: Any) -> Any:
+    """A setting as JSON has it, or one for each reference: None for the word that says so."""
+    if isinstance(value, list):
+        return [read_word(name, each) for each in value]
+    return None if name in WORDS and value == WORDS[name] else value
 
 
 def read_keep(text: str) -> float | int | str:

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 import gradio as gr
 
-from ..budget import SHARES
+from ..budget import SHARES, is_count
 from ..config import TASKS, SparseContextConfig
 from ..overview import LAYOUTS
 from ..pipelines.spec import ModelSpec, Request
@@ -101,7 +101,7 @@ def make_slot(number: int, said: Fresh) -> Slot:
     """The controls of reference `number`, from 0, which is not there yet. said: their values."""
     with gr.Column(visible=False, min_width=200, elem_classes="card", elem_id=f"reference-{number + 1}") as card:
         overlay = gr.HTML(elem_classes="drawn")
-        keep = gr.Slider(0.01, 1, said[0], step=0.01, label="Keep", elem_classes="keep")
+        keep = gr.Slider(min(0.01, said[0]), 1, said[0], step=0.01, label="Keep", elem_classes="keep")
         auto = gr.Checkbox(said[1], label="Choose keep automatically")
         with gr.Row(elem_classes="pair"):
             task = gr.Dropdown(list(TASKS), value=said[2], label="Task", min_width=80, filterable=False)
@@ -149,6 +149,11 @@ class Controls:
 
         Raises ValueError where that says something of each reference for which the page has one control for all.
         """
+        keeps = start.config.keep
+        if isinstance(keeps, (list, tuple)) and any(is_count(keep) for keep in keeps):
+            raise ValueError(
+                f"keep is {keeps!r}, and a card of the page takes a ratio or auto: pass one count, or ratios."
+            )
         for each in OF_CONFIG:
             value = getattr(start.config, each.name)
             if isinstance(value, (list, tuple)):
@@ -244,7 +249,8 @@ def read_fields(records: Sequence[Any], values: Sequence[Any]) -> dict[str, Any]
     """What is said other than by default, by the name of the field."""
     said = {}
     for field, value in zip(records, values, strict=True):
-        read = from_text(value) if isinstance(value, str) else value
+        is_text = field.type in ("str | None", str | None)
+        read = value if is_text or not isinstance(value, str) else from_text(value)
         default = None if field.default is MISSING else field.default
         if value in ("", None) or read == default:
             continue

@@ -137,13 +137,12 @@ class Page:
     def add(self, request: gr.Request, files: list[str] | None, *values: Any) -> list[Any]:
         """Pictures that were uploaded, after those that are there."""
         session = self.sessions.of(request.session_hash)
-        loaded, problems = load_files(files or [])
-        room = SLOTS - len(session.pictures)
-        if len(loaded) > room:
-            problems.append(f"There are more than {SLOTS} references: the last {len(loaded) - room} are left out.")
+        loaded, problems, left = load_files(files or [], SLOTS - len(session.pictures))
+        if left:
+            problems.append(f"There are more than {SLOTS} references: the last {left} are left out.")
         for problem in problems:
             warn(problem)
-        session.show([*session.pictures, *loaded[:room]])
+        session.show([*session.pictures, *loaded])
         return [None, *self._pictures(session, values)]
 
     @in_words

@@ -48,19 +48,23 @@ def take_paths(files: gr.File) -> None:
     files.preprocess = paths  # type: ignore[method-assign]
 
 
-def load_files(paths: Sequence[str]) -> tuple[list[Loaded], list[str]]:
-    """The pictures in files that were uploaded, which are deleted, and a sentence for each that is none."""
-    loaded, problems = [], []
+def load_files(paths: Sequence[str], room: int) -> tuple[list[Loaded], list[str], int]:
+    """The pictures in files that were uploaded, which are deleted; a sentence for each that is none; and how many were
+    not opened, because there was no room for more than `room`."""
+    loaded, problems, left = [], [], 0
     for path in map(Path, paths):
         try:
-            loaded.append(Loaded(path.name, open_picture(path)))
+            if len(loaded) < room:
+                loaded.append(Loaded(path.name, open_picture(path)))
+            else:
+                left += 1
         except PictureError as error:
             problems.append(str(error).replace(repr(os.fspath(path)), repr(path.name)) + ".")
         finally:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
                 path.parent.rmdir()  # which Gradio makes for each file
-    return loaded, problems
+    return loaded, problems, left
 
 
 def to_canvas(loaded: Loaded) -> dict[str, Any]:

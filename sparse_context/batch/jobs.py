@@ -80,7 +80,7 @@ class Job:
         if self.sample.reference_masks:
             masks = self.sample.open_reference_masks()
             config = replace(config, selector=_with_masks(config.selector, masks))
-        inpaint = None if self.inpaint is None or not references else open_any_mask(self.inpaint, references[0].size)
+        inpaint = None if self.inpaint is None else open_any_mask(self.inpaint, references[0].size)
         return replace(self.settings.request, references=references, config=config, inpaint=inpaint)
 
 
@@ -116,6 +116,8 @@ def _make_job(row: object, where: str, name: str, base: Settings, rules: RowRule
     for key in MODEL_KEYS:
         if key in row:
             return [f"{where} has {key!r}, which is one for all jobs: pass it to the command."]
+    if "text" in row:
+        return [f"{where} has 'text', which is the command's name for it: write 'phrases'."]
     values = {key: row[key] for key in SETTINGS if key in row}
     fields: dict[str, Any] = dict(row)
     if isinstance(row.get("task"), list) or row.get("task") in TASKS:
@@ -134,13 +136,23 @@ def _make_job(row: object, where: str, name: str, base: Settings, rules: RowRule
         mask = make_sample({"references": [row["inpaint"]], "prompt": ""}, where, name, rules)
         if isinstance(mask, list):
             return [problem.replace("'references'", "'inpaint'") for problem in mask]
+        if not sample.references:
+            return [f"{where}: inpaint says where to paint in the first reference, but there is none: name one."]
         inpaint = mask.references[0]
     try:
         settings = parse_settings({**values, "prompt": sample.prompt}, base)
     except ValueError as error:
         return [f"{where}: {error}"]
     ignored = tuple(str(key) for key in row if key not in (*FIELDS, *OTHERS))
+    if any(mask is not None for mask in sample.reference_masks) and not _reads_masks(settings.request.config.selector):
+        ignored += ("reference_masks (without the selector mask)",)
     return Job(where, sample, settings, inpaint, ignored)
+
+
+def _reads_masks(selector: SelectorsLike) -> bool:
+    if isinstance(selector, (list, tuple)):
+        return any(map(_reads_masks, selector))
+    return "mask" in selector if isinstance(selector, Mapping) else selector == "mask"
 
 
 def _with_masks(selector: SelectorsLike, masks: Sequence[Any]) -> SelectorsLike:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from ..cache import ReferenceCache
 from ..evaluation.evaluate import engine_fingerprint
+from ..images import WRITE_FORMATS
 from ..pipelines.engine import Engine
 from ..pipelines.errors import Cancelled
 from ..pipelines.hub import one_line
@@ -49,6 +50,10 @@ class Runner:
                 return finished
             pictures = [digest or "" for digest in digests(job)]
             generation = self.engine(job.read(), cancel=cancel)
+            if max(generation.image.size) > (most := WRITE_FORMATS[self.folder.suffix][2]):
+                said = "{}x{}".format(*generation.image.size)
+                reason = f"The picture is {said} pixels, and {self.folder.suffix} holds {most} a side: choose png."
+                return self.folder.fail(job, reason)
         except Cancelled:
             raise
         except Exception as error:  # whatever is wrong with one job, the others are made

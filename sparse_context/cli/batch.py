@@ -62,13 +62,20 @@ def batch(
     read = read_jobs(jobs, chosen)
     ignored = sorted({key for job in read if isinstance(job, Job) for key in job.ignored})
     options.hide_loading_bars()
-    least = min((job for job in read if isinstance(job, Job)), key=lambda job: len(job.sample.references))
-    check_references(chosen.spec.model, len(least.sample.references), least.inpaint is not None)
+    kinds = {(len(job.sample.references), job.inpaint is not None) for job in read if isinstance(job, Job)}
+    refused = []
+    for count, paints in sorted(kinds):
+        try:
+            check_references(chosen.spec.model, count, paints)
+        except ValueError as error:
+            refused.append(error)
+    if len(refused) == len(kinds):  # of which each job says so otherwise
+        raise refused[0]
     from ..batch.run import run_batch
 
     summary = run_batch(read, chosen.spec, output, suffix=f".{format}", workers=workers, ray_gpus=gpus if ray else None)
     if as_json:
-        print(json.dumps(summary.to_dict(), indent=2))
+        print(json.dumps(summary.to_dict() | {"ignored": ignored}, indent=2))
         return 1 if summary.failed else 0
     print(summary)
     for record in summary.failed[:SHOWN]:

@@ -1,5 +1,6 @@
 """`sparse-context serve`: one pipeline behind HTTP, as the official `openai` client calls it."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -70,6 +71,8 @@ def serve(
     from ..server.settings import Settings
 
     chosen = options.settings_of(context, settings)
+    if cache < 0:
+        raise ValueError(f"--cache is {cache}: pass MiB, or 0 for none.")
     call = {name: getattr(chosen.request, name) for name in CALL}
     bounds = Settings(
         name=served_model_name or _name(chosen.spec.model),
@@ -80,8 +83,8 @@ def serve(
         host=host,
         body=max_body * 2**20,
         references=max_references,
-        pixels=round(max_megapixels * 1e6),
-        output_pixels=round(max_output_megapixels * 1e6),
+        pixels=_pixels("max-megapixels", max_megapixels),
+        output_pixels=_pixels("max-output-megapixels", max_output_megapixels),
         queue=queue,
         deadline=deadline,
         batch=_batch(batch),
@@ -105,6 +108,13 @@ def serve(
     from ..server.run import run
 
     run(Engine(chosen.spec, bar=False, cache=ReferenceCache(cache * 2**20) if cache else None), bounds, port)
+
+
+def _pixels(option: str, megapixels: float) -> int:
+    """Megapixels as pixels. Raises ValueError for none, and for no number of them."""
+    if not 0 < megapixels < math.inf:
+        raise ValueError(f"--{option} is {megapixels:g}: pass a number above 0.")
+    return round(megapixels * 1e6)
 
 
 def _name(model: str | None) -> str:

@@ -23,6 +23,7 @@ from ..images import save_text
 from ..selectors.masks import Mask
 from ..selectors.registry import parts_of
 from ..selectors.text import Text
+from ..texts import TwiceError, once_each, read_word
 from .spec import ModelSpec, Request
 
 MODEL_KEYS = tuple(each.name for each in fields(ModelSpec))
@@ -67,7 +68,9 @@ class Settings:
 def read_settings(path: Path) -> Settings:
     """The settings in a JSON file. Raises ValueError, in one sentence, for a file that holds none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once_each)
+    except TwiceError as error:
+        raise ValueError(f"The settings {path}: an object {error}") from error
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ValueError(f"The settings {path} cannot be read ({reason}): name a JSON file.") from error
@@ -96,13 +99,14 @@ def parse_settings(
     for name, value in values.items():
         if name not in keys:
             near = difflib.get_close_matches(str(name).lower(), [key for key in ALL_KEYS if key in keys], n=1)
+            near = ["phrases"] if name == "text" and "phrases" in keys else near  # as the command calls it
             hint = f"Did you mean {near[0]!r}?" if near else "Leave it out."
             raise ValueError(f"{name!r} is no setting here. {hint}")
         if name in _HINTS:
             _check_type(name, value)
 
     def chosen(of: Container[str]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if name in of}
+        return {name: read_word(name, value) for name, value in values.items() if name in of}
 
     config = replace(base.request.config, **chosen(CONFIG_KEYS))
     return Settings(replace(base.spec, **chosen(MODEL_KEYS)), replace(base.request, config=config, **chosen(CALL_KEYS)))

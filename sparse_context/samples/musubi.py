@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..texts import TwiceError, once_each
 from .layout import Layout, Row, by_number, caption_suffix, folder_of, is_image, read_caption, unused
-from .rows import once_each
 from .sample import ManifestError
 
 USED = {"image_directory", "image_jsonl_file", "control_directory", "caption_extension"}
@@ -119,7 +119,7 @@ def _read_lines(entry: object, base: Path, where: str) -> list[tuple[str, Row]]:
 def _row(line: str, label: str, folder: Path) -> Row:
     try:
         row = json.loads(line, object_pairs_hook=once_each)
-    except ManifestError as error:
+    except TwiceError as error:
         return [f"{label} {error}"]
     except (ValueError, RecursionError) as error:
         return [f"{label} is no JSON ({error})."]

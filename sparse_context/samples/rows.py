@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Protocol, TypeVar
 
+from ..texts import TwiceError, once_each
 from .archives import Member, find_member
 from .names import file_key, name_problem
 from .sample import ManifestError, Picture, Sample
@@ -63,7 +64,7 @@ def read_lines(path: Path, make: Callable[[object, str, str], Row | list[str]]) 
         where = f"line {number}"
         try:
             value = json.loads(line, object_pairs_hook=once_each)
-        except ManifestError as error:
+        except TwiceError as error:
             row: Row | list[str] = [f"{where} {error}"]
         except (ValueError, RecursionError) as error:
             row = [f"{where} is no JSON ({error})."]
@@ -85,16 +86,6 @@ def name_apart(rows: Sequence[tuple[str, Row | list[str]]]) -> list[tuple[str, R
                 row = [f"{where} has the name {row.name!r}{also} of {place}: give each its own."]
         apart.append((where, row))
     return apart
-
-
-def once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object. Python's own reader takes the last value of a key that comes twice, without a word."""
-    entries: dict[str, object] = {}
-    for key, value in pairs:
-        if key in entries:
-            raise ManifestError(f"has {_short(key)} twice: write it once.")
-        entries[key] = value
-    return entries
 
 
 def make_sample(row: object, where: str, name: str, rules: RowRules) -> Sample | list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -236,7 +237,7 @@ def blend(weights: Mapping[str, float] | Mapping[str | Selector, float]) -> Blen
     if not weights:
         raise ValueError("A blend of no selectors cannot score: name at least one, such as {'edges': 1.0}.")
     for selector, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0 < weight < math.inf:
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0 < weight <= sys.float_info.max:
             raise ValueError(f"The weight of {_label(selector)!r} in the blend is {weight!r}: pass a number above 0.")
     if sum(find_mask(selector) is not None for selector in weights) > 1:
         raise ValueError("A blend holds one mask([...]): combine several masks into one before you pass them.")

@@ -35,6 +35,9 @@ LEFT = 499
 TEXT_BYTES = 256 * 1024
 """Of one field of a form that is no file. A prompt of 32,000 characters has at most half of that."""
 
+JSON_BYTES = 2**20
+"""Of a body without files: a prompt of 32,000 characters has at most a third of that, however it is escaped."""
+
 
 class Server:
     """What the routes need: a worker for one engine, the settings, and the figures.
@@ -62,32 +65,35 @@ class Server:
         _check_type(request, FORMS, "multipart/form-data, with the pictures as files")
         with self._uploading():
             form = await self._form(request)
-        try:
-            values = nest(form.multi_items())
-            uploads = take_uploads(values, self.settings, self.most_references)
-            wanted = read_wanted(values, self.settings, edits=True, is_form=True)
-            job = await self._prepare(request, wanted, uploads)
-            submitted = self.worker.submit(job, join=_may_join(request, wanted))
-        except BaseException:
-            await form.close()
-            raise
+            arrived = asyncio.get_running_loop().time()
+            try:
+                values = nest(form.multi_items())
+                uploads = take_uploads(values, self.settings, self.most_references)
+                wanted = read_wanted(values, self.settings, edits=True, is_form=True)
+                job = await self._prepare(request, wanted, uploads, arrived)
+                submitted = self.worker.submit(job, join=_may_join(request, wanted))
+            except BaseException:
+                await form.close()
+                raise
         if submitted is not job:
             job.close()  # at once: until somebody listens to it, the other one may be dropped
-        return await self._answer(request, submitted, wanted, "image_edit")
+        return await self._answer(request, submitted, wanted, "image_edit", arrived)
 
     async def generations(self, request: Request) -> Response:
         """Pictures of a prompt alone."""
         _check_type(request, ("application/json",), "application/json")
         with self._uploading():
-            values = read_json(await request.body())
-        wanted = read_wanted(values, self.settings, edits=False, is_form=False)
-        job = await self._prepare(request, wanted, Uploads())
-        submitted = self.worker.submit(job, join=_may_join(request, wanted))
-        return await self._answer(request, submitted, wanted, "image_generation")
+            values = read_json(await _text(request))
+            arrived = asyncio.get_running_loop().time()
+            wanted = read_wanted(values, self.settings, edits=False, is_form=False)
+            job = await self._prepare(request, wanted, Uploads(), arrived)
+            submitted = self.worker.submit(job, join=_may_join(request, wanted))
+        return await self._answer(request, submitted, wanted, "image_generation", arrived)
 
     @contextlib.contextmanager
     def _uploading(self) -> Iterator[None]:
-        """While a body is read. Raises `ApiError` where there is no room for another one, or for what it would ask."""
+        """While a body is read, and its pictures are looked at. Raises `ApiError` where there is no room for another
+        one, or for what it would ask."""
         self.worker.check_room()
         if self._uploads >= self.settings.uploads:
             self.metrics.refused.inc()
@@ -108,8 +114,9 @@ class Server:
         except HTTPException as error:
             raise ApiError(400, f"The form cannot be read: {error.detail}", code="invalid_form") from None
 
-    async def _prepare(self, request: Request, wanted: Wanted, uploads: Uploads) -> Job:
-        """The job that a request asks for, once its pictures were looked at."""
+    async def _prepare(self, request: Request, wanted: Wanted, uploads: Uploads, arrived: float) -> Job:
+        """The job that a request asks for, once its pictures were looked at. arrived: when its body had, by the loop's
+        clock. Raises `ApiError` for what it asks, and where its deadline comes first."""
 
         def look() -> str:
             digest = uploads.digest()
@@ -117,11 +124,17 @@ class Server:
             self.worker.check(uploads.add_to(wanted.request))
             return digest
 
-        async with self._opening:
-            try:
-                digest = await asyncio.to_thread(look)
-            except Exception as error:
-                raise from_exception(error, SUBJECTS) or error from None
+        try:
+            async with asyncio.timeout_at(arrived + self.settings.deadline):
+                await self._opening.acquire()
+        except TimeoutError:
+            raise too_late(self.settings.deadline) from None
+        try:
+            digest = await asyncio.to_thread(look)
+        except Exception as error:
+            raise from_exception(error, SUBJECTS) or error from None
+        finally:
+            self._opening.release()
         again = request.headers.get("idempotency-key", "")
         return Job(
             lambda: uploads.add_to(wanted.request),
@@ -133,10 +146,10 @@ class Server:
             uploads.close,
         )
 
-    async def _answer(self, request: Request, job: Job, wanted: Wanted, kind: str) -> Response:
+    async def _answer(self, request: Request, job: Job, wanted: Wanted, kind: str, arrived: float) -> Response:
         """The answer of a job, or its events as they come."""
         request_id = request.state.request_id
-        waiting = _Waiting(self, request, job)
+        waiting = _Waiting(self, request, job, arrived)
         if wanted.stream:
             late = too_late(self.settings.deadline)
             return _Events(waiting, events(waiting.listener, waiting.due, late, wanted, kind, request_id))
@@ -180,16 +193,28 @@ class Server:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
 
+async def _text(request: Request) -> bytes:
+    """The body of a request that brings no files. Raises `ApiError` for one that is larger than any prompt."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > JSON_BYTES:
+            raise ApiError(
+                413, f"The body is larger than {JSON_BYTES} bytes: send a shorter one.", code="request_too_large"
+            )
+    return bytes(body)
+
+
 class _Waiting:
     """One client that waits for a job: it leaves at its deadline, and when it hangs up."""
 
-    def __init__(self, server: Server, request: Request, job: Job) -> None:
+    def __init__(self, server: Server, request: Request, job: Job, arrived: float) -> None:
         self.server = server
         self.request = request
         self.job = job
         self.listener = job.listen()
         self.loop = asyncio.get_running_loop()
-        self.arrived = self.loop.time()
+        self.arrived = arrived
         self.due = self.arrived + server.settings.deadline
         self.has_answer = False
 

@@ -28,7 +28,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
-        self.param = param
+        self.param = None if param is None else param.encode("utf-8", "backslashreplace").decode("utf-8")
         self.code = code or CODES.get(status)
         self.headers = dict(headers or {})
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.datastructures import UploadFile
 
+from ..texts import TwiceError, once_each
 from .errors import ApiError, short
 
 NAME = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
@@ -32,8 +33,9 @@ def nest(items: Iterable[tuple[str, str | UploadFile]]) -> dict[str, Any]:
             raise ApiError(400, f"The field {short(name)} is too deep: send it as one JSON text.", code="unknown_field")
         top, key = match[1], match[2]
         entries = found.setdefault(top, {})
-        kind = "one" if key is None else "list" if key == "" or key.isdigit() else "mapping"
-        place = int(key) if key and key.isdigit() else key or len(entries)
+        counted = key is not None and re.fullmatch("[0-9]{1,4}", key) is not None
+        kind = "one" if key is None else "list" if key == "" or counted else "mapping"
+        place = int(key or 0) if counted else key or len(entries)
         if kinds.setdefault(top, kind) != kind or place in entries:
             raise ApiError(400, f"{short(top)} was sent in two ways: send it once.", param=top)
         entries[place] = value
@@ -67,7 +69,9 @@ def _no_number(name: str) -> None:
 def read_json(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises `ApiError` for anything else."""
     try:
-        read = json.loads(body, parse_constant=_no_number)
+        read = json.loads(body, parse_constant=_no_number, object_pairs_hook=once_each)
+    except TwiceError as error:
+        raise ApiError(400, f"The body {error}", code="invalid_json") from None
     except (ValueError, RecursionError):
         raise ApiError(400, "The body is not JSON: send an object with a prompt.", code="invalid_json") from None
     if not isinstance(read, dict):

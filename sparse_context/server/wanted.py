@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import SparseContextConfig
+from ..images import WRITE_FORMATS
 from ..pipelines.spec import Request
+from ..texts import read_word
 from .errors import ApiError, from_exception
 from .fields import check, from_text
 from .schema import SUBJECTS, check_names, config_fields, known_fields
 from .settings import Settings
+
+WEBP_SIDE = WRITE_FORMATS[".webp"][2]
 
 SENTENCES = {
     (
@@ -110,7 +114,7 @@ def read_wanted(values: Mapping[str, Any], settings: Settings, edits: bool, is_f
             "steps": read.get("num_inference_steps"),
             "guidance_scale": read.get("guidance_scale"),
             "negative_prompt": read.get("negative_prompt"),
-            **_size(default("size"), settings),
+            **_size(default("size"), output_format, settings),
         }
         call = {**settings.call, **{name: value for name, value in told.items() if value is not None}}
         config = read_config(read, settings) if edits else settings.config
@@ -130,9 +134,7 @@ def read_wanted(values: Mapping[str, Any], settings: Settings, edits: bool, is_f
 
 def read_config(read: Mapping[str, Any], settings: Settings) -> SparseContextConfig:
     """What to keep: as the fields say it, else as the server does. Raises ValueError for what no config takes."""
-    given = {field: read[name] for name, field in config_fields().items() if name in read}
-    if given.get("overview") == "none":  # as the command calls it
-        given["overview"] = None
+    given = {field: read_word(field, read[name]) for name, field in config_fields().items() if name in read}
     fidelity = read.get("input_fidelity")
     if fidelity and "keep" in given:
         raise ApiError(
@@ -155,11 +157,15 @@ def _check_model(model: str | None, settings: Settings) -> None:
         )
 
 
-def _size(text: str, settings: Settings) -> dict[str, int]:
+def _size(text: str, output_format: str, settings: Settings) -> dict[str, int]:
     """Width and height in pixels; nothing of "auto", which is the server's or the model's."""
     if text == "auto":
         return {}
     width, height = map(int, text.split("x"))
+    if output_format == "webp" and max(width, height) > WEBP_SIDE:
+        raise ApiError(
+            400, f"size is {text}, and webp holds {WEBP_SIDE} pixels a side: choose png or jpeg.", param="size"
+        )
     if width * height > settings.output_pixels:
         raise ApiError(400, f"size is {text}: pass {settings.output_pixels} pixels at most.", param="size")
     return {"width": width, "height": height}

@@ -41,7 +41,8 @@ def test_uploads_are_read_and_deleted(tmp_path):
         upload(tmp_path, "bomb.png", png_header(60_000, 60_000)),
         upload(tmp_path, "page.svg", b"<svg onload='alert(1)'/>"),
     ]
-    loaded, problems = load_files(paths)
+    loaded, problems, left = load_files(paths, 10)
+    assert left == 0
     assert [each.name for each in loaded] == ["cat.png"]
     assert np.array_equal(np.asarray(loaded[0].picture), np.asarray(picture(96, 64)))
     assert [problem.split(" ")[0] for problem in problems] == [
@@ -55,9 +56,14 @@ def test_uploads_are_read_and_deleted(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_uploads_beyond_the_room_are_deleted_without_a_look(tmp_path):
+    paths = [upload(tmp_path, f"{i}.png", png_header(60_000, 60_000)) for i in range(3)]
+    assert load_files(paths, 0) == ([], [], 3) and list(tmp_path.iterdir()) == []
+
+
 def test_an_upload_that_is_gone_is_said():
-    loaded, problems = load_files(["/nowhere/cat.png"])
-    assert loaded == [] and problems[0].startswith("'cat.png' ")
+    loaded, problems, left = load_files(["/nowhere/cat.png"], 10)
+    assert loaded == [] and left == 0 and problems[0].startswith("'cat.png' ")
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1200, 300), (31, 700)])

@@ -101,6 +101,19 @@ def test_what_the_page_has_one_control_for_is_the_same_for_all_references():
         in_a_loop(make_controls, Request("", config=SparseContextConfig(overview=[4, None])))
 
 
+def test_counts_of_each_reference_are_refused_and_a_small_ratio_is_on_the_slider():
+    with pytest.raises(ValueError, match=r"keep is \[400, 200\], and a card of the page takes a ratio or auto"):
+        in_a_loop(make_controls, Request("", config=SparseContextConfig(keep=[400, 200])))
+    controls = in_a_loop(make_controls, Request("", config=SparseContextConfig(keep=0.005)))
+    assert (controls.slots[0].keep.minimum, controls.slots[0].keep.value) == (0.005, 0.005)
+
+
+@pytest.mark.parametrize("text", ["2", "none", "nan"])
+def test_a_negative_prompt_is_a_text_whatever_it_says(text):
+    (field,) = [each for each in fields(Request) if each.name == "negative_prompt"]
+    assert read_fields([field], [text]) == {"negative_prompt": text}
+
+
 # What the page says at first ------------------------------------------------------------------------------------------
 
 

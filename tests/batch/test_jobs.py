@@ -56,8 +56,10 @@ def test_masks_of_references_are_for_the_selector_mask(tmp_path):
     Image.fromarray(np.eye(64, dtype=np.uint8) * 255).save(tmp_path / "m.png")
     row = {"references": ["a.png", "b.png"], "reference_masks": ["m.png", None], "prompt": "x"}
     assert one(tmp_path, row | {"selector": "edges"}).read().config.selector == "edges"
+    assert one(tmp_path, row | {"selector": "edges"}).ignored == ("reference_masks (without the selector mask)",)
     for selector in ("mask", {"mask": 1, "edges": 1}):
         config = one(tmp_path, row | {"selector": selector}).read().config
+        assert one(tmp_path, row | {"selector": selector}).ignored == ()
         assert user_mask(config.selector, 0).sum() == 64 * 255 and user_mask(config.selector, 1) is None
     config = one(tmp_path, row | {"selector": ["mask", "edges"]}).read().config
     assert user_mask(config.selector, 0).sum() == 64 * 255 and config.selector[1] == "edges"
@@ -107,6 +109,20 @@ BAD = {
 @pytest.mark.parametrize(("line", "says"), BAD.items(), ids=range(len(BAD)))
 def test_a_bad_line_is_told_beside_good_ones(tmp_path, line, says):
     assert says in problem(tmp_path, line)
+
+
+def test_what_a_job_would_lose_without_a_word_is_refused(tmp_path):
+    assert problem(tmp_path, {"prompt": "x", "inpaint": "a.png"}) == (
+        "line 1: inpaint says where to paint in the first reference, but there is none: name one."
+    )
+    said = "line 1 has 'text', which is the command's name for it: write 'phrases'."
+    assert problem(tmp_path, {"prompt": "x", "references": "a.png", "text": "the red car"}) == said
+
+
+def test_none_and_auto_are_written_as_in_the_command(tmp_path):
+    row = {"prompt": "x", "references": ["a.png", "b.png"], "overview": ["none", 4], "selector": "auto"}
+    config = one(tmp_path, row, selector="edges", overview=8).settings.request.config
+    assert (config.overview, config.selector) == ([None, 4], None)
 
 
 def test_two_jobs_of_one_name(tmp_path):

@@ -9,7 +9,7 @@ from tiny import picture
 from batch.shared import ROWS, base_of, jobs_of, times_of
 from sparse_context.batch.folder import Folder
 from sparse_context.batch.runner import Runner, threads_of
-from sparse_context.images import open_picture
+from sparse_context.images import WRITE_FORMATS, open_picture
 from sparse_context.pipelines import Cancelled, Engine
 
 
@@ -61,6 +61,16 @@ def test_a_job_that_fails_says_why_and_the_next_one_is_as_usual(runner, base, tm
     assert (record["status"], record["where"]) == ("failed", "line 1") and not runner.folder.picture(gone.name).exists()
     picture(64, 64).save(tmp_path / "gone.png")
     assert runner(gone)["status"] == "done"
+
+
+def test_a_picture_that_its_format_cannot_hold_is_a_failed_job(runner, base, tmp_path, monkeypatch):
+    monkeypatch.setitem(WRITE_FORMATS, ".png", ("PNG", {}, 32))
+    (job,) = jobs_of(tmp_path, [ROWS[0]], base)
+    record = runner(job)
+    assert (record["status"], record["reason"]) == (
+        "failed",
+        "The picture is 64x64 pixels, and .png holds 32 a side: choose png.",
+    )
 
 
 def test_a_job_that_is_done_is_not_made_again(runner, base, tmp_path):

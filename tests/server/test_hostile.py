@@ -56,6 +56,39 @@ ODD = {
     "transparent": written(Image.fromarray(np.dstack([pixels(), np.full((64, 64), 128, np.uint8)]))),
 }
 
+
+def test_a_strip_is_refused_before_it_is_padded(service):
+    status, answer = post(service, png(0, 200_000, 8))
+    assert status == 400 and answer["error"]["message"].startswith(
+        "A reference has 200000x8 pixels, too long a strip to be padded to 8:1: crop it"
+    )
+
+
+@pytest.mark.parametrize("name", ["keep[\u00b2]", f"keep[{'1' * 500}]"])
+def test_a_name_with_an_odd_number_is_an_entry_of_that_name(service, name):
+    status, answer = post(service, PNG, **{name: "0.5"})
+    assert status == 400 and answer["error"]["message"].startswith("keep is ")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b'{"\\ud800": 1, "prompt": "x"}', 400, "There is no field "),
+        (b'{"seed": 1, "prompt": "x", "seed": 2}', 400, "The body has 'seed' twice: write it once."),
+        (b'{"prompt": "' + b"x" * 2**20 + b'"}', 413, "The body is larger than 1048576 bytes: send a shorter one."),
+        (
+            b'{"prompt": "x", "size": "16384x64", "output_format": "webp"}',
+            400,
+            "size is 16384x64, and webp holds 16383",
+        ),
+    ],
+)
+def test_a_body_that_cannot_be(service, body, status, said):
+    kind = {"Content-Type": "application/json"}
+    found, _, answer = service.get("/v1/images/generations", kind, "POST", body)
+    assert found == status and json.loads(answer)["error"]["message"].startswith(said)
+
+
 BAD = {
     "empty": (b"", "The image cannot be used: it is empty; send another copy."),
     "truncated": (PNG[: len(PNG) // 2], "The image cannot be used: a picture of {} bytes is damaged or cut short ("),
