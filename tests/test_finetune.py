@@ -608,6 +608,46 @@ def test_a_resumed_run_ends_at_equal_weights_and_keeps_its_settings(tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_resumed_run_keeps_the_rates_of_its_steps_and_the_order_of_its_mix(tmp_path):
+    def train(steps, resume=False, **changes):
+        config = TrainConfig(**SMALL | {"checkpointing_steps": 1, "max_train_steps": steps} | changes)
+        return finetune(klein(), batches, Run(tmp_path, "tiny", "x", resume=resume), config)
+
+    mixed = Dropping(mix={"random": 0.5, "blobs": 0.5})
+    train(2, lr_scheduler="linear", lr_warmup_steps=0, dropping=mixed)
+    with pytest.raises(ValueError, match="max_train_steps was 2 and is now 4"):
+        train(4, resume=True, lr_scheduler="linear", lr_warmup_steps=0, dropping=mixed)
+    turned = Dropping(mix={"blobs": 0.5, "random": 0.5})
+    with pytest.raises(ValueError, match="dropping was .* and is now"):
+        train(2, resume=True, lr_scheduler="linear", lr_warmup_steps=0, dropping=turned)
+
+
+def test_each_sample_of_a_batch_has_its_own_mask():
+    masked = replace(example(0), masks=(Image.new("L", (64, 64), 255), None))
+    prepared = prepare_batch(klein(), [masked, example(1)], ["a", "b"])
+    assert [array.shape[-1] for array in prepared.pictures[0]] == [4, 3]
+    assert [array.shape[-1] for array in prepared.pictures[1]] == [3, 3]
+
+
+def test_cached_prompts_of_several_lengths_are_padded_where_a_mask_says_so(tmp_path):
+    host = klein()
+    lengths = {"a": 2, "b": 3}
+
+    def encode_text(prompts, pictures):
+        longest = max(lengths[prompt] for prompt in prompts)
+        mask = torch.stack([torch.arange(longest) < lengths[prompt] for prompt in prompts])
+        return {"prompt_embeds": mask[..., None].float().expand(-1, -1, 4).clone(), "prompt_embeds_mask": mask}
+
+    host.encode_text = encode_text
+    prepared = prepare_batch(host, batches(0), ["a", "b"])
+    plain = encode(host, prepared).text
+    cached = encode(host, prepared, text_cache=Cache(tmp_path / "with", host.pipe.text_encoder)).text
+    assert plain.keys() == cached.keys() and all(torch.equal(plain[name], cached[name]) for name in plain)
+    host.encode_text = lambda prompts, pictures: {"prompt_embeds": encode_text(prompts, pictures)["prompt_embeds"]}
+    with pytest.raises(ValueError, match="several padded lengths, .*: pass train_batch_size=1"):
+        encode(host, prepared, text_cache=Cache(tmp_path / "without", host.pipe.text_encoder))
+
+
 LOST = {
     "gone": (None, r"config.json cannot be read \(No such file or directory\), so nothing tells"),
     "half": ('{"seed": 0', "config.json cannot be read"),
@@ -839,6 +879,19 @@ def test_the_card_of_the_embedded_model_loads_it_and_names_no_folder_of_this_mac
     several = {"gradient_accumulation_steps": 2, "processes": 4}
     assert "| steps | 3, 2 batches a step on each of 4 processes |" in model_card(
         {**record, **several, "base": EMBEDDED}, pipe, pipe.transformer
+    )
+    pipe.register_to_config(is_distilled=False)
+    base = "black-forest-labs/FLUX.2-klein-base-4B"
+    sibling = model_card({**record, "base": base}, pipe, pipe.transformer)
+    assert '"black-forest-labs/FLUX.2-klein-4B", dtype=torch.bfloat16)  # the distilled sibling of the base' in sibling
+    pipe.register_to_config(is_distilled=True)
+    few = {**record["dropping"], "overview_factors": (2,)}
+    assert "of each reference, log-uniform |" in model_card(
+        {**record, "base": base, "dropping": few}, pipe, pipe.transformer
+    )
+    few["overview_factors"] = (2, 4)
+    assert "as many below 0.15 as above |" in model_card(
+        {**record, "base": base, "dropping": few}, pipe, pipe.transformer
     )
     local = model_card({**record, "base": str(tmp_path)}, pipe, pipe.transformer)
     assert f'from_pretrained("path/to/{tmp_path.name}", ' in local and str(tmp_path.parent) not in local

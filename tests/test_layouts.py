@@ -73,6 +73,19 @@ def pack(folder, path, top=""):
     return path
 
 
+def test_a_file_that_an_archive_lacks_is_told_before_a_run_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparse_context.samples.read.CHECKED", 1)
+    picture(64, 64).save(tmp_path / "a.png")
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    rows = [{"references": [f"p.zip/{name}.png"], "image": "a.png", "prompt": "x"} for name in ("a", "b")]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        ManifestError, match="sample 000002 .*b.png' does not exist; check the name, and what the archive"
+    ):
+        check_pictures(read_samples(tmp_path / "m.jsonl"))
+
+
 @pytest.mark.parametrize("form", ["folder", "zip", "zip with a folder in it"])
 def test_pairs_by_their_names(pairs, form, tmp_path):
     source = pairs if form == "folder" else pack(pairs, tmp_path / "p.zip", "photos/" if "with" in form else "")

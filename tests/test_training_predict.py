@@ -87,8 +87,18 @@ def test_a_dry_run_says_tokens_memory_and_time(tiny_model, data):
     ]
     assert re.search(r"Activations with gradient checkpointing: \d", said)
     assert "The encoders come first, alone" in said and "text_encoder" not in said
-    assert re.search(r"A batch with all its 204 tokens was measured: \d+\.\d\d s", said)
+    assert re.search(r"A batch of 204 tokens was measured: \d+\.\d\d s", said)
     assert re.search(r"Beside weights and LoRA it took \d+\.\d\d GB; \d+\.\d\d GB were computed", said)
+
+
+def test_what_is_measured_is_the_largest_step_of_the_run(tiny_model, data, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = TrainConfig(rank=2, dropping=Dropping(keep_max=0.5, dense=0.0), max_train_steps=10)
+    run = RunConfig(resolution=64, dtype="float32", mixed_precision="no")
+    said = dry_run(str(tiny_model), str(data), config, run)
+    assert re.search(r"A batch of 140 tokens was measured: \d+\.\d\d s", said)  # 12 + 64 + half of 128
 
 
 def test_what_cannot_fit_is_refused_with_what_would(tiny_model, data, monkeypatch):
@@ -137,4 +147,5 @@ def test_only_settings_that_are_needed_and_possible_are_advised():
         "quantization=nf4",
     ]
     assert advise(100, possible=False) == ["gradient_checkpointing=true", "quantization=int8"]
+    assert advise(60, fsdp=True) is None and advise(150, fsdp=True) == ["gradient_checkpointing=true"]
     assert advise(60, full=True) is None and advise(60, compile=True) is None

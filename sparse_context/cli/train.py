@@ -144,6 +144,10 @@ def _check(settings: "Settings", output_dir: Path, most: int | None) -> int:
     print(f"{settings.data}: every row is good.")
     if run.validation_data is not None:
         source = run.source if run.validation_split is None else {**run.source, "split": run.validation_split}
+        problems = check_samples(run.validation_data, most_references=most, **source)
+        if problems:
+            print("\n".join(f"{run.validation_data}: {problem}" for problem in problems))
+            return 2
         duplicates = find_duplicates(samples, read_samples(run.validation_data, most_references=most, **source))
         print("\n".join(duplicates) if duplicates else f"{run.validation_data}: no image is in the data too.")
     token = 8 if settings.model is None else 16  # of the embedded model, and of all others

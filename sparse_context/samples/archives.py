@@ -48,6 +48,11 @@ class Member:
         """Whether the archive is at a URL."""
         return is_remote(self.archive)
 
+    def is_there(self) -> bool:
+        """Whether the archive has it. Raises `PictureError` for an archive that cannot be read."""
+        with _opened(self.archive) as (_, index):
+            return self.name in index
+
     def read(self, most: int = MAX_BYTES) -> bytes:
         """Its content. Raises `PictureError` where the archive cannot be read or lacks it, or it has more bytes than
         `most`."""

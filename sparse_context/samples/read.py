@@ -160,9 +160,18 @@ def _bad_pictures(sample: Sample, opened: set[Picture]) -> list[str]:
 
 def _lost_pictures(sample: Sample) -> list[str]:
     pictures = (*sample.references, sample.image, sample.mask, *sample.reference_masks)
-    files = [Path(p.archive) if isinstance(p, Member) and not p.remote else p for p in pictures]
-    lost = [file for file in files if isinstance(file, Path) and not os.path.isfile(file)]
-    return [f"{str(file)!r} does not exist; check the name and the folder" for file in lost]
+    lost = []
+    for picture in pictures:
+        member = picture if isinstance(picture, Member) and not picture.remote else None
+        file = Path(member.archive) if member else picture
+        try:
+            if isinstance(file, Path) and not os.path.isfile(file):
+                lost.append(f"{str(file)!r} does not exist; check the name and the folder")
+            elif member and not member.is_there():
+                lost.append(f"{str(member)!r} does not exist; check the name, and what the archive holds")
+        except PictureError as error:
+            lost.append(str(error))
+    return lost
 
 
 def _open_source(

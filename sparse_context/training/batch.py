@@ -49,9 +49,10 @@ def prepare_batch(host: Host, examples: Sequence[Example], prompts: Sequence[str
         pixels = [host.pixels(example.references[i]) for example in examples]
         masks = [example.masks[i] for example in examples]
         arrays = [to_uint8(each)[0] for each in pixels]
-        if all(mask is not None for mask in masks):
-            covered = [to_uint8(host.pixels(mask.convert("RGB")))[0][..., :1] for mask in masks if mask is not None]
-            arrays = [np.concatenate(pair, axis=-1) for pair in zip(arrays, covered, strict=True)]
+        for number, mask in enumerate(masks):
+            if mask is not None:
+                covered = to_uint8(host.pixels(mask.convert("RGB")))[0][..., :1]
+                arrays[number] = np.concatenate([arrays[number], covered], axis=-1)
         references.append(torch.cat(pixels))
         pictures.append(arrays)
     target = torch.cat([host.pixels(example.image) for example in examples])
@@ -225,7 +226,7 @@ def encode(
             parts.append(
                 text_cache.get(key, lambda p=prompt, s=seen: encode_text([p], [s]))  # type: ignore[misc]
             )
-        text = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        text = _join(parts)
     grids = batch.grids(host.token)
     return Encoded(
         latents(batch.target),
@@ -235,6 +236,26 @@ def encode(
         batch.source.to(device),
         {(i, factor): latents(shrink(batch.references[i], grids[i], factor)) for i, factor in overviews},
     )
+
+
+def _join(parts: Sequence[Text]) -> Text:
+    """The texts of several prompts as those of a batch: shorter ones are padded, where a mask says so."""
+    text = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts]
+        if len({tensor.shape for tensor in tensors}) > 1:
+            if f"{name}_mask" not in parts[0] and not name.endswith("_mask"):
+                raise ValueError(
+                    "The prompts of a batch have several padded lengths, which this model does not mix: pass "
+                    "train_batch_size=1."
+                )
+            longest = max(tensor.shape[1] for tensor in tensors)
+            tensors = [
+                torch.cat([tensor, tensor.new_zeros(1, longest - tensor.shape[1], *tensor.shape[2:])], 1)
+                for tensor in tensors
+            ]
+        text[name] = torch.cat(tensors)
+    return text
 
 
 def _check_loaded(encoder: Any, made: str) -> None:

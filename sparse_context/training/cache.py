@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -55,7 +56,7 @@ class Cache:
             except (SafetensorError, OSError):
                 pass  # half a file of another file system's making
         tensors = {part: tensor.detach().cpu().contiguous() for part, tensor in make().items()}
-        partial = file.with_suffix(f".{os.getpid()}.partial")
+        partial = file.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.partial")  # machines may share the folder
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial, {"digest": _digest(name, tensors)})

@@ -51,7 +51,11 @@ def _code(record: Mapping[str, Any], pipe: Any, transformer: Any) -> dict[str, s
     """The lines that load the result."""
     pipeline, architecture = type(pipe).__name__, plain_class(transformer).__name__
     full, base = record["full"], str(record["base"])
-    name = _name(base)
+    name, note = _name(base), ""
+    if record["kv"] and not getattr(pipe.config, "is_distilled", True):  # such a LoRA is for the distilled sibling
+        sibling = base.replace("-klein-base-", "-klein-")
+        name = _name(sibling if sibling != base else "the-distilled-sibling")
+        note = "  # the distilled sibling of the base"
     trained = f'{architecture}.from_pretrained("transformer", dtype=torch.bfloat16)'
     if family_of(pipe).modular:
         load = f"pipe = {pipeline}.from_pretrained({name})\npipe.load_components(dtype=torch.bfloat16)"
@@ -59,7 +63,7 @@ def _code(record: Mapping[str, Any], pipe: Any, transformer: Any) -> dict[str, s
     elif full:
         load = f"pipe = {pipeline}.from_pretrained({name}, transformer={trained}, dtype=torch.bfloat16)"
     else:
-        load = f"pipe = {pipeline}.from_pretrained({name}, dtype=torch.bfloat16)"
+        load = f"pipe = {pipeline}.from_pretrained({name}, dtype=torch.bfloat16){note}"
     if not full:
         load += f'\npipe.load_lora_weights(".", weight_name="{LORA_FILE}", use_safetensors=True)'
     weights = call = ""
@@ -112,7 +116,8 @@ def _settings(record: Mapping[str, Any]) -> dict[str, str]:
 
 def _law(dropping: Mapping[str, Any]) -> str:
     """How keep ratios are drawn."""
-    has_few = bool(dropping["overview_factors"]) and dropping["keep_min"] < FEW < dropping["keep_max"]
+    least = [max(dropping["keep_min"], factor**-2) for factor in dropping["overview_factors"]]
+    has_few = bool(least) and min(least) < FEW < dropping["keep_max"]
     return f"as many below {FEW:g} as above" if has_few else "log-uniform"
 
 

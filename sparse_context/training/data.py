@@ -181,7 +181,15 @@ class Ahead:
                 self._pool.shutdown()
             self._made = self._by_processes(number) if self._workers else self._by_a_thread(number)
         self._next = None  # should this one fail
-        result = next(self._made)
+        try:
+            result = next(self._made)
+        except RuntimeError as error:
+            if not self._workers:
+                raise
+            raise OSError(
+                f"A process that prepares batches died ({str(error).splitlines()[0]}): give it more memory (in a "
+                "container also shared memory, /dev/shm), or pass fewer dataloader_num_workers."
+            ) from error
         if isinstance(result, Exception):
             raise result
         self._next = number + 1

@@ -29,7 +29,7 @@ from .config import TrainConfig
 from .data import Batches
 from .dropping import draw_selection
 from .finetune import fast
-from .launch import encodes_first, make_host, open_data, start_accelerator
+from .launch import encodes_first, enough_memory, make_host, open_data, start_accelerator
 from .loss import FlowMatching
 from .options import RunConfig
 from .predict import Plan, StepPrediction, StepPredictor, fits, settings_that_fit
@@ -127,13 +127,16 @@ def check_fits(predicted: Predicted, memory: int | None) -> None:
 
 
 def measure(host: Any, batches: Batches, config: TrainConfig, encoding: Encoding, accelerator: Any) -> Measured:
-    """Make two steps with all tokens, of one batch and one set each, and time the second. Nothing is written.
+    """Make two steps of the largest kind (`largest_keep`), of one batch and one set each, and time the second. Nothing
+    is written.
 
     The most memory is that of both, for AdamW makes its moments in the first.
     """
+    most = largest_keep(config)
+    whole = {"dense": 1.0} if most == 1 else {"dense": 0.0, "keep_min": most, "keep_max": most}
     every = replace(
         config,
-        dropping=replace(config.dropping, dense=1.0),
+        dropping=replace(config.dropping, **whole),
         gradient_accumulation_steps=1,
         subsets=1,
         max_train_steps=2,
@@ -173,7 +176,7 @@ def report(predicted: Predicted, memory: int | None, measured: Measured | None =
     shown += [(f"overview by {factor}", max(1, round(total / factor**2))) for factor in dropping.overview_factors]
     mean = round(_mean_kept(config, predicted.sizes)) if total else 0
     shown.append(("mean of a run", mean))
-    made = None if measured is None else predicted.step(1.0, measured.sizes)
+    made = None if measured is None else predicted.step(largest_keep(config), measured.sizes)
     rate = None if measured is None or made is None else measured.seconds / made.flops
     for name, keep in shown:
         step = predicted.step(keep)
@@ -199,7 +202,7 @@ def report(predicted: Predicted, memory: int | None, measured: Measured | None =
         minutes = step_seconds * config.max_train_steps / 60
         whole = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
         batches = config.gradient_accumulation_steps * config.subsets
-        lines.append(f"A batch with all its {made.tokens.total:,} tokens was measured: {measured.seconds:.2f} s.")
+        lines.append(f"A batch of {made.tokens.total:,} tokens was measured: {measured.seconds:.2f} s.")
         if measured.memory is not None:
             lines.append(
                 f"Beside weights and LoRA it took {measured.memory / GB:.2f} GB; "
@@ -250,4 +253,5 @@ def dry_run(model: str | None, data: str, config: TrainConfig, run: RunConfig) -
         host, encoding = make_host(
             model, spec, batches, [], Path(folder), short, replace(run, cache_dir=Path(folder)), accelerator
         )
-        return report(predicted, memory, measure(host, batches, config, encoding, accelerator))
+        with enough_memory():
+            return report(predicted, memory, measure(host, batches, config, encoding, accelerator))

@@ -77,7 +77,7 @@ def launch(
     spec = replace(spec, device=str(accelerator.device))
     batches = Batches(samples, run.train_batch_size, config.seed, *run.sides.values())
     holding = alone(output) if accelerator.is_main_process else contextlib.nullcontext()
-    with together(accelerator), _enough_memory(), holding:
+    with together(accelerator), enough_memory(), holding:
         for note in samples.notes if accelerator.is_main_process else ():
             print(note, file=sys.stderr)
         if accelerator.is_main_process and resume and not has_begun(output):
@@ -117,7 +117,7 @@ def launch(
 
 
 @contextlib.contextmanager
-def _enough_memory() -> Iterator[None]:
+def enough_memory() -> Iterator[None]:
     """What is said where the device's memory runs out."""
     import torch
 
@@ -125,8 +125,8 @@ def _enough_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            "The device's memory ran out: pass a smaller resolution or train_batch_size, or set "
-            "gradient_checkpointing=true. With resume='latest' the run continues from its last checkpoint."
+            "The device's memory ran out: set gradient_checkpointing=true, with which a run that has begun may be "
+            "resumed, or begin a new one with a smaller resolution or train_batch_size."
         ) from error
 
 

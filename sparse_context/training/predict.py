@@ -304,6 +304,8 @@ def settings_that_fit(
 
     tried: list[Change] = []
     for each in CHANGES:
+        if config.fsdp and each[0].startswith(("use_8bit_adam", "quantization")):  # which do not go together
+            continue
         changed = with_changes([*tried, each])
         if changed == with_changes(tried) or is_refused(changed[1]):
             continue

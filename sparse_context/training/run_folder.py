@@ -71,7 +71,8 @@ FREE = (
     "version",
 )
 """What may change when a run is resumed: its length, and what does not decide its weights (the base is told by its own,
-not by its name; what of `run` decides them has a place of its own in the record). So may a warm-up, where no step that
+not by its name; what of `run` decides them has a place of its own in the record). Its length may not where a step that
+was taken would have had another learning rate. So may a warm-up, where no step that
 is left tells, and the number of processes, where `gradient_accumulation_steps` makes up for it."""
 
 
@@ -100,6 +101,14 @@ def check_same(output: Path, record: dict, resume: bool) -> None:
             for step in ahead
         ):
             changed.remove("lr_warmup_steps")
+    if record["max_train_steps"] != earlier["max_train_steps"] and "lr_scheduler" not in changed:
+        rate, taken = SCHEDULES[record["lr_scheduler"]], range(newest_step(output))
+        ends, warmup = (earlier["max_train_steps"], record["max_train_steps"]), earlier["lr_warmup_steps"]
+        if any(rate(step, ends[0], warmup) != rate(step, ends[1], warmup) for step in taken):
+            changed.append("max_train_steps")
+    mixes = [list(settings["dropping"].get("mix", ())) for settings in (earlier, record)]
+    if mixes[0] != mixes[1] and "dropping" not in changed:  # kinds are drawn by their place
+        changed.append("dropping")
     each = earlier["processes"] * earlier["gradient_accumulation_steps"]
     if record["processes"] * record["gradient_accumulation_steps"] == each:  # the same batches, in the same steps
         changed = [name for name in changed if name not in ("processes", "gradient_accumulation_steps")]

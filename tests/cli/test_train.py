@@ -338,6 +338,9 @@ def test_check_data_names_every_bad_row_and_loads_no_model(monkeypatch, capfd, d
     code, said, _ = call(monkeypatch, capfd, "--data", good, "--check-data", "--output-dir", output)
     assert code == 0 and said == f"{good}: every row is good.\nwrote {output / 'check-data.png'}\n"
     assert [path.name for path in output.iterdir()] == ["check-data.png"]
+    options = ["--validation-data", data / "bad.jsonl", "--output-dir", output]
+    code, said, _ = call(monkeypatch, capfd, "--data", good, "--check-data", *options)
+    assert code == 2 and f"{data / 'bad.jsonl'}: line 2" in said
     options = ["--validation-data", good, "--output-dir", output]
     code, said, _ = call(monkeypatch, capfd, "--data", good, "--check-data", *options)
     assert code == 2

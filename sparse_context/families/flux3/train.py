@@ -49,7 +49,10 @@ class Flux3(Host):
         step = Flux3TextEncoderStep()
         embeds = [self._run(step, prompt=prompt, negative_prompt=None, **settings).prompt_embeds for prompt in prompts]
         if len({prompt.shape for prompt in embeds}) > 1:
-            raise ValueError("The prompts of a batch have several padded lengths, which FLUX.3 does not mix: batch 1.")
+            raise ValueError(
+                "The prompts of a batch have several padded lengths, which FLUX.3 does not mix: pass "
+                "train_batch_size=1."
+            )
         return {"prompt_embeds": torch.cat(embeds)}
 
     def target_tokens(self, latents: torch.Tensor) -> ReferenceTokens:
