@@ -51,7 +51,9 @@ def take_paths(files: gr.File) -> None:
 def load_files(paths: Sequence[str], room: int) -> tuple[list[Loaded], list[str], int]:
     """The pictures in files that were uploaded, which are deleted; a sentence for each that is none; and how many were
     not opened, because there was no room for more than `room`."""
-    loaded, problems, left = [], [], 0
+    loaded: list[Loaded] = []
+    problems: list[str] = []
+    left = 0
     for path in map(Path, paths):
         try:
             if len(loaded) < room:

@@ -133,10 +133,12 @@ def measure(host: Any, batches: Batches, config: TrainConfig, encoding: Encoding
     The most memory is that of both, for AdamW makes its moments in the first.
     """
     most = largest_keep(config)
-    whole = {"dense": 1.0} if most == 1 else {"dense": 0.0, "keep_min": most, "keep_max": most}
+    dropping = replace(config.dropping, dense=1.0)
+    if most < 1:
+        dropping = replace(config.dropping, dense=0.0, keep_min=most, keep_max=most)
     every = replace(
         config,
-        dropping=replace(config.dropping, **whole),
+        dropping=dropping,
         gradient_accumulation_steps=1,
         subsets=1,
         max_train_steps=2,
