@@ -321,7 +321,8 @@ def test_a_gguf_file_is_the_transformer(engine, spec, tmp_path, kind):
     writer.write_tensors_to_file()
     writer.close()
     difference = np.abs(pixels(quantized(spec, str(file))(ask())).astype(int) - pixels(engine(ask())))
-    assert difference.max() == 0 if kind == "F32" else 0 < difference.max() and difference.mean() < 3
+    # On some processors the last bit depends on where in memory a matrix begins
+    assert difference.max() <= 1 if kind == "F32" else 0 < difference.max() and difference.mean() < 3
 
 
 def test_what_is_no_gguf_file_is_one_sentence(spec, tmp_path):

@@ -1,7 +1,8 @@
-"""The embedded model's weights for overviews: blocks that are added to it, and what changes behind them.
+"""The embedded model's weights for overviews: blocks that are added to it, and those behind them.
 
 To read an overview takes more attention heads than the embedded model has, so its weights for overviews bring blocks of
-their own. They lie in a file beside the model, and whoever asks for no overview has the model without them.
+their own. What follows these was trained with them. Both lie in a file beside the model, whole, and whoever asks for no
+overview has the model without them.
 """
 
 import copy
@@ -41,29 +42,22 @@ def grown(base: Any) -> Any:
     return student
 
 
-def is_new(name: str) -> bool:
-    """Whether a parameter belongs to a new block."""
+def is_learnt(name: str) -> bool:
+    """Whether a parameter belongs to a new block, or to one behind these."""
     head, _, rest = name.partition("single_transformer_blocks.")
-    return not head and bool(rest) and FIRST <= int(rest.partition(".")[0]) < FIRST + NEW
+    return not head and bool(rest) and int(rest.partition(".")[0]) >= FIRST
 
 
 @torch.no_grad()
 def load_blocks(student: Any, path: Path) -> None:
-    """Take what a file says of new blocks, and of those behind them, into `student`, which is `grown`.
-
-    The file has the new blocks' own weights, and the change of others as a LoRA without a scale. Raises ValueError for
-    one that cannot be read, or holds less or other than that.
-    """
+    """Take the new blocks of a file, and those behind them, into `student`, which is `grown`. Raises ValueError for a
+    file that cannot be read, or holds less or other than that."""
     state = student.state_dict()
     try:
         tensors = load_file(path)
         for name, tensor in tensors.items():
-            if ".lora_A." in name:
-                weight = state[name.removeprefix("transformer.").replace(".lora_A.weight", ".weight")]
-                weight += (tensors[name.replace(".lora_A.", ".lora_B.")].float() @ tensor.float()).to(weight)
-            elif ".lora_B." not in name:
-                state[name].copy_(tensor.to(state[name].dtype))
-        if missing := [name for name in state if is_new(name) and name not in tensors]:
+            state[name].copy_(tensor.to(state[name].dtype))
+        if missing := [name for name in state if is_learnt(name) and name not in tensors]:
             raise KeyError(f"{missing[0]} is missing")
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

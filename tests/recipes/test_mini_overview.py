@@ -27,7 +27,7 @@ from recipes.mini.run_folder import save_config
 from recipes.mini.scenes import make_scene
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
 from sparse_context.pipelines.load import load
-from sparse_context.pipelines.overview_blocks import FIRST, NEW, grown, is_new
+from sparse_context.pipelines.overview_blocks import FIRST, NEW, grown, is_learnt
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.trained import Trained, trained_for
 from sparse_context.training.checkpoints import newest_step
@@ -210,8 +210,8 @@ def test_of_a_transformer_that_has_new_blocks_already_a_copy_is_made(student):
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_an_export_is_what_users_load_and_what_later_runs_begin_at(tmp_path, monkeypatch):
-    """In the package's place, as `lora="overview"`: its new blocks as eight-bit floats, those behind as a LoRA; and the
-    model without it stays as it was."""
+    """In the package's place, as `lora="overview"`: its new blocks and those behind as eight-bit floats; and the model
+    without it stays as it was."""
     path, plain = tmp_path / "overview.safetensors", load(ModelSpec(device="cpu")).transformer
     begun, student = grown(plain).state_dict(), learned(plain)
 
@@ -229,12 +229,10 @@ def test_an_export_is_what_users_load_and_what_later_runs_begin_at(tmp_path, mon
     assert record["base_weights"] == adapter_record(ADAPTERS["plain"])["base_weights"]
     assert trained_for(load(ModelSpec(device="cpu")).transformer).factors == ()
     loaded = load(ModelSpec(device="cpu", lora="overview")).transformer
-    assert trained_for(loaded) == Trained((4,), "spread", False, (0.1, 0.4625), ("edit", "global"))
+    assert trained_for(loaded) == Trained((2, 4), "spread", False, (0.1, 0.65), ("edit", "global"))
     for name, tensor in student.state_dict().items():
         change = (loaded.state_dict()[name] - tensor).norm()
-        if name == f"single_transformer_blocks.{FIRST + NEW}.attn.to_out.weight":  # bfloat16, and of rank 64 at most
-            assert change <= 0.01 * (begun[name] - tensor).norm()
-        elif is_new(name):  # eight bits
+        if is_learnt(name):  # eight bits
             assert change <= 0.05 * tensor.norm()
         else:
             assert torch.equal(loaded.state_dict()[name], begun[name])
