@@ -165,7 +165,7 @@ def _plan_overviews(
         candidates: dict[int, list[int]] = {}
         for i in pool.members:
             ratio = _ratio_of(config.keep, i, pool, size)
-            candidates[i] = _candidates(choices[i], factor_for(ratio, grids[i]), trained)
+            candidates[i] = _candidates(choices[i], factor_for(ratio, grids[i], tasks[i]), trained)
             if choices[i] == "trained" and trained.factors and not trained.shows(tasks[i]):
                 candidates[i] = []
                 known = " or ".join(trained.tasks)

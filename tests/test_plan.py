@@ -44,17 +44,19 @@ def notes(grids, trained=None, shown=None, **settings):
     ],
 )
 def test_a_factor_suits_the_budget(ratio, grid, factor):
-    assert factor_for(ratio, grid) == factor
+    assert factor_for(ratio, grid, "global") == factor
+    assert {factor_for(ratio, grid, task) for task in ("edit", "subject")} == {8 if grid == (128, 128) else 4}
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({"keep": 0.2, "overview": 4}, [4, 4]),
-        ({"keep": 0.3, "overview": "auto"}, [2, 2]),
+        ({"keep": 0.3, "overview": "auto", "task": "global"}, [2, 2]),
+        ({"keep": 0.3, "overview": "auto", "task": "edit"}, [4, 4]),
         ({"keep": 0.2, "overview": "auto"}, [4, 4]),
         ({"keep": 0.05, "overview": "auto"}, [8, 8]),
-        ({"keep": [0.3, 0.05], "overview": "auto"}, [2, 8]),
+        ({"keep": [0.3, 0.05], "overview": "auto", "task": "global"}, [2, 8]),
         ({"keep": 0.2, "overview": [None, 2]}, [None, 4]),
         ({"keep": 0.2, "overview": 3}, [3, 3]),
         ({"keep": 0.1, "overview": 3}, [4, 4]),
@@ -111,9 +113,10 @@ def test_a_budget_below_the_coarsest_overview_is_refused_with_the_smallest_that_
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"keep": 0.3}, [2, 2]),
+        ({"keep": 0.3, "task": "global"}, [2, 2]),
+        ({"keep": 0.3}, [4, 4]),
         ({"keep": 0.2}, [4, 4]),
-        ({"keep": [0.5, 0.2]}, [2, 4]),
+        ({"keep": [0.5, 0.2], "task": "global"}, [2, 4]),
         ({"keep": 0.05}, [None, None]),  # never by a factor that the weights do not know
         ({"keep": 1.0}, [None, None]),
         ({"keep": 0.2, "overview": None}, [None, None]),
@@ -149,7 +152,7 @@ def test_the_finest_is_the_last_resort_of_weights_that_know_no_coarser_one():
     ("known", "keep", "factor"), [((4,), 0.3, 4), ((2, 4), 0.3, 2), ((2, 4), 0.2, 4), ((8,), 0.5, 8), ((2,), 0.2, 4)]
 )
 def test_auto_takes_what_the_weights_know(known, keep, factor):
-    assert factors([(16, 16)], Trained(known), keep=keep, overview="auto") == [factor]
+    assert factors([(16, 16)], Trained(known), keep=keep, overview="auto", task="global") == [factor]
 
 
 def test_the_report_says_which_overviews_the_weights_did_not_learn():
