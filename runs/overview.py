@@ -7,14 +7,14 @@
 The embedded model, on the scenes of runs/mini_curves.py and their noise, with its weights for overviews; the ways to do
 without have its LoRA for dropped tokens. On "validation" an overview of each factor is measured alone, and with sharp
 tokens by each rule of overview_ways.py; the best in a group at a keep, by its mean, is chosen, and the result says
-which. On "test" what was chosen is read from `--rules`, and measured under the name "overview and sharp". The ways to
-do without are `dropping`, which keeps what the tasks choose, `random`, `merged` with as many averages (`merge=1`), and
-`downscaled`, that of the benchmark; `default` names nothing but the keep, by the weights for overviews, and
-`dropping, same weights` is dropping by them. Differences are to the dense base without an adapter, scene by scene; the
-result also has those of every way to `dropping`, and of "overview and sharp" to every way without. `--masks` adds the
-objects' true masks, a bound and no method: nothing is chosen by them. `--kv` is the same in KV mode, where nothing is
-scaled down. `--pictures` draws the curves, and the scenes of each group, the worst first. Stopped at any point, it goes
-on there.
+which. On "test" what was chosen is read from `--rules`, all results on validation without it, and measured under the
+name "overview and sharp". The ways to do without are `dropping`, which keeps what the tasks choose, `random`, `merged`
+with as many averages (`merge=1`), and `downscaled`, that of the benchmark; `default` names nothing but the keep, by the
+weights for overviews, and `dropping, same weights` is dropping by them. Differences are to the dense base without an
+adapter, scene by scene; the result also has those of every way to `dropping`, and of "overview and sharp" to every way
+without. `--masks` adds the objects' true masks, a bound and no method: nothing is chosen by them. `--kv` is the same in
+KV mode, where nothing is scaled down. `--pictures` draws the curves, and the scenes of each group, the worst first.
+Stopped at any point, it goes on there.
 
 It needs the scenes' objects: `python -m recipes.mini data`, and for the last line `python -m recipes.mini cutouts`.
 """
@@ -138,7 +138,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.3, 0.2, 0.1, 0.0625])
     parser.add_argument("--factors", type=int, nargs="+", help="what the weights were trained for without it")
     parser.add_argument("--layout", help="of the overviews; what the weights were trained for without it")
-    parser.add_argument("--rules", type=Path, help="a result on validation; that in results/ for the test split")
+    parser.add_argument(
+        "--rules",
+        type=Path,
+        nargs="+",
+        help="results on validation, of which later ones count; for the test split those in results/",
+    )
     parser.add_argument("--turns", nargs="+", default=TURNS, choices=sum(GROUPS.values(), ()), help="kinds of scenes")
     parser.add_argument("--scenes", type=int, default=64)
     parser.add_argument("--assets", type=Path, default=ROOT / "checkpoints" / "assets.safetensors")
@@ -152,7 +157,8 @@ def parse() -> argparse.Namespace:
     arguments.output = arguments.output or RESULTS / f"overview_{arguments.split}{'_kv' * arguments.kv}.json"
     arguments.folder = arguments.folder or ROOT / "checkpoints" / arguments.output.stem
     if arguments.split == "test":
-        arguments.rules = arguments.rules or RESULTS / f"overview_validation{'_kv' * arguments.kv}.json"
+        found = sorted(RESULTS.glob("overview_validation*.json"))
+        arguments.rules = arguments.rules or [path for path in found if path.stem.endswith("_kv") == arguments.kv]
     return arguments
 
 
@@ -160,12 +166,15 @@ def read_rules(arguments: argparse.Namespace) -> Chosen | None:
     """What was chosen on validation; None where it is to be chosen. Ends the script where something is missing."""
     if arguments.rules is None:
         return None
-    if not arguments.rules.is_file():
-        sys.exit(f"overview: {arguments.rules} is missing: choose on the validation split first.")
-    chosen = json.loads(arguments.rules.read_text(encoding="utf-8"))["figures"]["chosen"]
+    chosen: dict[str, dict[str, str]] = {}
+    for file in arguments.rules:
+        if not file.is_file():
+            sys.exit(f"overview: {file} is missing: choose on the validation split first.")
+        for group, of in json.loads(file.read_text(encoding="utf-8"))["figures"]["chosen"].items():
+            chosen[group] = chosen.get(group, {}) | of
     missing = {f"{keep:g}" for keep in arguments.keeps} - {keep for of in chosen.values() for keep in of}
     if missing:
-        sys.exit(f"overview: {arguments.rules} has chosen nothing at keep {', '.join(sorted(missing))}: leave it out.")
+        sys.exit(f"overview: nothing was chosen on validation at keep {', '.join(sorted(missing))}: leave it out.")
     return chosen
 
 
@@ -270,7 +279,7 @@ def main() -> None:
         "keeps": arguments.keeps,
         "factors": arguments.factors,
         "layout": layout,
-        "rules": None if arguments.rules is None else arguments.rules.name,
+        "rules": None if arguments.rules is None else [file.name for file in arguments.rules],
         "ways": list(dict.fromkeys(cell.about["way"] for cell in cells.values() if cell.about)),
     }
     figures = {"groups": groups, "chosen": chosen, **compare(rows, arguments.keeps)}
