@@ -22,7 +22,8 @@ DATA=${DATA:-data/klein}
 OUTPUT=${OUTPUT:-checkpoints/klein-${SIZE,,}-sparse}
 
 [ -f "$DATA/train.jsonl" ] || python runs/prepare_klein_data.py "$DATA"
-sparse-context train -m "black-forest-labs/FLUX.2-klein-base-$SIZE" --data "$DATA/train.jsonl" --output-dir "$OUTPUT" --check-data
+sparse-context train -m "black-forest-labs/FLUX.2-klein-base-$SIZE" --data "$DATA/train.jsonl" --output-dir "$OUTPUT" \
+    --check-data "$@"
 
 resume=()
 if compgen -G "$OUTPUT/step-*" > /dev/null; then resume=(--resume latest); fi

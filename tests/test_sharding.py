@@ -47,7 +47,7 @@ def records(run, name):
     return np.array([[r[name] for r in map(json.loads, (run / "log.jsonl").read_text().splitlines())]])
 
 
-def same(one, other, atol=1e-5):
+def same(one, other, atol=1e-4):
     """Whether two files hold the same tensors, of one name, type and shape each."""
     one, other = load_file(one), load_file(other)
     return (

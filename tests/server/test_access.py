@@ -127,7 +127,7 @@ def test_a_defect_is_one_sentence_and_its_cause_stays_in_the_log(service, monkey
     assert (status, headers["x-should-retry"]) == (500, "false")
     assert error(answer)["message"] == "The server failed at this request: its log says why."
     wait_for(lambda: headers["x-request-id"] in caplog.text)  # it is logged once the answer is out
-    assert "TypeError" in caplog.text
+    assert "AttributeError" in caplog.text
 
 
 def test_the_figures_are_those_of_the_issue(service):
