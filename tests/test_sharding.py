@@ -47,8 +47,11 @@ def records(run, name):
     return np.array([[r[name] for r in map(json.loads, (run / "log.jsonl").read_text().splitlines())]])
 
 
-def same(one, other, atol=1e-4):
-    """Whether two files hold the same tensors, of one name, type and shape each."""
+def same(one, other, atol=5e-4):
+    """Whether two files hold the same tensors, of one name, type and shape each.
+
+    Muon makes the last bits of a gradient larger: on some processors by 1.5e-4 in two steps, of 1e-3 each.
+    """
     one, other = load_file(one), load_file(other)
     return (
         one.keys() == other.keys()
@@ -93,10 +96,10 @@ def test_what_sharded_runs_leave_is_what_one_process_leaves(runs):
         "_name_or_path": one.config["_name_or_path"]
     }
     weights = other.state_dict()
-    assert all(torch.allclose(value, weights[name], rtol=0, atol=1e-5) for name, value in one.state_dict().items())
+    assert all(torch.allclose(value, weights[name], rtol=0, atol=5e-4) for name, value in one.state_dict().items())
     for kind in ("lora", "full"):
         cards = [(root / f"{kind}-{n}" / "README.md").read_text() for n in (1, 2)]
-        assert cards[0].replace("2 batches each on 1 processes", "1 batches each on 2 processes") == cards[1]
+        assert cards[0].replace("2 batches a step |", "one batch a step on each of 2 processes |") == cards[1]
 
 
 def test_a_process_that_is_killed_ends_the_run_in_one_sentence(runs):
