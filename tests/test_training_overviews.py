@@ -477,8 +477,8 @@ def test_a_lora_that_was_trained_for_overviews_gets_them_by_default(kv, model, t
     pipe = load(ModelSpec(str(model), lora=str(result), kv=kv, dtype="float32", device="cpu"))
     pipe.set_progress_bar_config(disable=True)
     assert trained_for(pipe.transformer, kv) == Trained((2, 4), "spread", kv, (0.05, 1.0))
-    for keep, factor in ((0.2, 4), (0.4, 2)):
-        apply_sparse_context(pipe, keep=keep, selector="edges")
+    for keep, task, factor in ((0.2, "global", 4), (0.4, "global", 2), (0.4, "edit", 4)):
+        apply_sparse_context(pipe, keep=keep, selector="edges", task=task)
         call_flux2(pipe, [picture(64, 64)])
         selection = last_selection(pipe)
         assert [(each.factor, each.layout) for each in selection.overviews.values()] == [(factor, "spread")]
