@@ -1,5 +1,6 @@
 """What runs/overview.py compares, and how it chooses: the names of ways, their settings, and the choice by group."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,13 +145,22 @@ def test_differences_are_those_of_the_same_scene():
 def test_the_test_split_takes_what_validation_chose(tmp_path, monkeypatch, kv):
     monkeypatch.setattr("sys.argv", ["overview", "--split", "test", *(["--kv"] if kv else [])])
     monkeypatch.setattr(overview, "RESULTS", tmp_path)
-    arguments = overview.parse()
     end = "_kv.json" if kv else ".json"
-    assert (arguments.output.name, arguments.rules.name) == (f"overview_test{end}", f"overview_validation{end}")
-    with pytest.raises(SystemExit, match="is missing: choose on the validation split first"):
+    arguments = overview.parse()
+    assert (arguments.output.name, arguments.rules) == (f"overview_test{end}", [])
+    with pytest.raises(
+        SystemExit, match="nothing was chosen on validation at keep 0.0625, 0.1, 0.2, 0.3"
+    ):
         overview.read_rules(arguments)
-    arguments.rules.write_text('{"figures": {"chosen": {"edits": {"0.2": "overview 4, edges"}}}}')
-    with pytest.raises(SystemExit, match="has chosen nothing at keep 0.0625, 0.1, 0.3: leave it out"):
+    for name, keep, way in (("", "0.2", "overview 4, edges"), ("_two", "0.3", "overview 2, edges")):
+        for mode in (".json", "_kv.json"):  # that of the other mode does not count
+            said = way if mode == end else "of the other mode"
+            chosen = {"figures": {"chosen": {"edits": {keep: said}}}}
+            (tmp_path / f"overview_validation{name}{mode}").write_text(json.dumps(chosen))
+    arguments = overview.parse()
+    assert [file.name for file in arguments.rules] == [f"overview_validation{end}", f"overview_validation_two{end}"]
+    arguments.keeps = [0.2, 0.3]
+    assert overview.read_rules(arguments) == {"edits": {"0.2": "overview 4, edges", "0.3": "overview 2, edges"}}
+    arguments.rules = [tmp_path / "gone.json"]
+    with pytest.raises(SystemExit, match="gone.json is missing: choose on the validation split first"):
         overview.read_rules(arguments)
-    arguments.keeps = [0.2]
-    assert overview.read_rules(arguments) == {"edits": {"0.2": "overview 4, edges"}}
