@@ -148,9 +148,7 @@ def test_the_test_split_takes_what_validation_chose(tmp_path, monkeypatch, kv):
     end = "_kv.json" if kv else ".json"
     arguments = overview.parse()
     assert (arguments.output.name, arguments.rules) == (f"overview_test{end}", [])
-    with pytest.raises(
-        SystemExit, match="nothing was chosen on validation at keep 0.0625, 0.1, 0.2, 0.3"
-    ):
+    with pytest.raises(SystemExit, match="nothing was chosen on validation at keep 0.0625, 0.1, 0.2, 0.3"):
         overview.read_rules(arguments)
     for name, keep, way in (("", "0.2", "overview 4, edges"), ("_two", "0.3", "overview 2, edges")):
         for mode in (".json", "_kv.json"):  # that of the other mode does not count
