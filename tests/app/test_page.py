@@ -239,7 +239,7 @@ def test_a_page_that_is_closed_stops_its_work(page, address):
     write(other, "Height", "512")
     write(other, "Width", "512")
     other.click("#generate")
-    other.wait_for_function("document.querySelector('#status').innerText.includes('step 1 of')")
+    other.wait_for_function("/step [0-9]+ of/.test(document.querySelector('#status').innerText)")
     other.close()
     page.click("#generate")
     page.wait_for_selector("#result img")
