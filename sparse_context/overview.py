@@ -60,8 +60,7 @@ def factor_for(ratio: float, grid: tuple[int, int], task: str = "edit") -> int:
     for.
 
     2 for an edit of the whole picture ("global") from a budget of 0.3 up; else 4, and 8 for references of four
-    megapixels and more. Other tasks look at a part, which sharp tokens show better: with half of the tokens, edits of
-    the embedded model lose 1.7 dB of the object by 2 (16 scenes of the validation split).
+    megapixels and more. Other tasks look at a part, which sharp tokens show better (docs/benchmarks/notebook.md).
     """
     if task == "global" and ratio >= 0.3:
         return 2

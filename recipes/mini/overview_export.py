@@ -1,8 +1,8 @@
 """What is kept of a run of overviews: the embedded model's file for them, which later runs begin at, too.
 
-It holds the new blocks and those behind them whole, as eight-bit floats: a sixth of a checkpoint. (As a LoRA of rank
-64, what changed in the latter lost 0.6 dB with a fifth of the tokens and 1.2 with three tenths; eight bits lose 0.1.)
-It is no part of the base and its LoRA, for everyone else would have four blocks more to pass through.
+It holds the new blocks and those behind them whole, as eight-bit floats: a sixth of a checkpoint. What changed in the
+latter has too high a rank for a LoRA of that size, and a later run would begin at what a LoRA had left of it. It is no
+part of the base and its LoRA, for everyone else would have four blocks more to pass through.
 """
 
 import json

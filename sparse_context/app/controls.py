@@ -156,7 +156,7 @@ class Controls:
             )
         for each in OF_CONFIG:
             value = getattr(start.config, each.name)
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, (list, tuple)) and value:
                 if len(set(value)) > 1:
                     raise ValueError(f"{each.name} is {value!r}, and the page has one for all references: pass one.")
                 start = replace(start, config=replace(start.config, **{each.name: value[0]}))

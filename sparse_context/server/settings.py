@@ -20,9 +20,10 @@ class Settings:
 
     body: bytes of a request. references, pixels: how many pictures one may bring, and of how many pixels each. prompt:
     characters. pictures: the most that one request may ask for. output_pixels: of each. most_steps: of a call.
-    queue: requests that may wait. uploads: bodies that may arrive at a time; upload_seconds: for each. deadline:
-    seconds from the end of the body to the answer. batch: pictures of a call at most; None: as many as a short trial at
-    the start finds fastest. grace: seconds that a job goes on whose client is about to send it again.
+    queue: requests that may wait. uploads: requests whose bodies arrive or are looked at, at a time; upload_seconds:
+    for each body. deadline: seconds from the end of the body to the answer. batch: pictures of a call at most; None: as
+    many as a short trial at the start finds fastest. grace: seconds that a job goes on whose client is about to send it
+    again.
     """
 
     name: str
