@@ -368,7 +368,9 @@ def all_tokens(request: Request) -> Request:
 
 def _asks_for_overviews(config: SparseContextConfig) -> bool:
     """Whether a config names an overview, in a layout that the embedded model's weights for overviews know."""
-    return config.names_overview and config.overview_layout in (None, read_trained(OVERVIEW).layout)
+    if not config.names_overview or config.overview_layout is None:
+        return config.names_overview
+    return config.overview_layout == read_trained(OVERVIEW).layout  # a file is read where this alone decides
 
 
 def _check_together(requests: Sequence[Request], family: Family, name: str) -> None:
