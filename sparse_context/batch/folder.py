@@ -4,7 +4,8 @@
     records/NAME.json    what became of it: its status, report, and what the job was told apart by
     results.jsonl        all records in the order of the jobs, once a run has ended
 
-A job is done when its record says so and its picture is there: it is never made again.
+A job is done when its record says so and its picture is there: it is never made again. The record is written first, so
+a picture without one is not the batch's, whenever a process was killed.
 """
 
 import contextlib
@@ -38,7 +39,6 @@ class Folder:
     def __init__(self, path: Path, suffix: str = ".png") -> None:
         self.path = path
         self.suffix = suffix
-        self.was_there = False  # with records in it, when it was opened
 
     def picture(self, name: str) -> Path:
         return self.path / f"{name}{self.suffix}"
@@ -54,7 +54,6 @@ class Folder:
         """
         from filelock import FileLock, Timeout
 
-        self.was_there = (self.path / "records").is_dir()
         try:
             (self.path / "records").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -107,11 +106,16 @@ class Folder:
     def finished(self, job: Job) -> Record | None:
         """The record of a job that is done, or None where it is still to be made.
 
-        Raises ValueError where what is there was made of another job.
+        Raises ValueError where what is there was made of another job, or by nobody here.
         """
         record, picture = self.read(job.name), self.picture(job.name)
-        if record is None or record.get("status") != DONE or not picture.is_file():
+        if not picture.is_file():
             return None
+        if record is None or record.get("status") != DONE:
+            raise ValueError(
+                f"{picture} is there, and no record says that this batch made it: choose another --output, give the "
+                "job another name, or remove the picture."
+            )
         if record.get("job") != job.digest():
             what = "another prompt, model or settings"
         elif any(now is not None and now != then for now, then in zip(digests(job), record["pictures"], strict=True)):
@@ -126,20 +130,22 @@ class Folder:
     def save(
         self, job: Job, image: Image.Image, report: dict[str, Any], weights: str, pictures: Sequence[str]
     ) -> Record:
-        """Keep the picture of a job and its record. Raises PictureError where they cannot be written."""
+        """Keep the record of a job and then its picture. Raises PictureError where they cannot be written."""
         path = self.picture(job.name)
+        record = self._write(
+            {
+                "name": job.name,
+                "where": job.where,
+                "status": DONE,
+                "output": path.name,
+                **report,
+                "job": job.digest(),
+                "pictures": [*pictures],
+                "weights": weights,
+            }
+        )
         save_picture(image, path)
-        record = {
-            "name": job.name,
-            "where": job.where,
-            "status": DONE,
-            "output": path.name,
-            **report,
-            "job": job.digest(),
-            "pictures": [*pictures],
-            "weights": weights,
-        }
-        return self._write(record)
+        return record
 
     def fail(self, job: Job, reason: str) -> Record:
         """Record why a job failed."""

@@ -112,15 +112,13 @@ def _record_of(line: BadLine) -> Record:
 
 
 def _check_outputs(jobs: Sequence[Job], folder: Folder) -> None:
-    """Raise ValueError where an output of a job would be written over what is not its own."""
+    """Raise ValueError where an output of a job would be written over an input. `Folder.finished` looks at others."""
     inputs = {picture.resolve() for job in jobs for picture in job.pictures if isinstance(picture, Path)}
     place = folder.path.resolve()
     for job in jobs:
         output = folder.picture(job.name)
         if (place / output.name) in inputs:
             raise ValueError(f"{output} is also an input and would be overwritten: choose another --output.")
-        if output.is_file() and not folder.was_there:
-            raise ValueError(f"{output} is there and is no output of a batch: choose another --output.")
 
 
 def specs_of(spec: ModelSpec, workers: int | None) -> list[ModelSpec]:

@@ -54,12 +54,22 @@ def test_what_is_done_is_not_made_again(jobs, folder):
     assert make(jobs, folder)[0] == []
 
 
-def test_a_picture_without_its_record_and_a_record_without_its_picture_are_made_again(jobs, folder):
+def test_a_picture_that_is_missing_is_made_again(jobs, folder):
     make(jobs, folder)
     folder.picture("one").unlink()
-    folder.record("000002").unlink()
-    folder.record("000003").write_text('{"status": "do')
-    assert make(jobs, folder)[0] == ["one", "000002", "000003"]
+    assert make(jobs, folder)[0] == ["one"]
+
+
+def test_a_kill_between_record_and_picture_leaves_a_job_to_make(jobs, folder, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr("sparse_context.batch.folder.save_picture", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(jobs, folder)
+    assert not folder.picture("one").exists()
+    assert make(jobs, folder)[0] == [job.name for job in jobs]
 
 
 def test_a_failure_is_tried_again(jobs, folder):
@@ -110,12 +120,23 @@ def test_an_input_is_not_written_over(tmp_path, jobs):
     assert (tmp_path / "a.png").read_bytes() == before
 
 
-def test_a_file_of_somebody_else_is_not_written_over(jobs, folder):
-    folder.path.mkdir(parents=True)
+@pytest.mark.parametrize("record", [None, '{"status": "do', '{"status": "failed"}'])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_file_of_somebody_else_is_not_written_over(jobs, folder, resumed, record):
+    """In a new folder, and in one that has pictures of the batch."""
+    others = [job for job in jobs if job.name != "one"]
+    if resumed:
+        make(others, folder)
+    folder.picture("one").parent.mkdir(parents=True, exist_ok=True)
     folder.picture("one").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="one.png is there and is no output of a batch: choose another --output.$"):
+    if record is not None:
+        folder.record("one").parent.mkdir(exist_ok=True)
+        folder.record("one").write_text(record)
+    with pytest.raises(ValueError, match="one.png is there, and no record says that this batch made it: choose anoth"):
         make(jobs, folder)
     assert folder.picture("one").read_bytes() == b"mine"
+    folder.picture("one").unlink()
+    assert make(jobs, folder)[0] == (["one"] if resumed else [job.name for job in jobs])
 
 
 def test_one_batch_at_a_time_and_nothing_half_written_stays(jobs, folder):
