@@ -158,11 +158,14 @@ def scenes(spec):
             spec,
             config={"multiple_of": 8},
         ),
+        "painted, of one stem": Scene(
+            [replace(cat, painted=mask[:, :64]), replace(room, name="cat.bmp", painted=mask)], "the cat", spec
+        ),
         "budget": Scene([cat, room], "the cat", spec, 40, {"share": "joint", "overview": 4, "multiple_of": 8}),
     }
 
 
-@pytest.fixture(params=["plain", "none", "own", "painted", "painted, by a file", "budget"])
+@pytest.fixture(params=["plain", "none", "own", "painted", "painted, by a file", "painted, of one stem", "budget"])
 def scene(request, spec, tmp_path, monkeypatch):
     """A scene, in a folder with its files as they are downloaded."""
     scene = scenes(spec)[request.param]
