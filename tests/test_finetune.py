@@ -343,6 +343,17 @@ def test_kv_training_computes_what_the_kv_pipeline_does():
         assert not torch.allclose(plain, answer, atol=1e-3)  # full attention is another function
 
 
+@pytest.mark.parametrize("kv", [False, True])
+def test_a_model_that_was_published_for_kv_mode_is_its_own_teacher(kv):
+    host = find_host(build_flux2(Flux2KleinKVPipeline), {}, kv)
+    noisy = host.target_tokens(torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(0)))
+    references = host.reference_tokens([host.encode_pictures(host.pixels(picture(96, 64)))])
+    text, sigma = {"prompt_embeds": embeds()}, torch.full((1,), 0.5)
+    with torch.no_grad():
+        student = host.velocity(noisy, sigma, text, references)
+        assert torch.equal(host.velocity(noisy, sigma, text, references, teacher=True), student)
+
+
 def test_kv_training_puts_references_first_and_has_finite_gradients_with_and_without_checkpointing():
     grads = []
     for checkpointing in (False, True):

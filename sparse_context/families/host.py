@@ -121,8 +121,8 @@ class Host(ABC):
     ) -> torch.Tensor:
         """The transformer's velocity on the output tokens, (B, N, C), at noise levels `sigma` (B,) in [0, 1].
 
-        `references` has the tokens that are kept. `teacher` asks for the plain forward where training uses another one
-        (KV mode).
+        `references` has the tokens that are kept. `teacher` asks for the forward of the published model where training
+        uses another one (KV mode of a plain model).
         """
 
     def vae_latents(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,8 @@ class Flux2(Host):
 
     `kv` trains what `Flux2KleinKVPipeline` runs: references come before the output and attend only to themselves, at
     noise level 0, so that their keys and values hold for every step. That takes the KV attention processors (with the
-    plain ones the transformer merely warns and attends fully); building that pipeline sets them.
+    plain ones the transformer merely warns and attends fully); building that pipeline sets them. The teacher is the
+    model as it was published: plain klein attends fully, and a KV model is its own teacher in KV mode.
     """
 
     has_kv = True
@@ -32,9 +33,10 @@ class Flux2(Host):
 
         if kv and isinstance(pipe, Flux2Pipeline):
             raise ValueError("KV mode is for klein models: FLUX.2 dev has no pipeline that runs it.")
-        if kv and not isinstance(pipe, Flux2KleinKVPipeline):
+        self._published_kv = isinstance(pipe, Flux2KleinKVPipeline)
+        if kv and not self._published_kv:
             pipe = in_kv_mode(pipe)
-        super().__init__(pipe, settings, kv or isinstance(pipe, Flux2KleinKVPipeline))
+        super().__init__(pipe, settings, kv or self._published_kv)
 
     def lora_targets(self) -> list[str]:
         """Those of diffusers' training scripts for FLUX.2: all attention, the single blocks' fused MLPs with it."""
@@ -97,7 +99,7 @@ class Flux2(Host):
         teacher: bool = False,
     ) -> torch.Tensor:
         embeds = text["prompt_embeds"]
-        extract = self.kv and not teacher and len(references) > 0
+        extract = (self._published_kv if teacher else self.kv) and len(references) > 0
         order = [references, noisy] if extract else [noisy, references]
         mode = {"kv_cache_mode": "extract", "num_ref_tokens": len(references)} if extract else {}
         velocity = self.transformer(
