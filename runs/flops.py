@@ -15,6 +15,7 @@ from sparse_context.families.shape import Tokens
 
 WAYS = {
     "no references": (0, False),
+    "keep 0.5": (0.5, False),
     "keep 0.2": (0.2, False),
     "keep 0.1": (0.1, False),
     "KV": (1.0, True),
