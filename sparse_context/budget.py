@@ -294,8 +294,10 @@ def _round_to_multiple(total: int, multiple_of: int, size: int) -> int:
 
 def keeps_all(keep: float | str | Sequence[float | str], sizes: Sequence[int] | np.ndarray) -> bool:
     """Whether `keep` keeps every token of references with `sizes` tokens, so that nobody needs their scores."""
-    if is_per_reference(keep):
-        return all(keeps_all(ratio, [size]) for ratio, size in zip(keep, sizes, strict=True))
+    if is_per_reference(keep):  # of another length, it is refused where tokens are chosen
+        return len(keep) == len(sizes) and all(
+            keeps_all(*pair) for pair in zip(keep, ([n] for n in sizes), strict=True)
+        )
     return not isinstance(keep, str) and _count(cast("float", keep), int(sum(sizes))) == sum(sizes)
 
 

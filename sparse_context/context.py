@@ -287,8 +287,12 @@ def _sparse(cls: Any) -> Any:
     @wraps(cls.__call__)
     def call_sparsely(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         context = context_of(pipe)
-        if context is None:  # removed in the middle of another call
-            return cls.__call__(pipe, *args, **kwargs)
+        if context is None:  # removed in the middle of another call, of which this one is to see nothing
+            token = _calls.set(tuple(call for call in _calls.get() if call.pipe is not pipe))
+            try:
+                return cls.__call__(pipe, *args, **kwargs)
+            finally:
+                _calls.reset(token)
         with Call(pipe, context):
             return cls.__call__(pipe, *args, **kwargs)
 

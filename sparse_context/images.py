@@ -76,7 +76,16 @@ def picture_size(path: str | os.PathLike[str] | bytes, name: str | None = None) 
     """
     with _opened(path, MAX_PIXELS, name) as image:
         width, height = image.size
-        return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
+        turned = _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"  # whose size Pillow has turned already
+        return (height, width) if turned else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """What the EXIF block says, or 1 where that is damaged, which `open_picture` lets pass too."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow's parser raises whatever it ran into
+        return 1
 
 
 def open_mask(
@@ -136,15 +145,23 @@ def _opened(path: str | os.PathLike[str] | bytes, most_pixels: int, name: str | 
 def check_output(path: str | os.PathLike[str]) -> None:
     """Say before any work starts whether `save_picture` could write here; leaves nothing behind.
 
-    Raises `PictureError` for an unknown suffix, a folder that is missing or not writable, and a path that is a folder,
-    not a plain file, or write-protected.
+    Raises `PictureError` for an unknown suffix, and what `check_file` raises.
+    """
+    _write_format(path)
+    check_file(path)
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Say before any work starts whether a file could be written here; leaves nothing behind.
+
+    Raises `PictureError` for a folder that is missing or not writable, and a path that is a folder, not a plain file,
+    or write-protected.
     """
     name = _name(path)
-    _write_format(path)
     target = _target(path, name)
     folder = os.path.dirname(target)
     if os.path.isdir(target):
-        raise PictureError(f"{name} is a folder; give the name of a picture file inside it")
+        raise PictureError(f"{name} is a folder; give the name of a file inside it")
     if not os.path.isdir(folder):
         raise PictureError(f"{name} cannot be written: the folder {_name(folder)} does not exist; make it first")
     try:
@@ -152,6 +169,9 @@ def check_output(path: str | os.PathLike[str]) -> None:
             if not stat.S_ISREG(os.lstat(target).st_mode):
                 raise PictureError(f"{name} exists and is not a plain file; choose another name")
             open(target, "ab").close()
+        else:  # for a name can be too long, or one that the file system does not take
+            open(target, "xb").close()
+            os.unlink(target)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise PictureError(f"{name} cannot be written ({_reason(error)}); choose another place") from error

@@ -1,7 +1,7 @@
 """What is kept of pictures, drawn over them; with no model loaded, and so without torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -176,19 +176,20 @@ def select_pictures(
     trained: Trained | None = None,
     score: Score = score_tokens,
     place: Place = CPU,
+    fit: Callable[[Image.Image], Image.Image] = fit_reference,
 ) -> Selection:
     """What would be kept of pictures (RGB or RGBA) by a model whose tokens are `token` pixels wide, without that model.
 
-    The pictures go through `fit_reference` and are cropped to whole tokens, as the FLUX.2 pipelines do. `trained`,
-    `score` and `place` are those of `select_tokens`.
+    The pictures and their masks go through `fit`, which is what the FLUX.2 pipelines do, and are cropped to whole
+    tokens. `trained`, `score` and `place` are those of `select_tokens`.
     """
     seen, grids = [], []
     for i, picture in enumerate(pictures):
         mask = reference_mask(config.selector, i, picture)
-        picture = fit_reference(picture)
+        picture = fit(picture)
         if mask is not None:
             picture = picture.convert("RGB")
-            picture.putalpha(fit_reference(mask))
+            picture.putalpha(fit(mask))
         columns, rows = picture.width // token, picture.height // token
         if not rows or not columns:
             raise ValueError(

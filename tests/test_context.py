@@ -315,6 +315,28 @@ def test_what_is_switched_in_the_middle_of_a_call_holds_from_the_next_call(
     assert type(pipe) is type(case.build()) and hooks_of(pipe) == []
 
 
+def test_a_call_inside_of_another_is_dense_once_it_is_removed(case, pipe, dense):
+    made = []
+
+    def call_again():
+        before = dict(vars(pipe.scheduler))
+        remove_sparse_context(pipe)
+        made.append(case.call(pipe, case.references()))
+        vars(pipe.scheduler).update(before)  # for the steps that are left of the call around it
+
+    apply(pipe, KEEP)
+    at_first_step(pipe, call_again)
+    case.call(pipe, case.references())
+    assert torch.equal(made[0], dense)
+
+
+def test_too_few_keeps_are_told_where_references_are_encoded_together():
+    pipe = CASES["klein"].build()
+    apply_sparse_context(pipe, keep=[1, 1], together=True)
+    with pytest.raises(ValueError, match="^keep has 2 values for 3 references"):
+        CASES["klein"].call(pipe, CASES["klein"].references(3))
+
+
 @each_way_to_the_pixels
 def test_a_call_that_fails_leaves_nothing_behind(case, pipe, sparse, dense):
     before, blocks = dict(vars(pipe)), str(getattr(pipe, "_blocks", None))

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import picture
 from whole import save_whole
 
 from sparse_context import ReferenceCache, SparseContextConfig
-from sparse_context.pipelines import Cancelled, Engine, ModelSpec, Request
+from sparse_context.pipelines import Cancelled, Engine, GenerationError, ModelSpec, Request
 from sparse_context.pipelines.load import load
 
 KEEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
@@ -283,6 +284,16 @@ def test_a_spec_refuses_what_no_pipeline_takes(fields, says):
     assert str(caught.value).startswith(says)
 
 
+def test_a_model_that_does_not_fit_on_the_device_is_one_sentence(spec, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.to", full)
+    says = "does not fit into the memory of cpu: pass cpu_offload or quantization, or choose another device.$"
+    with pytest.raises(GenerationError, match=says):
+        Engine(spec, bar=False)(ask())
+
+
 # Quantised weights ----------------------------------------------------------------------------------------------------
 
 
@@ -303,13 +314,10 @@ def test_int8_weights_change_the_picture_little(engine, spec):
     assert kept == engine(ask()).selection.kept
 
 
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_a_gguf_file_is_the_transformer(engine, spec, tmp_path, kind):
+def write_gguf(transformer, file, kind):
     gguf = pytest.importorskip("gguf")
-    file = tmp_path / "transformer.gguf"
     writer = gguf.GGUFWriter(str(file), "flux")
-    for name, weight in engine.pipe().transformer.state_dict().items():
+    for name, weight in transformer.state_dict().items():
         array = weight.float().numpy()
         if kind == "Q8_0" and array.ndim == 2 and array.shape[1] % 32 == 0:
             packed = gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0)
@@ -320,9 +328,37 @@ def test_a_gguf_file_is_the_transformer(engine, spec, tmp_path, kind):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_gguf_file_is_the_transformer(engine, spec, tmp_path, kind):
+    file = tmp_path / "transformer.gguf"
+    write_gguf(engine.pipe().transformer, file, kind)
     difference = np.abs(pixels(quantized(spec, str(file))(ask())).astype(int) - pixels(engine(ask())))
     # On some processors the last bit depends on where in memory a matrix begins
     assert difference.max() <= 1 if kind == "F32" else 0 < difference.max() and difference.mean() < 3
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("name", "package"), {"int8": "torchao", "nf4": "bitsandbytes", "Q8_0.gguf": "gguf"}.items())
+def test_a_lora_on_quantised_weights_is_as_it_is_in_its_file(engine, spec, tmp_path, monkeypatch, name, package):
+    pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    if package == "gguf":
+        write_gguf(engine.pipe().transformer, tmp_path / name, "Q8_0")
+    layer = "transformer_blocks.0.attn.to_q"
+    rows, columns = engine.pipe().transformer.get_submodule(layer).weight.shape
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=generator) for shape in ((2, columns), (rows, 2)))
+    lora = {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
+    save_file(lora, tmp_path / "lora.safetensors")
+    pipe = load(replace(spec, quantization=name, lora="lora.safetensors"))
+    found = pipe.transformer.get_submodule(layer)
+    x = torch.randn(4, columns, generator=generator)
+    with torch.no_grad():
+        change = found(x) - found.base_layer(x)
+    torch.testing.assert_close(change, x @ (up @ down).T, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_no_gguf_file_is_one_sentence(spec, tmp_path):

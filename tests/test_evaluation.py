@@ -22,7 +22,7 @@ from test_evaluation_metrics import tiny_clip, tiny_dino  # noqa: F401
 from tiny import picture
 from tiny_finders import scene
 
-from sparse_context import SparseContextConfig
+from sparse_context import SparseContextConfig, mask
 from sparse_context.cli import main
 from sparse_context.config import task_defaults
 from sparse_context.embedded.demo import read_examples
@@ -38,6 +38,7 @@ from sparse_context.pipelines.load import load
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.pipelines.timing import Times
 from sparse_context.samples import Sample, name_problem, read_samples
+from sparse_context.selectors.registry import blend
 
 METRICS = find_metrics(["psnr", "ssim"])
 
@@ -851,3 +852,22 @@ def test_a_killed_run_loses_no_finished_cell(manifest, tiny_model, tmp_path, mon
 def test_samples_of_a_manifest_are_evaluated_as_they_are(manifest, pipe, tmp_path):
     result = evaluate(maker(pipe), read_samples(manifest), grid([0.5]), METRICS, tmp_path)
     assert result["figures"]["all"][DENSE]["samples"] == 3
+
+
+def test_a_setting_says_which_masks_and_parts_its_selector_has():
+    """By it, a run that goes on knows whether figures are of the same setting."""
+    first, second = np.zeros((8, 8), np.uint8), np.full((8, 8), 255, np.uint8)
+    selectors = [
+        mask([first]),
+        mask([second]),
+        mask([first, None]),
+        [mask([first]), "edges"],
+        blend({"edges": 1.0, "uniform": 1.0}),
+        blend({"edges": 1.0, "detail": 1.0}),
+        "edges",
+        {"edges": 0.5},
+        None,
+    ]
+    said = [Cell(SparseContextConfig(selector=selector)).to_dict()["selector"] for selector in selectors]
+    assert len(set(said)) == len(said) and said[-3:] == ["edges", "edges=0.5", "auto"]
+    assert Cell(SparseContextConfig(selector=mask([first.copy()]))).to_dict()["selector"] == said[0]

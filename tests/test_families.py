@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageOps
-from tiny import CASES, EACH_FAMILY, STEPS, cases, dense_answer, picture
+from tiny import CASES, EACH_FAMILY, QUICK, STEPS, cases, dense_answer, picture, small_hosts
 
 from sparse_context import (
     SparseContextConfig,
@@ -26,6 +26,7 @@ from sparse_context import (
 )
 from sparse_context.families import FAMILIES
 from sparse_context.families.pictures import to_uint8
+from sparse_context.pipelines import Engine, Request
 from sparse_context.preview import draw_selection
 from sparse_context.tokens import ReferenceTokens
 
@@ -227,6 +228,22 @@ def test_f_with_merge_the_transformer_saw_the_averages_promised(case, pipe):
     (whole_tokens, whole_ids), (_, ids) = dense_ids[0], sparse_ids[0]
     start = 0 if case.references_first else whole_tokens - total
     assert torch.equal(ids[0][start : start + kept], whole_ids[0][start + torch.from_numpy(selection.index)])
+
+
+@each_family
+def test_a_selection_without_a_call_is_that_of_the_call(case, pipe):
+    """Of an engine, and so of the app, in the size that the host gives each reference."""
+    config = SparseContextConfig(keep=KEEP, selector=QUICK)
+    references = case.references()
+    if case in (CASES["longcat"], CASES["qwen-edit-2511"]):  # `small_hosts` leaves no whole tokens of other shapes
+        references = [picture(64, 64)]
+    with small_hosts():
+        selected = Engine(pipe=pipe).select(Request("x", references, config))
+        apply_sparse_context(pipe, config)
+        case.call(pipe, references)
+    made = last_selection(pipe)
+    assert [kept.grid for kept in selected.references] == [kept.grid for kept in made.references]
+    assert np.array_equal(selected.index, made.index)
 
 
 @each_family

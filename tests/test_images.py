@@ -20,6 +20,7 @@ from sparse_context.images import (
     check_output,
     open_mask,
     open_picture,
+    picture_size,
     save_picture,
     save_text,
 )
@@ -232,13 +233,14 @@ def test_exif_orientation_turns_colours_and_alpha(tmp_path, name, orientation):
     options = {"lossless": True, "exact": True} if name == "a.webp" else {}
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / name, exif=exif, **options)
     picture = open_picture(tmp_path / name)
-    assert picture.size == (6, 4)
+    assert picture.size == (6, 4) == picture_size(tmp_path / name)
     assert np.array_equal(np.asarray(picture), upright)
 
 
 def test_damaged_exif_leaves_the_pixels(tmp_path):
     Image.fromarray(noise()).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff nonsense")
     assert np.array_equal(np.asarray(open_picture(tmp_path / "a.png")), noise())
+    assert picture_size(tmp_path / "a.png") == open_picture(tmp_path / "a.png").size
 
 
 def test_a_colour_profile_is_converted_to_srgb(tmp_path):

@@ -615,7 +615,7 @@ def test_a_manifest_of_a_data_set_has_its_pictures_in_a_folder(tmp_path):
     [
         ("m.json", "name a .jsonl file"),
         ("gone/m.jsonl", "name a file in a folder that exists"),
-        ("source.jsonl", "is also the source and would be overwritten"),
+        ("source.jsonl", "source.jsonl is there and would be overwritten: name another file, or remove it first."),
     ],
 )
 def test_a_manifest_is_refused_in_one_sentence(output, said, tmp_path, monkeypatch, capsys):

@@ -184,7 +184,7 @@ def test_structure_distance_is_that_of_the_last_keys(tiny_dino):  # noqa: F811
     last = [module for module in net.modules() if hasattr(module, "layernorm_before")][-1]
     similarity = []
     for each in (first, second):
-        x = torch.tensor(np.asarray(each)).permute(2, 0, 1)[None] / 255
+        x = torch.tensor(np.asarray(each)).permute(2, 0, 1)[None].float()  # as in the benchmark's own code
         x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         with torch.inference_mode():
             before = net(pixel_values=x, output_hidden_states=True).hidden_states[-2]

@@ -145,6 +145,17 @@ def test_a_search_that_was_stopped_goes_on_and_another_tolerance_makes_no_call_a
         )
 
 
+@pytest.mark.parametrize("change", [{"negative_prompt": "blurred"}, {"vae": "channels-last"}])
+def test_calls_of_other_settings_are_not_taken_for_these(settings, samples, tmp_path, monkeypatch, change):
+    few = {"keeps": [0.5], "tasks": ["edit"], "overviews": [None]}
+    recommend(settings, samples[:1], Tolerance("any", {"psnr": 0.0}), tmp_path, **few)
+    part = "spec" if "vae" in change else "request"
+    other = replace(settings, **{part: replace(getattr(settings, part), **change)})
+    (name,) = change
+    with pytest.raises(ValueError, match=f"is of {name} None and not {change[name]!r}: give another folder"):
+        recommend(other, samples[:1], Tolerance("any", {"psnr": 0.0}), tmp_path, **few)
+
+
 def test_a_pipeline_without_overviews_is_tried_without(settings, samples, tmp_path, monkeypatch):
     original = search.Search.downward
 

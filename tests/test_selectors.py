@@ -427,3 +427,10 @@ def test_subject_is_saliency_with_the_outline_and_the_rim():
 
 def test_a_picture_without_a_subject_has_no_rim():
     assert not SELECTORS["subject"](np.full((64, 64, 3), 90, np.uint8), (8, 8), None).any()
+
+
+def test_a_blend_that_is_registered_is_known_by_its_parts(monkeypatch):
+    """A cache may keep scores by a name only where the name decides them."""
+    monkeypatch.setitem(SELECTORS, "mine", blend({lambda image, grid, generator: np.zeros(grid): 1.0}))
+    monkeypatch.setitem(SELECTORS, "ours", blend({"edges": 0.5, "uniform": 0.5}))
+    assert name_of("mine") is None and name_of("ours") == name_of(blend({"edges": 0.5, "uniform": 0.5}))

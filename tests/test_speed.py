@@ -644,11 +644,11 @@ def command(monkeypatch, capsys, *arguments):
         (["--size", "100"], "size is 100: this model makes multiples of 8."),
         (["--dtype", "int8"], "dtype is 'int8': choose auto"),
         (["--device", "cuda:99"], "device is 'cuda:99', but this machine has"),
-        (["--output", "no/where.json"], "no/where.json cannot be written: the folder no does not exist"),
-        (["--output", "."], ". is a folder: name a file in it."),
+        (["--output", "no/where.json"], "'no/where.json' cannot be written: the folder"),
+        (["--output", "."], "'.' is a folder; give the name of a file inside it"),
         (["--plot", "no/where.png"], "cannot be written: the folder"),
-        (["--quality", "missing.json"], "missing.json does not exist: pass a JSON list of"),
-        (["--quality", "."], ". is a folder: pass a JSON list of"),
+        (["--plot", "p.png", "--quality", "missing.json"], "missing.json does not exist: pass a JSON list of"),
+        (["--plot", "p.png", "--quality", "."], ". is a folder: pass a JSON list of"),
     ],
 )
 def test_bad_input_is_one_sentence(monkeypatch, capsys, tmp_path, arguments, says):

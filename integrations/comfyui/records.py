@@ -36,7 +36,7 @@ def read_records(
                 records.append(read_record(json.loads(record)))
         except SafetensorError:  # another format, which has no such record
             continue
-        except ValueError as error:
+        except (ValueError, RecursionError, OSError) as error:
             problems.append(f"{Path(path).name}: {error}")
     return records, problems
 

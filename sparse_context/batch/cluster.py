@@ -1,5 +1,6 @@
 """Connecting to Ray, or starting it on this machine, quietly and with nothing sent to anybody."""
 
+import math
 import os
 import sys
 import tempfile
@@ -8,6 +9,8 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from ..layers import require
+from ..pipelines.errors import GenerationError
+from ..pipelines.hub import one_line
 
 OBJECT_STORE = 200 * 2**20
 """Bytes of shared memory that Ray takes where it is started here: what is passed around is small."""
@@ -20,7 +23,7 @@ def connected(cpus: int) -> Iterator[Any]:
     `print`, which would spoil what a command writes to stdout.
 
     Ray listens on all interfaces of a machine: it belongs in a closed network. Raises ImportError where it is not
-    installed.
+    installed, and GenerationError for a cluster of another version of it or of Python.
     """
     require("ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -34,8 +37,34 @@ def connected(cpus: int) -> Iterator[Any]:
             quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE, "_temp_dir": folder}
             quiet["num_cpus"] = cpus
         with redirect_stdout(sys.stderr):
-            ray.init(address, **quiet)
+            try:
+                ray.init(address, **quiet)
+            except RuntimeError as error:
+                ray.shutdown()
+                raise GenerationError(f"Ray at {address} cannot be used: {one_line(error)}.") from error
             try:
                 yield ray
             finally:
                 ray.shutdown()
+
+
+def check_gpus(gpus: float) -> None:
+    """Raise ValueError for GPUs that no process can have: Ray shares one, or gives whole ones."""
+    if not 0 <= gpus < math.inf or (gpus > 1 and gpus != int(gpus)):
+        raise ValueError(f"gpus is {gpus:g}: pass a share of one, such as 0.5, or a whole number.")
+
+
+def say_what_is_missing(ray: Any, processes: int, threads: int, gpus: float) -> None:
+    """Print what Ray will wait for, as it says nothing itself. Raises ValueError where it runs on this machine alone,
+    which gets no more of it."""
+    there = ray.cluster_resources()
+    asked = {"CPU": processes * threads, "GPU": processes * gpus}
+    missing = [
+        f"{count:g} {kind}s are asked for, and there are {there.get(kind, 0):g}"
+        for kind, count in asked.items()
+        if count > there.get(kind, 0)
+    ]
+    if missing and os.environ.get("RAY_ADDRESS", "local") == "local":
+        raise ValueError(f"{'; '.join(missing)}: ask for fewer, or name a cluster in RAY_ADDRESS.")
+    if missing:
+        print(f"{'; '.join(missing)}: what is left over waits until the cluster has more.", file=sys.stderr)

@@ -1,5 +1,6 @@
 """A batch, from its jobs to a summary: what is done already stays, what is missing is made, what fails is recorded."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -72,17 +73,19 @@ def run_batch(
     Raises ValueError, before anything is made, where an output would be written over an input or over a file that is
     not the batch's, or was made of another job or by other weights; and what `workers.Pool.run` raises.
     """
-    specs, folder = specs_of(spec, workers), Folder(output, suffix)
+    specs, folder = specs_of(spec, workers), Folder(output if ray_gpus is None else output.absolute(), suffix)
     count = len(specs)
     threads = threads_of(count)
     with folder.opened():
         if ray_gpus is None:
             return make_missing(jobs, folder, Pool(specs, folder, threads))
-        from .cluster import connected
+        from .cluster import check_gpus, connected, say_what_is_missing
         from .on_ray import RayPool
 
-        with connected(cpus=count * threads):
-            return make_missing(jobs, folder, RayPool(spec, folder, threads, count, ray_gpus))
+        check_gpus(ray_gpus)
+        with connected(cpus=count * threads) as ray:
+            say_what_is_missing(ray, count, threads, ray_gpus)
+            return make_missing(jobs, folder, RayPool(spec.with_whole_paths(), folder, threads, count, ray_gpus))
 
 
 def make_missing(jobs: Sequence[Job | BadLine], folder: Folder, maker: Maker) -> Summary:
@@ -113,11 +116,11 @@ def _record_of(line: BadLine) -> Record:
 
 def _check_outputs(jobs: Sequence[Job], folder: Folder) -> None:
     """Raise ValueError where an output of a job would be written over an input. `Folder.finished` looks at others."""
-    inputs = {picture.resolve() for job in jobs for picture in job.pictures if isinstance(picture, Path)}
-    place = folder.path.resolve()
+    inputs = {os.path.realpath(picture) for job in jobs for picture in job.pictures if isinstance(picture, Path)}
+    place = os.path.realpath(folder.path)
     for job in jobs:
         output = folder.picture(job.name)
-        if (place / output.name) in inputs:
+        if os.path.join(place, output.name) in inputs:
             raise ValueError(f"{output} is also an input and would be overwritten: choose another --output.")
 
 

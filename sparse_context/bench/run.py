@@ -10,6 +10,7 @@ import torch
 
 from ..embedded.demo import read_examples
 from ..evaluation.plots import check_matplotlib
+from ..images import check_file
 from ..pipelines.load import DTYPES, find_device, load
 from ..pipelines.spec import ModelSpec
 from ..result import checkout, write_result
@@ -92,7 +93,5 @@ def check_arguments(
         raise ValueError(f"blocks is {blocks}: pass a number above 0.")
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: choose auto, {', '.join(DTYPES)}.")
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"{output} cannot be written: the folder {output.parent} does not exist; make it first.")
-    if output is not None and output.is_dir():
-        raise ValueError(f"{output} is a folder: name a file in it.")
+    if output is not None:
+        check_file(output)

@@ -55,11 +55,13 @@ def batch(
 
     if f".{format}" not in WRITE_FORMATS:
         raise ValueError(f"format is {format!r}: choose png, jpg or webp.")
+    if gpus and not ray:
+        raise ValueError("--gpus is for workers on Ray: pass --ray too, or leave it out.")
     from ..batch.jobs import Job, read_jobs
     from ..pipelines.settings import check_references
 
     chosen = options.settings_of(context, settings)
-    read = read_jobs(jobs, chosen)
+    read = read_jobs(jobs.absolute() if ray else jobs, chosen)  # whose workers are in other folders
     ignored = sorted({key for job in read if isinstance(job, Job) for key in job.ignored})
     options.hide_loading_bars()
     kinds = {(len(job.sample.references), job.inpaint is not None) for job in read if isinstance(job, Job)}

@@ -8,6 +8,8 @@ import typer
 from ..bench.shapes import SHAPES
 from . import options
 
+TURNS, MINUTES = 5, 2.5
+
 
 def bench(
     model: options.Model = None,
@@ -44,10 +46,10 @@ def bench(
         typer.Option(help="With --predict: memory of the device in GB. Adds the largest keep that fits."),
     ] = None,
     cpu_offload: options.CpuOffload = None,
-    turns: Annotated[int, typer.Option(help="Number of timed calls per method, after a warm-up.")] = 5,
+    turns: Annotated[int, typer.Option(help="Number of timed calls per method, after a warm-up.")] = TURNS,
     minutes: Annotated[
         float, typer.Option(help="Time budget in minutes; no new turn starts if it would run over.")
-    ] = 2.5,
+    ] = MINUTES,
     steps: options.Steps = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -67,6 +69,19 @@ def bench(
             raise ValueError(f"{needed} is for what is predicted: pass --predict too, or leave it out.")
     if predict and blocks is not None:
         raise ValueError("--blocks is for what is timed: leave it or --predict out.")
+    for useless, given in (
+        ("--plot", plot is not None),
+        ("--quality", quality is not None),
+        ("--turns", turns != TURNS),
+        ("--minutes", minutes != MINUTES),
+    ):
+        if given and predict:
+            raise ValueError(f"{useless} is for what is timed: leave it or --predict out.")
+    if quality is not None and plot is None:
+        raise ValueError("--quality is for the plot: pass --plot too, or leave it out.")
+    files = [path.absolute() for path in (output, plot, quality) if path is not None]
+    if len(set(files)) < len(files):
+        raise ValueError("--output, --plot and --quality name one file twice: give each its own.")
     if plot is not None:
         check_output(plot)
     options.hide_loading_bars()

@@ -100,6 +100,11 @@ def evaluate(
     questions = () if chosen is None else chosen.questions
     if judge is not None and not questions:
         raise ValueError(f"judge is {judge!r}, and {benchmark or 'a plain manifest'} has no judge: leave it out.")
+    columns = (dataset_config_name, split, image_column, cond_image_column, caption_column)
+    if chosen is not None and columns != (None, "train", "image", "references", "prompt"):
+        raise ValueError(
+            f"{benchmark} has a layout of its own: leave --split, --dataset-config-name and the columns out."
+        )
     own = {} if chosen is None else chosen.metrics
     free = [name for name, each in own.items() if each.model is None]
     free = free or [name for name, each in METRICS.items() if each.model is None]

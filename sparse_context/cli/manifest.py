@@ -35,8 +35,8 @@ def manifest(
         raise ValueError(f"output is {output}: name a .jsonl file.")
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise ValueError(f"{output} cannot be written: name a file in a folder that exists.")
-    if Path(source).exists() and output.exists() and output.samefile(source):
-        raise ValueError(f"{output} is also the source and would be overwritten: name another file.")
+    if output.exists():  # and may be a part of the source
+        raise ValueError(f"{output} is there and would be overwritten: name another file, or remove it first.")
     named = source_of(dataset_config_name, split, image_column, cond_image_column, caption_column)
     samples = read_samples(source, needs_image=False, **named)
     for note in samples.notes:

@@ -83,6 +83,8 @@ def recommend(
 
     if (data is None) == (not image):
         raise ValueError("Say which images to try: pass either --image and --prompt, or --data.")
+    if data is not None and prompt is not None:
+        raise ValueError("--data has prompts of its own: leave --prompt out.")
     if limit < 1:
         raise ValueError(f"limit is {limit}: pass a number of scenes, 1 or more.")
     chosen = options.settings_of(context, settings)
@@ -100,6 +102,8 @@ def recommend(
     from ..evaluation.tolerance import find_tolerance
     from ..pipelines.settings import check_references
 
+    if settings is not None and (output / "settings.json").exists() and settings.samefile(output / "settings.json"):
+        raise ValueError(f"{settings} would be overwritten by what is recommended: choose another --output.")
     bounds = find_tolerance(tolerance)
     ratios = KEEPS if keeps is None else [_ratio(text) for text in keeps.split(",")]
     factors = None if overviews is None else [options.read_overview(text) for text in overviews]

@@ -90,6 +90,10 @@ def serve(
         batch=_batch(batch),
     )
 
+    if not ray and ray_config is None:
+        for option, given in (("--replicas", replicas != 1), ("--max-replicas", max_replicas), ("--gpus", gpus)):
+            if given:
+                raise ValueError(f"{option} is for replicas on Ray: pass --ray too, or leave it out.")
     options.hide_loading_bars()
     if ray or ray_config is not None:
         from ..batch.runner import threads_of
@@ -97,7 +101,7 @@ def serve(
         from ..server import on_ray
 
         require("ray")
-        fleet = on_ray.Replicas(replicas, max_replicas, threads_of(max_replicas or replicas), gpus, cache)
+        fleet = on_ray.Replicas(replicas, max_replicas, threads_of(max(1, max_replicas or replicas)), gpus, cache)
         if ray_config is None:
             return on_ray.run(chosen.spec, bounds, port, fleet)
         on_ray.write_config(ray_config, chosen.spec, bounds, port, fleet)

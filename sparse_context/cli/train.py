@@ -99,6 +99,10 @@ def train(
         "seed": seed,
         "validation_data": validation_data,
     }
+    only = [name for name, given in (("--check-data", check_data), ("--dry-run", dry_run)) if given]
+    only += ["--resume"] if only and resume is not None else []
+    if len(only) > 1:
+        raise ValueError(f"{' and '.join(only)} do not go together: each is a run of its own.")
     settings = read_settings(config, sets or (), flags)
     if settings.data is None:
         raise ValueError("There is no data to train on: name a manifest, a folder or a hub name with --data.")

@@ -1,11 +1,14 @@
 """The settings that an evaluation compares: each a cell."""
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import Any
+
+import numpy as np
 
 from ..budget import check_budget
 from ..config import TASKS, SparseContextConfig
@@ -14,6 +17,8 @@ from ..pipelines.settings import call_inputs, call_settings
 from ..pipelines.spec import Request
 from ..preview import MAX_AREA
 from ..samples import Sample
+from ..selectors.masks import Mask
+from ..selectors.registry import name_of
 from .benchmark import BenchmarkSample
 
 DENSE = "dense"
@@ -39,18 +44,33 @@ class Cell:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The setting, for JSON. A selector without a name goes by its label."""
+        """The setting, for JSON, by which a run that goes on knows it. A function of the user's goes by its label."""
         values = {each.name: getattr(self.config, each.name) for each in fields(self.config) if each.name != "seed"}
-        return {**values, "selector": _label(self.config), "limit": self.limit, **self.about}
+        return {**values, "selector": _identity(self.config.selector), "limit": self.limit, **self.about}
 
 
-def _label(config: SparseContextConfig) -> str:
-    selector: Any = config.selector
+def _label(selector: Any) -> str:
+    """A short name of a selector, or of one for each reference."""
     if selector is None:
         return "auto"
     if isinstance(selector, Mapping):
         return ",".join(f"{name}={weight:g}" for name, weight in selector.items())
     return selector if isinstance(selector, str) else getattr(selector, "__name__", type(selector).__name__)
+
+
+def _identity(selector: Any) -> str:
+    """What tells a selector apart from others of its label: its phrase, its file, its masks."""
+    if isinstance(selector, (list, tuple)):
+        return "; ".join(map(_identity, selector))
+    if isinstance(selector, Mask) and selector.masks:
+        digest = hashlib.sha256()
+        for mask in selector.masks:
+            digest.update(repr(None if mask is None else np.asarray(mask).shape).encode())
+            digest.update(b"" if mask is None else np.ascontiguousarray(mask).tobytes())
+        return f"mask {digest.hexdigest()[:16]}"
+    if selector is None or isinstance(selector, (str, Mapping)):
+        return _label(selector)
+    return name_of(selector) or _label(selector)
 
 
 def grid(
@@ -80,14 +100,16 @@ def grid(
         config = SparseContextConfig(
             keep=keep, selector=selector, task=task, coverage=coverage, merge=merge, overview=overview, **settings
         )
-        parts = [_label(config), keep]
+        parts = [_label(config.selector), keep]
         parts += [] if task == "auto" else [task]
         parts += [] if coverage is None else [f"coverage={coverage:g}"]
         parts += [f"merge={merge:g}"] if merge else []
         parts += [] if overview == "trained" else [f"overview={overview}".lower()]
         name, cell = re.sub(r"[^\w.,=+-]+", "_", "-".join(map(str, parts))), Cell(config, limits.get(keep))
         if cells.setdefault(name, cell) != cell:
-            raise ValueError(f"Two settings are named {name!r}: give each function a name of its own.")
+            raise ValueError(
+                f"Two settings are named {name!r}: give each function a name of its own, or each setting a run."
+            )
     return cells
 
 

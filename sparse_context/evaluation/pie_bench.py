@@ -128,14 +128,16 @@ def clip_similarity(output: Picture, caption: str, mask: Any = None, *, model: s
 def structure_distance(output: Picture, source: Picture, mask: Any = None, *, model: str) -> float:
     """How far the layout moved: the mean squared difference of the self-similarities of DINO's last keys.
 
-    (Tumanyan et al. 2022, Splice.) Pictures go in at the model's own size, 224 for facebook/dino-vitb8.
+    (Tumanyan et al. 2022, Splice.) Pictures go in at the model's own size, 224 for facebook/dino-vitb8, and with values
+    from 0 to 255, as the benchmark's own code has it: with values up to 1, figures would be others than those that were
+    published.
     """
     net, _ = vision(model)
     last = [module for name, module in net.named_modules() if name.endswith(("k_proj", "attention.key"))][-1]
     similarity = []
     for picture in (output, source):
         values = np.array(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
-        x = torch.from_numpy(values).permute(2, 0, 1)[None].to(accelerator()).float() / 255
+        x = torch.from_numpy(values).permute(2, 0, 1)[None].to(accelerator()).float()
         x = F.interpolate(x, (net.config.image_size,) * 2, mode="bilinear", antialias=True)
         mean, spread = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_SPREAD))
         keys: list[torch.Tensor] = []

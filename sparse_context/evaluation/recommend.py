@@ -135,6 +135,8 @@ class Search:
             "height",
             "width",
             "guidance_scale",
+            "negative_prompt",
+            "vae",
         )
         self.about = {"weights": engine_fingerprint(engine), **{key: given.get(key) for key in dials}}
 

@@ -2,7 +2,7 @@
 
     drop.py     `attach(pipe, call)`: where reference tokens enter, and are cut
     call.py     `arguments(...)` (call.py here): how a call hands over its images; modular pipelines share modular.py's;
-                `decode(...)`: pictures of latents; optional
+                `decode(...)`: pictures of latents; `fit(...)`: references in the size that the model sees; optional
     train.py    a `Host` (host.py), by which the trainer encodes and predicts; optional
     bench.py    `SHAPES` (shape.py): the sizes of real models, by the names of the benchmark; optional, without torch
 

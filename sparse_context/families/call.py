@@ -3,6 +3,7 @@ and how pictures are made of its latents, where a family says so."""
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -33,10 +34,23 @@ def find_decode(pipe: Any) -> Callable[..., list[Image.Image]] | None:
     return None if family.paints else getattr(_module(family), "decode", None)
 
 
-def find_area(pipe: Any) -> int | None:
-    """How many pixels a pipeline scales every reference to, about; None where it takes them in their own size, up to a
-    megapixel. Raises TypeError as `family_of` does."""
-    return getattr(_module(family_of(pipe)), "AREA", None)
+def find_fit(pipe: Any, count: int) -> Callable[[Image.Image], Image.Image] | None:
+    """What a pipeline makes of each of `count` references, or of a mask of one, before it encodes them: RGB or RGBA, or
+    L. None where it takes them as `preview.fit_reference` leaves them. Raises TypeError as `family_of` does."""
+    folder = f"{__package__}.{family_of(pipe).folder}.call"
+    fit = getattr(import_module(folder), "fit", None) if find_spec(folder) is not None else None
+    if fit is None:
+        return None
+
+    def fitted(picture: Image.Image) -> Image.Image:
+        if picture.mode != "RGBA":
+            return fit(pipe, picture, count)
+        white = Image.new("RGBA", picture.size, "white")  # its parts apart, as Pillow blackens what is transparent
+        image = fit(pipe, Image.alpha_composite(white, picture).convert("RGB"), count).convert("RGB")
+        image.putalpha(fit(pipe, picture.getchannel("A"), count).convert("L"))
+        return image
+
+    return fitted
 
 
 def _module(family: Family) -> ModuleType:

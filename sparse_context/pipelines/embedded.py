@@ -35,7 +35,7 @@ def adapter_record(path: Path) -> dict:
         raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): {again}.") from error
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

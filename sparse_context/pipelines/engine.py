@@ -14,8 +14,8 @@ from ..cache import ReferenceCache
 from ..config import SparseContextConfig
 from ..context import place_of
 from ..families import Family, family_of
-from ..families.call import find_area, find_decode
-from ..preview import label, select_pictures, side_by_side
+from ..families.call import find_decode, find_fit
+from ..preview import fit_reference, label, select_pictures, side_by_side
 from ..selection import Score, Selection, score_tokens
 from ..selectors.cells import Grid
 from ..sparsify import apply_sparse_context, last_selection
@@ -213,7 +213,8 @@ class Engine:
         pipe = self.pipe(request.config)
         config, _, images = call_of(pipe, _in_usual_size(request))
         trained = self.trained(request.config)
-        return select_pictures(images, config, 2 * pipe.vae_scale_factor, trained, score, place_of(pipe))
+        fit = find_fit(pipe, len(images)) or fit_reference
+        return select_pictures(images, config, 2 * pipe.vae_scale_factor, trained, score, place_of(pipe), fit)
 
     def trained(self, config: SparseContextConfig) -> Trained | None:
         """What the weights that answer requests with this config were trained for; None where nothing says so. Raises
@@ -348,8 +349,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _grids(pipe: Any, request: Request) -> tuple[list[Grid], Grid, int | None]:
     """Of a request the grids of its references, that of its output, and the steps."""
     _, arguments, images = call_of(pipe, _in_usual_size(request))
-    token, area = 2 * pipe.vae_scale_factor, find_area(pipe)
-    grids = [grid_of(*image.size, token, area) for image in images]
+    token, fit = 2 * pipe.vae_scale_factor, find_fit(pipe, len(images))
+    grids = [grid_of(*(image if fit is None else fit(image)).size, token) for image in images]
     usual = getattr(pipe, "default_sample_size", 128) * pipe.vae_scale_factor
     rows, columns = grids[0] if grids else (usual // token, usual // token)
     height, width = arguments.get("height") or rows * token, arguments.get("width") or columns * token

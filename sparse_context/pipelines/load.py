@@ -10,6 +10,7 @@ from ..families import FAMILIES
 from ..families.flux2.kv import in_kv_mode
 from ..trained import note_trained, read_folder, trained_for
 from .embedded import ADAPTERS, OVERVIEW, WEIGHTS, adapter_record, read_trained
+from .errors import GenerationError
 from .hub import KLEIN, KLEIN_KV, class_name_of, clock, one_line
 from .lora import ADAPTER_NAME, load_lora
 from .lora_file import NO_LORA, OVERVIEW_LORA, LoraFile, check_lora_file, read_lora
@@ -34,7 +35,8 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
     LoRA, no quantisation and no KV mode.
 
     Only safetensors are read (and a GGUF file that was named), and nothing is fetched but a hub id that was named.
-    Raises ValueError, in one sentence, for what is not there, does not belong together or does not load.
+    Raises ValueError, in one sentence, for what is not there, does not belong together or does not load, and
+    GenerationError where the device has too little memory for it.
     """
     spec = spec or ModelSpec()
     device = find_device(spec.device)
@@ -90,7 +92,13 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
         note_trained(pipe.transformer, read_trained(OVERVIEW))
     if spec.vae is not None:
         speed_up_vae(pipe.vae, spec.vae)
-    _place(pipe, device, spec.cpu_offload, modular)
+    try:
+        _place(pipe, device, spec.cpu_offload, modular)
+    except torch.OutOfMemoryError as error:
+        raise GenerationError(
+            f"The model {path} does not fit into the memory of {device}: pass cpu_offload or quantization, or choose "
+            "another device."
+        ) from error
     return pipe
 
 

@@ -229,7 +229,7 @@ def _pieces(file: LoraFile, module: nn.Module, found: Found, component: str) -> 
     for layer, modules in found:
         linear: list[Any] = [module.get_submodule(name) for name in modules]
         rows = [each.out_features for each in linear]
-        tensors = _in_format(file.path, layer, linear[0].weight.dtype)
+        tensors = _in_format(file.path, layer, _number_format(linear[0], module))
         rank = tensors["down"].shape[0]
         shapes: dict[str, tuple[int, ...]] = {"down": (rank, linear[0].in_features), "up": (sum(rows), rank)}
         shapes |= dict.fromkeys(("bias", "magnitude"), (sum(rows),))
@@ -264,6 +264,13 @@ def _pieces(file: LoraFile, module: nn.Module, found: Found, component: str) -> 
             zeros = piece.tensors["up"].new_zeros(len(piece.tensors["up"]))
             pieces[name] = Piece({"bias": zeros, **piece.tensors}, piece.alpha)
     return pieces
+
+
+def _number_format(linear: Any, module: Any) -> torch.dtype:
+    """What a linear layer of `module` computes in: the weights of a quantised one are packed into whole numbers."""
+    if linear.weight.is_floating_point():
+        return linear.weight.dtype
+    return getattr(linear, "compute_dtype", None) or module.dtype
 
 
 def _in_format(path: str, layer: Layer, model: torch.dtype) -> dict[str, torch.Tensor]:
@@ -374,7 +381,7 @@ def _attach_kronecker(file: LoraFile, transformer: Any, found: Found, scale: flo
                 file.path, f"{layer.key} is a Kronecker product, which does not fit {modules[0]}: pass a plain LoRA"
             )
         linear = [transformer.get_submodule(name) for name in modules]
-        tensors = _in_format(file.path, layer, linear[0].weight.dtype)
+        tensors = _in_format(file.path, layer, _number_format(linear[0], transformer))
         inner = [tensors[f"{w}_b"].shape[0] for w in ("w2", "w1") if f"{w}_b" in tensors]
         # Only what has a rank is scaled by an alpha of the file, as LyCORIS does it, but all by one of peft's settings
         scaled = _scale(file.path, layer, modules[0], inner[0] if inner else 1, settings) if inner or settings else 1.0

@@ -171,10 +171,10 @@ def _read_settings(path: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """peft's settings: from the file's own metadata, or from the file that peft writes beside its own."""
     text, beside = metadata.get("lora_adapter_metadata"), Path(path).with_name("adapter_config.json")
     if not text and Path(path).name == "adapter_model.safetensors" and beside.is_file():
-        text = beside.read_text(encoding="utf-8")
+        text = beside.read_bytes().decode("utf-8", "replace")
     try:
         settings = json.loads(text) if text else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise misfit(path, f"its settings of peft cannot be read ({error}): save it anew") from error
     return settings if isinstance(settings, dict) else {}
 

@@ -1,13 +1,14 @@
 """Which pipeline, and what it is asked for: the two records that every face is built on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ..config import SparseContextConfig
-from .lora_file import check_lora_scale
+from .lora_file import NO_LORA, OVERVIEW_LORA, check_lora_scale
 from .settings import check_call, check_text
 
 DTYPE_NAMES = ("float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
@@ -67,6 +68,16 @@ class ModelSpec:
             raise ValueError(f"vae is 'compiled', which cpu_offload {self.cpu_offload!r} cannot move: leave one out.")
         if file is not None and not file.is_file():
             raise ValueError(f"The GGUF file {file} is not there: name one that holds the model's transformer.")
+
+    def with_whole_paths(self) -> "ModelSpec":
+        """The same, with absolute paths of the files and folders that it names, for a process in another folder: a
+        relative one could be taken for a hub id there."""
+        lora = None if self.lora in (NO_LORA, OVERVIEW_LORA) else self.lora
+        named = {"model": self.model, "lora": lora, "quantization": self.gguf}
+        paths: dict[str, Any] = {
+            name: str(Path(path).absolute()) for name, path in named.items() if path and Path(path).exists()
+        }
+        return replace(self, **paths)
 
     @property
     def gguf(self) -> Path | None:

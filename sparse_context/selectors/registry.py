@@ -337,7 +337,10 @@ def name_of(selector: SelectorLike) -> str | None:
     if isinstance(selector, (Text, Matting)):
         return selector.name
     if isinstance(selector, str):
-        return selector if _is_ours(SELECTORS.get(selector)) else None
+        found = SELECTORS.get(selector)
+        if isinstance(found, (Matting, Blend)):  # of the user's own, under a name that says nothing of its parts
+            return name_of(found)
+        return selector if _is_ours(found) else None
     names = [(name_of(part), weight) for part, weight in parts_of(selector)]
     return repr(names) if names and all(name is not None for name, _ in names) else None
 

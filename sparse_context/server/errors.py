@@ -65,6 +65,11 @@ def stopping() -> ApiError:
     return ApiError(503, "The server is stopping: send the request to another one.", code="stopping")
 
 
+def not_loaded() -> ApiError:
+    """A server whose model does not load."""
+    return ApiError(503, "The model does not load: the server's log says why.", code="not_loaded")
+
+
 def internal() -> ApiError:
     """A defect, of which the operator's log says more."""
     return ApiError(500, "The server failed at this request: its log says why.", headers={"x-should-retry": "false"})

@@ -57,7 +57,9 @@ def from_text(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, parse_constant=_no_number)
+        return json.loads(value, parse_constant=_no_number, object_pairs_hook=once_each)
+    except TwiceError as error:
+        raise ApiError(400, f"{short(value)} {error}") from None
     except (ValueError, RecursionError):
         return value
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..batch.cluster import check_gpus, connected, say_what_is_missing
 from ..families import FAMILIES
 from ..images import save_text
 from ..pipelines.embedded import WEIGHTS
@@ -63,8 +64,7 @@ class Replicas:
             raise ValueError(f"replicas is {self.count}: pass 1 or more.")
         if self.most is not None and self.most < self.count:
             raise ValueError(f"max_replicas is {self.most}, and replicas {self.count}: pass as many or more.")
-        if not self.gpus >= 0:
-            raise ValueError(f"gpus is {self.gpus}: pass 0 or more.")
+        check_gpus(self.gpus)
 
     @property
     def largest(self) -> int:
@@ -92,6 +92,7 @@ class Replica:
         hide_loading_bars()
         self.engine = Engine(spec, bar=False, cache=ReferenceCache(cache * 2**20) if cache else None)
         self.failure: Exception | None = None
+        self._asked_in_vain = False
         try:
             self.engine.warm_up()
             self.engine.load()
@@ -102,12 +103,21 @@ class Replica:
         """Why the model does not load; None once it can make calls."""
         return self.failure
 
+    async def check_health(self) -> None:
+        """Raise where calls come to a replica whose model did not load: Ray then starts another one in its place."""
+        if self._asked_in_vain:
+            raise RuntimeError(f"the model does not load here: {self.failure}")
+
     async def make(self, requests: Sequence[Request], partials: Sequence[int]) -> AsyncIterator[tuple]:
         """Answer requests by one call: ("step", step, steps, pictures on the way or None) after each denoise step, at
-        last ("made", generations) or ("failed", error).
+        last ("made", generations), ("failed", error), or ("unfit", reason) where the model did not load.
 
         It stops before the next step once whoever listens is gone.
         """
+        if self.failure is not None:
+            self._asked_in_vain = True
+            yield "unfit", str(self.failure)
+            return
         loop, told, gone = asyncio.get_running_loop(), asyncio.Queue[tuple](), threading.Event()
 
         def tell(*what: Any) -> None:
@@ -160,6 +170,10 @@ def _plain(error: Exception) -> Exception:
     return kind(str(error))
 
 
+class UnfitError(Exception):
+    """A replica was asked whose model did not load."""
+
+
 class RayWorker(Worker):
     """Gives jobs to replicas, as many at a time as there may be replicas."""
 
@@ -201,8 +215,10 @@ class RayWorker(Worker):
                 return self._ask(requests, partials, cancel, told)
             except RayActorError:
                 log.warning("a replica died, and its call is made again")
-                self.metrics.retried.inc()
-        raise GenerationError(f"{TRIALS} replicas died at it, one after the other.")
+            except UnfitError as error:
+                log.error("a replica's model does not load, and its call goes to another one: %s", error)
+            self.metrics.retried.inc()
+        raise GenerationError(f"{TRIALS} replicas failed at it, one after the other.")
 
     def _ask(
         self, requests: Sequence[Request], partials: Sequence[int], cancel: Callable[[], bool], preview: Preview
@@ -215,6 +231,8 @@ class RayWorker(Worker):
                 return said[0]
             if kind == "failed":
                 raise said[0]
+            if kind == "unfit":
+                raise UnfitError(said[0])
             if cancel():
                 answers.cancel()
                 raise Cancelled("The call was cancelled.")
@@ -259,15 +277,16 @@ def run(spec: ModelSpec, settings: Settings, port: int, replicas: Replicas) -> N
 
     Raises what `server.run.run` raises, and GenerationError where Ray starts no replica.
     """
-    from ..batch.cluster import connected
     from .run import run as run_front
 
-    with connected(cpus=replicas.largest * replicas.threads + 1):
+    with connected(cpus=replicas.largest * replicas.threads + 1) as ray:
         from ray import serve
+
+        say_what_is_missing(ray, replicas.count, replicas.threads, replicas.gpus)
 
         serve.start(proxy_location="Disabled")  # the front is here
         try:
-            bound = deploy(spec, replicas, settings.deadline)
+            bound = deploy(spec.with_whole_paths(), replicas, settings.deadline)
             try:
                 handle = serve.run(bound, name=APPLICATION, route_prefix=None)
             except RuntimeError as error:
@@ -283,8 +302,11 @@ def write_config(path: Path, spec: ModelSpec, settings: Settings, port: int, rep
     """
     import yaml
 
+    from .run import check_port
+
+    check_port(port)
     args = {
-        "model": asdict(spec),
+        "model": asdict(spec.with_whole_paths()),
         "keep": PipelineSettings(request=Request("", config=settings.config)).to_dict(),
         "server": {
             key: value

@@ -73,13 +73,20 @@ class PatientProtocol(H11Protocol):
             self._head = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
 
+def check_port(port: int) -> None:
+    """Raise ValueError for a number that is no port, of which some systems make another one."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port is {port}: pass a number from 0 to 65535.")
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket on this port (0: any that is free). Raises ValueError where there can be none."""
+    check_port(port)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise ValueError(f"{host}:{port} cannot be listened on ({reason}): choose another --host or --port.") from None
 
 

@@ -15,7 +15,7 @@ from ..pipelines.engine import WARM_UP_STEPS, Engine, Generation
 from ..pipelines.errors import Cancelled, GenerationError
 from ..pipelines.spec import Request
 from ..pipelines.steps import Draw, Preview
-from .errors import ApiError, from_exception, internal, stopping, too_busy
+from .errors import ApiError, from_exception, internal, not_loaded, stopping, too_busy
 from .jobs import Done, Failed, Job, Made
 from .metrics import Metrics
 from .schema import SUBJECTS
@@ -33,7 +33,8 @@ class Worker:
     """Loads the engine's pipeline in its own thread, then serves jobs in the order in which they came.
 
     Jobs that differ in prompt and seeds alone are served by one call, as long as that holds no more than `batch`
-    pictures. on_failure: called where the pipeline does not load; `failure` is then what was raised. threads: how many
+    pictures. on_failure: called where the pipeline does not load; `failure` is then what was raised; None logs it, and
+    clients are told. threads: how many
     calls are made at a time, where those that make them allow more than one (on_ray.py).
     """
 
@@ -42,7 +43,7 @@ class Worker:
         engine: Engine,
         settings: Settings,
         metrics: Metrics,
-        on_failure: Callable[[], None] = lambda: None,
+        on_failure: Callable[[], None] | None = None,
         threads: int = 1,
     ) -> None:
         self.engine = engine
@@ -129,7 +130,9 @@ class Worker:
                 job.close()
 
     def _check_room(self) -> None:
-        if self._stopping or self.failure is not None:
+        if self.failure is not None:
+            raise not_loaded()
+        if self._stopping:
             raise stopping()
         if len(self._waiting) >= self.settings.queue:
             self.metrics.refused.inc()
@@ -144,7 +147,9 @@ class Worker:
             with self._changed:
                 self.failure = error
             self.stop()
-            return self.on_failure()
+            if self.on_failure is not None:
+                return self.on_failure()
+            return log.error("the model does not load: %s", error)
         for thread in self._threads[1:]:
             thread.start()
         self._work()
@@ -216,14 +221,14 @@ class Worker:
             wanted = [(job, seed) for job in jobs for seed in job.seeds]
             made: dict[Job, list[Made]] = {job: [] for job in jobs}
             for first in range(0, len(wanted), self.batch):
-                self._call(request, [pair for pair in wanted[first : first + self.batch] if not _is_gone(pair)], made)
+                self._call(request, wanted[first : first + self.batch], made)
             for job, pictures in made.items():
                 if len(pictures) == len(job.seeds):
                     job.tell(self._done(request, job, pictures, start))
         except Cancelled:
             return
         except Exception as error:
-            if len(jobs) > 1:  # one of them may have spoilt it, or there are too many for the memory
+            if len(jobs) > 1:  # one of them may have spoilt it
                 for job in jobs:
                     if not job.ended:
                         self._serve([job])
@@ -234,7 +239,9 @@ class Worker:
             self._fail(jobs, known or internal())
 
     def _call(self, request: Request, wanted: Sequence[tuple[Job, int]], made: dict[Job, list[Made]]) -> None:
-        """One call of the engine, for these pictures."""
+        """One call of the engine, for those of these pictures that are still wanted; or one for each, where the engine
+        fails at all of them together, of which there may be too many for the memory."""
+        wanted = [pair for pair in wanted if not _is_gone(pair)]
         if not wanted:
             return
 
@@ -245,12 +252,19 @@ class Worker:
                 wanted[i][0].tell_partial(pictures[i])
 
         start = time.perf_counter()
-        generations = self._make(
-            [replace(request, prompt=job.prompt, seed=seed) for job, seed in wanted],
-            [job.partials for job, _ in wanted],
-            lambda: all(map(_is_gone, wanted)),
-            preview,
-        )
+        try:
+            generations = self._make(
+                [replace(request, prompt=job.prompt, seed=seed) for job, seed in wanted],
+                [job.partials for job, _ in wanted],
+                lambda: all(map(_is_gone, wanted)),
+                preview,
+            )
+        except GenerationError:
+            if len(wanted) == 1:
+                raise
+            for pair in wanted:
+                self._call(request, [pair], made)
+            return
         self._pace += 0.3 * ((time.perf_counter() - start) / len(wanted) - self._pace)
         self.metrics.count_call(generations, len({id(job) for job, _ in wanted}))
         for (job, seed), generation in zip(wanted, generations, strict=True):

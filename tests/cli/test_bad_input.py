@@ -101,6 +101,22 @@ def test_a_bad_choice(refused, face, options, says):
         "generate --prompt x --image {in}/a.png --overview 4 --reference-max-pixels 0": "reference_max_pixels is 0",
         "generate --prompt x --image {in}/a.png --overview none --reference-max-pixels 9": "only an overview shows",
         "generate --prompt x --compare c.bmp": "end it in .png",
+        "serve --port 70000": "port is 70000: pass a number from 0 to 65535.",
+        "serve --replicas 2": "--replicas is for replicas on Ray: pass --ray too, or leave it out.",
+        "serve --max-replicas 2": "--max-replicas is for replicas on Ray",
+        "serve --gpus 1": "--gpus is for replicas on Ray",
+        "batch {in}/text.png --output o --gpus 1": "--gpus is for workers on Ray: pass --ray too, or leave it out.",
+        "bench --predict --plot p.png": "--plot is for what is timed: leave it or --predict out.",
+        "bench --predict --turns 3": "--turns is for what is timed",
+        "bench --predict --minutes 3": "--minutes is for what is timed",
+        "bench --quality q.json": "--quality is for the plot: pass --plot too, or leave it out.",
+        "bench --output p.png --plot ./p.png": "name one file twice: give each its own.",
+        "bench --output q.json --plot p.png --quality q.json": "name one file twice: give each its own.",
+        "bench --output no/where.json": "no' does not exist; make it first",
+        "recommend --data d.jsonl --prompt x": "--data has prompts of its own: leave --prompt out.",
+        "evaluate --benchmark pie-bench --data d --split test": "pie-bench has a layout of its own: leave --split",
+        "train --data d.jsonl --output-dir o --check-data --dry-run": "--check-data and --dry-run do not go together",
+        "train --data d.jsonl --output-dir o --dry-run --resume latest": "--dry-run and --resume do not go together",
     }.items(),
 )
 def test_bad_arguments(refused, arguments, says):
@@ -112,11 +128,13 @@ def test_outputs_that_differ_in_capitals_alone_are_one_where_the_system_says_so(
     assert "name the same file" in refused(*"generate --prompt x --output a.png --compare A.png".split(" "))
 
 
+def test_a_name_that_no_file_can_have_is_refused_before_the_work(refused):
+    assert "cannot be written (" in refused("generate", "--prompt", "x", "--output", f"{'n' * 300}.png")
+
+
 def test_a_folder_as_output(refused, tmp_path):
     (tmp_path / "out.png").mkdir()
-    assert "is a folder; give the name of a picture file inside it" in refused(
-        "select", "{in}/a.png", "--output", "out.png"
-    )
+    assert "is a folder; give the name of a file inside it" in refused("select", "{in}/a.png", "--output", "out.png")
 
 
 def test_names_of_python_are_printed_as_options_but_not_within_paths(capsys):

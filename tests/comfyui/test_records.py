@@ -27,6 +27,7 @@ def find(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "loras" / "plain.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "loras" / "later.safetensors", {KEY: '{"overview": 3}'})
     save_file({"a": torch.zeros(1)}, tmp_path / "diffusion_models" / "sparse.safetensors", record)
+    save_file({"a": torch.zeros(1)}, tmp_path / "loras" / "deep.safetensors", {KEY: "[" * 100_000})
     (tmp_path / "loras" / "broken.safetensors").write_bytes(b"nothing")
     (tmp_path / "loras" / "pickle.pt").write_bytes(b"nothing")
     return find
@@ -71,6 +72,11 @@ def test_a_record_that_cannot_be_read_is_said(find):
     records, (problem,) = read_records(graph(lora_name="later.safetensors"), "4:7", find)
     assert records == []
     assert problem.startswith("later.safetensors: The record 'sparse_context' of these weights cannot be read")
+
+
+def test_a_record_that_is_nested_too_deeply_is_said(find):
+    records, (problem,) = read_records(graph(lora_name="deep.safetensors"), "4:7", find)
+    assert records == [] and problem.startswith("deep.safetensors: ")
 
 
 def test_a_graph_without_the_node_or_in_a_ring_ends(find):

@@ -67,6 +67,12 @@ def test_the_text_of_a_form_is_the_value_that_json_has_for_it(text, value):
     assert from_text(text) == value
 
 
+def test_a_mapping_that_has_a_key_twice_is_refused():
+    with pytest.raises(ApiError) as raised:
+        from_text('{"edges": 0.2, "edges": 5}')
+    assert raised.value.status == 400 and raised.value.message.endswith("has 'edges' twice: write it once.")
+
+
 def test_what_a_client_leaves_out_is_as_the_server_has_it():
     read = wanted()
     assert read.request.config == SETTINGS.config and read.request.steps == 5

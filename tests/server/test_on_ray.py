@@ -1,12 +1,15 @@
 """The server by Ray: what needs no cluster. One with processes that are killed is in tests/test_ray.py."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from sparse_context import SparseContextConfig
-from sparse_context.pipelines import Cancelled, GenerationError, ModelSpec
-from sparse_context.server.on_ray import Replicas, _plain, write_config
+from sparse_context.batch.cluster import say_what_is_missing
+from sparse_context.pipelines import Cancelled, GenerationError, ModelSpec, Request
+from sparse_context.server.on_ray import Replica, Replicas, _plain, write_config
 from sparse_context.server.settings import Settings
 
 yaml = pytest.importorskip("yaml")
@@ -17,8 +20,10 @@ yaml = pytest.importorskip("yaml")
     [
         ({"count": 0}, "replicas is 0: pass 1 or more."),
         ({"count": 3, "most": 2}, "max_replicas is 2, and replicas 3: pass as many or more."),
-        ({"gpus": -1.0}, "gpus is -1.0: pass 0 or more."),
-        ({"gpus": float("nan")}, "gpus is nan: pass 0 or more."),
+        ({"gpus": -1.0}, "gpus is -1: pass a share of one, such as 0.5, or a whole number."),
+        ({"gpus": 1.5}, "gpus is 1.5: pass a share of one, such as 0.5, or a whole number."),
+        ({"gpus": float("inf")}, "gpus is inf: pass a share of one, such as 0.5, or a whole number."),
+        ({"gpus": float("nan")}, "gpus is nan: pass a share of one, such as 0.5, or a whole number."),
     ],
 )
 def test_numbers_of_replicas_that_cannot_be(numbers, says):
@@ -40,6 +45,48 @@ def test_an_error_keeps_its_kind_and_its_words_on_its_way(kind):
     plain = _plain(Deeper("what is wrong", object()))
     assert type(plain) is kind and str(plain) == "what is wrong"
     assert type(_plain(KeyError("x"))) is RuntimeError
+
+
+def test_a_replica_whose_model_does_not_load_gives_its_calls_back_and_is_then_replaced(tmp_path):
+    replica = Replica(ModelSpec(str(tmp_path / "gone"), device="cpu"), threads=1, cache=0)
+
+    async def ask():
+        await replica.check_health()  # as long as no call came, so that the front can ask why
+        answers = [answer async for answer in replica.make([Request("x")], [0])]
+        with pytest.raises(RuntimeError, match="the model does not load here: The model .*gone does not exist"):
+            await replica.check_health()
+        return answers
+
+    ((kind, reason),) = asyncio.run(ask())
+    assert kind == "unfit" and "gone does not exist" in reason and str(replica.failure) == reason
+
+
+def test_what_ray_would_wait_for_without_a_word_is_said(monkeypatch, capsys):
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0, "GPU": 1.0})
+    say_what_is_missing(ray, processes=2, threads=2, gpus=0.5)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match="^2 GPUs are asked for, and there are 1: ask for fewer, or name a cluster in"):
+        say_what_is_missing(ray, processes=2, threads=2, gpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    say_what_is_missing(ray, processes=3, threads=2, gpus=0)
+    said = "6 CPUs are asked for, and there are 4: what is left over waits until the cluster has more.\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_config_file_names_files_by_their_whole_paths(tmp_path, monkeypatch):
+    """On the cluster, a relative path of two parts would be a hub id that nobody named."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "klein").mkdir(parents=True)
+    (tmp_path / "overview").mkdir()
+    spec = ModelSpec("models/klein", lora="overview", quantization="int8")
+    write_config(tmp_path / "serve.yaml", spec, Settings(name="x"), 9000, Replicas())
+    (application,) = yaml.safe_load((tmp_path / "serve.yaml").read_text())["applications"]
+    said = ModelSpec(**application["args"]["model"])
+    assert (said.model, said.lora, said.quantization) == (str(tmp_path / "models" / "klein"), "overview", "int8")
+    assert ModelSpec("owner/name").with_whole_paths() == ModelSpec("owner/name")
+    with pytest.raises(ValueError, match="^port is 70000: pass a number from 0 to 65535.$"):
+        write_config(tmp_path / "other.yaml", spec, Settings(name="x"), 70_000, Replicas())
+    assert not (tmp_path / "other.yaml").exists()
 
 
 def test_a_config_file_says_where_to_listen_and_holds_no_key(tmp_path):

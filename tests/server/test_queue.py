@@ -9,8 +9,14 @@ from dataclasses import replace
 import numpy as np
 import openai
 import pytest
+import torch
 
 from server.shared import PATIENCE, held, multipart, opened, pixels, png, wait_for
+from sparse_context.pipelines import Engine, ModelSpec
+from sparse_context.server.errors import ApiError
+from sparse_context.server.metrics import Metrics
+from sparse_context.server.settings import Settings
+from sparse_context.server.worker import Worker
 
 FIELDS = {"prompt": "the cat"}
 
@@ -60,6 +66,32 @@ def fill(service, hold, pool):
     waiting = [pool.submit(ask, service, seed, png(seed)) for seed in (1, 2, 3)]
     wait_for(lambda: service.figure("queue_jobs") == 3)
     return [running, *waiting]
+
+
+def test_pictures_that_do_not_fit_together_are_made_one_by_one(service, shared_pipe):
+    def fill(module, args, kwargs):
+        if len(kwargs["hidden_states"]) > 1:
+            raise torch.OutOfMemoryError("two are too many")
+
+    handle = shared_pipe.transformer.register_forward_pre_hook(fill, with_kwargs=True)
+    try:
+        answer = ask(service, 3, n=2)
+    finally:
+        handle.remove()
+    assert seeds(answer) == [3, 4] and together(answer) == 1
+    assert [each.b64_json for each in answer.data] == [ask(service, seed).data[0].b64_json for seed in (3, 4)]
+
+
+def test_a_model_that_does_not_load_is_logged_and_told(caplog, tmp_path):
+    """Where nobody ends the server for it, as in a file that is deployed to Ray."""
+    worker = Worker(Engine(ModelSpec(str(tmp_path / "gone"), device="cpu")), Settings(name="x"), Metrics())
+    with caplog.at_level("ERROR", logger="sparse_context.server"):
+        worker.start()
+        wait_for(lambda: caplog.records)
+    assert caplog.messages[0].startswith(f"the model does not load: The model {tmp_path / 'gone'} does not exist")
+    with pytest.raises(ApiError) as raised:
+        worker.check_room()
+    assert (raised.value.status, raised.value.code) == (503, "not_loaded")
 
 
 # What waits and what is refused ---------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
 from PIL import Image
 
 AREA = 1024 * 1024
@@ -19,3 +21,16 @@ def arguments(
     default = pipe.default_sample_size * pipe.vae_scale_factor
     height, width = height or default, width or default
     return {"image": image, "mask_image": mask, "height": height, "width": width, "max_area": height * width}
+
+
+def fit(pipe: Any, picture: Image.Image, count: int) -> Image.Image:
+    """A reference in the size that the model sees it in: Kontext's nearest shape, or LongCat's own rule."""
+    if "LongCat" in type(pipe).__name__:
+        width, height = pipeline_longcat_image_edit.calculate_dimensions(AREA, picture.width / picture.height)
+    else:
+        token = 2 * pipe.vae_scale_factor
+        tall, wide = pipe.image_processor.get_default_height_width(picture)
+        shapes = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+        _, width, height = min((abs(wide / tall - w / h), w, h) for w, h in shapes)
+        width, height = width // token * token, height // token * token
+    return pipe.image_processor.resize(picture, height, width)

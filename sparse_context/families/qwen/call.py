@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
 from .. import family_of
@@ -16,3 +17,9 @@ def arguments(
 ) -> dict[str, Any]:
     """One image, or a list for the Plus pipeline."""
     return {"image": images[0] if family_of(pipe).most == 1 else list(images), "mask_image": mask}
+
+
+def fit(pipe: Any, picture: Image.Image, count: int) -> Image.Image:
+    """A reference in the size that the model sees it in."""
+    width, height = pipeline_qwenimage_edit_plus.calculate_dimensions(AREA, picture.width / picture.height)
+    return pipe.image_processor.resize(picture, height, width)
