@@ -165,13 +165,10 @@ def check_file(path: str | os.PathLike[str]) -> None:
     if not os.path.isdir(folder):
         raise PictureError(f"{name} cannot be written: the folder {_name(folder)} does not exist; make it first")
     try:
-        if os.path.lexists(target):
-            if not stat.S_ISREG(os.lstat(target).st_mode):
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(target).st_mode):  # raises for a name that is too long, too
                 raise PictureError(f"{name} exists and is not a plain file; choose another name")
             open(target, "ab").close()
-        else:  # for a name can be too long, or one that the file system does not take
-            open(target, "xb").close()
-            os.unlink(target)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise PictureError(f"{name} cannot be written ({_reason(error)}); choose another place") from error

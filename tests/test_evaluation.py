@@ -864,6 +864,8 @@ def test_a_setting_says_which_masks_and_parts_its_selector_has():
         [mask([first]), "edges"],
         blend({"edges": 1.0, "uniform": 1.0}),
         blend({"edges": 1.0, "detail": 1.0}),
+        blend({mask([first]): 1.0, "edges": 1.0}),
+        blend({mask([second]): 1.0, "edges": 1.0}),
         "edges",
         {"edges": 0.5},
         None,

@@ -27,6 +27,7 @@ from sparse_context import (
 from sparse_context.families import FAMILIES
 from sparse_context.families.pictures import to_uint8
 from sparse_context.pipelines import Engine, Request
+from sparse_context.pipelines.arguments import call_of
 from sparse_context.preview import draw_selection
 from sparse_context.tokens import ReferenceTokens
 
@@ -237,10 +238,13 @@ def test_a_selection_without_a_call_is_that_of_the_call(case, pipe):
     references = case.references()
     if case in (CASES["longcat"], CASES["qwen-edit-2511"]):  # `small_hosts` leaves no whole tokens of other shapes
         references = [picture(64, 64)]
+    width, height = references[0].size
+    references[0].putalpha(Image.linear_gradient("L").resize((width, height)).point(lambda value: max(0, value - 90)))
+    request = Request("x", references, config)
     with small_hosts():
-        selected = Engine(pipe=pipe).select(Request("x", references, config))
+        selected = Engine(pipe=pipe).select(request)
         apply_sparse_context(pipe, config)
-        case.call(pipe, references)
+        case.call(pipe, call_of(pipe, request)[2])
     made = last_selection(pipe)
     assert [kept.grid for kept in selected.references] == [kept.grid for kept in made.references]
     assert np.array_equal(selected.index, made.index)

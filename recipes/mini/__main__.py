@@ -185,7 +185,9 @@ def overview(
     workers: Workers = 0,
     steps: Steps = None,
     batch: Batch = None,
-    seed: int = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of all that is drawn. A later run with another seed sees scenes that no run saw.")
+    ] = 0,
     reading: Annotated[
         int | None, typer.Option(min=0, help="First steps that learn to read overviews alone; 0 for a later run.")
     ] = None,

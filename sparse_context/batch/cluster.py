@@ -58,13 +58,14 @@ def say_what_is_missing(ray: Any, processes: int, threads: int, gpus: float) -> 
     """Print what Ray will wait for, as it says nothing itself. Raises ValueError where it runs on this machine alone,
     which gets no more of it."""
     there = ray.cluster_resources()
-    asked = {"CPU": processes * threads, "GPU": processes * gpus}
+    shared = processes * gpus if gpus >= 1 or not gpus else math.ceil(processes / math.floor(1 / gpus))  # of whole ones
+    asked = {"CPUs": ("CPU", processes * threads), "GPUs": ("GPU", shared)}
     missing = [
-        f"{count:g} {kind}s are asked for, and there are {there.get(kind, 0):g}"
-        for kind, count in asked.items()
+        f"too few {name} ({there.get(kind, 0):g} of {count:g})"
+        for name, (kind, count) in asked.items()
         if count > there.get(kind, 0)
     ]
     if missing and os.environ.get("RAY_ADDRESS", "local") == "local":
-        raise ValueError(f"{'; '.join(missing)}: ask for fewer, or name a cluster in RAY_ADDRESS.")
+        raise ValueError(f"Ray has {' and '.join(missing)}: ask for fewer, or name a cluster in RAY_ADDRESS.")
     if missing:
-        print(f"{'; '.join(missing)}: what is left over waits until the cluster has more.", file=sys.stderr)
+        print(f"Ray has {' and '.join(missing)}: what is left over waits until there are more.", file=sys.stderr)

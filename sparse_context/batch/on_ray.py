@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..pipelines.spec import ModelSpec
+from .cluster import say_what_is_missing
 from .folder import Folder, Record
 from .jobs import Job
 from .workers import ATTEMPTS
@@ -29,12 +30,14 @@ class RayPool:
         nothing can be written."""
         import ray.data
 
+        actors = min(self._actors, len(jobs))
+        say_what_is_missing(ray, actors, self._threads, self._gpus)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         rows = ray.data.from_items([{"number": i} for i in range(len(jobs))], override_num_blocks=len(jobs)).map(
             Actor,
             fn_constructor_args=(jobs, self._spec, self._folder, self._threads, weights),
-            compute=ray.data.ActorPoolStrategy(size=min(self._actors, len(jobs)), max_tasks_in_flight_per_actor=1),
+            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
             num_cpus=self._threads,
             num_gpus=self._gpus,
         )

@@ -10,6 +10,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from ..pipelines.spec import ModelSpec
+from .cluster import check_gpus
 from .folder import FAILED, Folder, Record
 from .jobs import BadLine, Job
 from .runner import threads_of
@@ -76,15 +77,15 @@ def run_batch(
     specs, folder = specs_of(spec, workers), Folder(output if ray_gpus is None else output.absolute(), suffix)
     count = len(specs)
     threads = threads_of(count)
+    if ray_gpus is not None:
+        check_gpus(ray_gpus)
     with folder.opened():
         if ray_gpus is None:
             return make_missing(jobs, folder, Pool(specs, folder, threads))
-        from .cluster import check_gpus, connected, say_what_is_missing
+        from .cluster import connected
         from .on_ray import RayPool
 
-        check_gpus(ray_gpus)
-        with connected(cpus=count * threads) as ray:
-            say_what_is_missing(ray, count, threads, ray_gpus)
+        with connected(cpus=count * threads):
             return make_missing(jobs, folder, RayPool(spec.with_whole_paths(), folder, threads, count, ray_gpus))
 
 

@@ -141,7 +141,8 @@ class Pool:
                 self.retries += 1
                 self._queue.put_back(job)
             else:
-                record = self._folder.fail(job, f"{ATTEMPTS} workers died at it, the last one by {cause}")
+                said = f"{ATTEMPTS} workers died at it, the last one by {cause}"
+                record = self._folder.finished(job) or self._folder.fail(job, said)  # it may have died once it was made
         if len(self._queue):
             self._start(worker.number)
         return record

@@ -11,6 +11,7 @@ import torch
 from ..embedded.demo import read_examples
 from ..evaluation.plots import check_matplotlib
 from ..images import check_file
+from ..pipelines.errors import TooLargeError
 from ..pipelines.load import DTYPES, find_device, load
 from ..pipelines.spec import ModelSpec
 from ..result import checkout, write_result
@@ -63,7 +64,7 @@ def run_bench(
             if shape is not None and config.steps is None:
                 config = replace(config, steps=shape.steps)
             figures = bench(pipe, example["references"], example["prompt"], config)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, TooLargeError) as error:
         raise ValueError("The device's memory ran out: choose a smaller shape or size, or blocks=1.") from error
     figures.took = round(time.perf_counter() - start, 1)
     record = {

@@ -1,6 +1,7 @@
 """`sparse-context batch`: many requests from a file."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,8 @@ def batch(
         raise ValueError(f"format is {format!r}: choose png, jpg or webp.")
     if gpus and not ray:
         raise ValueError("--gpus is for workers on Ray: pass --ray too, or leave it out.")
+    if os.path.realpath(jobs) == os.path.realpath(output / "results.jsonl"):
+        raise ValueError(f"{jobs} would be overwritten by the results: choose another --output.")
     from ..batch.jobs import Job, read_jobs
     from ..pipelines.settings import check_references
 

@@ -79,9 +79,7 @@ def bench(
             raise ValueError(f"{useless} is for what is timed: leave it or --predict out.")
     if quality is not None and plot is None:
         raise ValueError("--quality is for the plot: pass --plot too, or leave it out.")
-    files = [path.absolute() for path in (output, plot, quality) if path is not None]
-    if len(set(files)) < len(files):
-        raise ValueError("--output, --plot and --quality name one file twice: give each its own.")
+    options.check_distinct({"--output": output, "--plot": plot, "--quality": quality})
     if plot is not None:
         check_output(plot)
     options.hide_loading_bars()

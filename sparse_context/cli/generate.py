@@ -1,7 +1,6 @@
 """`sparse-context generate`: references and a prompt in, an image out."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -62,8 +61,7 @@ def generate(
 
     outputs = [path for path in (output, show_tokens, compare) if path is not None]
     options.check_outputs(outputs, [*(image or []), *(mask or []), *([inpaint] if inpaint else [])])
-    if len({os.path.normcase(path.resolve()) for path in outputs}) < len(outputs):
-        raise ValueError("Two of --output, --show-tokens and --compare name the same file: give each its own.")
+    options.check_distinct({"--output": output, "--show-tokens": show_tokens, "--compare": compare})
     references = [open_picture(path) for path in image or []]
     if show_tokens is not None and not references:
         raise ValueError("--show-tokens draws on the references, but there are none: pass --image.")

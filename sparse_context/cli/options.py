@@ -1,6 +1,7 @@
 """Options that several commands share, and what their texts come to."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -256,6 +257,14 @@ def _with_masks(selector: Any, user_mask: Any) -> Any:
     if isinstance(selector, dict) and "mask" in selector:
         return {user_mask if name == "mask" else name: weight for name, weight in selector.items()}
     raise ValueError("--mask was given, but --selector does not use it: name mask there, or leave one of the two out.")
+
+
+def check_distinct(files: Mapping[str, Path | None]) -> None:
+    """Raise ValueError where two of these options name the same file."""
+    places = [os.path.normcase(os.path.realpath(path)) for path in files.values() if path is not None]
+    if len(set(places)) < len(places):
+        *names, last = files
+        raise ValueError(f"Two of {', '.join(names)} and {last} name the same file: give each its own.")
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:

@@ -99,18 +99,15 @@ def train(
         "seed": seed,
         "validation_data": validation_data,
     }
-    only = [name for name, given in (("--check-data", check_data), ("--dry-run", dry_run)) if given]
-    only += ["--resume"] if only and resume is not None else []
-    if len(only) > 1:
-        raise ValueError(f"{' and '.join(only)} do not go together: each is a run of its own.")
     settings = read_settings(config, sets or (), flags)
     if settings.data is None:
         raise ValueError("There is no data to train on: name a manifest, a folder or a hub name with --data.")
     if check_data:
         from ..pipelines.settings import most_references
 
-        most = most_references(settings.model)
-        return _check(settings, output_dir, most)
+        code = _check(settings, output_dir, most_references(settings.model))
+        if code or not dry_run:
+            return code
 
     options.hide_loading_bars()
     if dry_run:

@@ -18,7 +18,7 @@ from ..pipelines.spec import Request
 from ..preview import MAX_AREA
 from ..samples import Sample
 from ..selectors.masks import Mask
-from ..selectors.registry import name_of
+from ..selectors.registry import name_of, parts_of
 from .benchmark import BenchmarkSample
 
 DENSE = "dense"
@@ -50,7 +50,7 @@ class Cell:
 
 
 def _label(selector: Any) -> str:
-    """A short name of a selector, or of one for each reference."""
+    """A short name of a selector."""
     if selector is None:
         return "auto"
     if isinstance(selector, Mapping):
@@ -68,9 +68,9 @@ def _identity(selector: Any) -> str:
             digest.update(repr(None if mask is None else np.asarray(mask).shape).encode())
             digest.update(b"" if mask is None else np.ascontiguousarray(mask).tobytes())
         return f"mask {digest.hexdigest()[:16]}"
-    if selector is None or isinstance(selector, (str, Mapping)):
-        return _label(selector)
-    return name_of(selector) or _label(selector)
+    if parts := parts_of(selector):
+        return ",".join(f"{_identity(part)}={weight:g}" for part, weight in parts)
+    return _label(selector) if selector is None or isinstance(selector, str) else name_of(selector) or _label(selector)
 
 
 def grid(

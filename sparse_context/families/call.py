@@ -45,8 +45,7 @@ def find_fit(pipe: Any, count: int) -> Callable[[Image.Image], Image.Image] | No
     def fitted(picture: Image.Image) -> Image.Image:
         if picture.mode != "RGBA":
             return fit(pipe, picture, count)
-        white = Image.new("RGBA", picture.size, "white")  # its parts apart, as Pillow blackens what is transparent
-        image = fit(pipe, Image.alpha_composite(white, picture).convert("RGB"), count).convert("RGB")
+        image = fit(pipe, picture.convert("RGB"), count).convert("RGB")  # apart, as Pillow blackens what is transparent
         image.putalpha(fit(pipe, picture.getchannel("A"), count).convert("L"))
         return image
 

@@ -52,10 +52,11 @@ class Pictures:
         """The image processor as this call sees it; the processor itself may serve others meanwhile."""
         converts = getattr(getattr(processor, "config", None), "do_convert_rgb", True)  # the user's own has no config
         preprocess = preprocess_lazily(processor) if self._lazily else processor.preprocess
-        preprocess = self._watched(preprocess, _same if converts else _opaque)
+        prepare = _same if converts else _opaque
+        preprocess = self._watched(preprocess, prepare)
         steps = {"preprocess": self._listed(preprocess)}
         if hasattr(processor, "resize"):
-            steps["resize"] = self._watched(processor.resize)
+            steps["resize"] = self._watched(processor.resize, prepare)  # Pillow blackens what is transparent
         if hasattr(processor, "_resize_to_target_area"):
             steps["_resize_to_target_area"] = self._scaling(processor._resize_to_target_area)
         return View(processor, steps)

@@ -15,7 +15,7 @@ from ..config import SparseContextConfig
 from ..context import place_of
 from ..families import Family, family_of
 from ..families.call import find_decode, find_fit
-from ..preview import fit_reference, label, select_pictures, side_by_side
+from ..preview import label, select_pictures, side_by_side
 from ..selection import Score, Selection, score_tokens
 from ..selectors.cells import Grid
 from ..sparsify import apply_sparse_context, last_selection
@@ -213,7 +213,7 @@ class Engine:
         pipe = self.pipe(request.config)
         config, _, images = call_of(pipe, _in_usual_size(request))
         trained = self.trained(request.config)
-        fit = find_fit(pipe, len(images)) or fit_reference
+        fit = find_fit(pipe, len(images)) or (lambda picture: picture)  # which is fitted already
         return select_pictures(images, config, 2 * pipe.vae_scale_factor, trained, score, place_of(pipe), fit)
 
     def trained(self, config: SparseContextConfig) -> Trained | None:

@@ -10,7 +10,7 @@ from ..families import FAMILIES
 from ..families.flux2.kv import in_kv_mode
 from ..trained import note_trained, read_folder, trained_for
 from .embedded import ADAPTERS, OVERVIEW, WEIGHTS, adapter_record, read_trained
-from .errors import GenerationError
+from .errors import TooLargeError
 from .hub import KLEIN, KLEIN_KV, class_name_of, clock, one_line
 from .lora import ADAPTER_NAME, load_lora
 from .lora_file import NO_LORA, OVERVIEW_LORA, LoraFile, check_lora_file, read_lora
@@ -36,7 +36,7 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
 
     Only safetensors are read (and a GGUF file that was named), and nothing is fetched but a hub id that was named.
     Raises ValueError, in one sentence, for what is not there, does not belong together or does not load, and
-    GenerationError where the device has too little memory for it.
+    TooLargeError where the device has too little memory for it.
     """
     spec = spec or ModelSpec()
     device = find_device(spec.device)
@@ -95,10 +95,8 @@ def load(spec: ModelSpec | None = None, leave_out: Sequence[str] = ()) -> Any:
     try:
         _place(pipe, device, spec.cpu_offload, modular)
     except torch.OutOfMemoryError as error:
-        raise GenerationError(
-            f"The model {path} does not fit into the memory of {device}: pass cpu_offload or quantization, or choose "
-            "another device."
-        ) from error
+        advice = "cpu_offload or quantization" if spec.cpu_offload is None else "cpu_offload='group' or quantization"
+        raise TooLargeError(f"The model {path} does not fit into the memory of {device}: pass {advice}.") from error
     return pipe
 
 

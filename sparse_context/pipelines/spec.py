@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -72,18 +71,24 @@ class ModelSpec:
     def with_whole_paths(self) -> "ModelSpec":
         """The same, with absolute paths of the files and folders that it names, for a process in another folder: a
         relative one could be taken for a hub id there."""
-        lora = None if self.lora in (NO_LORA, OVERVIEW_LORA) else self.lora
-        named = {"model": self.model, "lora": lora, "quantization": self.gguf}
-        paths: dict[str, Any] = {
-            name: str(Path(path).absolute()) for name, path in named.items() if path and Path(path).exists()
-        }
-        return replace(self, **paths)
+        lora = self.lora if self.lora in (NO_LORA, OVERVIEW_LORA) else _whole(self.lora)
+        quantization = self.quantization if self.gguf is None else _whole(self.quantization)
+        return replace(self, model=_whole(self.model), lora=lora, quantization=quantization)
 
     @property
     def gguf(self) -> Path | None:
         """The GGUF file of the transformer, where `quantization` names one."""
         is_file = self.quantization is not None and self.quantization.lower().endswith(".gguf")
         return Path(str(self.quantization)) if is_file else None
+
+
+def with_whole_paths(config: SparseContextConfig) -> SparseContextConfig:
+    """The same config, with the absolute path of the model that finds phrases, where it is a folder."""
+    return replace(config, text_model=_whole(config.text_model))
+
+
+def _whole(path: str | None) -> str | None:
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
 @dataclass(frozen=True)

@@ -339,7 +339,7 @@ def name_of(selector: SelectorLike) -> str | None:
     if isinstance(selector, str):
         found = SELECTORS.get(selector)
         if isinstance(found, (Matting, Blend)):  # of the user's own, under a name that says nothing of its parts
-            return name_of(found)
+            return None if selector in leaves_of(found) else name_of(found)
         return selector if _is_ours(found) else None
     names = [(name_of(part), weight) for part, weight in parts_of(selector)]
     return repr(names) if names and all(name is not None for name, _ in names) else None

@@ -186,6 +186,7 @@ class Server:
     async def ready(self) -> Response:
         """Whether it would begin with a request at once: 503 while the model loads, and once it is to stop."""
         state = "stopping" if self.worker.is_stopping else "ready" if self.worker.ready else "loading"
+        state = "not loaded" if self.worker.failure is not None else state
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     async def figures(self) -> Response:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,7 +29,7 @@ from ..pipelines.errors import Cancelled, GenerationError
 from ..pipelines.hub import class_name_of, one_line
 from ..pipelines.settings_file import Settings as PipelineSettings
 from ..pipelines.settings_file import parse_settings
-from ..pipelines.spec import ModelSpec, Request
+from ..pipelines.spec import ModelSpec, Request, with_whole_paths
 from ..pipelines.steps import Draw, Preview
 from . import KEY_VARIABLE
 from .app import Server, wrap
@@ -41,6 +42,9 @@ APPLICATION, REPLICA = "sparse-context", "replica"
 
 TRIALS = 4
 """How often a call is tried whose replica dies."""
+
+HEALTH_SECONDS = 2.0
+"""How often Ray looks after a replica."""
 
 log = logging.getLogger("sparse_context.server")
 
@@ -210,15 +214,20 @@ class RayWorker(Worker):
                 reached = step
                 preview(step, steps, draw)
 
-        for _ in range(TRIALS):
+        deaths, end = 0, time.monotonic() + self.settings.deadline
+        while deaths < TRIALS:
             try:
                 return self._ask(requests, partials, cancel, told)
             except RayActorError:
                 log.warning("a replica died, and its call is made again")
+                deaths += 1
             except UnfitError as error:
-                log.error("a replica's model does not load, and its call goes to another one: %s", error)
+                log.error("a replica's model does not load, and its call waits for another replica: %s", error)
+                if time.monotonic() > end:
+                    raise GenerationError("No replica loads the model.") from error
+                time.sleep(HEALTH_SECONDS)  # by which Ray may have seen it, too
             self.metrics.retried.inc()
-        raise GenerationError(f"{TRIALS} replicas failed at it, one after the other.")
+        raise GenerationError(f"{TRIALS} replicas died at it, one after the other.")
 
     def _ask(
         self, requests: Sequence[Request], partials: Sequence[int], cancel: Callable[[], bool], preview: Preview
@@ -265,7 +274,7 @@ def deploy(spec: ModelSpec, replicas: Replicas, deadline: float) -> Any:
         name=REPLICA,
         max_ongoing_requests=1,  # a pipeline makes one call at a time
         ray_actor_options={"num_cpus": replicas.threads, "num_gpus": replicas.gpus},
-        health_check_period_s=2,
+        health_check_period_s=HEALTH_SECONDS,
         graceful_shutdown_timeout_s=deadline,
         **scale,
     )
@@ -277,8 +286,11 @@ def run(spec: ModelSpec, settings: Settings, port: int, replicas: Replicas) -> N
 
     Raises what `server.run.run` raises, and GenerationError where Ray starts no replica.
     """
+    from .run import check_port
     from .run import run as run_front
 
+    check_port(port)
+    spec, settings = _for_other_folders(spec, settings)
     with connected(cpus=replicas.largest * replicas.threads + 1) as ray:
         from ray import serve
 
@@ -286,7 +298,7 @@ def run(spec: ModelSpec, settings: Settings, port: int, replicas: Replicas) -> N
 
         serve.start(proxy_location="Disabled")  # the front is here
         try:
-            bound = deploy(spec.with_whole_paths(), replicas, settings.deadline)
+            bound = deploy(spec, replicas, settings.deadline)
             try:
                 handle = serve.run(bound, name=APPLICATION, route_prefix=None)
             except RuntimeError as error:
@@ -294,6 +306,11 @@ def run(spec: ModelSpec, settings: Settings, port: int, replicas: Replicas) -> N
             run_front(Engine(spec), settings, port, partial(RayWorker, handle=handle, replicas=replicas))
         finally:
             serve.shutdown()
+
+
+def _for_other_folders(spec: ModelSpec, settings: Settings) -> tuple[ModelSpec, Settings]:
+    """What says the same to a process in another folder."""
+    return spec.with_whole_paths(), replace(settings, config=with_whole_paths(settings.config))
 
 
 def write_config(path: Path, spec: ModelSpec, settings: Settings, port: int, replicas: Replicas) -> None:
@@ -305,8 +322,9 @@ def write_config(path: Path, spec: ModelSpec, settings: Settings, port: int, rep
     from .run import check_port
 
     check_port(port)
+    spec, settings = _for_other_folders(spec, settings)
     args = {
-        "model": asdict(spec.with_whole_paths()),
+        "model": asdict(spec),
         "keep": PipelineSettings(request=Request("", config=settings.config)).to_dict(),
         "server": {
             key: value

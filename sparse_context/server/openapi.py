@@ -101,7 +101,7 @@ REFUSALS = {
     415: "The body is of another type.",
     429: "The queue is full; Retry-After says for how long.",
     500: "The pipeline failed.",
-    503: "The server is stopping.",
+    503: "The server is stopping, or its model does not load.",
     504: "The deadline has passed.",
 }
 

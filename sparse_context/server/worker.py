@@ -33,9 +33,9 @@ class Worker:
     """Loads the engine's pipeline in its own thread, then serves jobs in the order in which they came.
 
     Jobs that differ in prompt and seeds alone are served by one call, as long as that holds no more than `batch`
-    pictures. on_failure: called where the pipeline does not load; `failure` is then what was raised; None logs it, and
-    clients are told. threads: how many
-    calls are made at a time, where those that make them allow more than one (on_ray.py).
+    pictures. on_failure: called where the pipeline does not load; `failure` is then what was raised. None: that is
+    logged, and clients are told. threads: how many calls are made at a time, where those that make them allow more than
+    one (on_ray.py).
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Worker:
             self._stopping = True
             for job in [*self._waiting, *self._running]:
                 job.cancel("shutdown")
-                job.tell(Failed(stopping()))
+                job.tell(Failed(stopping() if self.failure is None else not_loaded()))
             for job in self._waiting:
                 job.close()
             self._waiting.clear()
@@ -251,7 +251,7 @@ class Worker:
             for i in telling:
                 wanted[i][0].tell_partial(pictures[i])
 
-        start = time.perf_counter()
+        start, generations = time.perf_counter(), None
         try:
             generations = self._make(
                 [replace(request, prompt=job.prompt, seed=seed) for job, seed in wanted],
@@ -262,6 +262,7 @@ class Worker:
         except GenerationError:
             if len(wanted) == 1:
                 raise
+        if generations is None:  # here, where the error holds none of the memory of the call that failed any more
             for pair in wanted:
                 self._call(request, [pair], made)
             return

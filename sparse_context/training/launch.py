@@ -121,8 +121,15 @@ def enough_memory() -> Iterator[None]:
     """What is said where the device's memory runs out."""
     import torch
 
+    from ..pipelines.errors import TooLargeError
+
     try:
         yield
+    except TooLargeError as error:
+        raise ValueError(
+            "The model does not fit into the device's memory: set quantization=int8 or nf4, cache_latents=true and "
+            "cache_text=true, or choose a smaller model."
+        ) from error
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "The device's memory ran out: set gradient_checkpointing=true, with which a run that has begun may be "

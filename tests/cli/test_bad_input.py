@@ -110,13 +110,11 @@ def test_a_bad_choice(refused, face, options, says):
         "bench --predict --turns 3": "--turns is for what is timed",
         "bench --predict --minutes 3": "--minutes is for what is timed",
         "bench --quality q.json": "--quality is for the plot: pass --plot too, or leave it out.",
-        "bench --output p.png --plot ./p.png": "name one file twice: give each its own.",
-        "bench --output q.json --plot p.png --quality q.json": "name one file twice: give each its own.",
+        "bench --output p.png --plot ./p.png": "name the same file: give each its own.",
+        "bench --output q.json --plot p.png --quality q.json": "name the same file: give each its own.",
         "bench --output no/where.json": "no' does not exist; make it first",
         "recommend --data d.jsonl --prompt x": "--data has prompts of its own: leave --prompt out.",
         "evaluate --benchmark pie-bench --data d --split test": "pie-bench has a layout of its own: leave --split",
-        "train --data d.jsonl --output-dir o --check-data --dry-run": "--check-data and --dry-run do not go together",
-        "train --data d.jsonl --output-dir o --dry-run --resume latest": "--dry-run and --resume do not go together",
     }.items(),
 )
 def test_bad_arguments(refused, arguments, says):

@@ -65,11 +65,11 @@ def test_what_ray_would_wait_for_without_a_word_is_said(monkeypatch, capsys):
     ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0, "GPU": 1.0})
     say_what_is_missing(ray, processes=2, threads=2, gpus=0.5)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ValueError, match="^2 GPUs are asked for, and there are 1: ask for fewer, or name a cluster in"):
+    with pytest.raises(ValueError, match="^Ray has too few GPUs .1 of 2.: ask for fewer, or name a cluster"):
         say_what_is_missing(ray, processes=2, threads=2, gpus=1)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    say_what_is_missing(ray, processes=3, threads=2, gpus=0)
-    said = "6 CPUs are asked for, and there are 4: what is left over waits until the cluster has more.\n"
+    say_what_is_missing(ray, processes=3, threads=2, gpus=0.6)  # of which one GPU holds one
+    said = "Ray has too few CPUs (4 of 6) and too few GPUs (1 of 3): what is left over waits until there are more.\n"
     assert capsys.readouterr().err == said
 
 
@@ -79,8 +79,10 @@ def test_a_config_file_names_files_by_their_whole_paths(tmp_path, monkeypatch):
     (tmp_path / "models" / "klein").mkdir(parents=True)
     (tmp_path / "overview").mkdir()
     spec = ModelSpec("models/klein", lora="overview", quantization="int8")
-    write_config(tmp_path / "serve.yaml", spec, Settings(name="x"), 9000, Replicas())
+    settings = Settings(name="x", config=SparseContextConfig(text_model="models/klein"))
+    write_config(tmp_path / "serve.yaml", spec, settings, 9000, Replicas())
     (application,) = yaml.safe_load((tmp_path / "serve.yaml").read_text())["applications"]
+    assert application["args"]["keep"]["text_model"] == str(tmp_path / "models" / "klein")
     said = ModelSpec(**application["args"]["model"])
     assert (said.model, said.lora, said.quantization) == (str(tmp_path / "models" / "klein"), "overview", "int8")
     assert ModelSpec("owner/name").with_whole_paths() == ModelSpec("owner/name")

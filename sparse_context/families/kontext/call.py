@@ -14,8 +14,15 @@ AREA = 1024 * 1024
 def arguments(
     pipe: Any, images: Sequence[Image.Image], mask: Image.Image | None, height: int | None, width: int | None
 ) -> dict[str, Any]:
-    """One image. Kontext scales the size that it is asked for to `max_area` pixels, so that has to be its own area."""
-    image = images[0] if images else None
+    """One image. Kontext scales the size that it is asked for to `max_area` pixels, so that has to be its own area.
+
+    Raises ValueError for an image of less than a token, whose shape Kontext cannot tell.
+    """
+    image, token = images[0] if images else None, 2 * pipe.vae_scale_factor
+    if image is not None and min(image.size) < token:
+        raise ValueError(
+            f"The reference is {image.width}x{image.height}: this model takes {token} pixels a side or more."
+        )
     if height is None and width is None:
         return {"image": image, "mask_image": mask}
     default = pipe.default_sample_size * pipe.vae_scale_factor
