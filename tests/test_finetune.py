@@ -26,7 +26,7 @@ from tiny import build_flux2, call_flux2, embeds, picture
 
 from sparse_context.families import find_host
 from sparse_context.images import open_picture
-from sparse_context.samples import ManifestError, read_samples
+from sparse_context.samples import ManifestError, Sample, read_samples
 from sparse_context.sparsify import apply_sparse_context, last_selection
 from sparse_context.tokens import ReferenceTokens
 from sparse_context.training.batch import Encoding, encode, prepare_batch
@@ -37,6 +37,7 @@ from sparse_context.training.config import TrainConfig
 from sparse_context.training.data import Ahead, Batches, Example, open_example
 from sparse_context.training.dropping import Dropping, draw_selection
 from sparse_context.training.finetune import Run, Watch, finetune
+from sparse_context.training.launch import enough_memory
 from sparse_context.training.lora import extract_lora, save_lora
 from sparse_context.training.loss import FlowMatching, flow_matching_loss, noise_levels, without_adapter
 from sparse_context.training.processes import Processes
@@ -307,6 +308,23 @@ def test_processes_and_steps_draw_differently_and_together_as_one_process_alone(
     assert one[0] == one[2] and other[0] == other[2]
     assert losses(0, 1, range(4)) == [one[0], other[0], one[1], other[1]]
     assert len({*one, *other}) == 4
+
+
+def test_a_strip_that_is_too_long_is_told_by_its_sample(tmp_path):
+    Image.new("RGB", (1000, 30_000)).save(tmp_path / "strip.png")
+    picture(64, 64).save(tmp_path / "a.png")
+    sample = Sample("page 7", "x", (tmp_path / "a.png",), tmp_path / "strip.png")
+    with pytest.raises(ManifestError, match="^The sample page 7 cannot be used: A reference has 1000x30000 pixels"):
+        open_example(sample, 512, 512)
+
+
+def test_memory_of_the_machine_that_runs_out_is_one_sentence():
+    with pytest.raises(ValueError, match="^The device's memory ran out: set gradient_checkpointing=true"):
+        with enough_memory():
+            torch.empty(10**15)
+    with pytest.raises(RuntimeError, match="^something else$"):
+        with enough_memory():
+            raise RuntimeError("something else")
 
 
 # KV mode ---------------------------------------------------------------------------------------------------------

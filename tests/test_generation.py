@@ -372,3 +372,19 @@ def test_another_number_of_tasks_than_references_is_named():
             ValueError, match="task has 2 values for 3 references: pass one value, or one per reference"
         ):
             reference_sides(size, config, 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("steps", "abc", "steps is 'abc': pass a whole number above 0."),
+        ("steps", 4.5, "steps is 4.5: pass a whole number above 0."),
+        ("height", True, "height is True: pass a whole number above 0."),
+        ("seed", 1.5, "seed is 1.5: pass a number from 0"),
+        ("guidance_scale", "high", "guidance_scale is 'high': pass a number of 0 or more."),
+    ],
+)
+def test_a_number_of_another_kind_is_refused_before_a_model_is_loaded(field, value, said):
+    with pytest.raises(ValueError) as raised:
+        Request("x", **{field: value})
+    assert str(raised.value).startswith(said)

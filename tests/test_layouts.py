@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import picture
 
 from sparse_context.cli import main
+from sparse_context.images import open_picture
 from sparse_context.samples import ManifestError, Member, check_pictures, check_samples, read_samples, write_manifest
 from sparse_context.samples.archives import KEPT, _fetched, forget_fetched
 from sparse_context.samples.shards import expand
@@ -164,10 +165,22 @@ def test_folders_of_ai_toolkit(toolkit):
         "target/image10.png has no caption: write it into image10.txt.",
         "target/new.png has no control, which is its reference: put one of that name into control_1.",
     ]
+    (toolkit / "control_1" / "image2.png").rename(toolkit / "gone.png")
+    assert check_samples(toolkit)[0] == (
+        "target/image2.jpg has no control in control_1, but in a later folder: put one there."
+    )
+    (toolkit / "gone.png").rename(toolkit / "control_1" / "image2.png")
     (toolkit / "control_1" / "deep.txt").write_text("a caption")
     assert problems(toolkit) == (
         f"{toolkit} has captions in control_1 and target: leave them beside the images to be made alone."
     )
+
+
+@pytest.mark.parametrize("kind", ["pairs", "toolkit", "musubi"])
+def test_columns_of_a_layout_that_has_names_of_its_own_are_refused(kind, request):
+    source = request.getfixturevalue(kind)
+    with pytest.raises(ManifestError, match="has names of its own for its fields: leave prompt as long out.$"):
+        read_samples(source, columns={"prompt": "long", "image": "image"})
 
 
 def training(toolkit, **settings):
@@ -624,6 +637,27 @@ def test_a_manifest_is_refused_in_one_sentence(output, said, tmp_path, monkeypat
     source.write_text(json.dumps({"references": ["a.png"], "prompt": "a"}))
     code, out, err = run(monkeypatch, capsys, "manifest", source, "--output", tmp_path / output)
     assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+
+
+def test_a_manifest_through_a_link_names_the_same_pictures(tmp_path):
+    """`..` behind a link leads to where the link points, and not to where it stands."""
+    (tmp_path / "mnt" / "deep").mkdir(parents=True)
+    (tmp_path / "home" / "pairs").mkdir(parents=True)
+    (tmp_path / "home" / "data").symlink_to(tmp_path / "mnt" / "deep")
+    draw(tmp_path / "home" / "pairs", "a.png")
+    (tmp_path / "home" / "pairs" / "m.jsonl").write_text(json.dumps({"references": ["a.png"], "prompt": "a"}))
+    write_manifest(
+        read_samples(tmp_path / "home" / "pairs" / "m.jsonl", needs_image=False), tmp_path / "home" / "data" / "m.jsonl"
+    )
+    (sample,) = read_samples(tmp_path / "home" / "data" / "m.jsonl", needs_image=False)
+    assert sample.open_references()[0].size == open_picture(tmp_path / "home" / "pairs" / "a.png").size
+
+
+def test_pictures_of_a_data_set_do_not_go_into_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cats").mkdir()
+    for output in (tmp_path / "cats.jsonl", tmp_path / "cats" / "m.jsonl"):
+        code, out, err = run(monkeypatch, capsys, "manifest", tmp_path / "cats", "--output", output)
+        assert (code, out) == (2, "") and "which is the source: name another file." in err
 
 
 # Archives -------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,21 @@ def test_a_flag_goes_before_set_and_set_before_the_file(tmp_path):
     assert read_settings(file, ["seed=4", "seed=5"]).config.seed == 5
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"rank": 8, "rank": 16}', "has 'rank' twice: write it once."),
+        ("[" * 100_000, "is no JSON file"),
+    ],
+)
+def test_a_file_that_says_a_thing_twice_or_too_deeply_is_refused(tmp_path, text, said):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^The config {tmp_path / 'c.json'} {said}"):
+        read_settings(tmp_path / "c.json")
+    (tmp_path / "c.json").write_bytes(b'\xef\xbb\xbf{"rank": 8}')  # as Windows writes it
+    assert read_settings(tmp_path / "c.json").config.rank == 8
+
+
 def test_a_flag_and_a_set_that_differ_are_refused():
     assert read_settings(sets=["rank=8"], flags={"rank": 8}).config.rank == 8
     with pytest.raises(ValueError, match="^rank is 16, and the setting rank=8 differs: leave one of the two out.$"):

@@ -22,6 +22,8 @@ from .sessions import Session
 SLOTS = 10
 """References on the page at most: as many as FLUX.2 and FLUX.3 take."""
 
+LARGEST_SEED = 2**53  # above it, a browser's numbers are not exact
+
 OWN = "per reference"
 SAME = "shared"
 
@@ -154,6 +156,8 @@ class Controls:
             raise ValueError(
                 f"keep is {keeps!r}, and a card of the page takes a ratio or auto: pass one count, or ratios."
             )
+        if start.seed > LARGEST_SEED:
+            raise ValueError(f"seed is {start.seed}, and a page is exact up to {LARGEST_SEED}: pass a smaller one.")
         for each in OF_CONFIG:
             value = getattr(start.config, each.name)
             if isinstance(value, (list, tuple)) and value:

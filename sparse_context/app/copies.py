@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ..pipelines.settings_file import Settings
@@ -16,7 +17,7 @@ WITHOUT_OPTION = {"mass", "multiple_of", "negative_prompt", "psnr"}  # what `gen
 
 def mask_name(name: str) -> str:
     """The file that a mask is downloaded as, by the name of its reference: cat.png and cat.jpg have one each."""
-    return f"{name}.mask.png"
+    return f"{Path(name).name}.mask.png"
 
 
 def spec_settings(scene: Scene) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What happens on the page when its controls are used."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -19,7 +20,7 @@ from ..texts import read_keep, read_selector
 from . import answers, copies, drawing
 from .controls import OWN, SLOTS, WIDTH, Controls
 from .layout import Layout
-from .references import from_canvas, load_files, to_canvas
+from .references import apart, from_canvas, load_files, to_canvas
 from .scene import Scene
 from .sessions import Loaded, Session, Sessions
 from .words import in_words, sentence, warn
@@ -77,7 +78,7 @@ class Page:
         page.run_sweep.click(self.sweep, [page.keeps, page.selectors, *controls.inputs], page.swept, **work)
         for button in (page.stop, page.stop_sweep):
             button.click(self.cancel, None, None, queue=False, **QUIET)
-        blocks.load(**redraw)
+        blocks.load(**redraw | {"fn": self.start_page})
         blocks.unload(self.close)
 
     def _scene(self, request: gr.Request, values: tuple) -> tuple[Session, Scene]:
@@ -92,10 +93,18 @@ class Page:
             return scene
         return replace(scene, trained=self.engines[values[1]].trained(config))
 
+    def start_page(self, request: gr.Request, *values: Any) -> list[Any]:
+        """Hold what a page that was loaded will bring."""
+        self.sessions.open(request.session_hash)
+        return self.redraw(request, *values)
+
     def redraw(self, request: gr.Request, *values: Any) -> list[Any]:
         """The kept tokens over each reference, and the scene as text. What does not fit is said above the references,
         which are shown without tokens then."""
-        session = self.sessions.of(request.session_hash)
+        try:
+            session = self.sessions.of(request.session_hash)
+        except ValueError as error:
+            return [drawing.problem(sentence(error)), *[gr.skip()] * (SLOTS + 3)]
         with session.drawing:
             key = values, [(each.name, each.picture, each.mask_file) for each in session.pictures]
             if session.drawn is None or session.drawn[0] != key:  # Gradio tells twice of what is chosen from a list
@@ -142,8 +151,8 @@ class Page:
             problems.append(f"There are more than {SLOTS} references: the last {left} are left out.")
         for problem in problems:
             warn(problem)
-        session.show([*session.pictures, *loaded])
-        return [None, *self._pictures(session, values)]
+        session.show(apart([*session.pictures, *loaded]))
+        return [None, *self._pictures(session, [gr.skip()] * len(values))]  # which may have changed meanwhile
 
     @in_words
     def remove(self, i: int, request: gr.Request, *values: Any) -> list[Any]:
@@ -195,7 +204,7 @@ class Page:
         """Nothing is painted any more."""
         loaded = self.sessions.of(request.session_hash).painting
         if loaded is None:
-            return gr.skip()
+            raise ValueError("No image is open for painting: press Paint mask first.")
         loaded.painted, loaded.mask_file = None, ""
         return to_canvas(loaded)
 
@@ -221,7 +230,8 @@ class Page:
 
     def cancel(self, request: gr.Request) -> None:
         """Stop what the page has begun, within a step."""
-        self.sessions.of(request.session_hash).cancel.set()
+        with contextlib.suppress(ValueError):  # of a page that was forgotten, and with it what it had begun
+            self.sessions.of(request.session_hash).cancel.set()
 
     def close(self, request: gr.Request) -> None:
         """Forget the page."""

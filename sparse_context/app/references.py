@@ -69,6 +69,18 @@ def load_files(paths: Sequence[str], room: int) -> tuple[list[Loaded], list[str]
     return loaded, problems, left
 
 
+def apart(pictures: Sequence[Loaded]) -> list[Loaded]:
+    """Pictures whose names differ, for what is copied names files: of two that are image.png, the second becomes
+    "image (2).png"."""
+    taken: set[str] = set()
+    for each in pictures:
+        path, number = Path(each.name), 2
+        while each.name in taken:
+            each.name, number = str(path.with_name(f"{path.stem} ({number}){path.suffix}")), number + 1
+        taken.add(each.name)
+    return list(pictures)
+
+
 def to_canvas(loaded: Loaded) -> dict[str, Any]:
     """A picture and what is painted on it, as Gradio's editor takes them, at the size of `CANVAS`."""
     background = Image.new("RGB", loaded.picture.size, "white")

@@ -87,7 +87,16 @@ class Sessions:
         return len(self._open)
 
     def of(self, page: str | None) -> Session:
-        """The session of a page, a new one for a page that is new."""
+        """The session of a page. Raises ValueError for a page that was forgotten: its connection may have been lost, or
+        the app begun anew, and what it shows is not here any more."""
+        with self._lock:
+            if str(page) not in self._open:
+                raise ValueError("The app no longer holds the images of this page: reload the page.")
+            self._open.move_to_end(str(page))
+            return self._open[str(page)]
+
+    def open(self, page: str | None) -> Session:
+        """The session of a page that was loaded."""
         with self._lock:
             session = self._open.setdefault(str(page), Session())
             self._open.move_to_end(str(page))

@@ -43,5 +43,11 @@ def app(
     names: list[str | None] = [*models] if models else [chosen.spec.model]
     options.hide_loading_bars()
     from ..app.serve import serve
+    from ..families import FAMILIES
+    from ..pipelines.hub import class_name_of
+
+    for name in names:
+        if name is not None and FAMILIES[class_name_of(name)].paints:
+            raise ValueError(f"{name} paints into its first image, and the page has no mask for that: use generate.")
 
     serve({name or "embedded": replace(chosen.spec, model=name) for name in names}, chosen.request, host, port)

@@ -1,5 +1,6 @@
 """`sparse-context manifest`: data of any kind, written down as a manifest."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +38,9 @@ def manifest(
         raise ValueError(f"{output} cannot be written: name a file in a folder that exists.")
     if output.exists():  # and may be a part of the source
         raise ValueError(f"{output} is there and would be overwritten: name another file, or remove it first.")
+    beside = os.path.realpath(output.with_suffix(""))  # where pictures go that are in no file
+    if os.path.isdir(source) and os.path.commonpath([beside, os.path.realpath(source)]) == os.path.realpath(source):
+        raise ValueError(f"{output} would have its pictures in {source}, which is the source: name another file.")
     named = source_of(dataset_config_name, split, image_column, cond_image_column, caption_column)
     samples = read_samples(source, needs_image=False, **named)
     for note in samples.notes:

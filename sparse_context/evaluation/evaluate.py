@@ -15,7 +15,7 @@ What is in the output folder, all of it written whole or not at all:
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ from ..images import check_output, open_picture, save_picture
 from ..pipelines.embedded import OVERVIEW
 from ..pipelines.engine import Engine
 from ..pipelines.errors import GenerationError
-from ..pipelines.hub import one_line
 from ..preview import draw_selection
 from ..result import checkout, write_result
 from ..samples import LONGEST_NAME, Sample, name_problem, open_any, same_file
@@ -40,7 +39,7 @@ from ..selectors.masks import mask as masks_of
 from ..selectors.registry import find_text
 from .benchmark import BenchmarkSample
 from .grid import DENSE, Cell, Maker
-from .metrics import Metric
+from .metrics import Metric, measure
 from .report import SHOWN
 from .statistics import summarise
 
@@ -207,8 +206,8 @@ def _read_cell(path: Path, config: dict[str, Any]) -> list[dict[str, Any]] | Non
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        earlier, rows = record["config"], record["figures"]["samples"]
-    except (ValueError, KeyError, TypeError) as error:
+        earlier, rows = dict(record["config"]), record["figures"]["samples"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no figures of an evaluation: remove it, or give another folder.") from error
     now = json.loads(json.dumps(config))
     for key in sorted(earlier.keys() | now.keys()):
@@ -318,7 +317,7 @@ def _scores(
     if any(metric.masked and metric.against in ("source", "prompt") for metric in metrics.values()):
         edited = _fit((sample.open_reference_masks() or [None])[0], output)
     for name, metric in metrics.items():
-        function = partial(_measure, name, metric.function)
+        function = partial(measure, name, metric.function)
         if metric.against == "references":
             means = [np.mean([function(output, each.convert("RGB"), None) for each in subject]) for subject in subjects]
             yield name, _number(np.mean(means))
@@ -338,15 +337,6 @@ def _scores(
                     yield f"{name}_in_mask", _number(function(output, truth, mask))
             if dense is not None:
                 yield f"{name}_to_dense", _number(function(output, dense, None))
-
-
-def _measure(name: str, function: Callable[..., float], output: Image.Image, truth: Any, mask: Any) -> float:
-    try:
-        return function(output, truth, mask)
-    except ValueError:
-        raise
-    except Exception as error:  # a model of another kind, memory that ran out
-        raise ValueError(f"The metric {name} failed ({one_line(error)}): leave it out, or change its model.") from error
 
 
 def _fit(picture: Image.Image | None, output: Image.Image) -> Image.Image | None:

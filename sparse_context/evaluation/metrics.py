@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..pipelines.hub import one_line
 from .networks import (
     EFFICIENTNET,
     LPIPS_MODEL,
@@ -279,8 +280,18 @@ METRICS: dict[str, Metric] = {
 def try_out(metrics: Mapping[str, Metric]) -> None:
     """Take each metric of a grey picture, so that what one of them misses is said before anything is made."""
     grey = np.full((64, 64, 3), 128, np.uint8)
-    for metric in metrics.values():
-        metric.function(grey, "grey" if metric.against in ("prompt", "caption") else grey, None)
+    for name, metric in metrics.items():
+        measure(name, metric.function, grey, "grey" if metric.against in ("prompt", "caption") else grey, None)
+
+
+def measure(name: str, function: Callable[..., float], output: Any, truth: Any, mask: Any) -> float:
+    """What a metric says. Raises ValueError in one sentence for whatever goes wrong in it."""
+    try:
+        return function(output, truth, mask)
+    except ValueError:
+        raise
+    except Exception as error:  # a model of another kind, memory that ran out
+        raise ValueError(f"The metric {name} failed ({one_line(error)}): leave it out, or change its model.") from error
 
 
 def find_metrics(names: Sequence[str], table: dict[str, Metric] = METRICS) -> dict[str, Metric]:

@@ -26,7 +26,7 @@ from .errors import Cancelled, GenerationError
 from .hub import one_line
 from .load import load
 from .lora_file import NO_LORA, OVERVIEW_LORA
-from .memory import Peak, free_memory
+from .memory import Peak, free_memory, is_out_of_memory
 from .predict import ROOM, Prediction, Predictor, grid_of, kept_of, offload_of, parts_of
 from .settings import call_settings
 from .spec import ModelSpec, Request
@@ -306,7 +306,7 @@ class Engine:
         except ValueError:
             raise
         except Exception as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise GenerationError(self._out_of_memory(pipe, requests, free)) from error
             raise GenerationError(f"{name} failed: {one_line(error)}.") from error
 
@@ -339,11 +339,6 @@ class Engine:
         if largest is None:
             return f"The device's memory ran out, and no keep fits into the {gibibytes}: {otherwise}"
         return f"The device's memory ran out: keep={largest:g} fits into the {gibibytes}. Or {otherwise}"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of an accelerator, or of the machine, for which torch has no error of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _grids(pipe: Any, request: Request) -> tuple[list[Grid], Grid, int | None]:

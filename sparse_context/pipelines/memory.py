@@ -13,6 +13,12 @@ _RESET = Path("/proc/self/clear_refs")  # proc(5): a 5 sets the high-water mark 
 _MEMINFO = Path("/proc/meminfo")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error is of memory that ran out: an accelerator's, or the machine's, for which torch has no error of
+    its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that this process could still take on a device; None where nobody knows."""
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,18 @@ def check_call(
     """Raise ValueError for what no model takes, of the fields of a `Request`: before one is loaded, if need be."""
     dials = ("steps", steps, MOST_STEPS), ("height", height, MOST_PIXELS), ("width", width, MOST_PIXELS)
     for dial, value, most in dials:
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise ValueError(f"{dial} is {value!r}: pass a whole number above 0.")
         if value is not None and value < 1:
             raise ValueError(f"{dial} is {value}: pass a number above 0.")
         if value is not None and value > most:
             raise ValueError(f"{dial} is {value}: pass {most} at most.")
     check_text("prompt", prompt)
-    if not 0 <= seed < 2**63:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}: pass a number from 0 to {2**63 - 1}.")
-    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
-        raise ValueError(f"guidance_scale is {guidance_scale}: pass a number of 0 or more.")
+    is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
+    if guidance_scale is not None and not (is_number and 0 <= guidance_scale < math.inf):
+        raise ValueError(f"guidance_scale is {guidance_scale!r}: pass a number of 0 or more.")
 
 
 def check_text(name: str, text: str) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..texts import once_each
 from .layout import Layout, Row, by_number, caption_suffix, folder_of, is_image, read_caption, unused
 from .sample import ManifestError
 
@@ -80,7 +81,8 @@ def _rows(
     covers = {} if masks is None else _by_stem(masks)
     rows: list[tuple[str, Row]] = []
     for image in sorted(_walk(folder), key=lambda path: by_number(str(path))):
-        missing = [each.name for each, names in zip(controls, listed, strict=True) if image.stem not in names]
+        there = [image.stem in names for names in listed]
+        missing = [each.name for each, is_there in zip(controls, there, strict=True) if not is_there]
         text = _read_caption(image.with_suffix(caption))
         text = text if text is not None else read_caption(image.with_name("default.txt"))
         text = text or (default if default is not None else text)
@@ -88,6 +90,8 @@ def _rows(
         if not controls or len(missing) == len(controls):
             told = f"put one of that name into {missing[0]}" if missing else "name control_path"
             rows.append((where, [f"{where} has no control, which is its reference: {told}."]))
+        elif there != sorted(there, reverse=True):  # the pictures after it would move up
+            rows.append((where, [f"{where} has no control in {missing[0]}, but in a later folder: put one there."]))
         elif text is None:
             rows.append((where, [f"{where} has no caption: write it into {image.stem}{caption}."]))
         else:
@@ -106,7 +110,7 @@ def _read_caption(path: Path) -> str | None:
     if text is None or path.suffix.lower() != ".json":
         return text
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"The caption {path} is no JSON ({error}).") from error
     if not isinstance(record, dict) or not isinstance(record.get("caption"), str):

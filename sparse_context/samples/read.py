@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 from ..images import PictureError
 from .archives import Member
-from .layouts import find_layout
+from .layouts import LAYOUTS, find_layout
 from .progress import progress
 from .rows import FIELDS, RowRules, Rows, make_sample, name_apart, read_lines
 from .sample import ManifestError, Picture, Sample, open_any
@@ -192,6 +192,9 @@ def _open_source(
     kind = find_layout(source)
     notes: Sequence[str] = ()
     if kind is not None:
+        renamed = [f"{field} as {column}" for field, column in (columns or {}).items() if column != field]
+        if renamed and kind is not LAYOUTS["shards"]:
+            raise ManifestError(f"{source} has names of its own for its fields: leave {', '.join(renamed)} out.")
         layout = kind.read(str(source), columns or {})
         rules, notes = RowRules({}, needs_image, most_references, Path()), layout.notes
         rows: Rows = name_apart(

@@ -18,10 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..images import PictureError
+from ..texts import TwiceError, once_each
 from .archives import TEXT_BYTES, Member, is_remote, members
 from .layout import Layout, Row, by_number
 from .progress import progress
-from .rows import once_each
 from .sample import ManifestError
 
 MOST = 100_000
@@ -153,7 +153,7 @@ def _object(member: Member, where: str) -> dict[str, object]:
         record = json.loads(member.read(TEXT_BYTES), object_pairs_hook=once_each)
     except PictureError:
         raise
-    except ManifestError as error:
+    except TwiceError as error:
         raise ManifestError(f"{where}.json {error}") from error
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}.json is no JSON ({error}).") from error

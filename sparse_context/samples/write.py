@@ -75,8 +75,9 @@ def name_picture(picture: Picture, manifest: Path, stem: Path) -> str:
 
 
 def _relative(path: Path, manifest: Path) -> str:
+    place = os.path.join(os.path.realpath(path.parent), path.name)  # a link on the way would lead `..` elsewhere
     try:
-        return Path(os.path.relpath(path, manifest.parent)).as_posix()
+        return Path(os.path.relpath(place, os.path.realpath(manifest.parent))).as_posix()
     except ValueError:  # another drive
         return path.absolute().as_posix()
 

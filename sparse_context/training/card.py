@@ -1,6 +1,7 @@
 """The model card of a result: `model_card.md`, with its placeholders filled in."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -95,7 +96,7 @@ def _settings(record: Mapping[str, Any]) -> dict[str, str]:
     numbers = {name: f"{record[name]:g}" for name in ("learning_rate", "distillation", "preservation", "unseen")}
     return numbers | {
         "steps": _steps(record),
-        "data": Path(data).name if Path(data).exists() else data,
+        "data": Path(data).name if os.path.exists(data) else data,
         "keep_min": f"{dropping['keep_min']:g}",
         "keep_max": f"{dropping['keep_max']:g}",
         "law": _law(dropping),

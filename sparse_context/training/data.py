@@ -63,17 +63,20 @@ def open_example(
         raise ManifestError(f"The sample {sample.name} has no image to be made: training needs one.")
     reference_resolution = min(reference_resolution, math.isqrt(MAX_AREA))
     size, *others = cast(Sequence[Size | None], sizes or [None] * (1 + len(references)))
-    return Example(
-        sample.prompt,
-        tuple(_fit(each, reference_resolution, other) for each, other in zip(references, others, strict=True)),
-        _fit(image, resolution, size),
-        tuple(
-            None if each is None else _fit(each, reference_resolution, other)
-            for each, other in zip(masks, others, strict=True)
-        ),
-        None if mask is None else _fit(mask, resolution, size),
-        aligned=sample.aligned,
-    )
+    try:
+        return Example(
+            sample.prompt,
+            tuple(_fit(each, reference_resolution, other) for each, other in zip(references, others, strict=True)),
+            _fit(image, resolution, size),
+            tuple(
+                None if each is None else _fit(each, reference_resolution, other)
+                for each, other in zip(masks, others, strict=True)
+            ),
+            None if mask is None else _fit(mask, resolution, size),
+            aligned=sample.aligned,
+        )
+    except ValueError as error:  # a strip that is too long
+        raise ManifestError(f"The sample {sample.name} cannot be used: {error}") from error
 
 
 def _fit(picture: Image.Image, resolution: int, size: Size | None) -> Image.Image:

@@ -96,7 +96,7 @@ def launch(
             Run(
                 output,
                 model or EMBEDDED,
-                str(Path(data).resolve()) if Path(data).exists() else data,  # the same from any folder
+                str(Path(data).resolve()) if os.path.exists(data) else data,  # the same from any folder
                 {
                     "batch": run.train_batch_size,
                     "samples": len(samples),
@@ -119,9 +119,8 @@ def launch(
 @contextlib.contextmanager
 def enough_memory() -> Iterator[None]:
     """What is said where the device's memory runs out."""
-    import torch
-
     from ..pipelines.errors import TooLargeError
+    from ..pipelines.memory import is_out_of_memory
 
     try:
         yield
@@ -130,7 +129,9 @@ def enough_memory() -> Iterator[None]:
             "The model does not fit into the device's memory: set quantization=int8 or nf4, cache_latents=true and "
             "cache_text=true, or choose a smaller model."
         ) from error
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(
             "The device's memory ran out: set gradient_checkpointing=true, with which a run that has begun may be "
             "resumed, or begin a new one with a smaller resolution or train_batch_size."

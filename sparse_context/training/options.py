@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..samples import source_of
+from ..texts import TwiceError, once_each
 from .card import EMBEDDED
 from .config import TrainConfig
 from .dropping import Dropping
@@ -261,10 +262,12 @@ def from_json(name: str, value: Any, kind: Any) -> Any:
 def _read_file(file: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a file sets, by dotted name, and "model" and "data" where it names them."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=once_each)
     except OSError as error:
         raise ValueError(f"The config {file} cannot be read ({error.strerror}): name another file.") from error
-    except ValueError as error:
+    except TwiceError as error:
+        raise ValueError(f"The config {file} {error}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"The config {file} is no JSON file ({error}): name the config.json of a run.") from error
     if not isinstance(record, dict):
         raise ValueError(f"The config {file} holds no fields: write them as an object, such as {{'rank': 8}}.")

@@ -133,6 +133,6 @@ def read_record(output: Path) -> dict:
             f"{file} cannot be read ({error.strerror}), so nothing tells whether the run goes on as it was begun: put "
             "it back, or name another folder."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read, so the run cannot be continued as it was: {error}.") from error
     return record if isinstance(record, dict) else {}

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import urllib.request
 
 import numpy as np
 import pytest
@@ -330,3 +331,22 @@ def test_nothing_is_sent_elsewhere_and_nothing_is_left(page, app_folder):
     names = {path.name for path in files} - {"addresses.txt", "log.txt"}
     assert names <= {"image.webp", *PAINTED}  # examples; and what the painter has, for a minute
     assert "Traceback" not in (app_folder / "log.txt").read_text()
+
+
+def test_a_page_that_the_app_has_forgotten_says_so_and_makes_nothing(page):
+    """Its connection was lost, or the app begun anew, while the page still shows what it held."""
+    beats = []
+    page.on("request", lambda request: beats.append(request.url) if "/heartbeat/" in request.url else None)
+    page.reload()
+    two_references(page)
+    with urllib.request.urlopen(beats[-1]) as connection:  # of this page, once more: at its end the page counts as gone
+        connection.read(1)
+    page.wait_for_timeout(1000)
+    press(page, 1, "ArrowRight", 1)
+    said = "The app no longer holds the images of this page: reload the page."
+    page.wait_for_function("said => document.querySelector('#summary').innerText.includes(said)", arg=said)
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_function("said => document.body.innerText.split(said).length > 2", arg=said)
+    page.reload()
+    two_references(page)
+    assert count(page, 1) == "13 of 64 tokens"

@@ -12,6 +12,7 @@ from tiny import picture
 from app.conftest import in_a_loop
 from sparse_context.app.references import (
     CANVAS,
+    apart,
     from_canvas,
     load_files,
     take_paths,
@@ -20,6 +21,12 @@ from sparse_context.app.references import (
 )
 from sparse_context.app.sessions import Loaded
 from sparse_context.selectors.masks import DROP, KEEP, NEITHER
+
+
+def test_pictures_of_one_name_are_told_apart():
+    image = Image.new("RGB", (8, 8))
+    names = [each.name for each in apart([Loaded(name, image) for name in ("a.png", "a.png", "b.png", "a.png")])]
+    assert names == ["a.png", "a (2).png", "b.png", "a (3).png"]
 
 
 def upload(folder, name, data):
