@@ -103,9 +103,9 @@ def scaled(picture: Image.Image, width: int) -> Image.Image:
 def selectors() -> Image.Image:
     """One photograph, and the fifth of its tokens that each selector keeps."""
     side, grid = 256, (16, 16)
-    owl = Image.open(EXAMPLES / "sepia-1.webp").convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-    pixels = np.asarray(owl)
-    tiles = [("the reference", owl)]
+    crab = Image.open(EXAMPLES / "in-front-2.webp").convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    pixels = np.asarray(crab)
+    tiles = [("the reference", crab)]
     for name in SELECTORS:
         selection = select_tokens([pixels], [grid], SparseContextConfig(keep=0.2, selector=name))
         tiles.append((name, draw_kept(pixels, selection.references[0])))
