@@ -95,7 +95,7 @@ class Page:
 
     def start_page(self, request: gr.Request, *values: Any) -> list[Any]:
         """Hold what a page that was loaded will bring."""
-        self.sessions.open(request.session_hash)
+        self.sessions.start(request.session_hash)
         return self.redraw(request, *values)
 
     def redraw(self, request: gr.Request, *values: Any) -> list[Any]:
@@ -145,7 +145,7 @@ class Page:
     @in_words
     def add(self, request: gr.Request, files: list[str] | None, *values: Any) -> list[Any]:
         """Pictures that were uploaded, after those that are there."""
-        session = self.sessions.of(request.session_hash)
+        session = self.sessions.start(request.session_hash)
         loaded, problems, left = load_files(files or [], SLOTS - len(session.pictures))
         if left:
             problems.append(f"There are more than {SLOTS} references: the last {left} are left out.")
@@ -165,7 +165,7 @@ class Page:
     @in_words
     def take_example(self, request: gr.Request, event: gr.SelectData) -> list[Any]:
         """An example's pictures, prompt and tasks in place of what is there."""
-        session, example = self.sessions.of(request.session_hash), self.examples[event.index]
+        session, example = self.sessions.start(request.session_hash), self.examples[event.index]
         paths = [str(path) for path in example["files"]]
         session.show([Loaded(path, picture) for path, picture in zip(paths, example["references"], strict=True)])
         values = [value for task in example["tasks"] for value in (KEEP_OF_TASK[task], False, task, "auto", "")]

@@ -95,8 +95,8 @@ class Sessions:
             self._open.move_to_end(str(page))
             return self._open[str(page)]
 
-    def open(self, page: str | None) -> Session:
-        """The session of a page that was loaded."""
+    def start(self, page: str | None) -> Session:
+        """The session of a page that was loaded, or that brings pictures: a new one for a page that is new."""
         with self._lock:
             session = self._open.setdefault(str(page), Session())
             self._open.move_to_end(str(page))

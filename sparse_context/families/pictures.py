@@ -78,9 +78,11 @@ class Pictures:
 
     def _watched(self, step: Callable, prepare: Callable = _same) -> Callable:
         def watched(image, *args, **kwargs):
-            result = step(prepare(image), *args, **kwargs)
-            if result is not image:  # as a list of pictures passes through `resize`
-                self._made_by[result] = (step, image, args, kwargs)
+            prepared = prepare(image)
+            result = step(prepared, *args, **kwargs)
+            if result is prepared:  # as a list of pictures passes through `resize`
+                return image
+            self._made_by[result] = (step, image, args, kwargs)
             return result
 
         return watched

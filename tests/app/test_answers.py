@@ -203,21 +203,21 @@ def test_what_waits_for_its_turn_can_be_stopped():
 
 def test_a_page_that_is_closed_is_forgotten():
     sessions = Sessions()
-    session = sessions.open("a")
+    session = sessions.start("a")
     session.show([Loaded("cat.png", Image.new("RGB", (8, 8)))])
-    assert sessions.of("a") is session is sessions.open("a")
+    assert sessions.of("a") is session is sessions.start("a")
     sessions.close("a")
     sessions.close("a")
     assert session.cancel.is_set()
     assert len(sessions) == 0
     with pytest.raises(ValueError, match="^The app no longer holds the images of this page: reload the page.$"):
         sessions.of("a")
-    assert sessions.open("a").pictures == []
+    assert sessions.start("a").pictures == []
 
 
 def test_there_are_so_many_sessions_at_most():
     sessions = Sessions()
-    first, *_ = [sessions.open(str(i)) for i in range(MOST_SESSIONS + 1)]
+    first, *_ = [sessions.start(str(i)) for i in range(MOST_SESSIONS + 1)]
     assert len(sessions) == MOST_SESSIONS
     assert first.cancel.is_set() and not sessions.of("1").cancel.is_set()
     sessions.close_all()

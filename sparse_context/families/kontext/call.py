@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers.pipelines.flux import pipeline_flux_kontext
-from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
 from PIL import Image
 
 AREA = 1024 * 1024
@@ -33,8 +31,12 @@ def arguments(
 def fit(pipe: Any, picture: Image.Image, count: int) -> Image.Image:
     """A reference in the size that the model sees it in: Kontext's nearest shape, or LongCat's own rule."""
     if "LongCat" in type(pipe).__name__:
+        from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
+
         width, height = pipeline_longcat_image_edit.calculate_dimensions(AREA, picture.width / picture.height)
     else:
+        from diffusers.pipelines.flux import pipeline_flux_kontext
+
         token = 2 * pipe.vae_scale_factor
         tall, wide = pipe.image_processor.get_default_height_width(picture)
         shapes = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS

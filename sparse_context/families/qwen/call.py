@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
 from .. import family_of
@@ -21,5 +20,7 @@ def arguments(
 
 def fit(pipe: Any, picture: Image.Image, count: int) -> Image.Image:
     """A reference in the size that the model sees it in."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+
     width, height = pipeline_qwenimage_edit_plus.calculate_dimensions(AREA, picture.width / picture.height)
     return pipe.image_processor.resize(picture, height, width)
