@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 from tables import draw, machine, read, table
 
+from sparse_context.batch.folder import TRIES
 from sparse_context.embedded.demo import EXAMPLES
 from sparse_context.images import open_picture
 from sparse_context.pipelines.engine import Engine
@@ -193,7 +194,10 @@ def kill_an_actor(arguments: argparse.Namespace, options: list[str], place: Path
     )
     try:
         until(lambda: any((place / "ray").glob("*.png")), run)
-        os.kill(busy(processes("ray::MapWorker(Map(Actor))")), signal.SIGKILL)
+        actors = processes("ray::MapWorker(Map(Actor))")
+        at_work = (place / "ray" / "records").glob
+        until(lambda: len([*at_work(f"*{TRIES}")]) == 2, run)  # between two jobs, a death costs no retry
+        os.kill(actors[0], signal.SIGKILL)
         out, err = run.communicate(timeout=PATIENCE)
     finally:
         run.kill()
