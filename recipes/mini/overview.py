@@ -61,8 +61,9 @@ from .overview_sets import (
     OverviewConfig,
     TokenSet,
     aligned,
-    composite,
+    composites,
     draw_set,
+    grids_of,
     make_batch,
     reference_tokens,
 )
@@ -149,7 +150,7 @@ class OverviewLoss:
         tokens = draw_set(config, encoded.batch.scenes, [config.seed, 3, step], overviews_alone=reads)
         sigma, noisy = self._add_noise(encoded.latents[0], step)
         rows, columns = encoded.latents[0].shape[-2:]
-        output_ids = position_ids(rows, columns, 0).float()
+        output_ids, grids = position_ids(rows, columns, 0).float(), grids_of(encoded.latents[1:])
         heads = self._taught_heads(step, reads) if tokens.factor else []
         student = self.reader if reads else self.student
         watched = [FIRST - 1, FIRST + NEW - 1] + [number + NEW for number in self.behind] * (not reads)
@@ -164,7 +165,7 @@ class OverviewLoss:
             if not reads:
                 weights = 1 + config.focus * encoded.batch.focus.to(noisy.device)
                 if tokens.factor:
-                    places = find_sources(encoded.batch.source, (rows, columns), tokens)
+                    places = find_sources(encoded.batch.source, grids, tokens)
                     weights = weights + config.sharp * (places.sharp >= 0).to(noisy.device)
                 error = (answer.velocity - wanted.velocity).square().mean(-1)
                 loss = (error * weights).sum() / weights.sum()
@@ -173,9 +174,9 @@ class OverviewLoss:
                 length = encoded.text.shape[1]
                 rotary = student.pos_embed(torch.cat([text_ids(length).float(), ids]))
                 source = encoded.batch.source
-                looks = looking_loss(heads, pairs, rotary, source, (rows, columns), tokens, length)
+                looks = looking_loss(heads, pairs, rotary, source, grids, tokens, length)
                 added = answer.states[1].float() - answer.states[0].float()
-                blurred = find_sources(source, (rows, columns), tokens).blurred
+                blurred = find_sources(source, grids, tokens).blurred
                 loss = loss + config.teach * looks + config.read * reading_loss(added, wanted.copies, blurred)
         return loss
 
@@ -213,8 +214,11 @@ class OverviewLoss:
             references, ids = reference_tokens(self.vae, encoded.pictures[1:], latents, tokens)
         else:
             if tokens.factor:
-                seen = composite(self.vae, encoded.pictures[1], latents[0].shape[-2:], tokens.factor, tokens.kept)
-                latents = [encode_pictures(self.vae, seen.contiguous(memory_format=torch.channels_last)).float()]
+                held = composites(self.vae, encoded.pictures[1:], grids_of(latents), tokens)
+                latents = [
+                    encode_pictures(self.vae, seen.contiguous(memory_format=torch.channels_last)).float()
+                    for seen in held
+                ]
             references = torch.cat([flat(part) for part in latents], 1)
             ids = torch.cat([position_ids(*part.shape[-2:], 10 * (i + 1)).float() for i, part in enumerate(latents)])
         ids = torch.cat([output_ids, ids])

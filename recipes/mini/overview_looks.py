@@ -32,18 +32,18 @@ def looking_loss(
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
     rotary: tuple[torch.Tensor, torch.Tensor],
     source: torch.Tensor,
-    grid: tuple[int, int],
+    grids: Sequence[tuple[int, int]],
     tokens: TokenSet,
     text_tokens: int,
 ) -> torch.Tensor:
     """Cross-entropy of where `heads` of `READING` and `COPYING` look.
 
-    pairs: their queries and keys, as `watched_heads` saw them. source: int64 (B, output tokens), the token of a
-    reference with `grid` that each shows, -1 for none. A copying head is to look at a source that is sharp. A reading
-    head is to look at the overview token that covers a source that is not, if it lies in the head's cell. Else they are
-    to look at no reference.
+    pairs: their queries and keys, as `watched_heads` saw them. source: int64 (B, output tokens), the token that each
+    shows of references with `grids`, counted through all of them, -1 for none. A copying head is to look at a source
+    that is sharp. A reading head is to look at the overview token that covers a source that is not, if it lies in the
+    head's cell. Else they are to look at no reference.
     """
-    places, cells, losses = find_sources(source, grid, tokens), dict(READING), []
+    places, cells, losses = find_sources(source, grids, tokens), dict(READING), []
     for head, pair in zip(heads, pairs, strict=True):
         wanted = places.sharp
         if head in cells:
@@ -67,15 +67,21 @@ class Sources(NamedTuple):
     blurred: torch.Tensor
 
 
-def find_sources(source: torch.Tensor, grid: tuple[int, int], tokens: TokenSet) -> Sources:
+def find_sources(source: torch.Tensor, grids: Sequence[tuple[int, int]], tokens: TokenSet) -> Sources:
     """The arguments are those of `looking_loss`."""
-    place = torch.full((grid[0] * grid[1] + 1,), -1)
+    place = torch.full((sum(rows * columns for rows, columns in grids) + 1,), -1)
     place[torch.from_numpy(tokens.kept)] = torch.arange(len(tokens.kept))
     sharp = place[source]  # -1 for none, too: the last entry
     factor = max(tokens.factor, 1)
-    row, column = source.div(grid[1], rounding_mode="floor"), source % grid[1]
-    cover = len(tokens.kept) + row // factor * overview_grid(grid, factor)[1] + column // factor
-    row, column = (axis % factor - (factor - 1) / 2 for axis in (row, column))
+    covers, rows, columns, first = [], [], [], len(tokens.kept)
+    for grid in grids:  # of each token of the references: what covers it, and where below that it lies
+        row, column = torch.arange(grid[0]).view(-1, 1), torch.arange(grid[1])
+        coarse = overview_grid(grid, factor)
+        covers.append(first + row // factor * coarse[1] + column // factor)
+        rows.append((row % factor - (factor - 1) / 2).expand(grid))
+        columns.append((column % factor - (factor - 1) / 2).expand(grid))
+        first += coarse[0] * coarse[1]
+    cover, row, column = (torch.cat([part.flatten() for part in parts])[source] for parts in (covers, rows, columns))
     return Sources(sharp, cover, row, column, (source >= 0) & (sharp < 0) & (tokens.factor > 0))
 
 

@@ -26,8 +26,8 @@ from .scenes import TOKEN, Scene
 class OverviewConfig:
     """How a run of overviews trains.
 
-    steps: weight updates. batch: aligned edits in each (fewer samples where there are more tokens). subsets: how often
-        a batch of scenes is taken, each time with other tokens and noise.
+    steps: weight updates. batch: scenes of one reference of 128 pixels in each (fewer samples where there are more
+        tokens). subsets: how often a batch of scenes is taken, each time with other tokens and noise.
     lr, muon_lr: peak learning rates of the new blocks, of Adam's parameters and of Muon's. old: the share of these that
         the old blocks behind them take. warmup: steps. ema: decay of the weights' average.
     factors: of overviews, one drawn a set. mix: shares of the kinds of sets. scenes: shares of the tasks of scenes.
@@ -51,13 +51,13 @@ class OverviewConfig:
     factors: tuple[int, ...] = (2, 4)
     mix: tuple[tuple[str, float], ...] = (("plain", 0.15), ("alone", 0.2), ("sharp", 0.65))
     scenes: tuple[tuple[str, float], ...] = (
-        ("edit_background", 0.3),
-        ("edit_object", 0.2),
-        ("edit_global", 0.4),
-        ("subject_place", 0.04),
-        ("subject_pair", 0.02),
-        ("subject_scene", 0.02),
-        ("subject_quarters", 0.02),
+        ("edit_background", 0.15),
+        ("edit_object", 0.1),
+        ("edit_global", 0.2),
+        ("subject_place", 0.25),
+        ("subject_pair", 0.12),
+        ("subject_scene", 0.08),
+        ("subject_quarters", 0.1),
     )
     keep: tuple[float, float] = (0.03, 0.5)
     reading: int = 600
@@ -82,11 +82,11 @@ class TokenSet(NamedTuple):
 def draw_set(
     config: OverviewConfig, scenes: Sequence[Scene], seed: Sequence[int], overviews_alone: bool = False
 ) -> TokenSet:
-    """The tokens that one step keeps. Overviews are of aligned edits alone; others are plain."""
+    """The tokens that one step keeps. Where a scene's source is not known (`has_source`), they are plain."""
     rng = np.random.default_rng(list(seed))
     names, shares = map(list, zip(*config.mix, strict=True))
     weights = np.array(shares)
-    if not all(aligned(scene) for scene in scenes):
+    if not all(has_source(scene) for scene in scenes):
         weights[[name in ("alone", "sharp") for name in names]] = 0
     elif overviews_alone:
         weights[[name == "plain" for name in names]] = 0
@@ -123,6 +123,12 @@ def scores_of(
 def aligned(scene: Scene) -> bool:
     """Whether the reference lies where the output does."""
     return scene.task.startswith("edit_") and scene.task != "edit_remove"
+
+
+def has_source(scene: Scene) -> bool:
+    """Whether the scene knows which reference token each output token shows: what a head that reads overviews is taught
+    by."""
+    return bool((scene.source >= 0).any())
 
 
 class Batch(NamedTuple):
@@ -174,11 +180,29 @@ def reference_tokens(
     return torch.cat(parts, 1), torch.cat(all_ids)
 
 
+def grids_of(latents: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Rows and columns of each reference."""
+    return [(part.shape[-2], part.shape[-1]) for part in latents]
+
+
+@torch.no_grad()
+def composites(
+    vae: nn.Module, pictures: Sequence[torch.Tensor], grids: Sequence[tuple[int, int]], tokens: TokenSet
+) -> list[torch.Tensor]:
+    """What a set with overviews holds of each reference, as pictures."""
+    held, start = [], 0
+    for picture, (rows, columns) in zip(pictures, grids, strict=True):
+        kept = tokens.kept[(tokens.kept >= start) & (tokens.kept < start + rows * columns)] - start
+        held.append(composite(vae, picture, (rows, columns), tokens.factor, kept))
+        start += rows * columns
+    return held
+
+
 @torch.no_grad()
 def composite(
     vae: nn.Module, picture: torch.Tensor, grid: tuple[int, int], factor: int, kept: np.ndarray
 ) -> torch.Tensor:
-    """The picture that a set of one reference holds: the enlarged overview, and the picture itself in sharp cells.
+    """The picture that a set holds of one reference: the enlarged overview, and the picture itself in sharp cells.
 
     The overview is taken as the VAE gives it back, which is what its tokens hold. The small picture itself holds 5 dB
     more, which no reader could find in them.

@@ -22,7 +22,7 @@ from recipes.mini.overview_looks import (
     watched_blocks,
     watched_copies,
 )
-from recipes.mini.overview_sets import OverviewConfig, TokenSet, composite, draw_set, reference_tokens
+from recipes.mini.overview_sets import OverviewConfig, TokenSet, composite, composites, draw_set, reference_tokens
 from recipes.mini.run_folder import save_config
 from recipes.mini.scenes import make_scene
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
@@ -77,10 +77,10 @@ def test_a_set_is_that_of_its_seed_and_holds_what_its_kind_says(scene):
     assert {tokens.kind for tokens in alone} == {"alone", "sharp"}
 
 
-def test_objects_that_move_have_no_overview(assets):
-    moved = make_scene(assets, "subject_place", 0)
-    kinds = {draw_set(OverviewConfig(), [moved], [0, 3, step]).kind for step in range(40)}
-    assert kinds == {"plain"}
+def test_objects_that_move_have_overviews_and_scenes_without_a_known_source_have_none(assets):
+    for task, kinds in (("subject_pair", {"plain", "alone", "sharp"}), ("edit_remove", {"plain"})):
+        drawn = make_scene(assets, task, 0)
+        assert {draw_set(OverviewConfig(), [drawn], [0, 3, step]).kind for step in range(40)} == kinds
 
 
 @torch.no_grad()
@@ -100,6 +100,16 @@ def test_a_composite_is_the_picture_where_it_is_sharp_and_what_the_overviews_tok
 
 
 @torch.no_grad()
+def test_each_reference_of_a_set_has_a_composite_of_its_own_tokens(pipe):
+    pictures = [torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) for side in (64, 128)]
+    grids = [(8, 8), (16, 16)]
+    held = composites(pipe.vae, pictures, grids, TokenSet("sharp", 4, np.array([5, 64 + 17])))
+    for i, kept in enumerate(([5], [17])):
+        assert torch.equal(held[i], composite(pipe.vae, pictures[i], grids[i], 4, np.array(kept)))
+        assert not torch.equal(held[i], composite(pipe.vae, pictures[i], grids[i], 4, NONE))
+
+
+@torch.no_grad()
 def test_the_tokens_of_a_set_are_the_sharp_ones_and_then_the_overview(pipe):
     picture = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     latents = torch.randn(1, 32, 16, 16)
@@ -110,7 +120,7 @@ def test_the_tokens_of_a_set_are_the_sharp_ones_and_then_the_overview(pipe):
     assert torch.equal(small, tokens[:, 2:])
 
 
-def looks_of(monkeypatch, source, tokens):
+def looks_of(monkeypatch, source, tokens, grids=((16, 16),)):
     """Where heads are to look: of reading heads by their cells, of the first copying one by "copying"."""
     heads = [*(head for head, _ in READING), COPYING[0]]
     seen = []
@@ -118,7 +128,7 @@ def looks_of(monkeypatch, source, tokens):
         overview_looks, "look_loss", lambda q, k, rotary, wanted, text: seen.append(wanted) or torch.zeros(())
     )
     rotary = torch.zeros(1), torch.zeros(1)
-    looking_loss(heads, [(None, None)] * len(heads), rotary, source, (16, 16), tokens, 0)
+    looking_loss(heads, [(None, None)] * len(heads), rotary, source, grids, tokens, 0)
     return dict(zip([*(cell for _, cell in READING), "copying"], seen, strict=True))
 
 
@@ -136,6 +146,14 @@ def test_a_token_is_looked_at_by_the_head_of_its_cell(monkeypatch):
     assert looks["copying"].tolist() == [[-1, -1, -1, 0, -1]]
     others = [looks[cell] for _, cell in READING if cell not in ((0, 0), (1, 1), (0, 3))]
     assert all((wanted == -1).all() for wanted in others)
+
+
+def test_a_token_of_a_later_reference_is_found_in_that_references_overview(monkeypatch):
+    source = torch.tensor([[7, 64 + 17, 64 + 36]])  # of 8 x 8 tokens the cell (0, 7), of 16 x 16 (1, 1) and a sharp one
+    looks = looks_of(monkeypatch, source, TokenSet("sharp", 4, np.array([64 + 36])), [(8, 8), (16, 16)])
+    assert looks[0, 3].tolist() == [[1 + 1, -1, -1]]  # the second of the first reference's four coarse tokens
+    assert looks[1, 1].tolist() == [[-1, 1 + 4, -1]]  # the first of the second reference's
+    assert looks["copying"].tolist() == [[-1, -1, 0]]
 
 
 @pytest.mark.parametrize("factor, cells", [(2, [(1, 1), (1, 2), (2, 1), (2, 2)]), (4, [cell for _, cell in READING])])
