@@ -203,7 +203,9 @@ def overview(
 @app.command()
 def overview_gate(
     folder: Folder = Path("checkpoints"),
-    name: Annotated[str, typer.Option(help="Of the run, as in `overview`.")] = "overview",
+    name: Annotated[
+        str | None, typer.Option(help="Of the run, as in `overview`. Without it, the weights that ship are measured.")
+    ] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Of the validation split, of each task.")] = 8,
 ) -> None:
     """Say how well a run of overviews does so far, and add it to its gates.jsonl."""

@@ -1,8 +1,10 @@
 """How well a run of overviews does so far: pictures of validation scenes, by the tokens that they were made from.
 
     python -m recipes.mini overview-gate --folder checkpoints --name overview
+    python -m recipes.mini overview-gate --folder checkpoints               # the weights that ship
 
-A call of the pipeline, without the pipeline: its noise levels, and the transformer on the tokens of a set.
+A call of the pipeline, without the pipeline: its noise levels, and the transformer on the tokens of a set. Sharp tokens
+are chosen where the overview is wrong, and of subjects, whose objects are all that counts, by their true masks, too.
 """
 
 import itertools
@@ -15,23 +17,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sparse_context.families.host import flat
-from sparse_context.overview import residual
+from sparse_context.overview import overview_grid, residual
+from sparse_context.pipelines.embedded import OVERVIEW
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.lora_file import NO_LORA
-from sparse_context.pipelines.overview_blocks import grown
+from sparse_context.pipelines.overview_blocks import grown, load_blocks
 from sparse_context.pipelines.spec import ModelSpec
 from sparse_context.training.checkpoints import load_average
 
 from .data import load_assets
 from .loss import encode_text, position_ids, text_ids, tokenise
 from .model import decode_pictures, encode_pictures
-from .overview_sets import TokenSet, composite, reference_tokens
+from .overview_sets import TokenSet, composites, grids_of, reference_tokens
 from .run_folder import autocast, to_tensor
-from .scenes import TOKEN, Scene, make_scene
+from .scenes import SIZE, TOKEN, Scene, make_scene
 
 STEPS = 8
-TASKS = ("edit_background", "edit_object", "edit_global")
+BATCH = 8  # scenes
+TASKS = ("edit_background", "edit_object", "edit_global", "subject_place", "subject_pair")
+SHIPPED = "shipped"  # the folder of the gates of the package's weights
 
 
 class Gate(NamedTuple):
@@ -63,47 +67,50 @@ GATES = (
 
 
 def tokens_of(gate: Gate, scene: Scene) -> TokenSet:
-    """The tokens of one reference that a gate keeps: sharp ones where the overview is wrong and the edit looks."""
-    picture, mask = scene.references[0], scene.reference_masks[0]
-    grid = picture.shape[0] // TOKEN, picture.shape[1] // TOKEN
-    count = grid[0] * grid[1]
-    if gate.keep == 1:
-        return TokenSet("dense", 0, np.arange(count))
-    spent = -(-grid[0] // gate.factor) * -(-grid[1] // gate.factor) if gate.factor else 0
-    scores = residual(picture, grid, gate.factor or 4)
-    if gate.rule == "mask":
-        scores = scores * (0.1 + mask.reshape(grid[0], TOKEN, grid[1], TOKEN).mean((1, 3)))
-    sharp = max(0, round(gate.keep * count) - spent)
-    kept = np.sort(np.argsort(-scores.ravel(), kind="stable")[:sharp])
-    return TokenSet("sharp" if sharp else "alone", gate.factor, kept.astype(np.int64))
+    """The tokens that a gate keeps, of each reference the same share: sharp ones where the overview is wrong."""
+    parts, start = [], 0
+    for picture, mask in zip(scene.references, scene.reference_masks, strict=True):
+        grid = picture.shape[0] // TOKEN, picture.shape[1] // TOKEN
+        count = grid[0] * grid[1]
+        rows, columns = overview_grid(grid, gate.factor) if gate.factor else (0, 0)
+        scores = residual(picture, grid, gate.factor or 4)
+        if gate.rule == "mask":
+            scores = scores * (0.1 + mask.reshape(grid[0], TOKEN, grid[1], TOKEN).mean((1, 3)))
+        sharp = max(0, round(gate.keep * count) - rows * columns)
+        parts.append(start + np.sort(np.argsort(-scores.ravel(), kind="stable")[:sharp]))
+        start += count
+    kept = np.concatenate(parts).astype(np.int64)
+    kind = "dense" if gate.keep == 1 else "sharp" if len(kept) else "alone"
+    return TokenSet(kind, gate.factor, kept)
 
 
 @torch.no_grad()
 def make_pictures(pipe: Any, transformers: dict[str, Any], gate: Gate, scenes: Sequence[Scene]) -> np.ndarray:
-    """One uint8 picture for each scene, (B, H, W, 3); the scenes have one reference each and are of one task."""
-    vae = pipe.vae
+    """One uint8 picture for each scene, (B, H, W, 3)."""
+    vae, grid = pipe.vae, (SIZE // TOKEN, SIZE // TOKEN)
     noise = torch.stack(
-        [torch.randn(16 * 16, 32, generator=torch.Generator().manual_seed(i)) for i in range(len(scenes))]
+        [torch.randn(grid[0] * grid[1], 32, generator=torch.Generator().manual_seed(i)) for i in range(len(scenes))]
     )
-    picture = to_tensor([scene.references[0] for scene in scenes]).contiguous(memory_format=torch.channels_last)
     ids, attends = tokenise(pipe.tokenizer, [scene.prompt for scene in scenes])
     with autocast("cpu"):
         text = encode_text(pipe.text_encoder, ids, attends)
-        latents, parts, places = encode_pictures(vae, picture).float(), [], []
-        for i, scene in enumerate(scenes):  # each with tokens of its own
+        parts, places = [], []
+        for scene in scenes:  # each with tokens of its own
             tokens = tokens_of(gate, scene)
+            shown = [to_tensor([each]).contiguous(memory_format=torch.channels_last) for each in scene.references]
+            latents = [encode_pictures(vae, picture).float() for picture in shown]
             if gate.who == "ceiling":
-                seen = composite(vae, picture[i : i + 1], latents.shape[-2:], gate.factor, tokens.kept)
-                part = flat(encode_pictures(vae, seen).float())
-                where = position_ids(*latents.shape[-2:], 10).float()
-            else:
-                part, where = reference_tokens(vae, [picture[i : i + 1]], [latents[i : i + 1]], tokens)
+                held = composites(vae, shown, grids_of(latents), tokens)
+                latents = [encode_pictures(vae, picture).float() for picture in held]
+                tokens = TokenSet("dense", 0, np.arange(sum(part[0, 0].numel() for part in latents)))
+            part, where = reference_tokens(vae, shown, latents, tokens)
             parts.append(part)
             places.append(where)
         transformer = transformers["base" if gate.who == "ceiling" else gate.who]
-        output_ids = position_ids(*latents.shape[-2:], 0).float()
+        output_ids = position_ids(*grid, 0).float()
         alike = all(torch.equal(where, places[0]) for where in places)  # a batch has its ids in common
-        batches = [slice(None)] if alike else [slice(i, i + 1) for i in range(len(scenes))]
+        size = BATCH if alike else 1
+        batches = [slice(i, i + size) for i in range(0, len(scenes), size)]
         sigmas = torch.linspace(1, 1 / STEPS, STEPS)
         sigmas = torch.cat([2 * sigmas / (1 + sigmas), torch.zeros(1)])  # shifted by the scheduler's 2
         for rows in batches:
@@ -118,7 +125,7 @@ def make_pictures(pipe: Any, transformers: dict[str, Any], gate: Gate, scenes: S
                     return_dict=False,
                 )[0][:, : noise.shape[1]]
                 noise[rows] += (then - now) * velocity.float()
-        pixels = decode_pictures(vae, noise.transpose(1, 2).unflatten(2, latents.shape[-2:])).float()
+        pixels = decode_pictures(vae, noise.transpose(1, 2).unflatten(2, grid)).float()
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
@@ -130,14 +137,20 @@ def psnr(picture: np.ndarray, scene: Scene) -> float:
 
 
 def run_gate(
-    folder: Path, name: str, scenes: int = 8, gates: Sequence[Gate] = GATES, tasks: Sequence[str] = TASKS
+    folder: Path, name: str | None, scenes: int = 8, gates: Sequence[Gate] = GATES, tasks: Sequence[str] = TASKS
 ) -> dict[str, dict[str, float]]:
-    """Mean PSNR by gate and task of the run's newest average, which is added to `gates.jsonl` in its folder."""
+    """Mean PSNR by gate and task of the run's newest average, or without a name of the weights that ship. It is added
+    to `gates.jsonl` in the run's folder."""
     assets = load_assets(folder / "assets.safetensors").split("validation")
     pipe = load(ModelSpec(dtype="float32", device="cpu", lora=NO_LORA))
     dropper = load(ModelSpec(dtype="float32", device="cpu")).transformer
     student = grown(dropper)
-    step = load_average(folder / name, student)
+    step = 0
+    if name is None:
+        load_blocks(student, OVERVIEW)
+        (folder / SHIPPED).mkdir(exist_ok=True)
+    else:
+        step = load_average(folder / name, student)
     transformers = {"base": pipe.transformer, "dropper": dropper, "student": student}
     for part in (pipe.vae, pipe.text_encoder, *transformers.values()):
         part.eval().requires_grad_(False)
@@ -145,9 +158,11 @@ def run_gate(
     figures: dict[str, dict[str, float]] = {}
     bar = tqdm([(gate, task) for gate in gates for task in tasks], desc="gates", unit="group")
     for gate, task in bar:
+        if task.startswith("subject_"):
+            gate = gate._replace(rule="mask")
         pictures = make_pictures(pipe, transformers, gate, made[task])
         found = [psnr(picture, scene) for picture, scene in zip(pictures, made[task], strict=True)]
         figures.setdefault(str(gate), {})[task] = round(float(np.mean(found)), 3)
-    with (folder / name / "gates.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / (name or SHIPPED) / "gates.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "scenes": scenes, "psnr": figures}) + "\n")
     return figures

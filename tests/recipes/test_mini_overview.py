@@ -1,6 +1,7 @@
 """How the embedded base learns overviews."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from recipes.mini.attention import speed_up
 from recipes.mini.model import decode_pictures, encode_pictures
 from recipes.mini.overview import first_blocks, train_overview
 from recipes.mini.overview_export import export_overview
+from recipes.mini.overview_gates import Gate, run_gate, tokens_of
 from recipes.mini.overview_looks import (
     COPYING,
     READING,
@@ -193,6 +195,35 @@ def test_the_first_blocks_are_the_transformers_own(pipe, inputs):
         short(**inputs)
     assert torch.equal(whole[0], part[0])  # each hook sees both, for they share the block
     assert len(whole) == 2 and torch.equal(whole[0], whole[1])
+
+
+def test_a_gate_keeps_the_same_share_of_each_reference_overviews_included(assets):
+    pair, edit = make_scene(assets, "subject_pair", 0), make_scene(assets, "edit_global", 0)
+    for scene, tokens, coarse in ((pair, 576, 36), (edit, 256, 16)):
+        for gate, sharp in (
+            (Gate("base", keep=1), tokens),
+            (Gate("dropper", keep=0.2), round(0.2 * tokens)),
+            (Gate("student", 4, 0.2), round(0.2 * tokens) - coarse),
+            (Gate("student", 4), 0),
+        ):
+            of_each = np.bincount(tokens_of(gate, scene).kept // tokens, minlength=len(scene.references))
+            assert of_each.tolist() == [sharp] * len(scene.references)
+    chosen = tokens_of(Gate("student", 4, 0.1, "mask"), pair).kept
+    shown = np.concatenate([mask.reshape(24, 8, 24, 8).mean((1, 3)).ravel() for mask in pair.reference_masks])
+    assert shown[chosen].mean() > 0.5 > shown[tokens_of(Gate("student", 4, 0.1), pair).kept].mean()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_a_gate_measures_the_weights_that_ship_and_adds_a_record(tmp_path):
+    save_assets(make_assets(), tmp_path)
+    gates = (Gate("base", keep=1), Gate("student", 4, 0.2), Gate("ceiling", 4))
+    figures = run_gate(tmp_path, None, 1, gates, ("edit_global", "subject_quarters"))
+    labels = {"edit_global": "student by 4, 0.2 residual", "subject_quarters": "student by 4, 0.2 mask"}
+    assert set(figures) == {"base", "ceiling by 4", *labels.values()}
+    for task, label in labels.items():
+        assert figures["base"][task] > figures[label][task]
+    (line,) = (tmp_path / "shipped" / "gates.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 0, "scenes": 1, "psnr": figures}
 
 
 def test_reading_is_judged_where_the_overview_alone_shows_the_source():
