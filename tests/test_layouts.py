@@ -17,6 +17,7 @@ from tiny import picture
 from sparse_context.cli import main
 from sparse_context.images import open_picture
 from sparse_context.samples import ManifestError, Member, check_pictures, check_samples, read_samples, write_manifest
+from sparse_context.samples.ai_toolkit import _load_once_each
 from sparse_context.samples.archives import KEPT, _fetched, forget_fetched
 from sparse_context.samples.shards import expand
 
@@ -251,6 +252,16 @@ def test_a_caption_of_ai_toolkit_may_be_json_or_the_default_of_a_folder(toolkit)
     assert [sample.prompt for sample in read_samples(path)] == ["of json", "of all", "of the folder below"]
     (toolkit / "target" / "image2.json").write_text("[]")
     assert "image2.json has no text" in problems(path)
+
+
+def test_a_key_that_comes_twice_in_a_training_file_is_named(toolkit):
+    path = training(toolkit)
+    path.write_text(path.read_text() + "job: another\n")
+    assert "has 'job' a second time: write it once" in problems(path)
+
+
+def test_keys_that_a_yaml_merges_may_be_written_again():
+    assert _load_once_each("a: &x {b: 1, c: 2}\nd:\n  <<: *x\n  b: 3\n")["d"] == {"b": 3, "c": 2}
 
 
 @pytest.mark.parametrize(

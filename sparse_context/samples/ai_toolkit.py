@@ -130,13 +130,30 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 # The .yaml of a training ----------------------------------------------------------------------------------------------
 
 
+def _load_once_each(text: str) -> Any:
+    """YAML as data alone. A mapping that has a key twice is refused, of which PyYAML takes the last value."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key in (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"):
+                name = repr(self.construct_object(key, deep=True))
+                if name in seen:
+                    raise yaml.YAMLError(f"line {key.start_mark.line + 1} has {name[:80]} a second time: write it once")
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
+
+
 def _read_training(path: Path) -> Layout:
     try:
         import yaml
     except ImportError as error:
         raise ManifestError(f"Reading {path} needs PyYAML: pip install pyyaml.") from error
     try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+        record = _load_once_each(path.read_text(encoding="utf-8"))
         processes = [each for each in record["config"]["process"] if each.get("datasets")]
         parts = [(each.get("trigger_word"), part) for each in processes for part in each["datasets"]]
     except (KeyError, TypeError, AttributeError) as error:
