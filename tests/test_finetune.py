@@ -417,6 +417,14 @@ def test_unknown_layers_are_named_also_beside_known_ones(layers):
         prepare(klein(), TrainConfig(lora_layers=layers))
 
 
+def test_a_rank_that_no_layer_can_have_is_refused_before_it_takes_the_memory():
+    """Width 32: no matrix of the tiny model has a higher rank."""
+    prepare(klein(), TrainConfig(rank=32))
+    with pytest.raises(ValueError, match="rank is 33, and no layer that gets a LoRA has a rank above 32"):
+        prepare(klein(), TrainConfig(rank=33))
+    prepare(klein(), TrainConfig(rank=10**12, full=True))  # has no LoRA
+
+
 @pytest.mark.parametrize("kv", [False, True])
 def test_a_lora_of_a_run_gives_equal_outputs_in_plain_diffusers(kv, tmp_path):
     """For KV mode in the pipeline that has it, dense and with dropped tokens."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ def prepare(host: Host, config: TrainConfig, shard_on: torch.device | None = Non
     """Put a fresh LoRA on the transformer, or open all its weights; what is trained is float32.
 
     shard_on: the device on which this process is to hold its part of the weights; None: all of them stay where they
-    are. Raises ValueError for layers that the transformer does not have, and for heads that cannot be taught.
+    are. Raises ValueError for layers that the transformer does not have, for a rank above the widest of them, and for
+    heads that cannot be taught.
     """
     if config.teach_heads:
         host.check_heads(config.heads)
@@ -46,6 +47,7 @@ def prepare(host: Host, config: TrainConfig, shard_on: torch.device | None = Non
         from peft import LoraConfig
 
         targets = list(config.lora_layers) if config.lora_layers else host.lora_targets()
+        _check_rank(transformer, targets, config.rank)
         lora = LoraConfig(
             r=config.rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian", target_modules=targets
         )
@@ -70,6 +72,20 @@ def prepare(host: Host, config: TrainConfig, shard_on: torch.device | None = Non
     if shard_on is not None:
         shard(transformer, shard_on)
     return Trainable(transformer)
+
+
+def _check_rank(transformer: nn.Module, targets: Sequence[str], rank: int) -> None:
+    """A rank above the widest layer's own adds memory alone, up to all there is."""
+    widest = max(
+        (
+            min(layer.in_features, layer.out_features)
+            for name, layer in transformer.named_modules()
+            if isinstance(layer, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in targets)
+        ),
+        default=rank,
+    )
+    if rank > widest:
+        raise ValueError(f"rank is {rank}, and no layer that gets a LoRA has a rank above {widest}: pass at most that.")
 
 
 def run_optimisers(transformer: nn.Module, trained: Trainable, config: TrainConfig) -> list[torch.optim.Optimizer]:
