@@ -57,6 +57,9 @@ class Gate(NamedTuple):
 GATES = (
     Gate("base", keep=1),
     Gate("dropper", keep=0.2),
+    Gate("dropper", keep=0.1),
+    Gate("student", keep=1),
+    Gate("student", keep=0.2),
     Gate("student", 4),
     Gate("student", 4, 0.1),
     Gate("student", 4, 0.2),
