@@ -4,9 +4,10 @@
 
 On references of the embedded model's validation scenes, whole pictures, in dB. An overview holds a small picture only
 as well as the VAE gives it back, so it is compared with the small picture itself, and with the best that any linear
-code of as many numbers does: principal components of the pixels under one token. The last figure is what a linear map
+code of as many numbers does: principal components of the pixels under one token. Another figure is what a linear map
 reads from an overview's tokens, each with its eight neighbours: what a model reaches without any depth. Code and map
-are fitted to training scenes.
+are fitted to training scenes. The last figures are of what nothing here does yet: an overview by 4, and where it is
+wrong not only sharp tokens but also those of an overview by 2, whichever takes away more of the error.
 
 It needs the scenes' objects: `python -m recipes.mini data`.
 """
@@ -35,6 +36,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SETS = ((4, 0.0625), (4, 0.1), (4, 0.2), (4, 0.3), (2, 0.25), (2, 0.3))
 """Factor of the overview, and the share of all tokens, overview included; the sharp ones lie where it is wrong."""
 TASK = "edit_global"
+SCALES = (4, 2)
+"""Of the two overviews that share a budget, the coarse one whole."""
+SHARED = (0.1, 0.2, 0.3)
+"""What they and the sharp tokens take of all tokens together."""
 FIRST_LEARNT = 100_000  # seed of the first training scene
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -62,7 +67,16 @@ def codes() -> str:
     return table(["overview", "its tokens, dB", "as many components, dB", "read by a linear map, dB"], rows)
 
 
-TABLES = {"overview_held": held, "overview_held-codes": codes}
+def scales() -> str:
+    """An overview by 4 and sharp tokens, against the same with tokens of an overview by 2 among them."""
+    rows = [
+        [f"{row['keep']:g}", f"{row['one']:.1f}", f"{row['two']:.1f}", f"{row['middle']:.1f}", f"{row['sharp']:.1f}"]
+        for row in read("overview_held")["figures"]["scales"]
+    ]
+    return table(["tokens kept", "by 4, dB", "by 4 and by 2, dB", "tokens of by 2", "sharp tokens"], rows)
+
+
+TABLES = {"overview_held": held, "overview_held-codes": codes, "overview_held-scales": scales}
 
 # The run --------------------------------------------------------------------------------------------------------------
 
@@ -96,6 +110,35 @@ def with_neighbours(overview: torch.Tensor) -> torch.Tensor:
     """(B, C, rows, columns) -> (B * rows * columns, 9 C + 1): each token, its neighbours, and a one."""
     near = unfold(pad(overview, (1, 1, 1, 1), mode="replicate"), 3).transpose(1, 2).flatten(0, 1)
     return torch.cat([near, torch.ones(len(near), 1)], 1)
+
+
+def share(coarse: np.ndarray, fine: np.ndarray, count: int) -> np.ndarray:
+    """Which overview shows each cell, int64 like `coarse`: a factor of `SCALES`, or 1 where the cell is sharp.
+
+    coarse, fine: the squared error of the two overviews in each cell. count: tokens beside the coarse overview. Each
+    goes where it takes away most: a sharp one the error of its cell, one of the finer overview what that does better in
+    the cells that it covers.
+    """
+    (large, small), left = SCALES, coarse.copy()
+    shown = np.full(coarse.shape, large)
+    blocks = (coarse.shape[0] // small, small, coarse.shape[1] // small, small)
+    for _ in range(count):
+        free = (shown == large).reshape(blocks).all((1, 3))
+        better = np.where(free, (left - fine).reshape(blocks).sum((1, 3)), -np.inf)
+        if better.max() > left.max():
+            row, column = np.unravel_index(better.argmax(), better.shape)
+            cells = np.s_[small * row : small * (row + 1), small * column : small * (column + 1)]
+            shown[cells], left[cells] = small, fine[cells]
+        else:
+            cell = np.unravel_index(left.argmax(), left.shape)
+            shown[cell], left[cell] = 1, 0
+    return shown
+
+
+def cell_errors(pictures: torch.Tensor, truth: torch.Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """The mean squared error of one picture (1, 3, H, W) in each cell, (rows, columns)."""
+    error = (pictures - truth).square().mean((0, 1))
+    return error.reshape(grid[0], TOKEN, grid[1], TOKEN).mean((1, 3)).numpy()
 
 
 @torch.no_grad()
@@ -150,7 +193,25 @@ def measure(scenes: int, learnt_from: int, assets_file: Path) -> dict[str, objec
         }
         alone.append({"factor": factor, **figures})
         print(f"overview by {factor} alone: {figures}")
-    return {"whole": decibels(decode_pictures(vae, encoded(truth)), truth), "sets": sets, "alone": alone}
+
+    shared, none = [], np.zeros(0, np.int64)
+    for keep in SHARED:
+        one, two, of_two = [], [], []
+        for picture in truth.split(1):
+            count = round(keep * grid[0] * grid[1]) - grid[0] * grid[1] // SCALES[0] ** 2
+            errors = [cell_errors(enlarged(shrink(picture, grid, factor)), picture, grid) for factor in SCALES]
+            drawn = {factor: composite(vae, picture, grid, factor, none) for factor in SCALES} | {1: picture}
+            for found, fine in ((one, np.full(grid, np.inf)), (two, errors[1])):
+                shown = share(errors[0], fine, count)
+                masks = {factor: torch.from_numpy(shown == factor).view(1, 1, *grid).float() for factor in drawn}
+                found.append(sum(interpolate(masks[f], size=picture.shape[-2:]) * part for f, part in drawn.items()))
+            of_two.append([(shown == SCALES[1]).sum() / SCALES[1] ** 2, (shown == 1).sum()])
+        middle, sharp = np.mean(of_two, 0)
+        figures = {"one": decibels(torch.cat(one), truth), "two": decibels(torch.cat(two), truth)}
+        shared.append({"keep": keep, **figures, "middle": float(middle), "sharp": float(sharp)})
+        print(f"{keep:g} of the tokens, overviews of one and two scales: {shared[-1]}")
+    everything = decibels(decode_pictures(vae, encoded(truth)), truth)
+    return {"whole": everything, "sets": sets, "alone": alone, "scales": shared}
 
 
 def main() -> None:
@@ -168,7 +229,7 @@ def main() -> None:
     config = {"task": TASK, "scenes": arguments.scenes, "learnt_from": arguments.learnt_from}
     write_result(arguments.output, "overview_held", config, figures)
     draw(TABLES)
-    print(held(), codes(), sep="\n\n")
+    print(held(), codes(), scales(), sep="\n\n")
 
 
 if __name__ == "__main__":
