@@ -142,8 +142,7 @@ def choose_tokens(
         total = _count(cast("float", keep), size)
         reference = np.repeat(np.arange(len(scores)), [part.size for part in scores])
         order = _floor_first(rank_tokens(scores, coverage), reference, floor, spent)
-        if sizes is not None:
-            order = _within(order, reference, np.maximum(usual - spent, np.minimum(floor, usual)))
+        order = _within(order, reference, usual - spent)
     else:
         budgets = own_budgets(keep, usual, floor, auto)
         total = int(budgets.sum())

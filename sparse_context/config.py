@@ -211,11 +211,12 @@ class SparseContextConfig:
         )
 
 
-def needs_overview(pixels: int) -> str:
-    """Why a config with `reference_max_pixels` cannot be."""
+def needs_overview(pixels: int, merges: bool = False) -> str:
+    """Why a config with `reference_max_pixels` cannot be. merges: whether it asks for averages, too."""
+    advice = "leave merge out" if merges else "pass overview='auto' too"
     return (
         f"reference_max_pixels is {pixels}, and only an overview shows what sharp tokens of a large picture leave out: "
-        "pass overview='auto' too, or leave it out."
+        f"{advice}, or leave it out."
     )
 
 

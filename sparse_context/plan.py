@@ -100,6 +100,8 @@ def plan_selection(
         selector: SelectorLike | None
         reads = text if text is not None and text.role != IGNORED else None
         usual = task_defaults(task, count, overview is not None, reads is not None)
+        if ratio == "auto" and overview is not None and reads is None:
+            usual = "residual", 0.0  # "auto" aims at decibels of the whole picture, whatever the task looks at
         selector, coverage = usual
         if choice is not None and not is_text(choice):
             selector, coverage = choice, 0.0 if task == "auto" else coverage
@@ -115,13 +117,14 @@ def plan_selection(
     return Plan(grids, grids, tasks, keep, selectors, labels, coverages, overviews, notes)
 
 
-def enlarge_plan(plan: Plan, grids: Mapping[int, Grid], pixels: int) -> Plan:
+def enlarge_plan(plan: Plan, grids: Mapping[int, Grid], pixels: int, merges: bool = False) -> Plan:
     """`plan` where the references in `grids`, by number, have these larger ones.
 
-    pixels: the config's `reference_max_pixels`. Raises ValueError where no reference has the overview that it needs.
+    pixels: the config's `reference_max_pixels`. merges: whether it asks for averages, which no overview has. Raises
+    ValueError where no reference has the overview that it needs.
     """
     if not any(plan.overviews) and not keeps_all(plan.keep, plan.sizes):
-        raise ValueError(needs_overview(pixels))
+        raise ValueError(needs_overview(pixels, merges))
     larger, selectors, notes = list(plan.grids), list(plan.selectors), list(plan.notes)
     for i, overview in enumerate(plan.overviews):
         grid = grids.get(i)
@@ -131,7 +134,9 @@ def enlarge_plan(plan: Plan, grids: Mapping[int, Grid], pixels: int) -> Plan:
             if selector is not None:
                 selectors[i] = beside_overview(selector, overview.cells(plan.usual[i], grid))
         else:
-            why = "it is not larger" if overview is not None else "it has no overview"
+            why = "it has no overview"
+            if overview is not None:
+                why = f"it is no larger PIL picture, or reference_max_pixels={pixels} allows no more"
             notes.append(f"reference {i + 1} has its usual size, because {why}")
     return replace(plan, grids=larger, selectors=selectors, notes=notes)
 
@@ -185,9 +190,11 @@ def _plan_overviews(
     if any(choices[i] == "trained" for i in factors):
         by = " or ".join(map(str, trained.factors))
         notes.append(f"the weights were trained for overviews by {by}, laid out as {trained.layout!r}")
+    elif factors and trained.factors and config.overview_layout is None:
+        notes.append(f"overviews are laid out as {trained.layout!r}, because the weights learned them so")
     layout = config.overview_layout or (trained.layout if trained.factors else "reference")
     if factors and trained.factors:
-        notes += _unlearnt(factors, layout, trained)
+        notes += _unlearnt(factors, layout, trained, tasks)
     overviews = [
         Overview(factors[i], layout, overview_grid(grid, factors[i])) if i in factors else None
         for i, grid in enumerate(grids)
@@ -195,13 +202,19 @@ def _plan_overviews(
     return overviews, notes
 
 
-def _unlearnt(factors: Mapping[int, int], layout: str, trained: Trained) -> list[str]:
+def _unlearnt(factors: Mapping[int, int], layout: str, trained: Trained, tasks: Sequence[str]) -> list[str]:
     """What the report says of overviews that the weights did not learn so, though they learned others."""
     by = " or ".join(map(str, trained.factors))
     notes = [
         f"the overview of reference {i + 1} is by {factor}, and the weights learned overviews by {by}"
         for i, factor in sorted(factors.items())
         if factor not in trained.factors
+    ]
+    notes += [
+        f"the overview of reference {i + 1} is of task {tasks[i]}, and the weights learned those of task "
+        f"{' or '.join(trained.tasks)}"
+        for i in sorted(factors)
+        if not trained.shows(tasks[i])
     ]
     if layout != trained.layout:
         notes.append(f"overviews are laid out as {layout!r}, and the weights learned {trained.layout!r}")
@@ -251,7 +264,11 @@ def _fit(
         rows, columns = overview_grid(grids[i], left[i][0])
         return rows * columns
 
-    while pool.tokens is not None and sum(map(tokens, left)) > pool.tokens:
+    def needed() -> int:
+        """With a token for each reference that would be left without any."""
+        return sum(map(tokens, left)) + (len(pool.members) - len(left) if config.floor and left else 0)
+
+    while pool.tokens is not None and needed() > pool.tokens:
         movable = [i for i in left if len(left[i]) > 1]
         by_default = [i for i in left if choices[i] == "trained"]
         if movable:
@@ -265,7 +282,7 @@ def _fit(
             )
             del left[i]
         else:
-            raise ValueError(_smallest_keep(config, grids, pool, {i: tokens(i) for i in left}))
+            raise ValueError(_smallest_keep(config, grids, pool, {i: tokens(i) for i in left}, needed()))
     for i, factors in left.items():
         if not isinstance(choices[i], str) and factors[0] != choices[i]:
             rows, columns = overview_grid(grids[i], int(choices[i]))  # type: ignore[arg-type]
@@ -276,16 +293,19 @@ def _fit(
     return {i: factors[0] for i, factors in left.items()}
 
 
-def _smallest_keep(config: SparseContextConfig, grids: Sequence[Grid], pool: Pool, tokens: dict[int, int]) -> str:
-    """Why the coarsest overviews of a pool do not fit, and the smallest keep that holds them."""
-    needed, size = sum(tokens.values()), sum(grids[i][0] * grids[i][1] for i in pool.members)
+def _smallest_keep(
+    config: SparseContextConfig, grids: Sequence[Grid], pool: Pool, tokens: dict[int, int], needed: int
+) -> str:
+    """Why the coarsest overviews of a pool do not fit, and the smallest keep that holds them: `needed` tokens."""
+    taken, size = sum(tokens.values()), sum(grids[i][0] * grids[i][1] for i in pool.members)
     own = config.keep[pool.members[0]] if is_per_reference(config.keep) else config.keep
     if not is_count(own):
         keep: float = math.ceil(1e4 * (needed - 0.5) / size) / 1e4
     else:
         keep = needed if is_per_reference(config.keep) or len(pool.members) > 1 else needed * len(grids)
     which = " and ".join(str(i + 1) for i in tokens)
+    others = ", beside one for each other reference" if needed > taken else ""
     return (
         f"keep is {own!r}, which is {pool.tokens} of {size} tokens, and the coarsest overview (by {COARSEST}) of "
-        f"reference {which} takes {needed}: pass keep={keep:g} or more, or overview=None."
+        f"reference {which} takes {taken}{others}: pass keep={keep:g} or more, or overview=None."
     )

@@ -150,12 +150,13 @@ class Selection:
         return sum(kept.total for kept in self.references)
 
     def to_dict(self) -> dict[str, object]:
-        """Counts, selectors and cost, for JSON. The arrays stay here."""
+        """Counts, selectors, cost and `remarks`, for JSON. The arrays stay here."""
         return {
             "task": self.task,
             "kept": self.kept,
             "total": self.total,
             "seconds": self.seconds,
+            "remarks": self.remarks,
             "references": [
                 {
                     "grid": list(kept.usual or kept.grid),
@@ -260,7 +261,7 @@ def select_tokens(
     start = time.perf_counter()
     batches = _check_pictures(images, grids)
     plan = plan_selection(config, grids, [len(batch) > 0 for batch in batches], trained, place)
-    plan, batches = _enlarge(plan, batches, config.reference_max_pixels, large)
+    plan, batches = _enlarge(plan, batches, config, large)
     reading = _prepare_selectors(plan.selectors)  # a net, once, which is not what choosing costs
     scores, found = score_references(plan, batches, config.seed, shows_picture, score)
     overviews, enough, errors = _enough(plan, batches, scores, config.psnr)
@@ -285,9 +286,12 @@ def select_tokens(
     columns = index, scores, plan.labels, pictures, into, plan.tasks, overviews, reached, usual, phrases, found
     kept = tuple(map(Kept, plan.grids, *columns))
     task = config.task if isinstance(config.task, str) else ", ".join(dict.fromkeys(plan.tasks))
-    least = trained.keep[0] if trained is not None and trained.keep else 0.0
-    if sum(each.count for each in kept) < math.floor(least * sum(plan.sizes)):
+    least, most = trained.keep if trained is not None and trained.keep else (0.0, 1.0)
+    count, total = sum(each.count for each in kept), sum(plan.sizes)
+    if count < math.floor(least * total):
         plan.notes.append(f"the weights were trained with {100 * least:g} % of the tokens and more")
+    elif math.ceil(most * total) < count < total:
+        plan.notes.append(f"the weights were trained with {100 * most:g} % of the tokens and fewer")
     seconds = time.perf_counter() - start - reading
     return Selection(kept, task, tuple(plan.coverages), seconds, tuple(plan.notes))
 
@@ -295,16 +299,17 @@ def select_tokens(
 def _enlarge(
     plan: Plan,
     batches: list[list[np.ndarray]],
-    pixels: int | None,
+    config: SparseContextConfig,
     large: Callable[[int], Large | None] | None,
 ) -> tuple[Plan, list[list[np.ndarray]]]:
-    """The plan and the pictures, with those of larger references in their place where `pixels` asks for them."""
+    """The plan and the pictures, with those of larger references in their place where the config asks for them."""
+    pixels = config.reference_max_pixels
     if pixels is None:
         return plan, batches
     if large is None:
         raise ValueError(f"reference_max_pixels is {pixels}, but there are no larger pictures here: leave it out.")
     found = {i: large(i) for i, overview in enumerate(plan.overviews) if overview is not None}
-    plan = enlarge_plan(plan, {i: each.grid for i, each in found.items() if each is not None}, pixels)
+    plan = enlarge_plan(plan, {i: each.grid for i, each in found.items() if each is not None}, pixels, config.merge > 0)
     larger = [found.get(i) for i in range(len(batches))]
     return plan, [batch if each is None else [*each.picture] for batch, each in zip(batches, larger, strict=True)]
 
@@ -332,6 +337,7 @@ def _enough(
             enough[i], errors[i] = min(count, plan.sizes[i]), error
         else:
             enough[i], overviews[i] = plan.sizes[i], None
+            plan.notes.append(f"reference {i + 1} has no overview, because {psnr:g} dB take all of its tokens")
     return overviews, enough, errors
 
 

@@ -25,7 +25,7 @@ ATTRIBUTE = "_sparse_context_trained"  # of a module whose weights these are
 
 @dataclass(frozen=True)
 class Trained:
-    """What weights were trained for. Raises ValueError for a factor, a layout or a task that is none.
+    """What weights were trained for. Raises ValueError, with the value, for what is no such thing.
 
     factors: of overviews, ascending; empty where they never saw one. layout: of these. kv: whether references go
     through the model once a call. keep: least and greatest share of tokens that was kept, overviews included. These two
@@ -47,6 +47,13 @@ class Trained:
             )
         if self.layout not in LAYOUTS:
             raise ValueError(f"The layout of overviews is {self.layout!r}: choose one of {', '.join(LAYOUTS)}.")
+        if self.kv not in (None, True, False):
+            raise ValueError(f"kv is {self.kv!r}: pass True or False, or None where nobody says.")
+        if self.keep is not None and not 0 <= self.keep[0] <= self.keep[1] <= 1:
+            raise ValueError(
+                f"The share of tokens that was kept runs from {self.keep[0]!r} to {self.keep[1]!r}: pass two numbers "
+                "from 0 to 1, the smaller one first."
+            )
         if not set(self.tasks) <= set(MEANINGS):
             raise ValueError(f"The tasks of overviews are {[*self.tasks]!r}: choose of {', '.join(MEANINGS)}.")
         object.__setattr__(self, "factors", tuple(sorted(set(self.factors))))
@@ -113,45 +120,51 @@ def trained_for(model: Any, kv: bool = False) -> Trained | None:
     A LoRA counts while it is active or merged, with a scale other than 0; once it is merged and then unloaded, nobody
     can tell. kv: the mode that the model runs in. Several weights count as `combine` says.
     """
-    return combine(_notes(model), kv)
+    own, adapters = _notes(model)
+    return combine(adapters, kv, own)
 
 
-def combine(notes: Iterable[Trained], kv: bool = False) -> Trained | None:
+def combine(notes: Iterable[Trained], kv: bool = False, base: Trained | None = None) -> Trained | None:
     """What several weights that are in effect together were trained for; None where there are none.
 
-    Of several that know overviews, the factors and the tasks that all of them know count, if their layouts are one. kv:
-    the mode that the model runs in; weights that were trained for the other one do not count.
+    The factors and the tasks that all of them know count, if their layouts are one. base: what those under LoRAs were
+    trained for; a LoRA may teach overviews to a base that knows none. kv: the mode that the model runs in; weights that
+    were trained for the other one do not count.
     """
-    noted = {trained for trained in notes if trained.kv in (None, kv)}
+    loras = {trained for trained in notes if trained.kv in (None, kv)}
+    noted = loras | ({base} if base is not None and base.kv in (None, kv) else set())
     if not noted:
         return None
     showing = [trained for trained in noted if trained.factors]
-    layouts = {trained.layout for trained in showing}
-    factors = set.intersection(*(set(trained.factors) for trained in showing)) if len(layouts) == 1 else set()
+    agree = len({trained.layout for trained in showing}) == 1 and loras <= {*showing}
+    factors = set.intersection(*(set(trained.factors) for trained in showing)) if agree else set()
     named = [set(trained.tasks) for trained in showing if trained.tasks]
     tasks = set.intersection(*named) if named else set()
     if named and not tasks:
         factors = set()
     ranges = [trained.keep for trained in noted if trained.keep is not None]
+    least = max((least for least, _ in ranges), default=0.0)
+    most = min((most for _, most in ranges), default=1.0)
     return Trained(
         factors=tuple(factors),
-        layout=layouts.pop() if factors else "spread",
+        layout=showing[0].layout if factors else "spread",
         kv=kv,
-        keep=(max(least for least, _ in ranges), min(most for _, most in ranges)) if ranges else None,
+        keep=(least, most) if ranges and least <= most else None,
         tasks=tuple(tasks) if factors else (),
     )
 
 
-def _notes(model: Any) -> Iterator[Trained]:
+def _notes(model: Any) -> tuple[Trained | None, list[Trained]]:
+    """What was noted on a model's own weights, and on those of its LoRAs that are in effect."""
     if model is None:
-        return
-    own = vars(_plain(model))
-    yield from [own[ATTRIBUTE]] if ATTRIBUTE in own else []
+        return None, []
+    adapters = []
     for layer in _layers_with(model):
         active = () if layer.disable_adapters else layer.active_adapters
         for name in {*active, *layer.merged_adapters} & layer.lora_A.keys():
             if ATTRIBUTE in vars(layer.lora_A[name]) and layer.scaling[name] != 0:
-                yield vars(layer.lora_A[name])[ATTRIBUTE]
+                adapters.append(vars(layer.lora_A[name])[ATTRIBUTE])
+    return vars(_plain(model)).get(ATTRIBUTE), adapters
 
 
 def _plain(model: Any) -> Any:

@@ -293,7 +293,7 @@ def test_a_reference_that_is_no_larger_is_as_it_is_without(name):
     without = host.call(references)
     host.apply()
     assert torch.equal(host.call(references), without)
-    assert "reference 1 has its usual size, because it is not larger" in str(last_selection(host.pipe))
+    assert "reference 1 has its usual size, because it is no larger PIL picture" in str(last_selection(host.pipe))
 
 
 @pytest.mark.parametrize("name", cases("klein", "kontext"))

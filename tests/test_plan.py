@@ -156,9 +156,16 @@ def test_auto_takes_what_the_weights_know(known, keep, factor):
 
 
 def test_the_report_says_which_overviews_the_weights_did_not_learn():
-    assert notes([(16, 16)], BY_2_AND_4, keep=0.2, overview=4) == []
+    spread = "overviews are laid out as 'spread', because the weights learned them so"
+    assert notes([(16, 16)], BY_2_AND_4, keep=0.2, overview=4) == [spread]
+    assert notes([(16, 16)], BY_2_AND_4, keep=0.2, overview=4, overview_layout="spread") == []
     assert notes([(16, 16)] * 2, BY_2_AND_4, keep=0.2, overview=[4, 8]) == [
-        "the overview of reference 2 is by 8, and the weights learned overviews by 2 or 4"
+        spread,
+        "the overview of reference 2 is by 8, and the weights learned overviews by 2 or 4",
+    ]
+    edits = Trained((4,), tasks=("edit",))
+    assert notes([(16, 16)] * 2, edits, keep=0.2, overview=4, task=["edit", "subject"])[1:] == [
+        "the overview of reference 2 is of task subject, and the weights learned those of task edit"
     ]
     assert notes([(16, 16)], BY_2_AND_4, keep=0.2, overview=4, overview_layout="reference") == [
         "overviews are laid out as 'reference', and the weights learned 'spread'"
@@ -218,6 +225,28 @@ def test_beside_an_overview_a_task_has_a_rule_of_its_own(task, count, label):
     plan = plan_selection(Config(task=task, overview=4), [(8, 8)] * count)
     assert plan.labels == [label] * count and plan.coverages == [0.0] * count
     assert "residual" not in plan_selection(Config(task=task), [(8, 8)]).labels[0]
+
+
+def test_auto_takes_sharp_tokens_where_the_overview_is_wrong_whatever_the_task():
+    """It aims at decibels of the whole picture, so that another order would take more tokens."""
+    for task in ("edit", "global", "subject"):
+        plan = plan_selection(Config(task=task, overview=4, keep=["auto", 0.3]), [(8, 8)] * 2)
+        assert plan.labels[0] == "residual" and plan.coverages[0] == 0.0
+    assert plan.labels[1] == "subject"
+    assert plan_selection(Config(selector="edges", overview=4, keep="auto"), [(8, 8)]).labels == ["edges"]
+
+
+def test_a_pool_of_references_holds_a_token_for_each_that_has_no_overview():
+    """Else a default would have a call fail that works without it."""
+    joint = {"share": "joint"}
+    assert factors([(16, 16)] * 2, Trained((4,)), shown=[True, False], keep=0.03125, **joint) == [None, None]
+    assert factors([(16, 16)] * 2, Trained((4,)), shown=[True, False], keep=17, **joint) == [4, None]
+    assert factors([(16, 16)] * 2, keep=8, overview=[4, None], **joint) == [8, None]
+    assert factors([(16, 16)] * 2, keep=16, overview=[4, None], floor=0, **joint) == [4, None]
+    says = "of reference 1 takes 1, beside one for each other reference: pass keep=0.0118 or more"
+    with pytest.raises(ValueError, match=says):
+        factors([(8, 8)] * 2, keep=0.008, overview=[4, None], **joint)
+    assert factors([(8, 8)] * 2, keep=0.0118, overview=[4, None], **joint) == [8, None]
 
 
 def test_a_residual_is_that_of_the_overview():
@@ -364,6 +393,7 @@ def test_where_both_parts_would_be_all_tokens_these_are_kept_alone():
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     selection = select_tokens([picture], [(8, 8)], Config(keep="auto", overview=2, psnr=60))
     assert selection.kept == 64 and selection.overviews == {} and len(selection.index) == 64
+    assert "reference 1 has no overview, because 60 dB take all of its tokens" in selection.to_dict()["remarks"]
 
 
 def test_auto_of_a_batch_is_for_its_worst_picture_and_padding_does_not_count():

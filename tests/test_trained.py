@@ -68,6 +68,9 @@ def test_a_record_of_before_knows_no_overviews():
         ({"overview": 4}, "cannot be read"),
         ({"keep": [0.1]}, "cannot be read"),
         ({"keep": "much"}, "could not convert|cannot be read"),
+        ({"keep": [5, 7]}, r"kept runs from 5.0 to 7.0: pass two numbers from 0 to 1"),
+        ({"keep": [0.4, 0.1]}, r"kept runs from 0.4 to 0.1: .*, the smaller one first"),
+        ({"kv": "yes"}, "kv is 'yes': pass True or False"),
     ],
 )
 def test_a_record_that_says_it_in_another_way_is_refused(record, says):
@@ -164,10 +167,23 @@ def test_several_count_for_what_they_have_in_common(transformer):
     assert trained_for(transformer) == Trained((2, 4, 8), kv=False, keep=(0.02, 0.4))
     add(transformer, "overview", BY_4)
     add(transformer, "dropping", Trained((), kv=False, keep=(0.1, 1.0)))
+    assert trained_for(transformer) == Trained((), kv=False, keep=(0.1, 0.4))  # the one that is active
     transformer.set_adapters(["overview", "dropping"])
+    assert trained_for(transformer) == Trained((), kv=False, keep=(0.1, 0.4))
+    note_trained(transformer, Trained((4, 8), keep=(0.1, 1.0)), "dropping")
     assert trained_for(transformer) == Trained((4,), kv=False, keep=(0.1, 0.4))
+    note_trained(transformer, Trained((2, 4, 8), keep=(0.5, 0.9)))  # which no share is within
+    note_trained(transformer, Trained((4,), keep=(0.1, 0.4)), "dropping")
+    assert trained_for(transformer) == Trained((4,), kv=False)
     note_trained(transformer, Trained((4,), "reference"), "overview")
     assert trained_for(transformer).factors == ()
+
+
+def test_a_lora_may_teach_overviews_to_a_base_that_knows_none(transformer):
+    note_trained(transformer, Trained(keep=(0.1, 1.0)))
+    assert trained_for(transformer).factors == ()
+    add(transformer, "overview", BY_4)
+    assert trained_for(transformer).factors == (4,)
 
 
 def test_what_was_trained_for_another_mode_does_not_count(transformer):

@@ -329,7 +329,7 @@ def test_a_larger_size_reaches_the_selection(command):
     asked = ["--overview", "4", "--reference-max-pixels", "40000", "--output", "o.png"]
     code, out, err = command("generate", "-m", "{model}", "--prompt", "x", "--image", "{in}/a.png", *asked)
     assert code == 0, err
-    assert "reference 1 has its usual size, because it is not larger" in out + err
+    assert "reference 1 has its usual size, because it is no larger PIL picture" in out + err
 
 
 def test_kept_tokens_lie_within_the_masks(generate):
