@@ -91,6 +91,21 @@ def test_as_many_ratios_lie_below_few_as_above_and_a_ratio_counts_the_overview()
     assert by_2.min() >= 0.25  # what the overview takes is above that already
 
 
+@pytest.mark.parametrize(
+    ("settings", "share", "below"),
+    [
+        ({}, 0.882, 0.5),  # by 2 or 4: 0.45 of the sets are by 2, and so above; of those alone 0.125 are by 4
+        ({"overview_factors": (4,)}, 1 / 3, 0.5),  # a quarter is alone
+        ({"overview_factors": (2,)}, 0.9, 0.09),  # only the tenth without an overview may lie below
+        ({"overview_factors": (4,), "overview_alone": 0.9}, 0.1, 0.91),
+    ],
+)
+def test_few_are_as_frequent_as_more_as_far_as_overviews_leave_the_choice(settings, share, below):
+    assert Dropping(**{"overview_factors": (2, 4)} | settings).few_share == pytest.approx(share, abs=1e-3)
+    kept = np.array([s.kept / s.total for s in draws(1000, dense=0.0, mix={"uniform": 1}, **settings)])
+    assert abs((kept < 0.15).mean() - below) < 3 * np.sqrt(below * (1 - below) / 1000) + 0.01
+
+
 def test_without_an_overview_as_many_lie_below_few_too():
     drawn = draws(1500, dense=0.0, overview_none=1.0, overview_alone=0.0)
     kept = np.array([s.kept / s.total for s in drawn])

@@ -92,6 +92,9 @@ MIX = {"random": 0.4, "blobs": 0.15, "bands": 0.05, "edges": 0.15, "saliency": 0
 FEW = 0.15
 """Where overviews are trained, as many ratios lie below this as above: with them so few tokens are of use."""
 
+FEWEST = 0.1
+"""No rarer is either side of `FEW`, among the sets that may lie on both."""
+
 
 @dataclass(frozen=True)
 class Dropping:
@@ -106,8 +109,8 @@ class Dropping:
     they lie, of `overview.LAYOUTS`. Of the batches that drop, overview_none is the share without an overview, and
     overview_alone that with nothing beside it; in the others there are sharp tokens too. overview_residual: the share
     of these whose sharp tokens are those that the overview shows worst; `mix` chooses the others. The keep ratio counts
-    both parts, so it is at least what the overview takes; as many ratios lie below `FEW` as above, log-uniform on
-    either side, unless the range lies on one side of it.
+    both parts, so it is at least what the overview takes; as many ratios lie below `FEW` as above, as far as overviews
+    leave the choice (`few_share`), log-uniform on either side.
     """
 
     keep_min: float = 0.05
@@ -167,6 +170,17 @@ class Dropping:
                     f"overview_factors has {factor}, which takes {factor**-2:g} of the tokens, and keep_max is "
                     f"{self.keep_max!r}: pass a larger one, or a larger factor."
                 )
+
+    @property
+    def few_share(self) -> float:
+        """How often a ratio that may lie on either side of `FEW` lies below, so that half of all do: an overview that
+        takes more is above it with all its sets, and one that takes less is below it where it is alone. But no side is
+        ever left out."""
+        coarse = sum(factor**-2 < FEW for factor in self.overview_factors) / max(1, len(self.overview_factors))
+        beside = 1 - self.overview_none - self.overview_alone
+        either = self.overview_none + beside * coarse
+        wanted = (0.5 - self.overview_alone * coarse) / either if either else 0.5
+        return min(max(wanted, FEWEST), 1 - FEWEST)
 
     def trained(self, kv: bool = False) -> Trained:
         """What weights are trained for by this."""
@@ -242,7 +256,8 @@ def _ratios(
             takes = coarse[0] * coarse[1] / (rows * columns)  # more than 1 / factor**2 where the last cells are cut
             low, high = (takes, takes) if alone else (max(low, takes), max(high, takes))
         if dropping.overview_factors and low < FEW < high:
-            low, high, place = (low, FEW, 2 * place) if place < 0.5 else (FEW, high, 2 * place - 1)
+            few = dropping.few_share
+            low, high, place = (low, FEW, place / few) if place < few else (FEW, high, (place - few) / (1 - few))
         ratio = math.exp(math.log(low) + (math.log(high) - math.log(low)) * place)
         ratios.append(min(max(ratio, low), high))
     return ratios
