@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import diffusers.utils.dynamic_modules_utils as dynamic_modules
@@ -23,8 +24,8 @@ from diffusers.commands.custom_blocks import CustomBlocksCommand
 from PIL import Image
 from tiny import build_flux2, build_flux2_modular, call_flux2, call_flux2_modular, picture, watch_inputs
 
-from sparse_context import apply_sparse_context, last_selection, mask
-from sparse_context.families.flux2.modular import SparseContextStep, insert_sparse_context
+from sparse_context import SparseContextConfig, apply_sparse_context, last_selection, mask
+from sparse_context.families.flux2.modular import DIALS, SparseContextStep, _all_blocks, insert_sparse_context
 
 PACKAGED = Path(__file__).parents[1] / "examples" / "flux2_modular"
 BLOCKS = {
@@ -130,6 +131,35 @@ def test_bad_settings_are_one_sentence(references):
         insert_sparse_context(insert_sparse_context(Flux2KleinAutoBlocks()))
     with pytest.raises(ValueError, match="have no step that makes image_latent_ids: pass FLUX.2's blocks"):
         insert_sparse_context(Flux3AutoBlocks())
+
+
+def watched(run, kept):
+    """A step's call that leaves its selection in the list, too."""
+
+    def call(step, components, state):
+        result = run(step, components, state)
+        kept.append(state.get("selection"))
+        return result
+
+    return call
+
+
+def test_a_call_takes_every_setting_and_what_is_not_passed_stays_at_its_default(references, monkeypatch):
+    assert set(DIALS) == {field.name for field in fields(SparseContextConfig)}
+    assert {each.name: each.default for each in SparseContextStep().inputs if each.name in DIALS} == {
+        field.name: field.default for field in fields(SparseContextConfig)
+    }
+    built = build_flux2_modular(insert_sparse_context(Flux2KleinAutoBlocks()))
+    settings = {"keep": "auto", "overview": 4, "selector": "residual"}
+    kept = []
+    step = next(block for block in _all_blocks(built.blocks) if isinstance(block, SparseContextStep))
+    monkeypatch.setattr(type(step), "__call__", watched(type(step).__call__, kept))
+    for psnr in (10.0, 30.0):
+        call_flux2_modular(built, references, **settings, psnr=psnr)
+    few, many = kept
+    assert few.kept < many.kept and all(each.psnr >= 30 for each in many.references if each.overview)
+    with pytest.raises(ValueError, match="reference_max_pixels is 5000000, but .* takes references in its own size"):
+        call_flux2_modular(built, references, **settings, reference_max_pixels=5_000_000)
 
 
 def test_inserting_leaves_the_given_blocks_alone():

@@ -53,7 +53,7 @@ def main() -> None:
         with _quiet():
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (ValueError, GenerationError, OSError) as error:
-        _fail(str(error) or type(error).__name__)
+        _fail(_said(error))
     except (KeyboardInterrupt, EOFError):
         sys.exit(130)
     except Exception as error:
@@ -80,8 +80,12 @@ def _quiet() -> Iterator[None]:
 PARAMETERS = {
     "check_samples": "train --check-data",
     "cpu_offload": "--cpu-offload",
+    "guidance_scale": "--guidance-scale",
     "lora_scale": "--lora-scale",
+    "overview_layout": "--overview-layout",
     "random_weights": "--random-weights",
+    "reference_max_pixels": "--reference-max-pixels",
+    "text_model": "--text-model",
     "train_batch_size": "--train-batch-size",
     "validation_data": "--validation-data",
     "resume='latest'": "--resume latest",
@@ -91,7 +95,18 @@ PARAMETERS = {
 _PARAMETER = re.compile(rf"(?<![\w/\\.'-])(?:{'|'.join(map(re.escape, PARAMETERS))})(?![\w/\\'-]|\.\w)")
 
 
+def _said(error: Exception) -> str:
+    """What an error says. One of the system's own names a file at most, and no way out."""
+    if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):
+        where = "The output" if error.filename is None else str(error.filename)
+        return f"{where} cannot be used ({error.strerror}): name another file or folder, or make room there."
+    return str(error) or type(error).__name__
+
+
 def _fail(message: str) -> None:
-    said = _PARAMETER.sub(lambda found: PARAMETERS[found[0]], " ".join(message.split()))
-    print(f"sparse-context: {said}", file=sys.stderr)
+    said = " ".join(message.split())
+    if not said.startswith("The settings "):  # of a file, whose keys are Python's names
+        said = _PARAMETER.sub(lambda found: PARAMETERS[found[0]], said)
+    if sys.stderr is not None:  # closed, in which case `print` would take stdout
+        print(f"sparse-context: {said}", file=sys.stderr)
     sys.exit(2)

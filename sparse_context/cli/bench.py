@@ -74,6 +74,7 @@ def bench(
         ("--quality", quality is not None),
         ("--turns", turns != TURNS),
         ("--minutes", minutes != MINUTES),
+        ("--device", device is not None),
     ):
         if given and predict:
             raise ValueError(f"{useless} is for what is timed: leave it or --predict out.")

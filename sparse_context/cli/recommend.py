@@ -97,6 +97,7 @@ def recommend(
             open_picture(path)
         samples = [Sample("scene", chosen.request.prompt, tuple(image or []))]
 
+    from ..config import SparseContextConfig
     from ..evaluation.evaluate import open_folder
     from ..evaluation.recommend import KEEPS, TASKS, recommend
     from ..evaluation.tolerance import find_tolerance
@@ -107,6 +108,9 @@ def recommend(
     bounds = find_tolerance(tolerance)
     ratios = KEEPS if keeps is None else [_ratio(text) for text in keeps.split(",")]
     factors = None if overviews is None else [options.read_overview(text) for text in overviews]
+    for setting, values in (("keep", ratios), ("task", tasks or ()), ("overview", factors or ())):
+        for value in values:
+            SparseContextConfig(**{setting: value})  # raises before anything is made
     for sample in samples:
         check_references(chosen.spec.model, len(sample.references), inpaint=False)
     options.hide_loading_bars()

@@ -63,7 +63,7 @@ def serve(
     ] = None,
     gpus: options.Gpus = 0.0,
     ray_config: Annotated[
-        Path | None, typer.Option(help="With --ray: write a Serve config file for a cluster, and serve nothing.")
+        Path | None, typer.Option(help="Write a Serve config file for a Ray cluster, and serve nothing.")
     ] = None,
 ) -> None:
     """Serve a model over HTTP: POST /v1/images/edits as the official openai client calls it. What to keep, and the
@@ -73,11 +73,14 @@ def serve(
     chosen = options.settings_of(context, settings)
     if cache < 0:
         raise ValueError(f"--cache is {cache}: pass MiB, or 0 for none.")
+    for option, number in (("--max-body", max_body), ("--max-references", max_references)):
+        if number < 1:
+            raise ValueError(f"{option} is {number}: pass 1 or more.")
     call = {name: getattr(chosen.request, name) for name in CALL}
     bounds = Settings(
         name=served_model_name or _name(chosen.spec.model),
         config=chosen.request.config,
-        keep_high=options.read_keep(keep_high),
+        keep_high=_keep_high(keep_high),
         call={name: value for name, value in call.items() if value is not None},
         api_key=_key(api_key_file),
         host=host,
@@ -104,6 +107,8 @@ def serve(
         fleet = on_ray.Replicas(replicas, max_replicas, threads_of(max(1, max_replicas or replicas)), gpus, cache)
         if ray_config is None:
             return on_ray.run(chosen.spec, bounds, port, fleet)
+        if ray_config.exists():
+            raise ValueError(f"{ray_config} is there and would be overwritten: give --ray-config another name.")
         on_ray.write_config(ray_config, chosen.spec, bounds, port, fleet)
         print(f"wrote {ray_config}: serve deploy {ray_config}")
         return
@@ -114,10 +119,22 @@ def serve(
     run(Engine(chosen.spec, bar=False, cache=ReferenceCache(cache * 2**20) if cache else None), bounds, port)
 
 
+def _keep_high(text: str) -> float | int | str:
+    """A budget. Raises ValueError, under the option's own name, for one that is none."""
+    from ..config import SparseContextConfig
+
+    try:
+        keep = options.read_keep(text)
+        SparseContextConfig(keep=keep)
+    except ValueError as error:
+        raise ValueError(f"--keep-high: {error}") from None
+    return keep
+
+
 def _pixels(option: str, megapixels: float) -> int:
-    """Megapixels as pixels. Raises ValueError for none, and for no number of them."""
-    if not 0 < megapixels < math.inf:
-        raise ValueError(f"--{option} is {megapixels:g}: pass a number above 0.")
+    """Megapixels as pixels, 1 or more. Raises ValueError for no such number."""
+    if not 1e-6 <= megapixels < math.inf:
+        raise ValueError(f"--{option} is {megapixels:g}: pass a number above 0, of a pixel at least (0.000001).")
     return round(megapixels * 1e6)
 
 
@@ -129,7 +146,11 @@ def _name(model: str | None) -> str:
 
 
 def _key(file: Path | None) -> str | None:
-    text = os.environ.get(KEY_VARIABLE, "") if file is None else file.read_text(encoding="utf-8")
+    try:
+        text = os.environ.get(KEY_VARIABLE, "") if file is None else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ValueError(f"--api-key-file {file} cannot be read ({reason}): name a text file with the key.") from None
     if file is not None and not text.strip():
         raise ValueError(f"The file {file} holds no API key: write one of 16 characters or more into it.")
     return text.strip() or None

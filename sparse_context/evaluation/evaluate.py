@@ -43,6 +43,8 @@ from .metrics import Metric, measure
 from .report import SHOWN
 from .statistics import summarise
 
+LAST_SEED = 2**63 - 1
+
 
 def fingerprint(pipe: Any) -> str:
     """What the weights of a pipeline, adapters included, are told apart by: some values of every tensor of its parts.
@@ -113,6 +115,11 @@ def evaluate(
     for name in cells if keep_outputs else ():
         if not all(output_of(folder, name, sample).is_file() for sample in names[: counts[name]]):
             done[name] = None
+    if (last := seed + counts[DENSE] - 1) > LAST_SEED:
+        raise ValueError(
+            f"seed is {seed}, and that of the last of {counts[DENSE]} samples would be {last}: pass a seed of at most "
+            f"{LAST_SEED - counts[DENSE] + 1}."
+        )
     if any(rows is None for rows in done.values()):
         masked = [counts[n] for n, cell in cells.items() if done[n] is None and _asks_for_masks(cell.config)]
         phrased = [counts[n] for n, cell in cells.items() if done[n] is None and _asks_for_phrases(cell.config)]

@@ -122,6 +122,13 @@ class Samples(Sequence[Sample]):
         found = [_shard(sample) for sample in self]
         return None if None in found else found  # type: ignore[return-value]
 
+    @property
+    def aligned(self) -> bool | None:
+        """Whether any sample is aligned; None where rows are made when they are taken, and so nobody knows."""
+        if not isinstance(self._rows, list):
+            return None
+        return any(row.aligned for _, row in self._rows if not isinstance(row, list))
+
     def __len__(self) -> int:
         return len(self._rows)
 

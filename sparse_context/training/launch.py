@@ -156,6 +156,11 @@ def open_data(
     resolution, reference_resolution = run.sides.values()
     shown = [open_example(sample, resolution, reference_resolution) for sample in held_out]
     check_pictures(samples)
+    if config.teach and samples.aligned is False:
+        raise ValueError(
+            f'teach is {config.teach!r}, but no row of {data} says where heads are to look: write "aligned": true in '
+            "rows whose image keeps the layout of its first reference, or leave teach and teach_heads out."
+        )
     return samples, shown, spec
 
 

@@ -162,6 +162,17 @@ def is_alive(pid):
         return False
 
 
+def test_pictures_have_the_format_that_is_asked_for(tmp_path, tiny_model):
+    write_jobs(tmp_path, ROWS[:1])
+    command = [sys.executable, "-m", "sparse_context", "batch", "jobs.jsonl", "--output", "out", "-m", str(tiny_model)]
+    command += ["--dtype", "float32", "--device", "cpu", "--steps", "1", "--format", "webp"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (made,) = (tmp_path / "out").rglob("one.*p")
+    with Image.open(made) as picture:
+        assert picture.format == "WEBP"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
 def test_a_command_that_is_killed_leaves_no_worker_and_goes_on_where_it_was(tmp_path, tiny_model):
     command, run = start(tmp_path, tiny_model)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_context.cli import _fail
+from sparse_context.cli import _fail, _said
 
 PICTURES = {
     "missing.png": "does not exist",
@@ -43,7 +43,7 @@ CHOICES = {
     "--overview four": "overview is 'four': pass a factor such as 4, auto, trained or none",
     "--overview 4 --overview 4": "--overview has 2 values for 1 references",
     "--overview 4 --merge 0.5": "merge is 0.5 and overview 4: leave one of the two out",
-    "--overview 4 --overview-layout over": "overview_layout is 'over': choose one of spread, reference",
+    "--overview 4 --overview-layout over": "--overview-layout is 'over': choose one of spread, reference",
     "--share mine": "share is 'mine': choose 'joint' or 'equal'",
     "--floor -1": "floor is -1",
     "--mask {in}/band.png": "has 96x64 pixels but its picture has 64x64; resize the mask",
@@ -98,21 +98,41 @@ def test_a_bad_choice(refused, face, options, says):
         "generate --prompt x --image {in}/a.png --mask {in}/corner.png --compare {in}/corner.png": "is also an input",
         "select {in}/a.png {in}/b.png --output {in}/b.png": "b.png is also an input",
         "generate --prompt x --show-tokens no/t.png": "the folder",
-        "generate --prompt x --image {in}/a.png --overview 4 --reference-max-pixels 0": "reference_max_pixels is 0",
+        "generate --prompt x --image {in}/a.png --overview 4 --reference-max-pixels 0": "--reference-max-pixels is 0",
         "generate --prompt x --image {in}/a.png --overview none --reference-max-pixels 9": "only an overview shows",
         "generate --prompt x --compare c.bmp": "end it in .png",
         "serve --port 70000": "port is 70000: pass a number from 0 to 65535.",
+        "serve --max-body 0": "--max-body is 0: pass 1 or more.",
+        "serve --max-references -3": "--max-references is -3: pass 1 or more.",
+        "serve --max-megapixels nan": "--max-megapixels is nan: pass a number above 0",
+        "serve --max-output-megapixels 1e-9": "--max-output-megapixels is 1e-09: pass a number above 0",
+        "serve --queue 0": "queue is 0: pass 1 or more.",
+        "serve --deadline inf": "deadline is inf: pass a number of seconds above 0.",
+        "serve --cache -1": "--cache is -1: pass MiB, or 0 for none.",
+        "serve --batch many": "batch is 'many': pass a number of pictures, or auto.",
+        "serve --keep-high nan": "--keep-high: keep is nan: pass a ratio",
+        "serve --api-key-file nope": "--api-key-file nope cannot be read (No such file or directory): name a text file",
+        "serve --api-key-file {in}": "cannot be read (Is a directory): name a text file with the key.",
+        "serve --api-key-file {in}/a.png": "a.png cannot be read (it is no text): name a text file with the key.",
+        "serve --ray-config {in}/a.png": "a.png is there and would be overwritten: give --ray-config another name.",
         "serve --replicas 2": "--replicas is for replicas on Ray: pass --ray too, or leave it out.",
         "serve --max-replicas 2": "--max-replicas is for replicas on Ray",
         "serve --gpus 1": "--gpus is for replicas on Ray",
         "batch {in}/text.png --output o --gpus 1": "--gpus is for workers on Ray: pass --ray too, or leave it out.",
         "bench --predict --plot p.png": "--plot is for what is timed: leave it or --predict out.",
+        "bench --predict --device cpu": "--device is for what is timed: leave it or --predict out.",
         "bench --predict --turns 3": "--turns is for what is timed",
         "bench --predict --minutes 3": "--minutes is for what is timed",
         "bench --quality q.json": "--quality is for the plot: pass --plot too, or leave it out.",
         "bench --output p.png --plot ./p.png": "name the same file: give each its own.",
         "bench --output q.json --plot p.png --quality q.json": "name the same file: give each its own.",
         "bench --output no/where.json": "no' does not exist; make it first",
+        "recommend --image {in}/a.png --prompt x --output r --overview 99": "overview is 99: pass a factor",
+        "recommend --image {in}/a.png --prompt x --output r --task foo": "task is 'foo': choose one of",
+        "recommend --image {in}/a.png --prompt x --output r --keep nan": "keep is nan: pass a ratio",
+        "recommend --image {in}/a.png --prompt x --output r --keep 5": "pass",
+        "demo --output {in}/a.png": "a.png",
+        "batch {in}/text.png --output o --format tiff": "format is 'tiff': choose png, jpg or webp.",
         "recommend --data d.jsonl --prompt x": "--data has prompts of its own: leave --prompt out.",
         "evaluate --benchmark pie-bench --data d --split test": "pie-bench has a layout of its own: leave --split",
     }.items(),
@@ -140,6 +160,27 @@ def test_names_of_python_are_printed_as_options_but_not_within_paths(capsys):
         _fail("lora_scale is 2: set cpu_offload, not 'lora_scale' in a/lora_scale.png or lora_scale.")
     said = "--lora-scale is 2: set --cpu-offload, not 'lora_scale' in a/lora_scale.png or --lora-scale."
     assert capsys.readouterr().err == f"sparse-context: {said}\n"
+
+
+def test_keys_of_a_settings_file_keep_their_names(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        _fail("The settings a.json: lora_scale is inf")
+    assert capsys.readouterr().err == "sparse-context: The settings a.json: lora_scale is inf\n"
+
+
+def test_what_the_system_says_has_a_way_out_and_no_number():
+    assert _said(FileExistsError(17, "File exists", "out")) == (
+        "out cannot be used (File exists): name another file or folder, or make room there."
+    )
+    assert _said(OSError(28, "No space left on device")).startswith("The output cannot be used (No space left")
+    assert _said(FileNotFoundError("x.png does not exist.")) == "x.png does not exist."
+
+
+def test_without_stderr_an_error_is_not_printed_among_results(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with pytest.raises(SystemExit, match="2"):
+        _fail("keep is 2")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

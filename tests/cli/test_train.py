@@ -499,6 +499,7 @@ BAD = [
     (["--data", "{data}/good.jsonl", "--set", "caption_column=text"], "line 1 has no 'text'"),
     (["-m", "nowhere/at all"], "nowhere/at all"),
     (["--resume", "best"], "resume is 'best'"),
+    (["--set", "teach=0.1", "--set", "teach_heads=1.0"], 'good.jsonl says where heads are to look: write "aligned"'),
     (["--set", "mixed_precision=fp16"], "mixed_precision is 'fp16'"),
     (["--set", "dtype=int8"], "dtype is 'int8'"),
     (["--set", "report_to=wandb"], "report_to is 'wandb'"),

@@ -33,7 +33,25 @@ from ..modular import attach_step, insert_behind
 from ..pictures import mask_of, to_uint8
 from .drop import place_overviews
 
-DIALS = ("keep", "selector", "task", "overview_layout", "coverage", "merge")  # of a step; None leaves each
+DIALS: dict[str, tuple[Any, str]] = {
+    "keep": (None, "Ratio, count or 'auto', or a list with one each."),
+    "selector": (None, "What makes a token matter; the task decides where it is None."),
+    "task": (None, "'edit', 'global', 'subject' or 'auto', or a list with one each."),
+    "overview": (None, "A small copy: factor, 'auto', 'trained' or None."),
+    "phrases": (None, "What you mean in each reference, which a model finds."),
+    "text_model": (str, "The model that finds phrases."),
+    "overview_layout": (str, "'spread' or 'reference'; None: as trained."),
+    "reference_max_pixels": (int, "Take sharp tokens from larger references."),
+    "coverage": (float, "Share of the kept tokens that is spread evenly."),
+    "share": (str, "'equal' or 'joint': whether tokens of all references compete."),
+    "floor": (int, "The least number of tokens of each reference."),
+    "multiple_of": (int, "Round the total up to a multiple."),
+    "merge": (float, "Share of the kept that are averages."),
+    "mass": (float, "Share of the scores that keep='auto' holds."),
+    "psnr": (float, "What keep='auto' reaches with an overview, in dB."),
+    "seed": (int, "Of the selectors' own random numbers."),
+}
+"""The settings of a call with a `SparseContextStep`, those of `SparseContextConfig`: type and description."""
 
 
 def attach(pipe: Any, call: Call) -> None:
@@ -62,8 +80,8 @@ def insert_sparse_context(blocks: Any) -> Any:
 class SparseContextStep(ModularPipelineBlocks):
     """A block for behind the one that makes `image_latent_ids`: keeps the reference tokens that matter, drops the rest.
 
-    A call then takes `keep`, `selector`, `task`, `overview`, `overview_layout`, `coverage` and `merge` (see
-    `SparseContextConfig`), and leaves what was kept in the state as `selection`.
+    A call then takes `keep` and all other settings of a `SparseContextConfig`, and leaves what was kept in the state as
+    `selection`.
     """
 
     model_name = "flux2"
@@ -79,20 +97,9 @@ class SparseContextStep(ModularPipelineBlocks):
     def inputs(self) -> list[InputParam]:
         default = SparseContextConfig()
         return [
-            InputParam("keep", default=default.keep, description="Ratio, count or 'auto', or a list with one each."),
-            InputParam("selector", description="What makes a token matter; the task decides where it is None."),
-            InputParam(
-                "task", default=default.task, type_hint=str, description="'edit', 'global', 'subject' or 'auto'."
-            ),
-            InputParam(
-                "overview",
-                default=default.overview,
-                description="A small copy: factor, 'auto', 'trained' or None.",
-            ),
-            InputParam("overview_layout", type_hint=str, description="'spread' or 'reference'; None: as trained."),
-            InputParam("coverage", type_hint=float, description="Share of the kept tokens that is spread evenly."),
-            InputParam(
-                "merge", default=default.merge, type_hint=float, description="Share of the kept that are averages."
+            *(
+                InputParam(name, default=getattr(default, name), type_hint=hint, description=description)
+                for name, (hint, description) in DIALS.items()
             ),
             InputParam("image", description="The references, for masks and alpha channels."),
             InputParam("condition_images", type_hint=list[torch.Tensor], description="Their pixels, preprocessed."),
@@ -110,8 +117,8 @@ class SparseContextStep(ModularPipelineBlocks):
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         arguments = {name: state.get(name) for name in DIALS}
-        said = {name: value for name, value in arguments.items() if value is not None}
-        config = SparseContextConfig(**said, overview=state.get("overview"))
+        unset = [name for name, value in arguments.items() if value is None and name != "overview"]  # where None is one
+        config = SparseContextConfig(**{name: value for name, value in arguments.items() if name not in unset})
         call = Call(components, SparseContext(config, attach))
         if state.get("image_latent_ids") is not None:
             _keep_essentials(components, state, call)
