@@ -32,6 +32,46 @@ def _has_alpha(image: Any) -> bool:
     return isinstance(image, PIL.Image.Image) and ("A" in image.getbands() or image.has_transparency_data)
 
 
+Box = tuple[float, float, float, float]  # of a picture: left, top, right, bottom
+
+
+def part_of(source: PIL.Image.Image, scaled: tuple[int, int], shown: tuple[int, int]) -> Box:
+    """The part of a picture that is seen of it: it was scaled to `scaled` (width, height), and the middle of that is
+    `shown`."""
+    left, top = (scaled[0] - shown[0]) // 2, (scaled[1] - shown[1]) // 2
+    across, down = source.width / scaled[0], source.height / scaled[1]
+    return left * across, top * down, (left + shown[0]) * across, (top + shown[1]) * down
+
+
+def enlarge_parts(
+    parts: Sequence[tuple[PIL.Image.Image, Box]],
+    shown: Sequence[np.ndarray],
+    grid: Grid,
+    token: int,
+    max_pixels: int,
+    preprocess: Callable[..., torch.Tensor],
+    encode: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+) -> Large | None:
+    """A reference of these pictures, one for each item of a batch, in at most `max_pixels`; None where that is no
+    larger.
+
+    shown: what selectors see of each in its usual size, with a mask last or without. grid, token: of the usual size,
+    the latter in pixels. preprocess: of the host's image processor. encode: as in `Large`.
+    """
+    size = tuple(min(box[axis + 2] - box[axis] for _, box in parts) for axis in (1, 0))
+    larger = large_grid(grid, token, size, max_pixels)
+    if larger is None:
+        return None
+    height, width = larger[0] * token, larger[1] * token
+    scaled = [source.convert("RGB").resize((width, height), PIL.Image.Resampling.LANCZOS, box) for source, box in parts]
+    tensor = preprocess(scaled, height=height, width=width)
+    seen = list(to_uint8(tensor))
+    if all(picture.shape[-1] == 4 for picture in shown):
+        alphas = [cv2.resize(picture[..., 3], (width, height)) for picture in shown]
+        seen = [np.dstack([picture, alpha]) for picture, alpha in zip(seen, alphas, strict=True)]
+    return Large(larger, seen, tensor, encode)
+
+
 class Pictures:
     """Watches the image processor of one call, and so knows what each preprocessed tensor was made from.
 
@@ -132,30 +172,12 @@ class Pictures:
             return None
         step, _, _, kwargs = self._made_by[pixels]
         height, width = pixels.shape[-2:]
-        parts = []  # the pictures, and the box of each that is seen: (left, top, right, bottom)
+        parts = []
         for picture in originals:
+            cuts = kwargs.get("resize_mode") == "crop"  # FLUX.2 cuts what is no whole token, and scales no more
             source = self._scaled_from.get(picture, picture)
-            box = (0, 0, *picture.size)
-            if kwargs.get("resize_mode") == "crop":  # FLUX.2 cuts what is no whole token, and scales no more
-                left, top = (picture.width - width) // 2, (picture.height - height) // 2
-                box = (left, top, left + width, top + height)
-            scales = 2 * (source.width / picture.width, source.height / picture.height)
-            parts.append((source, tuple(place * scale for place, scale in zip(box, scales, strict=True))))
-        size = tuple(min(box[axis + 2] - box[axis] for _, box in parts) for axis in (1, 0))
-        token = height // grid[0]
-        larger = large_grid(grid, token, size, max_pixels)
-        if larger is None:
-            return None
-        height, width = larger[0] * token, larger[1] * token
-        scaled = [
-            source.convert("RGB").resize((width, height), PIL.Image.Resampling.LANCZOS, box) for source, box in parts
-        ]
-        tensor = step(scaled, height=height, width=width)
-        seen = list(to_uint8(tensor))
-        if all(picture.shape[-1] == 4 for picture in shown):
-            alphas = [cv2.resize(picture[..., 3], (width, height)) for picture in shown]
-            seen = [np.dstack([picture, alpha]) for picture, alpha in zip(seen, alphas, strict=True)]
-        return Large(larger, seen, tensor, encode)
+            parts.append((source, part_of(source, picture.size, (width, height) if cuts else picture.size)))
+        return enlarge_parts(parts, shown, grid, height // grid[0], max_pixels, step, encode)
 
     def _original(self, tensor: Any) -> Any:
         while tensor in self._made_by:

@@ -10,7 +10,7 @@ among its blocks, and then takes `keep` and what goes with it in every call:
     outputs = pipe(image=[cat, room], prompt="the cat in the room", keep=0.2, output=["images", "selection"])
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -22,15 +22,17 @@ from diffusers.modular_pipelines.flux2.encoders import Flux2VaeEncoderStep
 from diffusers.modular_pipelines.flux2.inputs import Flux2ProcessImagesInputStep
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
+from PIL import Image
 
 from ...config import SparseContextConfig
 from ...context import Call, SparseContext
+from ...large import Large
 from ...overview import Overview, shrink
 from ...preview import MAX_AREA
 from ...selection import Selection
 from ...tokens import ReferenceTokens
 from ..modular import attach_step, insert_behind
-from ..pictures import mask_of, to_uint8
+from ..pictures import enlarge_parts, mask_of, part_of, to_uint8
 from .drop import place_overviews
 
 DIALS: dict[str, tuple[Any, str]] = {
@@ -165,17 +167,39 @@ def _keep_essentials(components: Any, state: PipelineState, call: Call) -> None:
         side = 2 * components.vae_scale_factor
         grids = [(image.shape[-2] // side, image.shape[-1] // side) for image in pixels]
 
-    def encode_overviews(overviews: Mapping[int, Overview], tokens: ReferenceTokens) -> ReferenceTokens:
-        small = PipelineState()  # in which they are all the references that there are
+    def encode(parts: Sequence[torch.Tensor]) -> ReferenceTokens:
+        other = PipelineState()  # in which they are all the references that there are
         for name in ("batch_size", "num_images_per_prompt", "generator"):
-            small.set(name, state.get(name))
-        small.set("condition_images", [shrink(pixels[i], grids[i], each.factor) for i, each in overviews.items()])
+            other.set(name, state.get(name))
+        other.set("condition_images", [*parts])
         for cls in (Flux2VaeEncoderStep, Flux2PrepareImageLatentsStep):
-            _own_step(components.blocks, cls)(components, small)
-        made = ReferenceTokens(small.image_latents, small.image_latent_ids)
+            _own_step(components.blocks, cls)(components, other)
+        return ReferenceTokens(other.image_latents, other.image_latent_ids)
+
+    def encode_overviews(overviews: Mapping[int, Overview], tokens: ReferenceTokens) -> ReferenceTokens:
+        made = encode([shrink(pixels[i], grids[i], each.factor) for i, each in overviews.items()])
         return place_overviews(made, tokens.ids, grids, overviews)
 
-    kept = call.keep(lambda: tokens, grids, picture, encode_overviews=encode_overviews)
+    def enlarge(i: int, shown: np.ndarray | None, max_pixels: int) -> Large | None:
+        source = images[i] if pixels is not None else None
+        if shown is None or not isinstance(source, Image.Image):
+            return None
+        processor, scaled = components.image_processor, source
+        if source.width * source.height > MAX_AREA:
+            scaled = processor._resize_to_target_area(source, MAX_AREA)
+        height, width = pixels[i].shape[-2:]
+        part = part_of(source, scaled.size, (width, height))
+        return enlarge_parts(
+            [(source, part)],
+            [shown],
+            grids[i],
+            height // grids[i][0],
+            max_pixels,
+            processor.preprocess,
+            lambda parts: encode(parts).latents,
+        )
+
+    kept = call.keep(lambda: tokens, grids, picture, encode_overviews=encode_overviews, enlarge=enlarge)
     state.set("image_latents", kept.latents)
     state.set("image_latent_ids", kept.ids)
 
