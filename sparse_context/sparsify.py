@@ -18,6 +18,7 @@ from .context import SparseContext, context_of, install, uninstall
 from .families import family_of, find_attach
 from .layers import require
 from .selection import Selection
+from .trained import note_checkpoint
 
 
 def apply_sparse_context(
@@ -41,8 +42,8 @@ def apply_sparse_context(
         pipelines, without a cache). Small ones are encoded a little faster; the last digits of latents may differ.
 
     What the config leaves to the weights (`overview="trained"`) each call asks of those that are in effect by then: a
-    LoRA or a checkpoint that `pipelines.load` read says what it was trained for, and `trained.note_trained` says it for
-    one that was loaded otherwise. The report of a call says so.
+    LoRA that `pipelines.load` read and a checkpoint's folder say what they were trained for, and `trained.note_trained`
+    says it for what was loaded otherwise. The report of a call says so.
 
     Applying again replaces what was applied before, and is cheap enough to do for each call. Raises TypeError for a
     pipeline or a cache of another kind, ValueError for a setting out of range, and ImportError where diffusers is not
@@ -55,6 +56,7 @@ def apply_sparse_context(
     if not isinstance(cache, ReferenceCache | None):
         raise TypeError(f"cache is {cache!r}: pass a ReferenceCache(), or None.")
     config = replace(config or SparseContextConfig(), **changes)
+    note_checkpoint(getattr(pipe, "transformer", None))
     install(pipe, SparseContext(config, attach, cache, kv=family_of(pipe).kv, together=together))
 
 

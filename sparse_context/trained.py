@@ -8,10 +8,11 @@ the model what they were trained for, and each call looks at what of it is in ef
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .overview import COARSEST, FINEST, LAYOUTS
 
@@ -112,6 +113,20 @@ def note_trained(model: Any, trained: Trained, adapter: str | None = None) -> No
     holders = [_plain(model)] if adapter is None else [layer.lora_A[adapter] for layer in _layers_with(model, adapter)]
     for holder in holders:
         vars(holder)[ATTRIBUTE] = trained
+
+
+def note_checkpoint(model: Any) -> None:
+    """Note what a model was trained for that diffusers read from a folder with a record beside its weights, unless
+    something was noted. Raises ValueError for a record that cannot be read."""
+    own = _plain(model)
+    config = getattr(own, "config", None)
+    place = config.get("_name_or_path") if isinstance(config, Mapping) else None
+    if not place or ATTRIBUTE in vars(own):
+        return
+    for folder in (Path(place), Path(place, "transformer")):  # the latter where it was read as a pipeline's subfolder
+        if os.path.isfile(folder / FILE):
+            note_trained(own, cast("Trained", read_folder(folder)))
+            return
 
 
 def trained_for(model: Any, kv: bool = False) -> Trained | None:

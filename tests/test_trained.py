@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import Flux2Transformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import CASES, QUICK, build_flux2, cases
@@ -309,6 +310,27 @@ def test_a_checkpoint_says_what_it_was_trained_for_beside_its_weights(model):
             load(ModelSpec(str(model), dtype="float32", device="cpu"))
     finally:
         file.unlink()
+
+
+def test_a_checkpoint_that_diffusers_reads_says_it_too(tmp_path):
+    """As a model of its own, from a pipeline's subfolder, and with a whole pipeline; what is noted by hand counts."""
+    CASES["klein"].build().transformer.save_pretrained(tmp_path / "transformer")
+    file = tmp_path / "transformer" / FILE
+    for how in ({"pretrained_model_name_or_path": tmp_path / "transformer"}, {"subfolder": "transformer"}):
+        pipe = CASES["klein"].build()
+        pipe.transformer = Flux2Transformer2DModel.from_pretrained(**{"pretrained_model_name_or_path": tmp_path} | how)
+        file.unlink(missing_ok=True)
+        assert overviews_of(pipe, CASES["klein"]) == []
+        file.write_text(json.dumps(write_record(BY_4)))
+        assert [factor for factor, _ in overviews_of(pipe, CASES["klein"])] == [4, 4]
+        assert "the weights were trained for overviews by 4" in str(last_selection(pipe))
+        note_trained(pipe.transformer, Trained())
+        assert overviews_of(pipe, CASES["klein"]) == []
+    pipe = CASES["klein"].build()
+    pipe.transformer = Flux2Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    file.write_text("{")
+    with pytest.raises(ValueError, match="says in no known way what weights were trained for"):
+        apply_sparse_context(pipe)
 
 
 def test_the_embedded_models_own_adapter_is_noted_where_it_is_folded_in(tmp_path, monkeypatch):
