@@ -108,9 +108,7 @@ def recommend(
     bounds = find_tolerance(tolerance)
     ratios = KEEPS if keeps is None else [_ratio(text) for text in keeps.split(",")]
     factors = None if overviews is None else [options.read_overview(text) for text in overviews]
-    for setting, values in (("keep", ratios), ("task", tasks or ()), ("overview", factors or ())):
-        for value in values:
-            SparseContextConfig(**{setting: value})  # raises before anything is made
+    SparseContextConfig(keep=ratios, task=tasks or "auto", overview=factors or "trained")  # raises before the work
     for sample in samples:
         check_references(chosen.spec.model, len(sample.references), inpaint=False)
     options.hide_loading_bars()

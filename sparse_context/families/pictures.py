@@ -58,7 +58,7 @@ def enlarge_parts(
     shown: what selectors see of each in its usual size, with a mask last or without. grid, token: of the usual size,
     the latter in pixels. preprocess: of the host's image processor. encode: as in `Large`.
     """
-    size = tuple(min(box[axis + 2] - box[axis] for _, box in parts) for axis in (1, 0))
+    size = min(box[3] - box[1] for _, box in parts), min(box[2] - box[0] for _, box in parts)
     larger = large_grid(grid, token, size, max_pixels)
     if larger is None:
         return None
@@ -177,7 +177,8 @@ class Pictures:
             cuts = kwargs.get("resize_mode") == "crop"  # FLUX.2 cuts what is no whole token, and scales no more
             source = self._scaled_from.get(picture, picture)
             parts.append((source, part_of(source, picture.size, (width, height) if cuts else picture.size)))
-        return enlarge_parts(parts, shown, grid, height // grid[0], max_pixels, step, encode)
+        seen = [*shown]
+        return enlarge_parts(parts, seen, grid, height // grid[0], max_pixels, step, encode)
 
     def _original(self, tensor: Any) -> Any:
         while tensor in self._made_by:

@@ -29,7 +29,7 @@ from ...context import Call, SparseContext
 from ...large import Large
 from ...overview import Overview, shrink
 from ...preview import MAX_AREA
-from ...selection import Selection
+from ...selection import Pixels, Selection
 from ...tokens import ReferenceTokens
 from ..modular import attach_step, insert_behind
 from ..pictures import enlarge_parts, mask_of, part_of, to_uint8
@@ -180,9 +180,9 @@ def _keep_essentials(components: Any, state: PipelineState, call: Call) -> None:
         made = encode([shrink(pixels[i], grids[i], each.factor) for i, each in overviews.items()])
         return place_overviews(made, tokens.ids, grids, overviews)
 
-    def enlarge(i: int, shown: np.ndarray | None, max_pixels: int) -> Large | None:
+    def enlarge(i: int, shown: Pixels, max_pixels: int) -> Large | None:
         source = images[i] if pixels is not None else None
-        if shown is None or not isinstance(source, Image.Image):
+        if not isinstance(shown, np.ndarray) or not isinstance(source, Image.Image):
             return None
         processor, scaled = components.image_processor, source
         if source.width * source.height > MAX_AREA:
