@@ -27,7 +27,7 @@ PICTURE = RESULTS.parent / "docs" / "images" / "training-curves.webp"
 COLUMNS = 3  # of panels
 SMOOTHED = 10  # records, over which the loss is averaged
 LINES = ("-", "--", ":", "-.")  # by run, in panels that show several
-MARKERS = ("o", "P", "s", "^", "D", "v")  # the same
+MARKERS = ("o", "P", "s", "^", "D", "v", "X")  # the same
 
 Curve = list[tuple[int, float]]
 """Steps, and what was measured there."""
