@@ -74,11 +74,13 @@ def smoothed(values: Sequence[float], over: int = SMOOTHED) -> np.ndarray:
 def draw(runs: Sequence[Course]) -> Image.Image:
     """A panel of the losses, and one for each group of gates: a colour for each gate, a kind of line for each run."""
     check_matplotlib()
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys(group for run in runs for group in run.gates))
     gates = list(dict.fromkeys(gate for run in runs for each in run.gates.values() for gate in each))
+    colours = colormaps["tab10" if len(gates) <= 10 else "tab20"].colors
     columns = min(COLUMNS, 1 + len(groups))
     rows = -(-(1 + len(groups)) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.6), dpi=105, layout="constrained")
@@ -95,7 +97,7 @@ def draw(runs: Sequence[Course]) -> Image.Image:
     for axis, group in zip(axes[1:], groups, strict=False):
         for number, run in enumerate(runs):
             for gate, curve in run.gates.get(group, {}).items():
-                colour = f"C{gates.index(gate)}"
+                colour = colours[gates.index(gate) % len(colours)]
                 last_gate = max(each[-1][0] for each in run.gates[group].values())
                 if len(curve) == 1 and curve[0][0] < last_gate:
                     line = axis.axhline(curve[0][1], color=colour, linestyle="--", linewidth=1)
