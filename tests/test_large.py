@@ -17,6 +17,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
 )
+from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -191,6 +192,29 @@ def test_a_modular_pipeline_encodes_and_keeps_what_the_plain_one_does(size):
     assert np.array_equal(kept.picture, same.picture) and kept.picture.shape[-1] == 4
     assert np.array_equal(kept.index, same.index)
     assert len(seen) == len(encoded) > 2 and all(map(torch.equal, seen, encoded))
+
+
+def test_several_references_of_flux3_are_taken_larger_and_a_lone_one_has_its_own_size():
+    case = CASES["flux3"]
+    pipe = case.build()
+    processor = Flux3ImageProcessor(vae_scale_factor=WIDE, vae_latent_channels=2)
+    pipe.update_components(vae=wide_vae(), image_processor=processor)
+    references = [picture(2100, 2048), picture(1024, 1024, 1)]
+    settings = {"keep": 0.3, "overview": 4, "selector": "detail", "coverage": 0, "overview_layout": "spread"}
+    seen = seen_by_transformer(case, pipe)
+    apply_sparse_context(pipe, **settings, reference_max_pixels=4 * MEGAPIXEL)
+    case.call(pipe, references)
+    first, second = last_selection(pipe).references
+    assert first.usual == (15, 16) and first.grid == (30, 32) and second.usual is None
+    assert (first.count, second.count) == (round(0.3 * 240), round(0.3 * 256))
+    ids = seen[0][1][0][-first.count - second.count :][len(second.index) :][: len(first.index)]
+    places = torch.from_numpy(np.stack(np.divmod(first.index, 32), axis=1)) / 2 - 0.25  # of the usual rows and columns
+    assert torch.equal(ids[:, 1:3], places.float() / 2) and set(ids[:, 3].tolist()) == {-1}
+    shown = pipe.image_processor.preprocess(references[0], resize_mode="crop")[0]
+    smaller = cv2.resize(first.picture, (16 * WIDE, 15 * WIDE), interpolation=cv2.INTER_AREA).astype(float)
+    assert np.abs(smaller - to_uint8(shown)[0])[4:-4, 4:-4].mean() < 3
+    case.call(pipe, references[:1])
+    assert "reference 1 has its usual size" in str(last_selection(pipe))
 
 
 def without_norms(module):
@@ -454,7 +478,7 @@ def test_as_many_tokens_are_kept_of_larger_pictures(scores, share, data):
 
 @pytest.mark.parametrize(
     "name",
-    cases("klein-inpaint", "kontext-inpaint", "flux3", "qwen-edit", "qwen-edit-inpaint", "qwen-edit-2511"),
+    cases("klein-inpaint", "kontext-inpaint", "qwen-edit", "qwen-edit-inpaint", "qwen-edit-2511"),
 )
 def test_hosts_that_have_one_size_refuse_another(name):
     case = CASES[name]

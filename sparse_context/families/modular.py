@@ -5,8 +5,16 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from diffusers import ModularPipelineBlocks
 from PIL import Image
+
+from ..large import Large
+from ..preview import MAX_AREA
+from ..selection import Pixels
+from ..selectors.cells import Grid
+from .pictures import enlarge_parts, part_of
 
 if TYPE_CHECKING:
     from ..context import Call
@@ -37,6 +45,31 @@ def insert_behind(blocks: Any, output: str, step: Any) -> Any:
         elif output in block.intermediate_output_names:
             blocks.sub_blocks.insert("keep_essentials", step, place + 1)
     return blocks
+
+
+def enlarge(
+    source: Any,
+    pixels: torch.Tensor,
+    shown: Pixels,
+    grid: Grid,
+    max_pixels: int,
+    processor: Any,
+    preprocess: Callable[..., torch.Tensor],
+    encode: Callable[[Sequence[torch.Tensor]], torch.Tensor],
+) -> Large | None:
+    """A reference in at most `max_pixels`, of a pipeline that scales it to a megapixel and keeps the middle of it in
+    whole tokens; None where that is no larger, or where `source` is no PIL picture.
+
+    pixels: (1, 3, H, W), what was preprocessed. shown, grid, encode: as in `pictures.enlarge_parts`.
+    """
+    if not isinstance(shown, np.ndarray) or not isinstance(source, Image.Image):
+        return None
+    scaled = source
+    if source.width * source.height > MAX_AREA:
+        scaled = processor._resize_to_target_area(source, MAX_AREA)
+    height, width = pixels.shape[-2:]
+    part = part_of(source, scaled.size, (width, height))
+    return enlarge_parts([(source, part)], [shown], grid, height // grid[0], max_pixels, preprocess, encode)
 
 
 def arguments(

@@ -22,7 +22,6 @@ from diffusers.modular_pipelines.flux2.encoders import Flux2VaeEncoderStep
 from diffusers.modular_pipelines.flux2.inputs import Flux2ProcessImagesInputStep
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 from diffusers.modular_pipelines.modular_pipeline_utils import InputParam, OutputParam
-from PIL import Image
 
 from ...config import SparseContextConfig
 from ...context import Call, SparseContext
@@ -31,8 +30,8 @@ from ...overview import Overview, shrink
 from ...preview import MAX_AREA
 from ...selection import Pixels, Selection
 from ...tokens import ReferenceTokens
-from ..modular import attach_step, insert_behind
-from ..pictures import enlarge_parts, mask_of, part_of, to_uint8
+from ..modular import attach_step, enlarge, insert_behind
+from ..pictures import mask_of, to_uint8
 from .drop import place_overviews
 
 DIALS: dict[str, tuple[Any, str]] = {
@@ -180,26 +179,14 @@ def _keep_essentials(components: Any, state: PipelineState, call: Call) -> None:
         made = encode([shrink(pixels[i], grids[i], each.factor) for i, each in overviews.items()])
         return place_overviews(made, tokens.ids, grids, overviews)
 
-    def enlarge(i: int, shown: Pixels, max_pixels: int) -> Large | None:
-        source = images[i] if pixels is not None else None
-        if not isinstance(shown, np.ndarray) or not isinstance(source, Image.Image):
+    def enlarge_reference(i: int, shown: Pixels, max_pixels: int) -> Large | None:
+        if pixels is None:
             return None
-        processor, scaled = components.image_processor, source
-        if source.width * source.height > MAX_AREA:
-            scaled = processor._resize_to_target_area(source, MAX_AREA)
-        height, width = pixels[i].shape[-2:]
-        part = part_of(source, scaled.size, (width, height))
-        return enlarge_parts(
-            [(source, part)],
-            [shown],
-            grids[i],
-            height // grids[i][0],
-            max_pixels,
-            processor.preprocess,
-            lambda parts: encode(parts).latents,
-        )
+        processor = components.image_processor
+        preprocess, latents = processor.preprocess, lambda parts: encode(parts).latents
+        return enlarge(images[i], pixels[i], shown, grids[i], max_pixels, processor, preprocess, latents)
 
-    kept = call.keep(lambda: tokens, grids, picture, encode_overviews=encode_overviews, enlarge=enlarge)
+    kept = call.keep(lambda: tokens, grids, picture, encode_overviews=encode_overviews, enlarge=enlarge_reference)
     state.set("image_latents", kept.latents)
     state.set("image_latent_ids", kept.ids)
 

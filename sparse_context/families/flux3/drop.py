@@ -6,19 +6,23 @@ a canvas with its own reflection, which scores lowest where a token shows nothin
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.modular_pipelines.flux3.before_denoise import Flux3PrepareImageCondLatentsStep
 from diffusers.modular_pipelines.flux3.encoders import Flux3VaeEncoderStep
 from diffusers.modular_pipelines.flux3.inputs import Flux3ImageCondInputStep
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
+from ...large import Large
 from ...overview import Overview, shrink, spread_ids
+from ...selection import Pixels
 from ...selectors.cells import Grid
 from ...tokens import ReferenceTokens
-from ..modular import attach_step
+from ..modular import attach_step, enlarge
 from ..pictures import mask_of, to_uint8
 
 if TYPE_CHECKING:
@@ -53,16 +57,27 @@ def attach(pipe: Any, call: "Call") -> None:
             visible = [_overlaps(canvas["reference_crop"], grids[0], pixels[0].shape[-2] // grids[0][0])]
         tokens = ReferenceTokens(state.image_cond_hidden_states, state.image_cond_ids)
 
-        def encode_overviews(overviews: Mapping[int, Overview], tokens: ReferenceTokens) -> ReferenceTokens:
-            small = PipelineState()  # in which they are all the references that there are
+        def encode(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            other = PipelineState()  # in which they are all the references that there are
             for name in ("batch_size", "num_images_per_prompt", "dtype"):
-                small.set(name, state.get(name))
-            small.set("condition_images", [shrink(pixels[i], grids[i], each.factor) for i, each in overviews.items()])
+                other.set(name, state.get(name))
+            other.set("condition_images", [*parts])
             for step in (Flux3VaeEncoderStep(), Flux3ImageCondInputStep(), Flux3PrepareImageCondLatentsStep()):
-                step(pipe, small)
-            return place_overviews(small.image_cond_hidden_states, tokens.ids, grids, overviews)
+                step(pipe, other)
+            return other.image_cond_hidden_states
 
-        kept = call.keep(lambda: tokens, grids, picture, visible, encode_overviews)
+        def encode_overviews(overviews: Mapping[int, Overview], tokens: ReferenceTokens) -> ReferenceTokens:
+            made = encode([shrink(pixels[i], grids[i], each.factor) for i, each in overviews.items()])
+            return place_overviews(made, tokens.ids, grids, overviews)
+
+        def enlarge_reference(i: int, shown: Pixels, max_pixels: int) -> Large | None:
+            if pixels is None or resize_mode == "fill":  # a lone one has four megapixels anyway, and may be padded
+                return None
+            processor = pipe.image_processor
+            preprocess = partial(VaeImageProcessor.preprocess, processor)  # its own takes no size
+            return enlarge(images[i], pixels[i], shown, grids[i], max_pixels, processor, preprocess, encode)
+
+        kept = call.keep(lambda: tokens, grids, picture, visible, encode_overviews, enlarge_reference)
         state.set("image_cond_hidden_states", kept.latents)
         state.set("image_cond_ids", kept.ids)
 
