@@ -296,7 +296,7 @@ def test_a_floor_is_one_of_sharp_tokens_as_far_as_the_budget_holds_them(given_bu
     chosen = counts(choose_tokens(scores, keep, share=share, coverage=coverage, floor=floor, reserved=spent))
     for pool in plain:
         left = pool.tokens - sum(spent[i] for i in pool.members)
-        due = {i: min(floor, scores[i].size) for i in pool.members}
+        due = {i: min(floor, scores[i].size - spent[i]) for i in pool.members}
         if len(pool.members) == 1:
             assert chosen[pool.members[0]] == min(left, scores[pool.members[0]].size)
         elif left >= sum(due.values()):

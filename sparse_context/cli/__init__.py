@@ -85,7 +85,6 @@ PARAMETERS = {
     "overview_layout": "--overview-layout",
     "random_weights": "--random-weights",
     "reference_max_pixels": "--reference-max-pixels",
-    "text_model": "--text-model",
     "train_batch_size": "--train-batch-size",
     "validation_data": "--validation-data",
     "resume='latest'": "--resume latest",
