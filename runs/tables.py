@@ -39,6 +39,7 @@ RUNS = (
     "kv",
     "mini_curves",
     "overview",
+    "overview_gates",
     "overview_held",
     "overview_lora",
     "overview_speed",
