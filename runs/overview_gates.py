@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tables import RESULTS, draw, machine, read, table
 
-from recipes.mini.overview_gates import SHIPPED, TASKS, Gate, run_gate
+from recipes.mini.overview_gates import SHIPPED, TASKS, Gate, fingerprint_of, run_gate
 from sparse_context.pipelines.embedded import OVERVIEW, adapter_record
 from sparse_context.result import checkout, write_result
 
@@ -46,7 +46,7 @@ class Asked(NamedTuple):
 
 
 ASKED = (
-    Asked("1: an overview by 2 alone holds 25 dB", "edit_global", Gate("student", 2), 25.0),
+    Asked("1: an overview by 2 alone reaches 25 dB", "edit_global", Gate("student", 2), 25.0),
     *(
         Asked("2: by 4, 5 dB ahead of dropping at 0.2", task, Gate("student", 4, 0.2), 5.0, Gate("dropper", keep=0.2))
         for task in ("edit_global", "edit_background", "edit_object")
@@ -86,11 +86,12 @@ TABLES = {"overview_gates": overview_gates}
 
 
 def known(folder: Path, scenes: int) -> dict[str, dict[str, float]]:
-    """What the folder holds of so many scenes: PSNR by task and gate."""
+    """What the folder holds of so many scenes, by the weights that ship now: PSNR by task and gate."""
     file, found = folder / SHIPPED / "gates.jsonl", dict[str, dict[str, float]]()
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         record = json.loads(line)
-        for gate, by_task in record["psnr"].items() if record["scenes"] == scenes else ():
+        asked = record["scenes"] == scenes and record.get("weights") == fingerprint_of(OVERVIEW)
+        for gate, by_task in record["psnr"].items() if asked else ():
             for task, level in by_task.items():
                 found.setdefault(task, {})[gate] = level
     return found

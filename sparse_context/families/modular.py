@@ -64,9 +64,9 @@ def enlarge(
     """
     if not isinstance(shown, np.ndarray) or not isinstance(source, Image.Image):
         return None
-    scaled = source
+    scaled = Image.new("L", source.size)  # for its size alone
     if source.width * source.height > MAX_AREA:
-        scaled = processor._resize_to_target_area(source, MAX_AREA)
+        scaled = processor._resize_to_target_area(scaled, MAX_AREA)
     height, width = pixels.shape[-2:]
     part = part_of(source, scaled.size, (width, height))
     return enlarge_parts([(source, part)], [shown], grid, height // grid[0], max_pixels, preprocess, encode)

@@ -15,7 +15,7 @@ from recipes.mini.attention import speed_up
 from recipes.mini.model import decode_pictures, encode_pictures
 from recipes.mini.overview import first_blocks, train_overview
 from recipes.mini.overview_export import export_overview
-from recipes.mini.overview_gates import Gate, run_gate, tokens_of
+from recipes.mini.overview_gates import Gate, fingerprint_of, run_gate, tokens_of
 from recipes.mini.overview_looks import (
     COPYING,
     READING,
@@ -27,6 +27,7 @@ from recipes.mini.overview_looks import (
 from recipes.mini.overview_sets import OverviewConfig, TokenSet, composite, composites, draw_set, reference_tokens
 from recipes.mini.run_folder import save_config
 from recipes.mini.scenes import make_scene
+from sparse_context.pipelines import embedded
 from sparse_context.pipelines.embedded import ADAPTERS, adapter_record
 from sparse_context.pipelines.load import load
 from sparse_context.pipelines.overview_blocks import FIRST, NEW, grown, is_learnt
@@ -223,7 +224,8 @@ def test_a_gate_measures_the_weights_that_ship_and_adds_a_record(tmp_path):
     for task, label in labels.items():
         assert figures["base"][task] > figures[label][task]
     (line,) = (tmp_path / "shipped" / "gates.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"step": 0, "scenes": 1, "psnr": figures}
+    weights = fingerprint_of(embedded.OVERVIEW)
+    assert json.loads(line) == {"step": 0, "scenes": 1, "weights": weights, "psnr": figures}
 
 
 def test_reading_is_judged_where_the_overview_alone_shows_the_source():
