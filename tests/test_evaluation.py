@@ -165,6 +165,18 @@ def test_all_tokens_are_the_untouched_pipeline(finished, samples, tiny_model):
         assert np.array_equal(np.asarray(made), np.asarray(image))
 
 
+def test_a_seed_whose_last_sample_would_have_none_is_refused_before_the_first(samples, tmp_path):
+    def never(*_):
+        pytest.fail("a picture was asked for")
+
+    most = 2**63 - 1
+    with pytest.raises(
+        ValueError, match=f"^seed is {most}, and that of the last of 2 .*: pass a seed of at most {most - 1}"
+    ):
+        evaluate(never, samples[:2], grid([0.5], ["random"]), find_metrics(["psnr"]), tmp_path, seed=most)
+    assert not [*tmp_path.rglob("*.png")]
+
+
 def test_every_setting_starts_from_the_same_noise(pipe, samples, tmp_path, monkeypatch):
     started = []
     prepare = pipe.prepare_latents

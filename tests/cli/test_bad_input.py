@@ -130,7 +130,7 @@ def test_a_bad_choice(refused, face, options, says):
         "recommend --image {in}/a.png --prompt x --output r --overview 99": "overview is 99: pass a factor",
         "recommend --image {in}/a.png --prompt x --output r --task foo": "task is 'foo': choose one of",
         "recommend --image {in}/a.png --prompt x --output r --keep nan": "keep is nan: pass a ratio",
-        "recommend --image {in}/a.png --prompt x --output r --keep 5": "pass",
+        "recommend --image {in}/a.png --prompt x --output r --keep 5": "keep is 5.0: pass a ratio above 0",
         "demo --output {in}/a.png": "a.png cannot be used (File exists): name another file or folder",
         "batch {in}/text.png --output o --format tiff": "format is 'tiff': choose png, jpg or webp.",
         "recommend --data d.jsonl --prompt x": "--data has prompts of its own: leave --prompt out.",
